@@ -1,0 +1,39 @@
+"""What a training run can be told. One schema for the recipe's `train` section, the flags and the Python API."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class TrainSettings(BaseModel):
+    """Settings shared by every candidate of a run; defaults are the ones transformers' Trainer has."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: int = Field(10, ge=1, description="passes over the training rows")
+    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate of AdamW")
+    batch_size: int = Field(1, ge=1, description="rows a step")
+    eval_batch_size: int = Field(8, ge=1, description="rows an evaluation step")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled decay; biases and norms are spared")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="learning rate after warm-up")
+    warmup: float = Field(0.0, ge=0, description="steps of warm-up; below 1 it is a share of all steps")
+    accumulation: int = Field(1, ge=1, description="batches summed before one optimizer step")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to this; 0 turns it off")
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_length: int = Field(200, ge=1, description="texts are cut after this many tokens, and counted")
+    shuffle: bool = Field(True, description="draw a new order of the rows each epoch")
+    group_by_length: bool = Field(False, description="batch rows of like length together, for less padding")
+    class_weights: bool = Field(False, description="weigh the loss by inverse class frequency")
+    seed: int = Field(0, description="of initial weights, data order and dropout")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="arithmetic of the forward pass")
+    gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
+    metric: Literal["loss", "accuracy", "roc_auc", "macro_f1"] = Field(
+        "loss", description="validation figure for early stopping and the best epoch"
+    )
+    patience: int | None = Field(None, ge=1, description="stop after this many epochs without a better metric")
+    restore_best: bool = Field(False, description="end with the weights of the best epoch, not of the last")
+    tracker: str | None = Field(None, description="an accelerate tracker, such as tensorboard")
