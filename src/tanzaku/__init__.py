@@ -1,0 +1,65 @@
+"""Tanzaku: one frozen model, many adapters at once.
+
+Names are imported when first used, so that `import tanzaku` and `tanzaku --help` cost nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    **dict.fromkeys(("Adapter", "Count", "activate", "adapters", "attach", "count", "detach", "route"), "tanzaku.host"),
+    **dict.fromkeys(("load", "save"), "tanzaku.store"),
+    **dict.fromkeys(("merge", "unmerge"), "tanzaku.merging"),
+    **dict.fromkeys(
+        (
+            "METHODS",
+            "IA3",
+            "AdaLoRA",
+            "Full",
+            "Head",
+            "LlamaAdapter",
+            "LoRA",
+            "PTuning",
+            "PrefixTuning",
+            "PromptTuning",
+        ),
+        "tanzaku.methods",
+    ),
+    "Method": "tanzaku.method",
+    "TanzakuError": "tanzaku.errors",
+}
+
+__all__ = sorted(_HOME)
+
+if TYPE_CHECKING:
+    from tanzaku.errors import TanzakuError
+    from tanzaku.host import Adapter, Count, activate, adapters, attach, count, detach, route
+    from tanzaku.merging import merge, unmerge
+    from tanzaku.method import Method
+    from tanzaku.methods import (
+        IA3,
+        METHODS,
+        AdaLoRA,
+        Full,
+        Head,
+        LlamaAdapter,
+        LoRA,
+        PrefixTuning,
+        PromptTuning,
+        PTuning,
+    )
+    from tanzaku.store import load, save
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tanzaku' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,332 @@
+"""A frozen model and the adapters hung on it: attach, route, activate, count, detach."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tanzaku.errors import TanzakuError, listed, nearest
+from tanzaku.families import Base
+from tanzaku.method import Method, Strip
+from tanzaku.routing import Entry, Route
+from tanzaku.sites import Sites, WeightStrip
+
+_HOST = "_tanzaku_host"
+
+
+class Adapter(nn.Module):
+    """One adapter: a method's settings and the strips it hung, by path. It is no part of the base's module tree."""
+
+    def __init__(self, name: str, method: Method, strips: list[tuple[str, Strip]]):
+        super().__init__()
+        self.name = name
+        self.method = method
+        self.paths = [path for path, _ in strips]
+        self.strips = nn.ModuleList([strip for _, strip in strips])
+
+    def at(self) -> Iterator[tuple[str, Strip]]:
+        """(path, strip) in the order they were hung."""
+        for path, strip in zip(self.paths, self.strips, strict=True):
+            yield path, cast(Strip, strip)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters by the path of their site, each once."""
+        seen: set[int] = set()
+        for path, strip in self.at():
+            for name, parameter in strip.named_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield f"{path}.{name}" if path else name, parameter
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that an optimizer shall see."""
+        return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+
+
+class Host:
+    """The frozen model, its adapters and the route in force."""
+
+    def __init__(self, model: nn.Module):
+        self.base = Base.of(model)
+        self.adapters: dict[str, Adapter] = {}
+        self.sites = Sites(self.base)
+        self.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        self.active: Entry = None
+
+    @property
+    def model(self) -> nn.Module:
+        return self.base.model
+
+    def get(self, name: str) -> Adapter:
+        if name not in self.adapters:
+            raise TanzakuError(
+                f"no adapter named {name!r}{nearest(name, self.adapters)}; "
+                f"attached are {listed(self.adapters) or 'none'}"
+            )
+        return self.adapters[name]
+
+    def switch(self, route: Route | None) -> None:
+        """Put `route` in force, or none."""
+        if route is None:
+            self.sites.off()
+            return
+        adapters = {name: self.get(name) for name in route.adapters}
+        if not route.uniform:
+            for name, adapter in adapters.items():
+                if not adapter.method.shares_batch:
+                    raise TanzakuError(
+                        f"{name!r} ({adapter.method.name}) changes every weight: its rows cannot share a batch with "
+                        "others; route it alone"
+                    )
+        for adapter in adapters.values():
+            self._follow_device(adapter)
+        self.sites.on(route, [[at for name in stack for at in adapters[name].at()] for stack in route.stacks])
+
+    def _follow_device(self, adapter: Adapter) -> None:
+        # The model may have moved since the adapter was attached; an adapter follows its site.
+        for path, strip in adapter.at():
+            there = _device(self.model.get_submodule(path) if path else self.model)
+            if there is not None and any(p.device != there for p in strip.parameters()):
+                strip.to(there)
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    tensor = next(module.parameters(), None)
+    return None if tensor is None else tensor.device
+
+
+def host_of(model: nn.Module) -> Host:
+    """The host of a model that has adapters, or a clear error."""
+    host = model.__dict__.get(_HOST)
+    if host is None:
+        raise TanzakuError(f"{type(model).__name__} has no adapter; attach one with tanzaku.attach first")
+    return cast(Host, host)
+
+
+def attach(model: nn.Module, method: Method, name: str = "default", *, seed: int | None = None) -> Adapter:
+    """Hang a new adapter on `model` and freeze the base. The model's tree, tensors and dtypes stay as they are.
+
+    Args:
+        model: any transformers model (or another module, with explicit targets), on any device, also "meta".
+        method: settings, such as `LoRA(r=1)`.
+        name: letters, digits, `_` and `-`; used in routes.
+        seed: of the initial weights; without it torch's global generator draws them.
+
+    Raises:
+        TanzakuError: bad settings, a target that matches nothing, or a name already taken.
+    """
+    if not isinstance(method, Method):
+        raise TanzakuError(f"attach: found {type(method).__name__}, expected a method such as tanzaku.LoRA(r=8)")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise TanzakuError(f"adapter name {name!r}: expected letters, digits, '_' and '-' only")
+    host = model.__dict__.get(_HOST)
+    fresh = host is None
+    host = host or Host(model)
+    if name in host.adapters:
+        raise TanzakuError(f"an adapter named {name!r} is attached already; detach it first or choose another name")
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        strips = [*method.build(host.base), *_extra(host.base, method)]
+    if not strips:
+        raise TanzakuError(f"{method.name} found no site in {type(model).__name__}")
+    adapter = Adapter(name, method, strips)
+    host.adapters[name] = adapter
+    if fresh:
+        model.__dict__[_HOST] = host
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+    return adapter
+
+
+def _extra(base: Base, method: Method) -> Iterator[tuple[str, Strip]]:
+    """The adapter's own copies of whole modules: a classifier's fresh head, and what `modules_to_save` names."""
+    heads = base.head_names()
+    if method.modules_to_save is None:
+        names = heads if method.trains_head else []
+    else:
+        names = list(method.modules_to_save)
+        # PEFT writes both of its names for a head, whichever the model has.
+        if any(n in heads for n in names):
+            names = [n for n in names if n not in ("classifier", "score") or n in heads]
+    done: set[str] = set()
+    for name in names:
+        found = [(p, m) for p, m in base.model.named_modules() if p == name or p.endswith("." + name)]
+        if not found:
+            raise TanzakuError(
+                f"modules_to_save: {name!r} matches no module of {type(base.model).__name__}"
+                f"{nearest(name, [p.rsplit('.', 1)[-1] for p, _ in base.model.named_modules()])}"
+            )
+        for path, module in found:
+            if path not in done:
+                done.add(path)
+                yield path, copy_of(module)
+    if not method.trains_head and method.modules_to_save is None:
+        # The head stays as it is, but it was drawn at random: without it the adapter could not be used again.
+        for path in heads:
+            strip = copy_of(base.model.get_submodule(path))
+            for parameter in strip.parameters():
+                parameter.requires_grad_(False)
+            yield path, strip
+
+
+def copy_of(module: nn.Module) -> WeightStrip:
+    """An adapter's own, trainable copy of every weight below `module`; tied weights stay tied."""
+    copies: dict[int, nn.Parameter] = {}
+    own = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not parameter.is_floating_point():
+            raise TanzakuError(f"cannot copy {name!r}: it holds quantised values of type {parameter.dtype}")
+        if id(parameter) not in copies:
+            copies[id(parameter)] = nn.Parameter(parameter.detach().clone())
+        own[name] = copies[id(parameter)]
+    return WeightStrip(own)
+
+
+@contextmanager
+def route(model: nn.Module, entries: Sequence[Entry]) -> Iterator[None]:
+    """Send each row of a batch to its own adapters, within the block.
+
+    Args:
+        model: a model with adapters.
+        entries: one a row: an adapter's name, a tuple of names that stack in order, or None for the bare base. A batch
+            of a whole multiple of rows expands the route, as beam search does.
+    """
+    host = host_of(model)
+    before = (host.sites.route, host.sites.stacks)
+    host.switch(Route.of(list(entries)))
+    try:
+        yield
+    finally:
+        if before[0] is None:
+            host.sites.off()
+        else:
+            host.sites.on(before[0], before[1])
+
+
+def activate(model: nn.Module, name: Entry) -> None:
+    """Send all rows of all batches to `name` (a tuple stacks, None is the bare base), until changed.
+
+    While an adapter is active, `model.parameters()` also yields its parameters, so that optimizers, gradient clipping
+    and trainers see them; the module tree and the state_dict stay the base's.
+    """
+    host = host_of(model)
+    if name is None:
+        host.switch(None)
+    else:
+        host.switch(Route.everywhere(name))
+    host.active = name
+    _show_parameters(host)
+
+
+def _show_parameters(host: Host) -> None:
+    model = host.model
+    for attribute in ("named_parameters", "named_children"):
+        model.__dict__.pop(attribute, None)
+    names = [host.active] if isinstance(host.active, str) else list(host.active or ())
+    if not names:
+        return
+    shown = nn.ModuleDict({name: _Shown(host.adapters[name]) for name in names})
+
+    def named_parameters(
+        self: nn.Module, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from type(self).named_parameters(self, prefix, recurse, remove_duplicate)
+        if recurse:
+            for name, parameter in shown.named_parameters():
+                yield f"{prefix}.{_SHOWN}.{name}" if prefix else f"{_SHOWN}.{name}", parameter
+
+    def named_children(self: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        yield from type(self).named_children(self)
+        yield _SHOWN, shown
+
+    model.__dict__["named_parameters"] = types.MethodType(named_parameters, model)
+    model.__dict__["named_children"] = types.MethodType(named_children, model)
+
+
+_SHOWN = "tanzaku"
+
+
+class _Shown(nn.Module):
+    """An adapter's parameters as a tree named after its sites, for code that walks a model's children."""
+
+    def __init__(self, adapter: Adapter):
+        super().__init__()
+        for name, parameter in adapter.named_parameters():
+            node: nn.Module = self
+            *path, last = name.split(".")
+            for part in path:
+                if part not in node._modules:
+                    node.add_module(part, nn.Module())
+                node = cast(nn.Module, node._modules[part])
+            node.register_parameter(last, parameter)
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Take an adapter off (all without a name). With the last one the base is unfrozen and has no hook left."""
+    host = host_of(model)
+    names = list(host.adapters) if name is None else [host.get(name).name]
+    gone = set(names)
+    current = host.active if isinstance(host.active, tuple) else (host.active,)
+    if gone & set(current):
+        activate(model, None)
+    elif host.sites.route is not None and gone & set(host.sites.route.adapters):
+        host.switch(None)
+    for each in names:
+        del host.adapters[each]
+    if not host.adapters:
+        host.sites.off()
+        del model.__dict__[_HOST]
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(host.requires_grad.get(key, True))
+
+
+def adapters(model: nn.Module) -> list[str]:
+    """Names of the attached adapters."""
+    host = model.__dict__.get(_HOST)
+    return list(host.adapters) if host is not None else []
+
+
+@dataclass(frozen=True)
+class Count:
+    """Numbers of parameters: what one adapter trains, and the base with it."""
+
+    trainable: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.trainable / self.total
+
+    def __str__(self) -> str:
+        return f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {self.percent:.4f}"
+
+
+def count(model: nn.Module, name: str = "default") -> Count:
+    """Count what `name` trains and all parameters of the base and of it, as HF PEFT counts them."""
+    host = host_of(model)
+    adapter = host.get(name)
+    base = sum(_numel(p) for _, p in type(model).named_parameters(model))
+    frozen_copies = sum(
+        p.numel()
+        for _, strip in adapter.at()
+        if isinstance(strip, WeightStrip)
+        for p in strip.parameters()
+        if not p.requires_grad
+    )
+    own = sum(p.numel() for _, p in adapter.named_parameters())
+    return Count(trainable=sum(p.numel() for _, p in adapter.trained()), total=base + own - frozen_copies)
+
+
+def _numel(parameter: Tensor) -> int:
+    # bitsandbytes packs two 4-bit values into each stored byte.
+    if type(parameter).__name__ == "Params4bit":
+        return parameter.numel() * 2 * parameter.element_size()
+    return parameter.numel()

@@ -1,0 +1,168 @@
+"""What a method is: the whole contract, on one screen.
+
+A method is a dataclass of settings and one function, :meth:`Method.build`, that hangs *strips* on sites of a frozen
+model. A strip owns the parameters and the mathematics of one adapter at one site. Saving, loading, merging, routing,
+devices and data types are written once, elsewhere.
+
+| strip            | it overrides                 | meaning                                                          |
+|------------------|------------------------------|------------------------------------------------------------------|
+| `ModuleStrip`    | `inputs`, `outputs`          | change what a submodule reads or what it returns                 |
+| `AttentionStrip` | `attend`                     | change one attention layer's result, given queries, keys, values |
+| `TokenStrip`     | `vectors`                    | virtual tokens, put before the row's own                         |
+| `WeightStrip`    | (nothing: see `sites.py`)    | the adapter's own copy of a module's weights                     |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tanzaku.errors import TanzakuError, nearest
+
+if TYPE_CHECKING:
+    from tanzaku.families import Base
+    from tanzaku.host import Adapter
+
+
+class Strip(nn.Module):
+    """Parameters and mathematics of one adapter at one site."""
+
+    def export(self) -> dict[str, Tensor]:
+        """Tensors as they go to a file, by the names HF PEFT gives them below the site's path."""
+        return {name: tensor.detach() for name, tensor in self.state_dict().items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what :meth:`export` gave. Names and shapes were checked before."""
+        self.load_state_dict(tensors)
+
+
+class ModuleStrip(Strip):
+    """Changes a submodule's input or output, for the rows routed to it. Rows are the first dimension."""
+
+    edits_input: ClassVar[bool] = False
+    edits_output: ClassVar[bool] = True
+
+    def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
+        """`x` as the module shall read it; same shape."""
+        return x
+
+    def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """`y` as the module shall return it; same shape. `x` is what the module read."""
+        return y
+
+    def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
+        """The module's tensors with this strip folded in, or None where the mathematics does not allow it."""
+        return None
+
+
+@dataclass
+class AttentionCall:
+    """One call of an attention layer: `query` (rows, heads, queries, head_dim), `key` and `value` (rows, kv_heads,
+    keys, head_dim), `mask` None, boolean (True attends) or additive, broadcast to (rows, 1, queries, keys)."""
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    options: dict[str, Any]
+    base: Callable[..., tuple[Tensor, Tensor | None]]
+    implementation: str = "sdpa"  # the base's, by its name in transformers' attention interface
+
+    def base_result(self) -> tuple[Tensor, Tensor | None]:
+        """The base model's own result, (rows, queries, heads, head_dim), and its weights where it has them."""
+        return self.base(self.module, self.query, self.key, self.value, self.mask, **self.options)
+
+    def run(self) -> Tensor:
+        """The base model's own result alone."""
+        return self.base_result()[0]
+
+
+class AttentionStrip(Strip):
+    """Adds keys and values to an attention layer, or a second result to its own."""
+
+    position_offset: int = 0  # how many positions the strip takes before the row's first token
+
+    def refresh(self) -> None:
+        """Called before each forward pass, outside of checkpointed layers: the place to compute what layers share."""
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """The layer's result, (rows, queries, heads, head_dim), before its output projection."""
+        return call.run()
+
+
+class TokenStrip(Strip):
+    """Virtual tokens with learned vectors, prepended to the rows routed to it."""
+
+    num_virtual_tokens: int
+
+    def vectors(self) -> Tensor:
+        """(num_virtual_tokens, hidden) in the scale of the model's embedded tokens."""
+        raise TypeError(f"{type(self).__name__} defines no vectors()")
+
+
+@dataclass
+class Method:
+    """Settings of a method, by HF PEFT's field names where PEFT has it."""
+
+    name: ClassVar[str]
+    peft_type: ClassVar[str]
+    paper: ClassVar[str]
+    summary: ClassVar[str]
+    mergeable: ClassVar[bool] = False
+    shares_batch: ClassVar[bool] = True  # False: its rows need the model to themselves
+    trains_head: ClassVar[bool] = True  # a classifier's head is trained with it unless modules_to_save says otherwise
+    file_prefix: ClassVar[str] = "base_model.model."
+
+    modules_to_save: list[str] | None = field(default=None, kw_only=True)
+    task_type: str | None = field(default=None, kw_only=True)
+    inference_mode: bool = field(default=False, kw_only=True)
+
+    def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
+        """Yield (path of the site's module, strip). Token strips have the path ""."""
+        raise TypeError(f"{type(self).__name__} defines no build()")
+
+    def prepare(self, adapter: Adapter, total_steps: int) -> None:
+        """Called once before training, with the number of optimizer steps to come."""
+
+    def penalty(self, adapter: Adapter) -> Tensor | None:
+        """A term added to the training loss, or None."""
+        return None
+
+    def after_step(self, adapter: Adapter, step: int) -> None:
+        """Called after optimizer step number `step` (from 1), while the gradients are still there."""
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> Method:
+        """Build from plain settings; an unknown name is an error that gives the nearest known one."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in settings:
+            if key not in known:
+                raise TanzakuError(
+                    f"method {cls.name!r} has no setting {key!r}{nearest(key, known)}; "
+                    f"it has {', '.join(sorted(known))}"
+                )
+        return cls(**settings)
+
+    def settings(self) -> dict[str, Any]:
+        """Plain settings, as :meth:`from_settings` reads them."""
+        return dataclasses.asdict(self)
+
+    def require(self, ok: bool, found: str, expected: str) -> None:
+        """Raise a clear error unless `ok`."""
+        if not ok:
+            raise TanzakuError(f"{self.name}: found {found}, expected {expected}")
+
+
+def trainable(*size: int, like: Tensor, fill: Callable[[Tensor], Any] | None = None) -> nn.Parameter:
+    """A new parameter on `like`'s device. Half precision trains badly, so such a base gets fp32 adapters, as in PEFT."""
+    dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
+    tensor = torch.zeros(*size, device=like.device, dtype=dtype)
+    if fill is not None and tensor.device.type != "meta":
+        fill(tensor)
+    return nn.Parameter(tensor)

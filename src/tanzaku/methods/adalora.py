@@ -1,0 +1,228 @@
+"""AdaLoRA: low-rank changes in the form of a singular value decomposition, their ranks pruned by importance.
+
+    y = W x + (alpha / r) B diag(E) A x,  rows of A and columns of B kept near orthonormal by a penalty
+
+A budget of singular values falls from init_r to target_r a matrix by a cubic schedule; at each allocation the values
+with the least importance (sensitivity |w grad w|, smoothed, times its uncertainty) are set to zero, over all matrices.
+
+Zhang et al. 2023, arXiv 2303.10512.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tanzaku.families import Base, weight_of
+from tanzaku.host import Adapter
+from tanzaku.method import ModuleStrip, Strip, trainable
+from tanzaku.methods.lora import LoRA, features
+
+
+class SvdStrip(ModuleStrip):
+    """B diag(E) A at one module; `ranknum` is the rank that divides alpha, and outlives pruning."""
+
+    def __init__(self, module: nn.Module, r: int, alpha: float, dropout: float, init: Any):
+        super().__init__()
+        n_in, n_out = features(module)
+        weight = weight_of(module)
+
+        def small(t: Tensor) -> Any:
+            return nn.init.normal_(t, std=0.02 if init else 1.0)
+
+        self.lora_A = trainable(r, n_in, like=weight, fill=small)
+        self.lora_B = trainable(n_out, r, like=weight, fill=small)
+        self.lora_E = trainable(r, 1, like=weight, fill=None if init else nn.init.normal_)
+        self.ranknum = trainable(1, like=weight, fill=lambda t: t.fill_(r)).requires_grad_(False)
+        self.scaling = alpha if alpha > 0 else float(r)
+        self.dropout, self.r = dropout, r
+        self.factor = self.scaling / (r + 1e-5)
+
+    def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        a, b, e = self.lora_A, self.lora_B, self.lora_E
+        x = F.dropout(x.to(a.dtype), self.dropout, module.training)
+        # Scaling the few hidden numbers by E is cheaper than scaling the matrix A.
+        h = F.linear(x, a) * e.view(-1)
+        if y.dtype == a.dtype:
+            return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.t(), alpha=self.factor).view(y.shape)
+        return (y + F.linear(h, b) * self.factor).to(y.dtype)
+
+    def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
+        weight = weight_of(module)
+        delta = self.lora_B @ (self.lora_A * self.lora_E) * self.factor
+        delta = delta.t() if isinstance(module, Conv1D) else delta
+        return {"weight": (weight.to(delta.dtype) + delta).to(weight.dtype)}
+
+    def export(self) -> dict[str, Tensor]:
+        # A pruned value is zero: what is left of the matrices is what the rank pattern keeps.
+        keep = self.kept()
+        return {
+            "lora_A": self.lora_A.detach()[keep],
+            "lora_B": self.lora_B.detach()[:, keep],
+            "lora_E": self.lora_E.detach()[keep],
+        }
+
+    def kept(self) -> Tensor:
+        """(r,) boolean: which singular values are left. All of them while none was pruned."""
+        keep = cast(Tensor, getattr(self, "mask", None))
+        return torch.ones(self.r, dtype=torch.bool, device=self.lora_E.device) if keep is None else keep
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        keep = self.kept()
+        with torch.no_grad():
+            self.lora_A[keep] = tensors["lora_A"].to(self.lora_A)
+            self.lora_B[:, keep] = tensors["lora_B"].to(self.lora_B)
+            self.lora_E[keep] = tensors["lora_E"].to(self.lora_E)
+            self.lora_E[~keep] = 0.0
+
+
+@dataclass
+class AdaLoRA(LoRA):
+    """Adaptive budget allocation among low-rank changes.
+
+    Args:
+        init_r: rank of every matrix at first. target_r: average rank at the end; a fraction is allowed.
+        tinit, tfinal: steps before pruning begins, and after it ends. deltaT: steps between two allocations.
+        total_step: optimizer steps of the run; set when training starts if it is None.
+        beta1, beta2: smoothing of sensitivity and of uncertainty. orth_reg_weight: weight of the penalty.
+    """
+
+    name = "adalora"
+    peft_type = "ADALORA"
+    paper = "arXiv 2303.10512"
+    summary = "low-rank changes whose ranks are pruned by importance"
+
+    target_r: float = 8
+    init_r: int = 12
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int | None = None
+    rank_pattern: dict[str, Any] | None = None  # type: ignore[assignment]
+
+    def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
+        self.check()
+        self.require(self.init_r > 0, f"init_r={self.init_r}", "a rank of 1 or more")
+        self.require(0 < self.target_r <= self.init_r, f"target_r={self.target_r}", f"above 0, up to {self.init_r}")
+        self.require(0 < self.beta1 < 1 and 0 < self.beta2 < 1, "beta1 or beta2 outside of (0, 1)", "one inside")
+        found = self.find(base)
+        for path, module in found:
+            self.require(
+                not isinstance(module, nn.Embedding | nn.Conv2d),
+                f"{path}, a {type(module).__name__}",
+                "a matrix",
+            )
+            strip = SvdStrip(module, self.init_r, self.lora_alpha, self.lora_dropout, self.init_lora_weights)
+            if self.rank_pattern and (keep := self.rank_pattern.get(f"{path}.lora_E")) is not None:
+                strip.mask = torch.tensor(keep, dtype=torch.bool)
+            yield path, strip
+        yield from self.biases(base, [path for path, _ in found])
+
+    # -- training
+
+    def prepare(self, adapter: Adapter, total_steps: int) -> None:
+        if self.total_step is None:
+            self.total_step = total_steps
+        self.require(
+            self.tinit < self.total_step - self.tfinal,
+            f"tinit={self.tinit} and tfinal={self.tfinal} with {self.total_step} steps",
+            "steps left between them",
+        )
+        self._smoothed: dict[str, Tensor] = {}
+
+    def penalty(self, adapter: Adapter) -> Tensor | None:
+        """orth_reg_weight times the mean of ||A A^T - I|| and ||B^T B - I|| over the matrices."""
+        strips = _strips(adapter)
+        if self.orth_reg_weight == 0 or not strips:
+            return None
+        # Matrices of one shape are stacked: a handful of products instead of two a module.
+        norms = []
+        for group in _same_shape([s.lora_A for s in strips]) + _same_shape([s.lora_B.t() for s in strips]):
+            stacked = torch.stack(group)
+            gram = stacked @ stacked.transpose(1, 2)
+            norms.append((gram - torch.eye(gram.shape[-1]).to(gram)).flatten(1).norm(dim=1))
+        return self.orth_reg_weight * torch.cat(norms).mean()
+
+    @torch.no_grad()
+    def after_step(self, adapter: Adapter, step: int) -> None:
+        total = cast(int, self.total_step)
+        strips = _strips(adapter)
+        if step < total - self.tfinal:
+            self._update_importance(strips)
+        budget, due = self.budget(step, len(strips))
+        if step <= total - self.tfinal:
+            if due or step == total - self.tfinal:
+                self._prune(adapter, strips, budget)
+        else:
+            for strip in strips:
+                strip.lora_E[~strip.kept()] = 0.0
+
+    def budget(self, step: int, matrices: int) -> tuple[int, bool]:
+        """(singular values left over all matrices, whether this step allocates)."""
+        total = cast(int, self.total_step)
+        start, end = self.init_r * matrices, self.target_r * matrices
+        if step <= self.tinit:
+            return start, False
+        if step > total - self.tfinal:
+            return int(end), True
+        left = 1 - (step - self.tinit) / (total - self.tfinal - self.tinit)
+        return int((start - end) * left**3 + end), step % self.deltaT == 0
+
+    def _update_importance(self, strips: list[SvdStrip]) -> None:
+        tensors: list[Tensor] = [t for s in strips for t in (s.lora_A, s.lora_B, s.lora_E)]
+        if any(t.grad is None for t in tensors):
+            return
+        gradients: list[Tensor] = [cast(Tensor, t.grad) for t in tensors]
+        now = torch._foreach_abs(cast(Any, torch._foreach_mul)(tensors, gradients))
+        if not self._smoothed_lists():
+            self._sensitivity = [torch.zeros_like(t) for t in tensors]
+            self._uncertainty = [torch.zeros_like(t) for t in tensors]
+        torch._foreach_lerp_(self._sensitivity, now, 1 - self.beta1)
+        gap = torch._foreach_abs(torch._foreach_sub(now, self._sensitivity))
+        torch._foreach_lerp_(self._uncertainty, gap, 1 - self.beta2)
+
+    def _smoothed_lists(self) -> bool:
+        return bool(getattr(self, "_sensitivity", None))
+
+    def _prune(self, adapter: Adapter, strips: list[SvdStrip], budget: int) -> None:
+        if not self._smoothed_lists():
+            return
+        score = torch._foreach_mul(self._sensitivity, self._uncertainty)
+        triplets = [
+            score[3 * i + 2].view(-1) + score[3 * i].mean(dim=1) + score[3 * i + 1].mean(dim=0)
+            for i in range(len(strips))
+        ]
+        cut = sum(len(t) for t in triplets) - budget
+        if cut <= 0:
+            return
+        threshold = torch.kthvalue(torch.cat(triplets).cpu(), cut)[0].item()
+        pattern = {}
+        for (path, _), strip, values in zip(_at(adapter), strips, triplets, strict=True):
+            strip.mask = values > threshold
+            strip.lora_E[~strip.mask] = 0.0
+            pattern[f"{path}.lora_E"] = strip.mask.tolist()
+        self.rank_pattern = pattern
+
+
+def _at(adapter: Adapter) -> list[tuple[str, SvdStrip]]:
+    return [(path, strip) for path, strip in adapter.at() if isinstance(strip, SvdStrip)]
+
+
+def _strips(adapter: Adapter) -> list[SvdStrip]:
+    return [strip for _, strip in _at(adapter)]
+
+
+def _same_shape(tensors: list[Tensor]) -> list[list[Tensor]]:
+    groups: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.shape, []).append(tensor)
+    return list(groups.values())

@@ -1,0 +1,30 @@
+"""Full fine-tuning: the adapter's own copy of every weight. The yardstick that parameter-efficient methods spare.
+
+y = f(x; theta'),  theta' = theta at first, all of it trained
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tanzaku.families import Base
+from tanzaku.host import copy_of
+from tanzaku.method import Method, Strip
+
+
+@dataclass
+class Full(Method):
+    """Full fine-tuning. The base stays frozen: detaching gives it back. Rows routed here need the batch to themselves."""
+
+    name = "full"
+    peft_type = "FULL"
+    paper = "-"
+    summary = "every weight; memory for weights, gradients and two moments"
+    shares_batch = False
+    mergeable = True
+
+    def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
+        self.require(not self.modules_to_save, "modules_to_save", "none: every module is trained")
+        self.modules_to_save = []
+        yield "", copy_of(base.model)

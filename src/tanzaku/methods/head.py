@@ -1,0 +1,43 @@
+"""Head only: a linear probe on frozen features. The floor that any other method should clear.
+
+y = W' h + b',  h the frozen model's features
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tanzaku.families import Base
+from tanzaku.host import copy_of
+from tanzaku.method import Method, Strip
+
+
+@dataclass
+class Head(Method):
+    """The classifier's head alone.
+
+    Args:
+        target_modules: paths of the head; None takes the classifier's own, or a language model's output embedding.
+    """
+
+    name = "head"
+    peft_type = "HEAD"
+    paper = "-"
+    summary = "the classifier's head alone, on frozen features"
+    mergeable = True
+
+    target_modules: list[str] | None = None
+
+    def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
+        if self.target_modules is None:
+            self.target_modules = base.head_names() or [
+                path for path, m in base.model.named_modules() if path and m is self._output(base)
+            ]
+        self.require(bool(self.target_modules), "a model without a head", "one with a head, or target_modules")
+        self.modules_to_save = []
+        for path, module in base.targets(self.target_modules):
+            yield path, copy_of(module)
+
+    def _output(self, base: Base) -> object:
+        return getattr(base.model, "get_output_embeddings", lambda: None)()

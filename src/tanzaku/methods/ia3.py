@@ -1,0 +1,96 @@
+"""(IA)3: learned rescaling of keys, values and feed-forward activations.
+
+    y = l * (W x)  at attention,  y = W (l * x)  at the feed-forward's last layer,  l = 1 at first
+
+Liu et al. 2022, arXiv 2205.05638.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tanzaku.families import Base, weight_of
+from tanzaku.method import Method, ModuleStrip, Strip, trainable
+from tanzaku.methods.lora import features
+
+
+class ScaleStrip(ModuleStrip):
+    """One factor an output feature, or an input feature where the module is of the feed-forward kind."""
+
+    def __init__(self, module: nn.Module, feedforward: bool, init: bool):
+        super().__init__()
+        n_in, n_out = features(module)
+        self.edits_input, self.edits_output = feedforward, not feedforward  # type: ignore[misc]
+        shape: tuple[int, ...] = (1, n_in) if feedforward else (n_out, 1)
+        if isinstance(module, nn.Conv2d):
+            shape = (1, n_in, 1, 1) if feedforward else (1, n_out, 1, 1)
+        self.ia3_l = trainable(*shape, like=weight_of(module), fill=nn.init.ones_ if init else nn.init.normal_)
+
+    def _scaled(self, module: nn.Module, x: Tensor) -> Tensor:
+        factor = self.ia3_l if isinstance(module, nn.Conv2d) else self.ia3_l.flatten()
+        return (x * factor).to(x.dtype)
+
+    def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
+        return self._scaled(module, x)
+
+    def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return self._scaled(module, y)
+
+    def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
+        weight = weight_of(module)
+        factor: Any = self.ia3_l
+        if isinstance(module, nn.Conv2d) and not self.edits_input:
+            factor = factor.transpose(0, 1)
+        out = {"weight": (weight * (factor.t() if isinstance(module, Conv1D) else factor)).to(weight.dtype)}
+        bias = module._parameters.get("bias")
+        if bias is not None and self.edits_output:
+            out["bias"] = (bias * self.ia3_l.flatten()).to(bias.dtype)
+        return out
+
+
+@dataclass
+class IA3(Method):
+    """(IA)3: infused adapter by inhibiting and amplifying inner activations.
+
+    Args:
+        target_modules: last names or a regular expression; None takes the family's.
+        feedforward_modules: those of them that are scaled at their input; None takes the family's.
+        init_ia3_weights: True starts with factors of one, which changes nothing.
+        fan_in_fan_out: kept for PEFT's files; the kind of module tells how its weight lies.
+    """
+
+    name = "ia3"
+    peft_type = "IA3"
+    paper = "arXiv 2205.05638"
+    summary = "learned rescaling of keys, values and feed-forward activations"
+    mergeable = True
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    feedforward_modules: list[str] | str | None = None
+    fan_in_fan_out: bool = False
+    init_ia3_weights: bool = True
+
+    def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
+        if self.target_modules is None:
+            self.target_modules = base.defaults(self.name)
+            if self.feedforward_modules is None:
+                self.feedforward_modules = list(base.family.ia3_feedforward) if base.family else []
+        skip = [*base.head_names(), *(self.modules_to_save or [])]
+        found = base.targets(self.target_modules, exclude=self.exclude_modules, skip=skip)
+        inner: set[str] = set()
+        if self.feedforward_modules:
+            inner = {path for path, _ in base.targets(self.feedforward_modules, skip=skip)}
+            self.require(
+                bool(inner & {path for path, _ in found}),
+                f"feedforward_modules={self.feedforward_modules!r} outside of target_modules",
+                "a part of target_modules",
+            )
+        for path, module in found:
+            self.require(not isinstance(module, nn.Embedding), f"{path}, an embedding", "a linear layer or Conv2d")
+            yield path, ScaleStrip(module, path in inner, self.init_ia3_weights)

@@ -1,0 +1,263 @@
+"""LoRA: a low-rank change of weight matrices.
+
+    y = W x + (alpha / r) B A x,  A in R^{r x in}, B in R^{out x r}, B = 0 at first
+
+Hu et al. 2021, arXiv 2106.09685. rsLoRA scales by alpha / sqrt(r): Kalajdzievski 2023, arXiv 2312.03732.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tanzaku.errors import TanzakuError
+from tanzaku.families import Base, weight_of
+from tanzaku.method import Method, ModuleStrip, Strip, trainable
+
+
+class Low(nn.Module):
+    """A named holder of one weight, so that files carry PEFT's `lora_A.weight`."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+
+class LoraStrip(ModuleStrip):
+    """For matrices: linear layers, Conv1D and quantised layers of any kind, since only input and output are seen."""
+
+    def __init__(self, module: nn.Module, r: int, scaling: float, dropout: float, init: Any):
+        super().__init__()
+        self.r, self.scaling, self.dropout = r, scaling, dropout
+        n_in, n_out = features(module)
+        weight = weight_of(module)
+        self.lora_A = Low(trainable(*self._shape_a(module, n_in), like=weight))
+        self.lora_B = Low(trainable(*self._shape_b(module, n_out), like=weight))
+        if self.lora_A.weight.device.type != "meta":
+            initialise(self, module, init)
+
+    def _shape_a(self, module: nn.Module, n_in: int) -> tuple[int, ...]:
+        return (self.r, n_in)
+
+    def _shape_b(self, module: nn.Module, n_out: int) -> tuple[int, ...]:
+        return (n_out, self.r)
+
+    def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        a, b = self.lora_A.weight, self.lora_B.weight
+        x = F.dropout(x.to(a.dtype), self.dropout, module.training)
+        h = F.linear(x, a)
+        if y.dtype == a.dtype:
+            # One fused product reads y once and writes the sum, with no tensor for the scaled change.
+            return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.t(), alpha=self.scaling).view(y.shape)
+        return (y + F.linear(h, b) * self.scaling).to(y.dtype)
+
+    def delta(self) -> Tensor:
+        """The change of the weight matrix, (out, in)."""
+        return self.lora_B.weight @ self.lora_A.weight * self.scaling
+
+    def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
+        weight = weight_of(module)
+        delta = self.delta().t() if isinstance(module, Conv1D) else self.delta()
+        return {"weight": (weight.to(delta.dtype) + delta.view(weight.shape)).to(weight.dtype)}
+
+
+class LoraConv2d(LoraStrip):
+    """A is a convolution of the base's shape to r channels, B a 1 x 1 convolution back."""
+
+    def _shape_a(self, module: nn.Module, n_in: int) -> tuple[int, ...]:
+        conv = cast(nn.Conv2d, module)
+        return (self.r, n_in // conv.groups, *conv.kernel_size)
+
+    def _shape_b(self, module: nn.Module, n_out: int) -> tuple[int, ...]:
+        return (n_out, self.r // cast(nn.Conv2d, module).groups, 1, 1)
+
+    def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        conv = cast(nn.Conv2d, module)
+        a, b = self.lora_A.weight, self.lora_B.weight
+        x = F.dropout(x.to(a.dtype), self.dropout, module.training)
+        h = F.conv2d(x, a, None, conv.stride, cast(Any, conv.padding), conv.dilation, conv.groups)
+        return (y + F.conv2d(h, b, groups=conv.groups) * self.scaling).to(y.dtype)
+
+    def delta(self) -> Tensor:
+        return self.lora_B.weight.flatten(1) @ self.lora_A.weight.flatten(1) * self.scaling
+
+
+class LoraEmbedding(ModuleStrip):
+    """For token embeddings: A holds a vector of r numbers a token. B starts at random and A at zero."""
+
+    def __init__(self, module: nn.Embedding, r: int, scaling: float, init: Any):
+        super().__init__()
+        self.scaling = scaling
+        weight = module.weight
+        normal = None if init is False else nn.init.normal_
+        self.lora_embedding_A = trainable(
+            r, module.num_embeddings, like=weight, fill=nn.init.normal_ if init is False else None
+        )
+        self.lora_embedding_B = trainable(module.embedding_dim, r, like=weight, fill=normal or nn.init.normal_)
+
+    def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        embedding = cast(nn.Embedding, module)
+        h = F.embedding(x, self.lora_embedding_A.t(), embedding.padding_idx)
+        # Some models scale embedded tokens inside the embedding module, and PEFT scales the change alike.
+        scale = getattr(module, "embed_scale", None)
+        change = h @ self.lora_embedding_B.t() * self.scaling
+        return (y + (change if scale is None else change * scale)).to(y.dtype)
+
+    def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
+        weight = weight_of(module)
+        delta = (self.lora_embedding_B @ self.lora_embedding_A).t() * self.scaling
+        return {"weight": (weight.to(delta.dtype) + delta).to(weight.dtype)}
+
+
+class BiasStrip(ModuleStrip):
+    """The adapter's own copy of a bias; the rest of the module stays the base's."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.bias = nn.Parameter(cast(Tensor, module.bias).detach().clone())
+
+    def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        change = (self.bias - cast(Tensor, module.bias)).to(y.dtype)
+        return y + (change[:, None, None] if isinstance(module, nn.Conv2d) else change)
+
+    def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
+        return {"bias": self.bias.detach().clone()}
+
+
+@dataclass
+class LoRA(Method):
+    """Low-rank adaptation.
+
+    Args:
+        r: rank of the change. lora_alpha: the change is scaled by lora_alpha / r.
+        target_modules: last names, a regular expression for the path, or "all-linear"; None takes the family's.
+        lora_dropout: probability of dropping an input of A in training.
+        bias: "none", "all" or "lora_only": which biases are trained too.
+        init_lora_weights: True (Kaiming-uniform A, zero B), "gaussian" (normal A with deviation 1 / r, zero B),
+            "orthogonal" (both at random, their product zero) or False (both at random, the product not zero).
+        use_rslora: scale by lora_alpha / sqrt(r) instead.
+        layers_to_transform, layers_pattern: only these layers, counted in the lists that layers_pattern names.
+        fan_in_fan_out: kept for PEFT's files; the kind of module tells how its weight lies.
+        rank_pattern, alpha_pattern: rank or alpha for paths that end with the key or match it.
+    """
+
+    name = "lora"
+    peft_type = "LORA"
+    paper = "arXiv 2106.09685"
+    summary = "low-rank change of weight matrices"
+    mergeable = True
+
+    r: int = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
+        self.check()
+        found = self.find(base)
+        for key in (*self.rank_pattern, *self.alpha_pattern):
+            self.require(
+                any(matches(key, path) for path, _ in found),
+                f"pattern {key!r} that matches no target",
+                "one that does",
+            )
+        for path, module in found:
+            r = int(pattern(self.rank_pattern, path, self.r))
+            alpha = pattern(self.alpha_pattern, path, self.lora_alpha)
+            self.require(r > 0, f"r={r} for {path}", "a rank of 1 or more")
+            yield path, self.strip(module, path, r, alpha / math.sqrt(r) if self.use_rslora else alpha / r)
+        yield from self.biases(base, [path for path, _ in found])
+
+    def strip(self, module: nn.Module, path: str, r: int, scaling: float) -> Strip:
+        """The strip that fits the kind of module."""
+        if isinstance(module, nn.Embedding):
+            return LoraEmbedding(module, r, scaling, self.init_lora_weights)
+        kind = LoraConv2d if isinstance(module, nn.Conv2d) else LoraStrip
+        features(module, path)
+        return kind(module, r, scaling, self.lora_dropout, self.init_lora_weights)
+
+    def find(self, base: Base) -> list[tuple[str, nn.Module]]:
+        """Target modules with their paths; remembers the family's default names in the settings."""
+        if self.target_modules is None:
+            self.target_modules = base.defaults(self.name)
+        return base.targets(
+            self.target_modules,
+            exclude=self.exclude_modules,
+            layers=self.layers_to_transform,
+            layers_pattern=self.layers_pattern,
+            skip=[*base.head_names(), *(self.modules_to_save or [])],
+        )
+
+    def check(self) -> None:
+        self.require(self.r > 0, f"r={self.r}", "a rank of 1 or more")
+        self.require(0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout}", "a probability below 1")
+        self.require(self.bias in ("none", "all", "lora_only"), f"bias={self.bias!r}", "'none', 'all' or 'lora_only'")
+
+    def biases(self, base: Base, targets: list[str]) -> Iterator[tuple[str, Strip]]:
+        """Strips for the biases that `bias` names."""
+        for path, module in base.model.named_modules():
+            wanted = self.bias == "all" or (self.bias == "lora_only" and path in targets)
+            if wanted and isinstance(module._parameters.get("bias"), Tensor):
+                yield path, BiasStrip(module)
+
+
+def features(module: nn.Module, path: str = "") -> tuple[int, int]:
+    """(in, out) of a module with a weight matrix, quantised or not."""
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels, module.out_channels
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return int(cast(int, module.in_features)), int(cast(int, module.out_features))
+    raise TanzakuError(
+        f"{path or type(module).__name__} is a {type(module).__name__}: expected a linear layer, Conv1D, an embedding "
+        "or a Conv2d"
+    )
+
+
+def matches(key: str, path: str) -> bool:
+    """PEFT's rule for rank_pattern and alpha_pattern: a regular expression for the end of the path."""
+    return re.match(rf"(.*\.)?({key})$", path) is not None
+
+
+def pattern(values: dict[str, Any], path: str, default: Any) -> Any:
+    """The value of the first key that matches `path`."""
+    return next((value for key, value in values.items() if matches(key, path)), default)
+
+
+def initialise(strip: LoraStrip, module: nn.Module, init: Any) -> None:
+    """Fill A and B in place as `init_lora_weights` says."""
+    a, b = strip.lora_A.weight, strip.lora_B.weight
+    if init is True or init is False:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        if init is False:
+            nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+    elif init == "gaussian":
+        nn.init.normal_(a, std=1 / strip.r)
+    elif init == "orthogonal":
+        if strip.r % 2:
+            raise TanzakuError(f"lora: found r={strip.r}, expected an even rank for init_lora_weights='orthogonal'")
+        q = torch.linalg.qr(torch.randn(strip.r, strip.r))[0]
+        n_in, n_out = features(module)
+        with torch.no_grad():
+            a.copy_(torch.randn(n_in, strip.r // 2).mm(q[0::2]).t() / 10)
+            b.copy_(torch.randn(strip.r // 2, n_out).t().mm(q[1::2]) / 10)
+    else:
+        raise TanzakuError(f"lora: found init_lora_weights={init!r}, expected true, false, 'gaussian' or 'orthogonal'")

@@ -1,0 +1,99 @@
+"""P-tuning: virtual tokens written by a small network.
+
+    p = MLP(u)  or  p = MLP(BiLSTM(u)),  u in R^{n x h} and the network trained together
+
+Once trained, only the vectors p are needed, and only they are saved, as in PEFT.
+
+Liu et al. 2021, arXiv 2103.10385.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tanzaku.families import Base, weight_of
+from tanzaku.method import Strip, TokenStrip
+from tanzaku.methods.prompt_tuning import PromptLearning, PromptStrip
+
+
+class EncodedPrompt(TokenStrip):
+    """A prompt encoder: n input vectors and the network that turns them into virtual tokens."""
+
+    def __init__(self, tokens: int, hidden: int, width: int, layers: int, dropout: float, kind: str):
+        super().__init__()
+        self.num_virtual_tokens = tokens
+        self.embedding = nn.Embedding(tokens, hidden)
+        self.lstm_head: nn.LSTM | None = None
+        if kind == "LSTM":
+            self.lstm_head = nn.LSTM(hidden, width, layers, dropout=dropout, bidirectional=True, batch_first=True)
+            self.mlp_head = nn.Sequential(nn.Linear(width * 2, width * 2), nn.ReLU(), nn.Linear(width * 2, hidden))
+        else:
+            self.mlp_head = nn.Sequential(
+                nn.Linear(hidden, width),
+                nn.ReLU(),
+                nn.Linear(width, width),
+                nn.ReLU(),
+                nn.Linear(width, hidden),
+            )
+
+    def vectors(self) -> Tensor:
+        x = self.embedding.weight
+        if self.lstm_head is not None:
+            x = self.lstm_head(x[None])[0][0]
+        encoded: Tensor = self.mlp_head(x)
+        return encoded
+
+    def export(self) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {"prompt_embeddings": self.vectors()}
+
+
+@dataclass
+class PTuning(PromptLearning):
+    """P-tuning.
+
+    Args:
+        num_virtual_tokens: how many vectors are prepended.
+        encoder_reparameterization_type: "MLP" or "LSTM". encoder_hidden_size: the network's width (None: the model's).
+        encoder_num_layers, encoder_dropout: of the LSTM; the MLP always has two hidden layers.
+    """
+
+    name = "p_tuning"
+    peft_type = "P_TUNING"
+    paper = "arXiv 2103.10385"
+    summary = "virtual tokens written by a small network"
+
+    encoder_reparameterization_type: str = "MLP"
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+    encoder_dropout: float = 0.0
+
+    def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
+        self.check(base)
+        kind = self.encoder_reparameterization_type.upper().rsplit(".", 1)[-1]
+        self.require(kind in ("MLP", "LSTM"), f"encoder_reparameterization_type={kind!r}", "'MLP' or 'LSTM'")
+        hidden = base.hidden_size
+        self.encoder_hidden_size = self.encoder_hidden_size or hidden
+        like = weight_of(base.embedding)
+        if self.inference_mode:
+            yield (
+                "",
+                PromptStrip(nn.Parameter(torch.zeros(self.num_virtual_tokens, hidden, device=like.device))),
+            )
+            return
+        with torch.device(like.device):
+            yield (
+                "",
+                EncodedPrompt(
+                    self.num_virtual_tokens,
+                    hidden,
+                    self.encoder_hidden_size,
+                    self.encoder_num_layers,
+                    self.encoder_dropout,
+                    kind,
+                ),
+            )

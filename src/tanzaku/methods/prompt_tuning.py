@@ -1,0 +1,121 @@
+"""Prompt tuning: learned vectors in front of the text.
+
+    input = [p_1 ... p_n, e(x_1) ... e(x_T)],  p trained, the embedding e frozen
+
+Lester et al. 2021, arXiv 2104.08691.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tanzaku.errors import TanzakuError
+from tanzaku.families import Base, weight_of
+from tanzaku.method import Method, Strip, TokenStrip, trainable
+
+
+class PromptStrip(TokenStrip):
+    """Vectors of n virtual tokens."""
+
+    def __init__(self, prompt_embeddings: nn.Parameter):
+        super().__init__()
+        self.prompt_embeddings = prompt_embeddings
+        self.num_virtual_tokens = prompt_embeddings.shape[0]
+
+    def vectors(self) -> Tensor:
+        return self.prompt_embeddings
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        # An encoder-decoder's file from PEFT may hold a second set, for the decoder, that PEFT itself never reads.
+        self.load_state_dict({"prompt_embeddings": tensors["prompt_embeddings"][: self.num_virtual_tokens]})
+
+
+@dataclass
+class PromptLearning(Method):
+    """What prompt tuning, P-tuning and prefix tuning share: sizes that PEFT writes into its files."""
+
+    file_prefix = "base_model."
+
+    num_virtual_tokens: int = 10
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+
+    def check(self, base: Base) -> None:
+        """Check the number of tokens, and note the model's sizes."""
+        n = self.num_virtual_tokens
+        self.require(n > 0, f"num_virtual_tokens={n}", "1 or more")
+        limit = base.max_positions
+        if limit is not None and n >= limit:
+            raise TanzakuError(f"{self.name}: {n} virtual tokens leave no room in the model's {limit} positions")
+        config = base.config
+        self.num_transformer_submodules = 1
+        self.token_dim = base.hidden_size
+        for mine, keys in {
+            "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
+            "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
+        }.items():
+            setattr(self, mine, next((v for k in keys if (v := getattr(config, k, None)) is not None), None))
+
+
+@dataclass
+class PromptTuning(PromptLearning):
+    """Prompt tuning.
+
+    Args:
+        num_virtual_tokens: how many vectors are prepended.
+        prompt_tuning_init: "RANDOM" (normal), "SAMPLE_VOCAB" (vectors of random tokens) or "TEXT".
+        prompt_tuning_init_text, tokenizer_name_or_path: the text whose vectors start the prompt, cut or repeated.
+    """
+
+    name = "prompt_tuning"
+    peft_type = "PROMPT_TUNING"
+    paper = "arXiv 2104.08691"
+    summary = "learned vectors in front of the text"
+
+    prompt_tuning_init: str = "RANDOM"
+    prompt_tuning_init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
+    tokenizer_kwargs: dict[str, Any] | None = None
+
+    def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
+        self.check(base)
+        table = base.embedding
+        vectors = trainable(self.num_virtual_tokens, base.hidden_size, like=weight_of(table), fill=nn.init.normal_)
+        if not self.inference_mode and vectors.device.type != "meta":
+            start = self.start(base)
+            if start is not None:
+                with torch.no_grad():
+                    vectors.copy_(table(start.to(vectors.device)))
+        yield "", PromptStrip(vectors)
+
+    def start(self, base: Base) -> Tensor | None:
+        """Token ids (num_virtual_tokens,) whose vectors start the prompt; None for random vectors."""
+        kind = self.prompt_tuning_init.upper().rsplit(".", 1)[-1]
+        if kind == "RANDOM":
+            return None
+        if kind == "SAMPLE_VOCAB":
+            return torch.randint(0, base.vocab_size, (self.num_virtual_tokens,))
+        self.require(kind == "TEXT", f"prompt_tuning_init={self.prompt_tuning_init!r}", "RANDOM, TEXT or SAMPLE_VOCAB")
+        ids = text_ids(self, self.prompt_tuning_init_text, self.tokenizer_name_or_path, self.tokenizer_kwargs)
+        times = math.ceil(self.num_virtual_tokens / len(ids))
+        return torch.tensor((ids * times)[: self.num_virtual_tokens])
+
+
+def text_ids(method: Method, text: str | None, tokenizer: str | None, options: dict[str, Any] | None) -> list[int]:
+    """Token ids of an initial text; errors where the text or the tokenizer is missing."""
+    method.require(bool(text), "no initial text", "a text to start from")
+    method.require(bool(tokenizer), "no tokenizer_name_or_path", "the tokenizer that reads the initial text")
+    from transformers import AutoTokenizer
+
+    safe = {k: v for k, v in (options or {}).items() if k != "trust_remote_code"}
+    ids = list(AutoTokenizer.from_pretrained(tokenizer, **safe)(text)["input_ids"])
+    method.require(bool(ids), f"the initial text {text!r}, which has no token", "one with at least one token")
+    return ids

@@ -1,0 +1,393 @@
+"""The three sites of a frozen model: hooks on, hooks off.
+
+Everything an adapter does to a model passes through here. Modules are reached by forward (pre-)hooks, attention by
+transformers' attention interface, virtual tokens by the backbone's inputs. Nothing in the model is replaced, and a
+site that no routed adapter uses has no hook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tanzaku.errors import TanzakuError
+from tanzaku.families import Base
+from tanzaku.method import AttentionCall, AttentionStrip, ModuleStrip, Strip, TokenStrip
+from tanzaku.routing import Route, put, take
+from tanzaku.tokens import VirtualTokens
+
+# One list of strips per stack of the route, in stacking order.
+Plan = list[list[Any]]
+
+
+class WeightStrip(Strip):
+    """The adapter's own copy of a module's weights, used in their place while the module runs.
+
+    `parameters_by_name` maps the module's parameter names to the adapter's; tied parameters appear once.
+    """
+
+    def __init__(self, own: dict[str, nn.Parameter]):
+        super().__init__()
+        self.names = list(own)
+        self.copies = nn.ParameterList(dict.fromkeys(own.values()))
+        order = {id(p): i for i, p in enumerate(self.copies)}
+        self.slot = {name: order[id(p)] for name, p in own.items()}
+
+    @property
+    def own(self) -> dict[str, nn.Parameter]:
+        return {name: cast(nn.Parameter, self.copies[i]) for name, i in self.slot.items()}
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        seen: set[int] = set()
+        for name, parameter in self.own.items():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield name, parameter
+
+    def export(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.named_parameters()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(tensors[name])
+
+    @contextmanager
+    def swapped(self, module: nn.Module) -> Iterator[None]:
+        """The module with this strip's weights in place of its own."""
+        owners = []
+        for name, parameter in self.own.items():
+            path, _, last = name.rpartition(".")
+            owner = module.get_submodule(path)
+            owners.append((owner, last, owner._parameters[last]))
+            owner._parameters[last] = parameter
+        try:
+            yield
+        finally:
+            for owner, last, original in owners:
+                owner._parameters[last] = original
+
+
+_quiet = 0
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Run modules of the base without what adapters hang on them."""
+    global _quiet
+    _quiet += 1
+    try:
+        yield
+    finally:
+        _quiet -= 1
+
+
+class Sites:
+    """The hooks that one route needs on one model."""
+
+    def __init__(self, base: Base):
+        self.base = base
+        self.route: Route | None = None
+        self._handles: list[RemovableHandle] = []
+        self._undo: list[Callable[[], None]] = []
+        self._whole: list[WeightStrip] = []
+        self.stacks: list[list[tuple[str, Strip]]] = []
+
+    def on(self, route: Route, stacks: list[list[tuple[str, Strip]]]) -> None:
+        """Hang `stacks` (for each stack of the route: (path, strip) in stacking order)."""
+        self.off()
+        self.route, self.stacks = route, stacks
+        try:
+            self._hang()
+        except BaseException:
+            self.off()
+            raise
+
+    def off(self) -> None:
+        """Remove every hook."""
+        for handle in self._handles:
+            handle.remove()
+        for undo in reversed(self._undo):
+            undo()
+        self._handles, self._undo, self._whole, self.route, self.stacks = [], [], [], None, []
+
+    def _hang(self) -> None:
+        assert self.route is not None
+        by_kind: dict[type[Strip], dict[str, Plan]] = {k: {} for k in (ModuleStrip, WeightStrip, AttentionStrip)}
+        tokens: Plan = [[] for _ in self.stacks]
+        for number, stack in enumerate(self.stacks):
+            for path, strip in stack:
+                if isinstance(strip, TokenStrip):
+                    tokens[number].append(strip)
+                    continue
+                kind = next(k for k in by_kind if isinstance(strip, k))
+                by_kind[kind].setdefault(path, [[] for _ in self.stacks])[number].append(strip)
+        for path, plan in by_kind[ModuleStrip].items():
+            self._hang_module(self.base.model.get_submodule(path), plan)
+        for path, plan in by_kind[WeightStrip].items():
+            self._hang_weights(path, plan)
+        if by_kind[AttentionStrip]:
+            self._hang_attention(by_kind[AttentionStrip])
+        offsets = [_offset(stack) for stack in self.stacks]
+        if any(tokens) or any(offsets):
+            virtual = VirtualTokens(self.base, self.route, tokens, offsets)
+            self._handles += virtual.hang()
+        self._keep_route_in_checkpoints()
+
+    # -- module site
+
+    def _hang_module(self, module: nn.Module, plan: Plan) -> None:
+        if any(s.edits_input for stack in plan for s in stack):
+            self._handles.append(module.register_forward_pre_hook(partial(self._before, plan)))
+        if any(s.edits_output for stack in plan for s in stack):
+            self._handles.append(module.register_forward_hook(partial(self._after, plan)))
+
+    def _before(self, plan: Plan, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if _quiet:
+            return None
+        x = args[0]
+        parts = []
+        for number, rows in self._groups(x.shape[0]):
+            strips = [s for s in plan[number] if s.edits_input]
+            if strips:
+                part = take(x, rows)
+                for strip in strips:
+                    part = strip.inputs(module, part)
+                parts.append((rows, part))
+        return (put(x, parts), *args[1:])
+
+    def _after(self, plan: Plan, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if _quiet:
+            return None
+        x, y = args[0], output
+        parts = []
+        for number, rows in self._groups(y.shape[0]):
+            strips = [s for s in plan[number] if s.edits_output]
+            if strips:
+                x_part, part = take(x, rows), take(y, rows)
+                for strip in strips:
+                    part = strip.outputs(module, x_part, part)
+                parts.append((rows, part))
+        return put(y, parts)
+
+    def _groups(self, rows: int) -> list[tuple[int, Any]]:
+        assert self.route is not None
+        return self.route.groups(rows)
+
+    # -- a module's own weights
+
+    def _hang_weights(self, path: str, plan: Plan) -> None:
+        module = self.base.model.get_submodule(path)
+        assert self.route is not None
+        if not self.route.uniform:
+            if not path:
+                raise TanzakuError("full fine-tuning changes every weight: its rows cannot share a batch with others")
+            self._handles.append(module.register_forward_hook(partial(self._rerun, plan), with_kwargs=True))
+            return
+        strip = plan[0][-1]
+        # Parts of a model are also called by themselves (an encoder, in generate()), so each is an entrance.
+        entrances = [module] if path else [m for m in module.modules() if isinstance(m, PreTrainedModel)] or [module]
+        if not path:
+            self._whole.append(strip)
+        open_: list[Any] = []
+        depth = [0]
+
+        def enter(_module: nn.Module, _args: Any) -> None:
+            depth[0] += 1
+            if depth[0] == 1:
+                open_.append(strip.swapped(module))
+                open_[-1].__enter__()
+
+        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+            depth[0] -= 1
+            if depth[0] == 0:
+                open_.pop().__exit__(None, None, None)
+
+        for entrance in entrances:
+            self._handles.append(entrance.register_forward_pre_hook(enter))
+            self._handles.append(entrance.register_forward_hook(leave, always_call=True))
+
+    def _rerun(
+        self, plan: Plan, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        if _quiet:
+            return output
+        parts = []
+        for number, rows in self._groups(output.shape[0]):
+            if plan[number]:
+                picked = [take(a, rows) if isinstance(a, Tensor) else a for a in args]
+                own = cast(dict[str, Tensor], plan[number][-1].own)
+                with quiet():
+                    parts.append((rows, torch.func.functional_call(module, own, tuple(picked), kwargs)))
+        return put(output, parts)
+
+    # -- attention site
+
+    def _hang_attention(self, plans: dict[str, Plan]) -> None:
+        shared = [s for plan in plans.values() for stack in plan for s in stack if _shares(s)]
+        if shared:
+            model = cast(Any, self.base.model)
+            entrance = model.get_decoder() if self.base.encoder_decoder else self.base.backbone
+
+            def refresh(_module: nn.Module, _args: Any) -> None:
+                for strip in shared:
+                    strip.refresh()
+
+            self._handles.append(entrance.register_forward_pre_hook(refresh))
+        for path, plan in plans.items():
+            module = self.base.model.get_submodule(path)
+            config = getattr(module, "config", None)
+            if config is None:
+                raise TanzakuError(
+                    f"{path} of {type(self.base.model).__name__} does not go through transformers' attention interface"
+                )
+            own = config._attn_implementation or "eager"
+            if not own.startswith(PREFIX):
+                register(own)
+                config._attn_implementation_internal = PREFIX + own
+                self._undo.append(partial(setattr, config, "_attn_implementation_internal", own))
+            module.__dict__[_ATTEND] = partial(self._attend, plan)
+            self._undo.append(partial(module.__dict__.pop, _ATTEND, None))
+
+    def _attend(self, plan: Plan, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        groups = self._groups(call.query.shape[0])
+        if groups[0][1] is None:
+            return (_stacked(plan[0], call).run(), None) if plan[0] else call.base_result()
+        bare, weights = None, None
+        if not all(plan[number] for number, _ in groups):
+            # The base's own call over the whole batch keeps bare rows bit for bit what they are without adapters.
+            bare, weights = call.base_result()
+        parts = [(rows, _stacked(plan[number], _rows_of(call, rows)).run()) for number, rows in groups if plan[number]]
+        if bare is None:
+            bare = call.query.new_empty(call.query.shape[0], *parts[0][1].shape[1:])
+        return put(bare, parts), weights
+
+    # -- gradient checkpointing
+
+    def _keep_route_in_checkpoints(self) -> None:
+        """A checkpointed layer runs again in the backward pass, when the route may be another: it keeps its own."""
+        route, stacks, whole = self.route, self.stacks, self._whole
+
+        def replay(function: Callable[..., Any], *args: Any) -> Any:
+            if self.route is route and not whole:
+                return function(*args)
+            before = (self.route, self.stacks)
+            if self.route is not route:
+                assert route is not None
+                self.on(route, stacks)
+            try:
+                if whole:
+                    with whole[-1].swapped(self.base.model):
+                        return function(*args)
+                return function(*args)
+            finally:
+                if before[0] is None:
+                    self.off()
+                elif before[0] is not route:
+                    self.on(before[0], before[1])
+
+        for module in self.base.model.modules():
+            checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+            if checkpoint is not None and getattr(module, "gradient_checkpointing", False):
+
+                def kept(function: Callable[..., Any], *args: Any, checkpoint: Any = checkpoint) -> Any:
+                    return checkpoint(partial(replay, function), *args)
+
+                module.__dict__["_gradient_checkpointing_func"] = kept
+                self._undo.append(partial(module.__dict__.__setitem__, "_gradient_checkpointing_func", checkpoint))
+
+
+# -- transformers' attention interface
+
+PREFIX = "tanzaku_"
+_ATTEND = "_tanzaku_attend"
+
+
+def register(own: str) -> None:
+    """Register a wrapper of the attention function `own` and its mask twin, once."""
+    name = PREFIX + own
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(name, partial(_attention, own))
+    if own in ALL_MASK_ATTENTION_FUNCTIONS and name not in ALL_MASK_ATTENTION_FUNCTIONS:
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
+
+
+def _attention(
+    own: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    base = _function(own, module)
+    attend = module.__dict__.get(_ATTEND)
+    if attend is None or _quiet:
+        return cast(tuple[Tensor, Tensor | None], base(module, query, key, value, attention_mask, **options))
+    call = AttentionCall(module, query, key, value, attention_mask, options, base, own)
+    return cast(tuple[Tensor, Tensor | None], attend(call))
+
+
+def _function(own: str, module: nn.Module) -> Callable[..., Any]:
+    if own != "eager":
+        return cast(Callable[..., Any], ALL_ATTENTION_FUNCTIONS[own])
+    # Eager attention is each model's own function, named alike in every modelling file.
+    import sys
+
+    function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if function is None:
+        raise TanzakuError(f"{type(module).__name__} has no eager attention function; load the model with sdpa")
+    return cast(Callable[..., Any], function)
+
+
+def _rows_of(call: AttentionCall, rows: Any) -> AttentionCall:
+    mask = call.mask
+    if mask is not None and mask.shape[0] > 1:
+        mask = take(mask, rows)
+    states = {key: take(getattr(call, key), rows) for key in ("query", "key", "value")}
+    return replace(call, **states, mask=mask)
+
+
+def _stacked(strips: Sequence[AttentionStrip], call: AttentionCall) -> AttentionCall:
+    """Each strip sees the ones before it as the model's own attention."""
+    for strip in strips:
+        call = replace(call, base=partial(_through, strip, call))
+    return call
+
+
+def _through(
+    strip: AttentionStrip,
+    below: AttentionCall,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    call = replace(below, query=query, key=key, value=value, mask=mask, options=options)
+    return strip.attend(call), None
+
+
+def _shares(strip: AttentionStrip) -> bool:
+    return type(strip).refresh is not AttentionStrip.refresh
+
+
+def _offset(stack: list[tuple[str, Strip]]) -> int:
+    """Positions that the stack's attention strips take before a row's first token, each adapter counted once."""
+    per_path: dict[str, int] = {}
+    for path, strip in stack:
+        if isinstance(strip, AttentionStrip):
+            per_path[path] = per_path.get(path, 0) + strip.position_offset
+    return max(per_path.values(), default=0)

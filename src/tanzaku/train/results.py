@@ -1,0 +1,69 @@
+"""What a run reports: plain records, written to results.json."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol
+
+from tanzaku.method import Method
+from tanzaku.train.settings import TrainSettings
+
+
+@dataclass
+class Job:
+    """One candidate: a method with its settings, and how it is trained. `name` is unique in a run."""
+
+    name: str
+    method: Method
+    settings: TrainSettings
+
+
+@dataclass
+class EpochRecord:
+    """Figures after one epoch. Metrics are keyed loss, accuracy, roc_auc and macro_f1; times are in seconds."""
+
+    epoch: int
+    train_loss: float
+    learning_rate: float
+    valid: dict[str, float]
+    seconds: float
+
+
+@dataclass
+class JobResult:
+    """How a candidate ended. `error` says where and why it stopped, in one line."""
+
+    name: str
+    method: str
+    method_settings: dict[str, Any]
+    train_settings: dict[str, Any]
+    status: Literal["done", "failed", "interrupted"] = "done"
+    error: str | None = None
+    epochs: list[EpochRecord] = field(default_factory=list)
+    best_epoch: int | None = None
+    restored_epoch: int | None = None
+    test: dict[str, float] | None = None
+    test_interval: tuple[float, float] | None = None  # of accuracy: Wilson, 95%
+    confusion: list[list[int]] | None = None  # of the test split, or else of the validation split; rows are true
+    predictions: list[list[float]] | None = None  # test rows: probabilities of each label
+    trainable_parameters: int = 0
+    total_parameters: int = 0
+    steps: int = 0
+    seconds: float = 0.0  # training and evaluation, loading aside
+    peak_memory_bytes: int = 0  # of the process (CPU) or of the device (CUDA) while the job ran
+    adapter: str | None = None  # directory, relative to the run's
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Observer(Protocol):
+    """Told what happens during a run; the command line draws it."""
+
+    def job_started(self, job: Job, result: JobResult, steps: int) -> None: ...
+
+    def step_done(self, job: Job, step: int, steps: int, loss: float) -> None: ...
+
+    def epoch_done(self, job: Job, record: EpochRecord) -> None: ...
+
+    def job_done(self, job: Job, result: JobResult) -> None: ...
