@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -39,9 +40,7 @@ SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "nu
 
 
 def tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(
-        models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>")
-    )
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **special)
 
@@ -158,9 +157,19 @@ def test_labels_are_in_the_config(base: Path) -> None:
     assert load_classifier(str(base), 3).config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
 
 
-def test_nothing_is_printed(base: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    load_pair(str(base), 2)
+def test_nothing_is_printed_or_logged(
+    base: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    logger.addHandler(caplog.handler)  # it does not propagate
+    try:
+        load_pair(str(base), 2)
+    finally:
+        logger.removeHandler(caplog.handler)
     assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+    assert logger.level == before
 
 
 # What is not there
@@ -218,9 +227,7 @@ def test_tokenizer_with_nothing_to_pad_with(base: Path) -> None:
 
 def test_pad_token_past_the_vocabulary(base: Path) -> None:
     tokenizer(pad_token="<new>").save_pretrained(base)
-    assert f"'<new>' of {str(base)!r} is number {len(WORDS)}, past the model's {len(WORDS)}" in complaint(
-        base
-    )
+    assert f"'<new>' of {str(base)!r} is number {len(WORDS)}, past the model's {len(WORDS)}" in complaint(base)
 
 
 @pytest.mark.parametrize("kept", [4, 2000])
@@ -230,9 +237,7 @@ def test_truncated_weights(base: Path, kept: int) -> None:
     assert f"cannot load {str(base)!r} (llama) as a classifier: SafetensorError" in complaint(base)
 
 
-@pytest.mark.parametrize(
-    "key", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"]
-)
+@pytest.mark.parametrize("key", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"])
 def test_missing_backbone_weight(base: Path, key: str) -> None:
     weights = load_file(base / "model.safetensors")
     weights[f"{key}s"] = weights.pop(key)
@@ -331,7 +336,9 @@ def tiny_gguf(path: Path, *, without: str = "", scale: float = 1.0) -> Path:
 def test_gguf_is_converted_once(tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tiny_gguf(tmp_path / "tiny.gguf")
     said: list[str] = []
+    capfd.readouterr()
     model, words = load_pair(str(path), 2, on_progress=said.append)
+    assert capfd.readouterr() == ("", "")
     assert said == [f"converting {str(path)!r} (once, about a minute) ..."]
     assert words.tokenize("cab") == ["c", "ab"]
     assert words.pad_token_id == model.config.pad_token_id == 1
@@ -340,9 +347,7 @@ def test_gguf_is_converted_once(tmp_path: Path, cache: Path, capfd: pytest.Captu
     loaded.pop("score.weight")
     assert all(torch.equal(loaded[key], expected[key].half().float()) for key in loaded)
     (directory,) = [entry for entry in (cache / "gguf").iterdir() if entry.is_dir()]
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
-        file.name for file in directory.iterdir()
-    }
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in directory.iterdir()}
     assert "quantization_config" not in json.loads((directory / "config.json").read_text())
 
     capfd.readouterr()
@@ -409,9 +414,7 @@ def test_two_processes_convert_at_once(tmp_path: Path, cache: Path) -> None:
     path = str(tiny_gguf(tmp_path / "tiny.gguf"))
     code = "import sys; from tanzaku.models import load_pair; load_pair(sys.argv[1], 2, on_progress=print)"
     both = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, path], env=environment(), stdout=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([sys.executable, "-c", code, path], env=environment(), stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
     said = "".join(process.communicate()[0] for process in both)

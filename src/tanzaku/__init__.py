@@ -33,7 +33,32 @@ _HOME = {
     "TanzakuError": "tanzaku.errors",
 }
 
-__all__ = sorted(_HOME)
+__all__ = [
+    "IA3",
+    "METHODS",
+    "AdaLoRA",
+    "Adapter",
+    "Count",
+    "Full",
+    "Head",
+    "LlamaAdapter",
+    "LoRA",
+    "Method",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
+    "TanzakuError",
+    "activate",
+    "adapters",
+    "attach",
+    "count",
+    "detach",
+    "load",
+    "merge",
+    "route",
+    "save",
+    "unmerge",
+]
 
 if TYPE_CHECKING:
     from tanzaku.errors import TanzakuError

@@ -185,7 +185,9 @@ def copy_of(module: nn.Module) -> WeightStrip:
         if not parameter.is_floating_point():
             raise TanzakuError(f"cannot copy {name!r}: it holds quantised values of type {parameter.dtype}")
         if id(parameter) not in copies:
-            copies[id(parameter)] = nn.Parameter(parameter.detach().clone())
+            # As in `trainable`: half precision trains badly, so the copy is in full.
+            full = parameter.dtype if parameter.dtype == torch.float64 else torch.float32
+            copies[id(parameter)] = nn.Parameter(parameter.detach().to(full, copy=True))
         own[name] = copies[id(parameter)]
     return WeightStrip(own)
 

@@ -127,6 +127,10 @@ class Method:
         """Yield (path of the site's module, strip). Token strips have the path ""."""
         raise TypeError(f"{type(self).__name__} defines no build()")
 
+    def file_type(self, base: Base) -> str:
+        """The name that files carry: PEFT's, unless PEFT would read the same file to another effect."""
+        return self.peft_type
+
     def prepare(self, adapter: Adapter, total_steps: int) -> None:
         """Called once before training, with the number of optimizer steps to come."""
 
@@ -160,7 +164,7 @@ class Method:
 
 
 def trainable(*size: int, like: Tensor, fill: Callable[[Tensor], Any] | None = None) -> nn.Parameter:
-    """A new parameter on `like`'s device. Half precision trains badly, so such a base gets fp32 adapters, as in PEFT."""
+    """A new parameter on `like`'s device; fp32 also on a base of half precision, which trains badly, as in PEFT."""
     dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
     tensor = torch.zeros(*size, device=like.device, dtype=dtype)
     if fill is not None and tensor.device.type != "meta":

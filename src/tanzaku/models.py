@@ -235,9 +235,7 @@ def _agree_on_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTo
             f"the pad token {tokenizer.pad_token!r} of {name!r} is number {pad}, past the "
             f"model's {vocabulary} tokens: set tokenizer.pad_token to one the model knows and save it again"
         )
-    # Submodels may hold copies of the config, and composite ones keep the text's config inside their own.
-    # It is set after loading: an embedding built with a padding index would never learn that row.
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel):
-            part.config.pad_token_id = pad
-            part.config.get_text_config().pad_token_id = pad
+    # A composite model reads its text's config. Both are set after loading: an embedding that is built with a
+    # padding index would never learn that row.
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = pad

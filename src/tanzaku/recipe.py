@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_serializer, model_validator
 
 from tanzaku.errors import TanzakuError, listed, nearest
+from tanzaku.recipe_errors import complaint
+from tanzaku.recipe_yaml import parse_yaml, read_yaml
 from tanzaku.tasks.data import SUFFIXES
 from tanzaku.train.settings import TrainSettings
-from tanzaku.yamls import parse_yaml, read_yaml
 
 if TYPE_CHECKING:
     from tanzaku.method import Method
     from tanzaku.train.results import Job
-
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class DataSettings(BaseModel):
@@ -27,54 +26,57 @@ class DataSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     train: str = Field(min_length=1, description="training rows: .tsv, .csv, .jsonl, .parquet or a dataset")
-    valid: str | None = Field(None, min_length=1, description="validation rows")
-    test: str | None = Field(None, min_length=1, description="test rows")
-    text: str = Field("text", description="column of the text")
-    text_pair: str | None = Field(None, description="column of a second text")
-    label: str = Field("label", description="column of the label")
+    valid: str | None = Field(default=None, min_length=1, description="validation rows, for figures after each epoch")
+    test: str | None = Field(default=None, min_length=1, description="test rows, for figures at the end")
+    text: str = Field(default="text", description="column of the text")
+    text_pair: str | None = Field(default=None, description="column of a second text")
+    label: str = Field(default="label", description="column of the label")
 
 
 class MethodEntry(BaseModel):
-    """One candidate: `lora`, or `{lora: {r: 1}}`, with its own `name` and `train` settings where it has them."""
+    """One candidate: `lora` or `{lora: {r: 1}}`, with a `name` and `train` settings of its own if it has them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     method: str
     settings: dict[str, Any] = {}
-    name: str | None = None
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]+$")
     train: dict[str, Any] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _from_item(cls, item: Any) -> Any:
-        if isinstance(item, str):
-            return {"method": item}
-        form = "a method's name or {name: {setting: value}}"
+        if isinstance(item, MethodEntry):
+            return item
+        item = {item: None} if isinstance(item, str) else item
         if not isinstance(item, Mapping):
-            raise TanzakuError(f"found {item!r}, expected {form}")
-        methods = [key for key in item if key not in ("name", "train")]
+            raise TanzakuError(f"found {item!r}, expected a method such as lora or lora: {{r: 8}}")
+        methods = [str(key) for key in item if key not in ("name", "train")]
         if len(methods) != 1:
-            raise TanzakuError(f"found {listed(map(str, methods)) or 'no method'}, expected {form}, one method an item")
-        settings = item[methods[0]] or {}
-        if not isinstance(settings, Mapping):
-            raise TanzakuError(f"found {settings!r} as settings of {methods[0]}, expected a mapping such as {{r: 8}}")
-        train = item.get("train") or {}
-        if not isinstance(train, Mapping):
-            raise TanzakuError(f"found train: {train!r}, expected a mapping such as {{epochs: 3}}")
+            found = listed(methods) or "no method"
+            raise TanzakuError(f"found {found}, expected one method, with name and train beside it if need be")
+        settings = _mapping(item.get(methods[0]), f"settings of {methods[0]}", "{r: 8}")
+        train = _mapping(item.get("train"), "train", "{epochs: 3}")
         for key in train:
             if key not in TrainSettings.model_fields:
-                known = nearest(str(key), TrainSettings.model_fields)
-                raise TanzakuError(f"train has no key {str(key)!r}{known}")
+                raise TanzakuError(f"train has no key {key!r}{nearest(key, TrainSettings.model_fields)}")
         if "max_length" in train:
-            raise TanzakuError("texts are cut once for all candidates; set max_length in the recipe's train section")
-        settings = {str(key): value for key, value in settings.items()}
-        return {"method": methods[0], "settings": settings, "name": item.get("name"), "train": dict(train)}
+            raise TanzakuError("all candidates read the same tokens: max_length goes into the recipe's train section")
+        return {"method": methods[0], "settings": settings, "name": item.get("name"), "train": train}
 
     @model_serializer
     def _to_item(self) -> dict[str, Any]:
-        """The form that a recipe has, so that results.json holds one that can be run again."""
+        # As a recipe has it, so that the one in results.json can be run again.
         item: dict[str, Any] = {self.method: self.settings}
-        return item | ({"name": self.name} if self.name else {}) | ({"train": self.train} if self.train else {})
+        if self.name not in (None, self.method):
+            item["name"] = self.name
+        return item | ({"train": self.train} if self.train else {})
+
+
+def _mapping(value: Any, what: str, example: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping | None):
+        raise TanzakuError(f"found {value!r} as {what}, expected a mapping such as {example}")
+    return {str(key): entry for key, entry in (value or {}).items()}
 
 
 class Recipe(BaseModel):
@@ -82,77 +84,146 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field(min_length=1, description="a Hub name, a directory, a .gguf file, or embedded")
-    task: Literal["classification"] = Field("classification", description="what is learned")
+    model: str = Field(min_length=1, description="base model: a Hub name, a directory, a .gguf file, or embedded")
+    task: Literal["classification"] = Field(default="classification", description="what is learned")
     data: DataSettings
-    train: TrainSettings = TrainSettings()
+    train: TrainSettings = TrainSettings.model_validate({})
     methods: list[MethodEntry] = []
-    out: str | None = Field(None, min_length=1, description="directory of the run; runs/<verb>-<time> by default")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where the model runs")
+    out: str | None = Field(default=None, min_length=1, description="directory of the run (runs/<verb>-<time>)")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where the model runs")
 
 
-_SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {(): Recipe, ("data",): DataSettings, ("train",): TrainSettings}
+SECTIONS: dict[str, type[BaseModel]] = {"": Recipe, "data": DataSettings, "train": TrainSettings}
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
-    """The recipe as it is written, with its relative data and model paths taken from its own folder.
+    """A recipe as it is written; relative paths of its data and model are taken from its own folder.
 
     Raises:
         TanzakuError: no file, no YAML (with the line), or no mapping of keys.
     """
-    path = Path(path)
-    raw = read_yaml(path)
-    if isinstance(data := raw.get("data"), dict):
-        near = {
-            key: _beside(path.parent, data[key])
-            for key in ("train", "valid", "test")
-            if isinstance(data.get(key), str)
+    folder = Path(path).parent
+    raw = read_yaml(Path(path))
+    data, model = raw.get("data"), raw.get("model")
+    if isinstance(data, dict):
+        raw["data"] = {
+            key: _beside(folder, value) if key in ("train", "valid", "test") and isinstance(value, str) else value
+            for key, value in data.items()
         }
-        raw["data"] = {**data, **near}
-    if isinstance(model := raw.get("model"), str) and _is_model(path.parent, model):
-        raw["model"] = str(path.parent / Path(model).expanduser())
+    if isinstance(model, str) and (model.startswith(".") or (folder / model / "config.json").is_file()):
+        raw["model"] = str(folder / model)
     return raw
 
 
 def _beside(folder: Path, source: str) -> str:
-    """A file or a dataset's folder is beside the recipe; any other name is left for the datasets library."""
+    """Files and folders lie beside the recipe; any other name is left to the datasets library."""
     path = folder / Path(source).expanduser()
-    named = folder / source.rpartition(":")[0] if ":" in source else path
-    here = path.exists() or named.exists() or path.suffix.lower() in SUFFIXES
-    return str(path) if source.strip() and here else source
-
-
-def _is_model(folder: Path, model: str) -> bool:
-    return model.startswith((".", "~")) or model.endswith(".gguf") or (folder / model / "config.json").is_file()
+    local = path.exists() or path.suffix.lower() in SUFFIXES or (folder / source.rpartition(":")[0]).is_dir()
+    return str(path) if source.strip() and (local or source.startswith(".")) else source
 
 
 def build_recipe(file: Path | None, flags: Mapping[str, Any], default_methods: Sequence[str] = ()) -> Recipe:
     """A recipe file with flags over it.
 
     Args:
-        file: the recipe, if there is one.
-        flags: nested as a recipe is. `methods` lists names: of candidates or methods in the file, whose settings
-            then hold, or else of methods. `set` lists texts such as `r=1` or `lora.r=1`, values as in YAML.
+        flags: nested as a recipe is, but for two. `methods` lists names: of candidates or methods that the file has,
+            whose settings there hold, or of other methods. `set` lists texts such as `r=1` or `lora.r=1`, their
+            values as in YAML.
         default_methods: the candidates where neither names any.
 
     Raises:
-        TanzakuError: an unknown key, a value that does not fit or one that is missing, and where it was.
+        TanzakuError: a key that is unknown or missing, or a value that does not fit, and where it stands.
     """
-    raw = load_recipe(file) if file is not None else {}
+    raw = {"data": {}} | (load_recipe(file) if file is not None else {})
+    raw = {key: {} if key in SECTIONS and value is None else value for key, value in raw.items()}
     keys = {key: value for key, value in flags.items() if key not in ("methods", "set")}
     for key, value in keys.items():
-        if isinstance(value, Mapping):
-            section = raw.get(key) or {}
-            # A section that is no mapping is told by the schema.
-            raw[key] = {**section, **value} if isinstance(section, Mapping) and (value or key in raw) else raw.get(key)
-        else:
+        below = raw.get(key, {})
+        if not isinstance(value, Mapping):
             raw[key] = value
-    raw = {key: value for key, value in raw.items() if value is not None}
+        elif isinstance(below, Mapping):  # else the schema tells that the file's section is none
+            raw[key] = {**below, **value}
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        raise TanzakuError(_complaint(error, file, keys)) from None
-    entries = _chosen(recipe.methods, flags.get("methods") or ()) or [MethodEntry(method=n) for n in default_methods]
-    for assignment in flags.get("set") or ():
+        raise TanzakuError(complaint(error, str(file or ""), SECTIONS, keys)) from None
+    entries = named(recipe.methods)
+    if names := flags.get("methods") or (default_methods if not entries else ()):
+        entries = named(
+            [entry for name in names for entry in _meant(entries, name) or [MethodEntry.model_validate(name)]]
+        )
+    for assignment in flags.get("set", []):
         entries = _assigned(entries, assignment)
     return recipe.model_copy(update={"methods": entries})
+
+
+def named(entries: Sequence[MethodEntry]) -> list[MethodEntry]:
+    """The candidates, each with a name of its own: lora, lora-2 where none was given."""
+    taken = [entry.name for entry in entries if entry.name is not None]
+    if twice := [name for name in taken if taken.count(name) > 1]:
+        raise TanzakuError(f"two candidates are named {twice[0]!r}; give each a name of its own")
+    out = []
+    for entry in entries:
+        if entry.name is None:
+            numbers = (f"{entry.method}-{n}" for n in count(2))
+            name = next(name for name in chain([entry.method], numbers) if name not in taken)
+            taken.append(name)
+            entry = entry.model_copy(update={"name": name})
+        out.append(entry)
+    return out
+
+
+def _meant(entries: list[MethodEntry], name: str) -> list[MethodEntry]:
+    """The candidate of that name, or else all of that method."""
+    return [e for e in entries if e.name == name] or [e for e in entries if e.method == name]
+
+
+def _assigned(entries: list[MethodEntry], assignment: str) -> list[MethodEntry]:
+    """The candidates with one more setting, from `r=1` or `lora.r=1`."""
+    left, equals, text = assignment.partition("=")
+    target, _, key = left.strip().rpartition(".")
+    names = [str(entry.name) for entry in entries]
+    if not equals or not key:
+        raise TanzakuError(f"--set {assignment}: expected a setting and its value, such as r=1 or lora.r=1")
+    if not target and len(entries) != 1:
+        fix = f"say whose it is, as in {names[0]}.{assignment}" if names else "name one with --method"
+        raise TanzakuError(f"--set {assignment}: there are {len(entries)} candidates; {fix}")
+    meant = _meant(entries, target) if target else entries
+    if not meant:
+        raise TanzakuError(
+            f"--set {assignment}: no candidate is named {target!r}{nearest(target, names)}; there are {listed(names)}"
+        )
+    value = parse_yaml(text, f"--set {assignment}")
+    return [
+        entry.model_copy(update={"settings": {**entry.settings, key: value}}) if entry in meant else entry
+        for entry in entries
+    ]
+
+
+def jobs_of(recipe: Recipe) -> list[Job]:
+    """The candidates, ready to be trained; settings of methods are checked here.
+
+    Raises:
+        TanzakuError: an unknown method, or a setting that it has not or that does not fit.
+    """
+    from tanzaku.train.results import Job  # with torch below it, which a bad recipe shall not wait for
+
+    jobs = []
+    for entry in named(recipe.methods):
+        try:
+            train = TrainSettings.model_validate({**recipe.train.model_dump(), **entry.train})
+        except ValidationError as error:
+            raise TanzakuError(complaint(error, f"candidate {entry.name!r}", {"": TrainSettings}, {})) from None
+        jobs.append(Job(str(entry.name), _method(entry), train))
+    return jobs
+
+
+def _method(entry: MethodEntry) -> Method:
+    from tanzaku.methods import method_named
+
+    method = method_named(entry.method)
+    method.from_settings(entry.settings)  # an unknown name is told better than pydantic would
+    try:
+        return TypeAdapter(method).validate_python(entry.settings)
+    except ValidationError as error:
+        raise TanzakuError(complaint(error, f"candidate {entry.name!r}", {}, {})) from None

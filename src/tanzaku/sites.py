@@ -69,13 +69,21 @@ class WeightStrip(Strip):
         for name, parameter in self.own.items():
             path, _, last = name.rpartition(".")
             owner = module.get_submodule(path)
-            owners.append((owner, last, owner._parameters[last]))
-            owner._parameters[last] = parameter
+            original = owner._parameters[last]
+            owners.append((owner, last, original))
+            owner._parameters[last] = cast(nn.Parameter, _as_used(parameter, original))
         try:
             yield
         finally:
             for owner, last, original in owners:
                 owner._parameters[last] = original
+
+
+def _as_used(own: Tensor, original: Tensor | None) -> Tensor:
+    """The adapter's weight in the type that the base computes in; under autocast any type will do."""
+    if original is None or own.dtype == original.dtype or torch.is_autocast_enabled(own.device.type):
+        return own
+    return own.to(original.dtype)
 
 
 _quiet = 0
@@ -226,7 +234,8 @@ class Sites:
         for number, rows in self._groups(output.shape[0]):
             if plan[number]:
                 picked = [take(a, rows) if isinstance(a, Tensor) else a for a in args]
-                own = cast(dict[str, Tensor], plan[number][-1].own)
+                strip = plan[number][-1]
+                own = {name: _as_used(p, module.get_parameter(name)) for name, p in strip.own.items()}
                 with quiet():
                     parts.append((rows, torch.func.functional_call(module, own, tuple(picked), kwargs)))
         return put(output, parts)
@@ -355,8 +364,8 @@ def _rows_of(call: AttentionCall, rows: Any) -> AttentionCall:
     mask = call.mask
     if mask is not None and mask.shape[0] > 1:
         mask = take(mask, rows)
-    states = {key: take(getattr(call, key), rows) for key in ("query", "key", "value")}
-    return replace(call, **states, mask=mask)
+    query, key, value = (take(x, rows) for x in (call.query, call.key, call.value))
+    return replace(call, query=query, key=key, value=value, mask=mask)
 
 
 def _stacked(strips: Sequence[AttentionStrip], call: AttentionCall) -> AttentionCall:

@@ -180,7 +180,7 @@ def _fill(adapter: Adapter, tensors: dict[str, Tensor], folder: Path, strict: bo
 def method_of(config: dict[str, Any]) -> Method:
     """The method that an adapter_config.json describes; settings that change the mathematics must be known."""
     kind = config.get("peft_type")
-    cls = next((m for m in METHODS.values() if m.peft_type == kind), None)
+    cls = next((m for m in METHODS.values() if m.peft_type == str(kind).removeprefix("TANZAKU_")), None)
     if cls is None:
         known = ", ".join(m.peft_type for m in METHODS.values())
         raise TanzakuError(f"{CONFIG}: peft_type is {kind!r}; this version reads {known}")
@@ -217,7 +217,7 @@ def config_of(host: Host, adapter: Adapter) -> dict[str, Any]:
     if settings.get("modules_to_save") is None and method.trains_head and heads:
         settings["modules_to_save"] = heads
     settings.update(
-        peft_type=method.peft_type,
+        peft_type=method.file_type(host.base),
         task_type=task,
         base_model_name_or_path=getattr(host.model, "name_or_path", "") or None,
         inference_mode=True,

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tanzaku.errors import TanzakuError
 from tanzaku.families import Base
-from tanzaku.routing import Route
+from tanzaku.routing import Route, put
 
 
 @dataclass
@@ -44,6 +44,7 @@ class VirtualTokens:
         self.width = max(self.counts)
         self.lead: _Lead | None = None
         self.positions: Tensor | None = None
+        self.inside = False
 
     def hang(self) -> list[RemovableHandle]:
         base = self.base
@@ -51,9 +52,8 @@ class VirtualTokens:
         model = cast(Any, base.model)
         entrance = model.get_encoder() if base.encoder_decoder else base.backbone
         if self.width:
-            embedding = base.embedding
-            if base.encoder_decoder and hasattr(entrance, "embed_tokens"):
-                embedding = entrance.embed_tokens
+            own = getattr(entrance, "embed_tokens", None) if base.encoder_decoder else None
+            embedding: nn.Module = own if isinstance(own, nn.Module) else base.embedding
             handles.append(embedding.register_forward_pre_hook(self._hide_ids))
             handles.append(embedding.register_forward_hook(self._embed))
             handles += self._enter(entrance, self.counts, [0] * len(self.counts))
@@ -94,6 +94,7 @@ class VirtualTokens:
     # -- on the way in
 
     def _extend(self, given: dict[str, Any], names: list[str], counts: list[int], offsets: list[int]) -> dict[str, Any]:
+        self.inside = True
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         source = ids if ids is not None else embeds
         if source is None:
@@ -188,6 +189,11 @@ class VirtualTokens:
         return lead
 
     def _hide_ids(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if not (self.inside or self.base.encoder_decoder):
+            raise TanzakuError(
+                f"{type(self.base.model).__name__} embeds tokens outside of its {type(self.base.backbone).__name__}: "
+                "virtual tokens have no place in it"
+            )
         if (lead := self._fresh(args[0])) is None:
             return None
         ids = args[0].clone()
@@ -212,8 +218,6 @@ class VirtualTokens:
             n = rows if at is None else (at.stop - at.start if isinstance(at, slice) else len(at))
             pad = vectors.new_zeros(lead.width - len(vectors), like.shape[-1])
             pieces.append((at, torch.cat([pad, vectors]).expand(n, -1, -1)))
-        from tanzaku.routing import put
-
         return put(parts, pieces)
 
     def _place(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
@@ -225,7 +229,7 @@ class VirtualTokens:
     # -- on the way out
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        lead, self.lead = self.lead, None
+        lead, self.lead, self.inside = self.lead, None, False
         if lead is None:
             return None
 

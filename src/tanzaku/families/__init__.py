@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tanzaku.errors import TanzakuError, listed, nearest
@@ -65,8 +66,13 @@ class Base:
 
     @property
     def backbone(self) -> nn.Module:
-        """The model without its head."""
-        return cast(nn.Module, getattr(self.model, "base_model", self.model))
+        """The model without its head: what turns token ids into hidden states."""
+        module = getattr(self.model, "base_model", self.model)
+        decoder = getattr(module, "decoder", None)
+        # OPT's language model calls the decoder inside its backbone directly.
+        if not self.encoder_decoder and isinstance(decoder, PreTrainedModel):
+            module = decoder
+        return cast(nn.Module, module)
 
     @property
     def encoder_decoder(self) -> bool:

@@ -15,7 +15,7 @@ from tanzaku.method import Method, Strip
 
 @dataclass
 class Full(Method):
-    """Full fine-tuning. The base stays frozen: detaching gives it back. Rows routed here need the batch to themselves."""
+    """Full fine-tuning. The base itself stays frozen: detaching gives it back. Its rows need a batch of their own."""
 
     name = "full"
     peft_type = "FULL"

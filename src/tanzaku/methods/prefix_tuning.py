@@ -45,12 +45,12 @@ class Prefix(nn.Module):
 class PrefixStrip(AttentionStrip):
     """One layer's slice of the prefix. The first layer's strip owns it and gives it to the file."""
 
-    def __init__(self, shared: dict[str, Any], layer: int, layers: int, heads: int, head_dim: int):
+    def __init__(self, shared: dict[str, Any], layer: int, slot: int, layers: int, heads: int, head_dim: int):
         super().__init__()
         prefix = shared["prefix"]
         self.position_offset = prefix.embedding.num_embeddings
         self.shape = (self.position_offset, layers * 2, heads, head_dim)
-        self.layer = layer
+        self.slot = slot
         self.prefix = prefix if layer == 0 else None
         # What all layers share is reached past nn.Module's registry: it is the first strip's to train and to save.
         self.__dict__["shared"] = shared
@@ -61,12 +61,13 @@ class PrefixStrip(AttentionStrip):
 
     def _write(self) -> tuple[Tensor, ...]:
         """Keys and values of all layers, 2 * layers tensors of (heads, n, head_dim)."""
-        return self.__dict__["shared"]["prefix"]().view(self.shape).permute(1, 2, 0, 3).unbind(0)
+        flat: Tensor = self.__dict__["shared"]["prefix"]()
+        return flat.view(self.shape).permute(1, 2, 0, 3).unbind(0)
 
     def keys_values(self) -> tuple[Tensor, Tensor]:
         """Keys and values, each (heads, n, head_dim)."""
         written = self.__dict__["shared"].get("written") or self._write()
-        return written[2 * self.layer], written[2 * self.layer + 1]
+        return written[2 * self.slot], written[2 * self.slot + 1]
 
     def attend(self, call: AttentionCall) -> Tensor:
         n = self.position_offset
@@ -87,8 +88,8 @@ class PrefixStrip(AttentionStrip):
         options = dict(call.options)
         if options.get("position_bias") is not None:
             options["position_bias"] = self._with_bias(options["position_bias"], queries, keys)
-        longer = {"key": torch.cat([k, call.key], dim=2), "value": torch.cat([v, call.value], dim=2)}
-        return replace(call, **longer, mask=mask, options=options).run()
+        key, value = torch.cat([k, call.key], dim=2), torch.cat([v, call.value], dim=2)
+        return replace(call, key=key, value=value, mask=mask, options=options).run()
 
     def _with_bias(self, bias: Tensor, queries: int, keys: int) -> Tensor:
         """Relative positions of the prefix, which lies before the row's own keys."""
@@ -134,8 +135,15 @@ class PrefixTuning(PromptLearning):
     prefix_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
 
+    def file_type(self, base: Base) -> str:
+        # PEFT's reading of an encoder-decoder's prefix leaves half of an even number of layers' slots unused.
+        ours = base.encoder_decoder and self.num_transformer_submodules == 1
+        return f"TANZAKU_{self.peft_type}" if ours else self.peft_type
+
     def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
+        submodules = self.num_transformer_submodules or 1
         self.check(base)
+        self.num_transformer_submodules = submodules
         self.require(self.init_weights in (None, "zero"), f"init_weights={self.init_weights!r}", "None or 'zero'")
         layers = base.attention()
         heads, head_dim = kv_shape(base)
@@ -158,7 +166,9 @@ class PrefixTuning(PromptLearning):
         bias = next((m for _, m in layers if getattr(m, "has_relative_attention_bias", False)), None)
         shared = {"prefix": prefix, "bias": bias}
         for number, (path, _) in enumerate(layers):
-            yield path, PrefixStrip(shared, number, len(layers), heads, head_dim)
+            # In PEFT's files for encoder-decoders layer i reads slot 2 i, so two layers may share one.
+            slot = number * submodules % len(layers)
+            yield path, PrefixStrip(shared, number, slot, len(layers), heads, head_dim)
 
     @torch.no_grad()
     def _start_from_text(self, base: Base, prefix: Prefix, layers: list[tuple[str, nn.Module]]) -> None:

@@ -65,9 +65,7 @@ def read_table(source: str | Path, split: str | None = None) -> Table:
     if path.is_dir() or (suffix not in SUFFIXES and not path.is_file()):
         columns = _dataset(path, split)
     elif suffix not in SUFFIXES:
-        raise TanzakuError(
-            f"{path} has no known suffix{nearest(suffix, SUFFIXES)}; expected {listed(SUFFIXES)}"
-        )
+        raise TanzakuError(f"{path} has no known suffix{nearest(suffix, SUFFIXES)}; expected {listed(SUFFIXES)}")
     elif split is not None:
         raise TanzakuError(f"{path} is a file and has no split {split!r}; leave the split out")
     elif suffix == ".parquet":

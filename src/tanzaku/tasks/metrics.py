@@ -65,9 +65,7 @@ def confusion(logits: Tensor, labels: Tensor, num_labels: int) -> list[list[int]
     if not valid.any():
         return [[0] * num_labels for _ in range(num_labels)]
     predicted = logits[valid].numpy().argmax(axis=1)
-    counts: list[list[int]] = confusion_matrix(
-        labels[valid].numpy(), predicted, labels=range(num_labels)
-    ).tolist()
+    counts: list[list[int]] = confusion_matrix(labels[valid].numpy(), predicted, labels=range(num_labels)).tolist()
     return counts
 
 

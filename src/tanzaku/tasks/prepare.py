@@ -65,9 +65,7 @@ def encode_classification(
         TanzakuError: a row without text or tokens, or a `max_length` without room for text.
     """
     splits = {
-        name: encode_split(
-            table, name, tokenizer, data.text, data.text_pair, data.label, read.labels, max_length
-        )
+        name: encode_split(table, name, tokenizer, data.text, data.text_pair, data.label, read.labels, max_length)
         for name, table in read.tables.items()
     }
     return ClassificationData(

@@ -1,0 +1,85 @@
+"""The command line: one file per verb. Heavy libraries are imported by the functions that use them."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from tanzaku import __version__
+from tanzaku.cli.compare import compare
+from tanzaku.cli.demo import demo
+from tanzaku.cli.methods import methods
+from tanzaku.cli.predict import predict
+from tanzaku.cli.run import Interrupted
+from tanzaku.cli.train import train
+from tanzaku.errors import TanzakuError
+
+# Some versions of typer bring their own click and some do not; this is click's UsageError in all of them.
+_UsageError = typer.BadParameter.__bases__[0]
+
+app = typer.Typer(
+    help="One frozen model, many adapters at once.",
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _verb in (demo, train, compare, predict, methods):
+    app.command()(_verb)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tanzaku {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 done, 1 a negative answer, 2 bad input, 130 interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    given = [arg for arg in args if arg != "--debug"]  # it may stand before or after the verb
+    try:
+        code = app(given, prog_name="tanzaku", standalone_mode=False)
+    except Interrupted as interrupted:
+        return _end(str(interrupted), 130)
+    except Exception as error:
+        if len(given) < len(args):
+            traceback.print_exc()
+        return _end(f"error: {_line(error)}", 2)
+    if code == 130:  # typer's word for Ctrl-C
+        return _end("interrupted; nothing was finished yet, so run the same command again", 130)
+    return code if isinstance(code, int) else 0
+
+
+def _line(error: Exception) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, _UsageError):
+        return f"{error.format_message()} (tanzaku --help, tanzaku VERB --help)"  # type: ignore[attr-defined]
+    if isinstance(error, TanzakuError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        full = "; free some space or choose another --out" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        return f"{where}{error.strerror or error}{full}"
+    return f"{type(error).__name__}: {error} (unforeseen: --debug shows the traceback)"
+
+
+def _end(line: str, code: int) -> int:
+    print(f"tanzaku: {' '.join(line.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,29 @@
+"""`tanzaku demo`: the bundled poems on the embedded model, every method, one report."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tanzaku.cli.record import command_of
+from tanzaku.cli.run import run
+from tanzaku.recipe import build_recipe
+
+
+def demo(
+    epochs: Annotated[str | None, typer.Option(metavar="INTEGER", help="passes over the training poems")] = None,
+    methods: Annotated[
+        list[str] | None, typer.Option(metavar="NAMES", help="only these, as in lora,ia3 (repeatable)")
+    ] = None,
+    out: Annotated[str, typer.Option(metavar="TEXT", help="directory of the run; replaces a demo")] = "runs/demo",
+) -> None:
+    """Every method on the bundled poems and the embedded model: no download, no account, no GPU."""
+    names = [name.strip() for names in methods or [] for name in names.split(",")]
+    flags: dict[str, Any] = {"out": out, "methods": [name for name in names if name]}
+    if epochs is not None:
+        flags["train"] = {"epochs": epochs}
+    recipe = build_recipe(Path(str(resources.files("tanzaku"))) / "data" / "demo.yaml", flags)
+    run("demo", recipe, overwrite=command_of(Path(out).expanduser()) == "demo")

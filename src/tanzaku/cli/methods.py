@@ -1,0 +1,33 @@
+"""`tanzaku methods`: the table of methods."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def methods(as_json: Annotated[bool, typer.Option("--json", help="for programs, settings included")] = False) -> None:
+    """List the methods: name, PEFT's type, whether it can be merged into the base, paper."""
+    from tanzaku.cli.display import Display
+    from tanzaku.methods import METHODS
+
+    if as_json:
+        table = [
+            {
+                "name": method.name,
+                "peft_type": method.peft_type,
+                "mergeable": method.mergeable,
+                "paper": method.paper,
+                "summary": method.summary,
+                "settings": method().settings(),
+            }
+            for method in METHODS.values()
+        ]
+        typer.echo(json.dumps(table, indent=2, ensure_ascii=False))
+        return
+    Display().table(
+        ["name", "PEFT type", "merges", "paper", "what it does"],
+        [[m.name, m.peft_type, "yes" if m.mergeable else "no", m.paper, m.summary] for m in METHODS.values()],
+    )
