@@ -98,9 +98,10 @@ def load(model: nn.Module, path: str | Path, name: str = "default", *, strict: b
         if about.get("sha256") not in (None, _sha256(folder / TENSORS)):
             raise TanzakuError(f"{folder / TENSORS} is damaged: its checksum is not the one written beside it")
         _check_base(model, about.get("base") or {}, folder, strict)
+    method.modules_to_save = _ending(model, method.modules_to_save)
     adapter = attach(model, method, name)
     try:
-        _fill(adapter, tensors, folder, strict)
+        _fill(model, adapter, tensors, folder, strict)
     except BaseException:
         detach(model, name)
         raise
@@ -137,7 +138,33 @@ def _key(method: Method, path: str, name: str) -> str:
     return f"{method.file_prefix}{path}.{name}" if path else method.file_prefix + name
 
 
-def _fill(adapter: Adapter, tensors: dict[str, Tensor], folder: Path, strict: bool) -> None:
+def _ending(model: nn.Module, names: list[str] | None) -> list[str] | None:
+    """Paths of what a file's `modules_to_save` names: all that end with a name, even inside a word, as PEFT has it."""
+    if not names:
+        return names
+    paths = [path for path, _ in model.named_modules()]
+    found = [[path for path in paths if path.endswith(name)] or [name] for name in names]
+    return list(dict.fromkeys(path for each in found for path in each))
+
+
+def _beside(model: nn.Module, method: Method, key: str, tensors: dict[str, Tensor]) -> bool:
+    """Whether `key` is one of those that PEFT writes beside an adapter's own, with nothing new in it."""
+    if ".original_module." in key:  # under a module that is trained whole: never used
+        return True
+    if ".modules_to_save." in key:  # the bias of such a module, a second time
+        first = tensors.get(key.replace(".modules_to_save.", "."))
+        return first is not None and torch.equal(first, tensors[key])
+    # A targeted embedding is written with the base's own weight.
+    own = dict(type(model).named_parameters(model)).get(key.removeprefix(method.file_prefix).replace("base_layer.", ""))
+    return own is not None and _alike(own.detach().cpu(), tensors[key])
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    # The base may be loaded in another precision than it had then; other weights differ by far more.
+    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=0.02, atol=1e-4)
+
+
+def _fill(model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor], folder: Path, strict: bool) -> None:
     expected = entries(adapter)
     problems = []
     optional = {
@@ -148,7 +175,8 @@ def _fill(adapter: Adapter, tensors: dict[str, Tensor], folder: Path, strict: bo
         warnings.warn(f"{folder} holds no {listed(kept)}: the model's own is used", stacklevel=3)
     if missing := [key for key in missing if key not in optional]:
         problems.append(f"missing {listed(missing, 3)}")
-    if unexpected := [key for key in tensors if key not in expected]:
+    unexpected = [key for key in tensors if key not in expected]
+    if unexpected := [key for key in unexpected if not _beside(model, adapter.method, key, tensors)]:
         problems.append(f"unexpected {listed(unexpected, 3)}")
     shaped = {}
     for key, (tensor, strip) in expected.items():
@@ -212,10 +240,11 @@ def config_of(host: Host, adapter: Adapter) -> dict[str, Any]:
     method = adapter.method
     own = type(host.model).__name__
     task = method.task_type or next((t for end, t in _TASKS.items() if own.endswith(end)), None)
-    heads = host.base.head_names()
     settings = method.settings()
-    if settings.get("modules_to_save") is None and method.trains_head and heads:
-        settings["modules_to_save"] = heads
+    # Whole paths: of a mere name PEFT takes all that ends with it, "norm" for "input_layernorm" too.
+    whole = [p for p, s in adapter.at() if isinstance(s, WeightStrip) and any(w.requires_grad for w in s.parameters())]
+    if whole and method.name not in _ONLY_HERE:
+        settings["modules_to_save"] = whole
     settings.update(
         peft_type=method.file_type(host.base),
         task_type=task,
@@ -226,8 +255,11 @@ def config_of(host: Host, adapter: Adapter) -> dict[str, Any]:
         settings = {k: v for k, v in settings.items() if k not in ("prefix_init_text",)}
         if method.name == "prefix_tuning":
             settings.pop("tokenizer_name_or_path", None)
-        if method.name == "llama_adapter":
-            settings.pop("modules_to_save", None)
+        if method.name == "llama_adapter" and not settings["modules_to_save"]:
+            settings.pop("modules_to_save")
+        if settings.get("total_step", 0) is None:
+            # PEFT reads no file without a number, though only a training run uses it; here each sets its own.
+            settings["total_step"] = settings["tinit"] + settings["tfinal"] + 1
     return settings
 
 
@@ -266,8 +298,7 @@ def _check_base(model: nn.Module, base: dict[str, Any], folder: Path, strict: bo
         theirs, ours = base.get("sample") or {}, mine["sample"]
         for name in theirs.keys() & ours.keys():
             a, b = torch.tensor(theirs[name]), torch.tensor(ours[name])
-            # The base may be loaded in another precision than it had then; other weights differ by far more.
-            if a.shape != b.shape or not torch.allclose(a, b, rtol=0.02, atol=1e-4):
+            if not _alike(a, b):
                 problem = f"a base with other weights (they differ at {name})"
                 break
         if problem is None and theirs and ours and not theirs.keys() & ours.keys():

@@ -150,9 +150,7 @@ def test_a_pair_is_cut_in_its_longer_text(tokenizer: PreTrainedTokenizerFast) ->
         ("a\ud800", "surrogate"),
     ],
 )
-def test_a_row_without_text(
-    tokenizer: PreTrainedTokenizerFast, column: str, value: Any, message: str
-) -> None:
+def test_a_row_without_text(tokenizer: PreTrainedTokenizerFast, column: str, value: Any, message: str) -> None:
     columns = {"text": ["蛙", "蛙"], "after": ["水", "水"]}
     columns[column][1] = value
     with refused(f"^valid.tsv row 2: column '{column}' [^\n]*{message}[^\n]*$"):
@@ -222,9 +220,7 @@ def test_an_epoch_has_every_row_once(
 
 def test_order_is_that_of_the_random_sampler() -> None:
     n = 23
-    batches = epoch_batches(
-        [1] * n, 4, shuffle=True, group_by_length=False, generator=torch.Generator().manual_seed(3)
-    )
+    batches = epoch_batches([1] * n, 4, shuffle=True, group_by_length=False, generator=torch.Generator().manual_seed(3))
     sampler = RandomSampler(range(n), generator=torch.Generator().manual_seed(3))
     assert [row for batch in batches for row in batch] == list(sampler)
     assert [len(batch) for batch in batches] == [4, 4, 4, 4, 4, 3]

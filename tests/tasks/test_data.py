@@ -60,9 +60,7 @@ def test_any_text_survives_a_delimited_file(tmp_path: Path, rows: list[tuple[str
 @given(rows=st.lists(st.fixed_dictionaries({"text": TEXT, "n": st.integers() | st.none()}), min_size=1))
 def test_any_text_survives_json_lines(tmp_path: Path, rows: list[dict[str, object]]) -> None:
     path = tmp_path / "round.jsonl"
-    path.write_text(
-        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8", newline=""
-    )
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8", newline="")
     assert read_table(path).columns == {name: [row[name] for row in rows] for name in ("text", "n")}
 
 
@@ -309,6 +307,4 @@ def test_unreadable_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_unknown_column() -> None:
     with pytest.raises(TanzakuError) as caught:
         Table({"text": ["a"], "label": [1]}, "train.tsv").column("txt")
-    assert str(caught.value) == (
-        "train.tsv has no column 'txt' (did you mean 'text'?); its columns are text, label"
-    )
+    assert str(caught.value) == ("train.tsv has no column 'txt' (did you mean 'text'?); its columns are text, label")

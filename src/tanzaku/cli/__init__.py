@@ -11,12 +11,8 @@ from typing import Annotated
 import typer
 
 from tanzaku import __version__
-from tanzaku.cli.compare import compare
-from tanzaku.cli.demo import demo
-from tanzaku.cli.methods import methods
-from tanzaku.cli.predict import predict
+from tanzaku.cli import compare, demo, methods, predict, train
 from tanzaku.cli.run import Interrupted
-from tanzaku.cli.train import train
 from tanzaku.errors import TanzakuError
 
 # Some versions of typer bring their own click and some do not; this is click's UsageError in all of them.
@@ -25,9 +21,10 @@ _UsageError = typer.BadParameter.__bases__[0]
 app = typer.Typer(
     help="One frozen model, many adapters at once.",
     add_completion=False,
+    rich_markup_mode=None,  # rich cuts long flags short in a narrow terminal, and takes its time
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _verb in (demo, train, compare, predict, methods):
+for _verb in (demo.demo, train.train, compare.compare, predict.predict, methods.methods):
     app.command()(_verb)
 
 

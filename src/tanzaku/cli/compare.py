@@ -14,5 +14,8 @@ DEFAULT = ("lora", "adalora", "prompt_tuning", "p_tuning", "prefix_tuning", "ia3
 
 @recipe_flags
 def compare(file: Path | None, flags: dict[str, Any], overwrite: bool) -> None:
-    """Train many candidates on one frozen model and rank them; all methods but full where none is named."""
+    """Train many candidates, and rank them.
+
+    All share one frozen model. Where no method is named, every one but full is a candidate.
+    """
     run("compare", build_recipe(file, flags, default_methods=DEFAULT), overwrite)

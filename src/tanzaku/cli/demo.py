@@ -19,11 +19,15 @@ def demo(
         list[str] | None, typer.Option(metavar="NAMES", help="only these, as in lora,ia3 (repeatable)")
     ] = None,
     out: Annotated[str, typer.Option(metavar="TEXT", help="directory of the run; replaces a demo")] = "runs/demo",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a run of another command too")] = False,
 ) -> None:
-    """Every method on the bundled poems and the embedded model: no download, no account, no GPU."""
+    """Try every method on bundled poems.
+
+    With the embedded model: no download, no account and no GPU.
+    """
     names = [name.strip() for names in methods or [] for name in names.split(",")]
     flags: dict[str, Any] = {"out": out, "methods": [name for name in names if name]}
     if epochs is not None:
         flags["train"] = {"epochs": epochs}
     recipe = build_recipe(Path(str(resources.files("tanzaku"))) / "data" / "demo.yaml", flags)
-    run("demo", recipe, overwrite=command_of(Path(out).expanduser()) == "demo")
+    run("demo", recipe, overwrite or command_of(Path(out).expanduser()) == "demo")

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from tanzaku.cli.record import RESULTS
 
@@ -27,10 +26,7 @@ class Display:
     """Draws a run; it is the loop's observer. A context manager, for the bar."""
 
     def __init__(self, jobs: int = 1):
-        # A pipe has no width: lines there are as long as they need to be.
         self.console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
-        if not self.console.is_terminal:
-            self.console.width = 240
         self.jobs, self.started = jobs, 0
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -101,9 +97,8 @@ class Display:
     def adapter(self, result: JobResult, data: ClassificationData, out: Path) -> None:
         """How one adapter did, and where it is."""
         if result.confusion is not None:
-            split = data.test or data.valid
-            names = list(data.labels.names)
-            self.say(f"\nconfusion of the {split.name if split else ''} rows: a row is a true label, a column a predicted one")
+            names, kind = list(data.labels.names), "test" if data.test is not None else "validation"
+            self.say(f"\nconfusion of the {kind} rows: a row is a true label, a column a predicted one")
             self.table(["", *names], [[n, *map(str, row)] for n, row in zip(names, result.confusion, strict=True)])
         if result.test is not None:
             self.say(f"test accuracy {_accuracy(result)}, ROC-AUC {_number(result.test.get('roc_auc'))}")
@@ -117,7 +112,9 @@ class Display:
         for rank, result in enumerate(done, 1):
             area = _number(_final(result).get("roc_auc"))
             size = f"{result.trainable_parameters:,}"
-            rows.append([str(rank), result.name, _accuracy(result), area, size, f"{result.seconds:.1f}", _mebibytes(result)])
+            rows.append(
+                [str(rank), result.name, _accuracy(result), area, size, f"{result.seconds:.1f}", _mebibytes(result)]
+            )
         split = "test" if data.test is not None else "validation"
         interval = " (95% interval)" if data.test is not None else ""
         head = ["", "candidate", f"{split} accuracy{interval}", "ROC-AUC", "trained parameters", "seconds", "peak MiB"]
@@ -142,12 +139,14 @@ class Display:
         self.say(f"{line}. One run with one seed cannot rank methods.")
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
-        table = Table(box=box.SIMPLE_HEAD if self.console.is_terminal else None, pad_edge=False)
-        for number, name in enumerate(head):
-            table.add_column(name, justify="right" if number in right else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
-        self.console.print(table, soft_wrap=False)
+        """Aligned columns; those numbered in `right` end together."""
+        widths = [max(map(cell_len, column)) for column in zip(head, *rows, strict=True)]
+        for row in (head, *rows):
+            gaps = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+            cells = [
+                gap + cell if at in right else cell + gap for at, (cell, gap) in enumerate(zip(row, gaps, strict=True))
+            ]
+            self.say("  ".join(cells).rstrip())
 
 
 def _final(result: JobResult) -> dict[str, float]:

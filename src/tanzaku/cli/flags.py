@@ -17,7 +17,6 @@ from tanzaku.recipe_errors import flag
 
 Command = Callable[[Path | None, dict[str, Any], bool], None]
 
-_PANELS = {"": "Run", "data": "Data", "train": "Training"}
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 
 
@@ -51,7 +50,7 @@ def recipe_flags(run: Command) -> Callable[..., None]:
 
 
 def _parameters() -> list[inspect.Parameter]:
-    recipe = typer.Argument(metavar="[RECIPE]", help="a YAML recipe; flags override its keys", show_default=False)
+    recipe = typer.Argument(metavar="RECIPE", help="a YAML recipe; flags override its keys", show_default=False)
     method = typer.Option(
         "--method", metavar="NAME", help="a method, or a candidate of the recipe by its name (repeatable)"
     )
@@ -63,18 +62,18 @@ def _parameters() -> list[inspect.Parameter]:
         _parameter("recipe", Path | None, recipe),
         _parameter("method", list[str] | None, method),
         _parameter("set", list[str] | None, assign),
-        *(_flag(section, name, field) for section, name, field in fields()),
+        *(_flag(name, field) for _, name, field in fields()),
         _parameter("overwrite", bool, overwrite, False),
     ]
 
 
-def _flag(section: str, name: str, field: FieldInfo) -> inspect.Parameter:
+def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
     default = "" if field.default is None or field.is_required() else f" ({_shown(field.default)})"
-    about = {"help": f"{field.description or name.replace('_', ' ')}{default}", "rich_help_panel": _PANELS[section]}
+    about = f"{field.description or name.replace('_', ' ')}{default}"
     if field.annotation is bool:
         names = f"{flag(name)}/{flag('no_' + name)}"
-        return _parameter(name, bool | None, typer.Option(names, show_default=False, **about))
-    return _parameter(name, str | None, typer.Option(flag(name), metavar=_metavar(field.annotation), **about))
+        return _parameter(name, bool | None, typer.Option(names, help=about, show_default=False))
+    return _parameter(name, str | None, typer.Option(flag(name), metavar=_metavar(field.annotation), help=about))
 
 
 def _parameter(name: str, kind: Any, info: Any, default: Any = None) -> inspect.Parameter:

@@ -39,7 +39,7 @@ def device_named(name: str) -> str:
 
 def machine(device: str) -> dict[str, Any]:
     """What a reader of the figures needs to know, and nothing that names the machine."""
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     about = {
         "system": platform.system(),

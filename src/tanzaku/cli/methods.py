@@ -9,7 +9,10 @@ import typer
 
 
 def methods(as_json: Annotated[bool, typer.Option("--json", help="for programs, settings included")] = False) -> None:
-    """List the methods: name, PEFT's type, whether it can be merged into the base, paper."""
+    """List the methods.
+
+    The name in recipes, PEFT's name, whether it merges into the base model, the paper.
+    """
     from tanzaku.cli.display import Display
     from tanzaku.methods import METHODS
 

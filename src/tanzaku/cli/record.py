@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -82,15 +81,18 @@ class Record:
             "seconds": round(time.monotonic() - self.began, 3),
             "jobs": [result.to_json() for result in self.results],
         }
-        handle, beside = tempfile.mkstemp(prefix=f".{RESULTS}.", dir=self.out)
+        beside = self.out / f".{RESULTS}.partial"
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(finite(content), file, indent=1, ensure_ascii=False, allow_nan=False)
-            Path(beside).chmod(0o644)
-            Path(beside).replace(self.out / RESULTS)
-        except BaseException:
-            Path(beside).unlink(missing_ok=True)
-            raise
+            text = json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False)
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(self.out / RESULTS)
+        except OSError as error:
+            raise TanzakuError(
+                f"cannot write {self.out / RESULTS}: {error.strerror or error}; "
+                f"finished adapters are in {self.out / ADAPTERS}"
+            ) from error
+        finally:
+            beside.unlink(missing_ok=True)
 
     def job_started(self, job: Job, result: JobResult, steps: int) -> None:
         self.listener.job_started(job, result, steps)

@@ -47,8 +47,11 @@ def run(command: str, recipe: Recipe, overwrite: bool) -> None:
     try:
         _train(command, recipe, jobs, read, device, out)
     finally:
+        # They go only if they are empty: a run that could not begin leaves nothing.
         with suppress(OSError):
-            out.rmdir()  # it goes only if it is empty: a run that could not begin leaves nothing
+            out.rmdir()
+            if recipe.out is None:
+                out.parent.rmdir()
 
 
 def _train(command: str, recipe: Recipe, jobs: list[Job], read: Any, device: str, out: Path) -> None:
@@ -104,7 +107,7 @@ def _train(command: str, recipe: Recipe, jobs: list[Job], read: Any, device: str
     if record.stopped:
         if not done:
             clear(out)
-        raise Interrupted(_how_to_go_on(jobs, done, out))
+        raise Interrupted(_how_to_go_on(command, jobs, done, out))
     _check_success(jobs, results)
 
 
@@ -141,13 +144,14 @@ def _portable(model: str) -> str:
     return str(path.resolve()) if path.exists() and model != "embedded" else model
 
 
-def _how_to_go_on(jobs: Sequence[Job], done: Sequence[JobResult], out: Path) -> str:
+def _how_to_go_on(command: str, jobs: Sequence[Job], done: Sequence[JobResult], out: Path) -> str:
     if not done:
         return "interrupted before a candidate was finished; nothing is kept, so run the same command again"
     names = [result.name for result in done]
-    rest = [f"--method {job.name}" for job in jobs if job.name not in names]
-    fix = f"go on with {' '.join(rest)} and another --out" if rest else "all are finished"
-    return f"interrupted; {listed(names)} kept in {out}; {fix}"
+    flag = "--methods" if command == "demo" else "--method"
+    rest = " ".join(f"{flag} {job.name}" for job in jobs if job.name not in names)
+    fix = f"go on with {rest} and another --out" if rest else "all candidates are finished"
+    return f"interrupted; {out} keeps {listed(names)}; {fix}"
 
 
 def _check_success(jobs: Sequence[Job], results: Sequence[JobResult]) -> None:

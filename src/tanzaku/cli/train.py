@@ -13,7 +13,10 @@ from tanzaku.recipe import build_recipe
 
 @recipe_flags
 def train(file: Path | None, flags: dict[str, Any], overwrite: bool) -> None:
-    """Train one adapter: figures after each epoch, a confusion matrix, and the adapter in the run's directory."""
+    """Train one adapter.
+
+    Shows figures after each epoch and a confusion matrix; the adapter goes into the run's directory.
+    """
     recipe = build_recipe(file, flags)
     if len(recipe.methods) != 1:
         found = listed(str(entry.name) for entry in recipe.methods) or "no method"

@@ -32,6 +32,9 @@ class Family:
     # How a backbone numbers positions when it is given none: by column, by attention mask, by token ids, by a
     # position embedding that is told the cache's length, or not at all (relative, or no text).
     positions: Literal["column", "mask", "ids", "embedding", "none"] = "column"
+    # Modules of a layer, in order, behind which only the pooled token matters in the last layer: each adds its result
+    # to a residual. None where a layer is built in another way.
+    trim: tuple[str, ...] | None = None
 
 
 def table() -> dict[str, Family]:

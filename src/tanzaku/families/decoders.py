@@ -4,14 +4,17 @@ from tanzaku.families import Family
 
 _QV = ("q_proj", "v_proj")
 
-LLAMA = Family(lora=_QV, adalora=_QV, ia3=("k_proj", "v_proj", "down_proj"), ia3_feedforward=("down_proj",))
-QWEN2 = Family(lora=_QV, adalora=_QV, ia3=("q_proj", "v_proj", "down_proj"), ia3_feedforward=("down_proj",))
+_TRIM = ("self_attn.o_proj", "mlp")
+
+LLAMA = Family(lora=_QV, adalora=_QV, ia3=("k_proj", "v_proj", "down_proj"), ia3_feedforward=("down_proj",), trim=_TRIM)
+QWEN2 = Family(lora=_QV, adalora=_QV, ia3=("q_proj", "v_proj", "down_proj"), ia3_feedforward=("down_proj",), trim=_TRIM)
 GEMMA3 = Family(
     lora=_QV,
     adalora=_QV,
     ia3=("q_proj", "v_proj", "down_proj"),
     ia3_feedforward=("down_proj",),
     key_norm="k_norm",
+    trim=_TRIM,
 )
 PHI = Family(
     lora=("q_proj", "v_proj", "fc1", "fc2"),

@@ -130,14 +130,15 @@ class AdaLoRA(LoRA):
     # -- training
 
     def prepare(self, adapter: Adapter, total_steps: int) -> None:
-        if self.total_step is None:
+        if self.total_step is None or self.inference_mode:  # a file's number is that of the run it comes from
             self.total_step = total_steps
         self.require(
             self.tinit < self.total_step - self.tfinal,
             f"tinit={self.tinit} and tfinal={self.tfinal} with {self.total_step} steps",
             "steps left between them",
         )
-        self._smoothed: dict[str, Tensor] = {}
+        self._sensitivity: list[Tensor] = []
+        self._uncertainty: list[Tensor] = []
 
     def penalty(self, adapter: Adapter) -> Tensor | None:
         """orth_reg_weight times the mean of ||A A^T - I|| and ||B^T B - I|| over the matrices."""
@@ -183,18 +184,15 @@ class AdaLoRA(LoRA):
             return
         gradients: list[Tensor] = [cast(Tensor, t.grad) for t in tensors]
         now = torch._foreach_abs(cast(Any, torch._foreach_mul)(tensors, gradients))
-        if not self._smoothed_lists():
+        if not self._sensitivity:
             self._sensitivity = [torch.zeros_like(t) for t in tensors]
             self._uncertainty = [torch.zeros_like(t) for t in tensors]
         torch._foreach_lerp_(self._sensitivity, now, 1 - self.beta1)
         gap = torch._foreach_abs(torch._foreach_sub(now, self._sensitivity))
         torch._foreach_lerp_(self._uncertainty, gap, 1 - self.beta2)
 
-    def _smoothed_lists(self) -> bool:
-        return bool(getattr(self, "_sensitivity", None))
-
     def _prune(self, adapter: Adapter, strips: list[SvdStrip], budget: int) -> None:
-        if not self._smoothed_lists():
+        if not self._sensitivity:
             return
         score = torch._foreach_mul(self._sensitivity, self._uncertainty)
         triplets = [

@@ -211,8 +211,11 @@ class LoRA(Method):
         self.require(self.bias in ("none", "all", "lora_only"), f"bias={self.bias!r}", "'none', 'all' or 'lora_only'")
 
     def biases(self, base: Base, targets: list[str]) -> Iterator[tuple[str, Strip]]:
-        """Strips for the biases that `bias` names."""
+        """Strips for the biases that `bias` names. A module that is copied whole has its bias in the copy."""
+        whole = base.head_names() if self.modules_to_save is None else self.modules_to_save
         for path, module in base.model.named_modules():
+            if any(f".{name}." in f".{path}." for name in whole):
+                continue
             wanted = self.bias == "all" or (self.bias == "lora_only" and path in targets)
             if wanted and isinstance(module._parameters.get("bias"), Tensor):
                 yield path, BiasStrip(module)

@@ -23,8 +23,10 @@ from tanzaku.methods.prompt_tuning import PromptLearning, PromptStrip
 class EncodedPrompt(TokenStrip):
     """A prompt encoder: n input vectors and the network that turns them into virtual tokens."""
 
-    def __init__(self, tokens: int, hidden: int, width: int, layers: int, dropout: float, kind: str):
+    def __init__(self, model: nn.Module, tokens: int, hidden: int, width: int, layers: int, dropout: float, kind: str):
         super().__init__()
+        # The encoder trains when the model does. The model is no part of the adapter: it stays out of its registry.
+        self.__dict__["model"] = model
         self.num_virtual_tokens = tokens
         self.embedding = nn.Embedding(tokens, hidden)
         self.lstm_head: nn.LSTM | None = None
@@ -41,15 +43,18 @@ class EncodedPrompt(TokenStrip):
             )
 
     def vectors(self) -> Tensor:
+        return self._encode(self.__dict__["model"].training)
+
+    def _encode(self, training: bool) -> Tensor:
         x = self.embedding.weight
         if self.lstm_head is not None:
-            x = self.lstm_head(x[None])[0][0]
+            x = self.lstm_head.train(training)(x[None])[0][0]
         encoded: Tensor = self.mlp_head(x)
         return encoded
 
     def export(self) -> dict[str, Tensor]:
         with torch.no_grad():
-            return {"prompt_embeddings": self.vectors()}
+            return {"prompt_embeddings": self._encode(training=False)}
 
 
 @dataclass
@@ -89,6 +94,7 @@ class PTuning(PromptLearning):
             yield (
                 "",
                 EncodedPrompt(
+                    base.model,
                     self.num_virtual_tokens,
                     hidden,
                     self.encoder_hidden_size,

@@ -119,7 +119,7 @@ class PrefixTuning(PromptLearning):
 
     Args:
         num_virtual_tokens: length of the prefix.
-        prefix_projection: write the prefix with an MLP of width encoder_hidden_size (None: the model's).
+        prefix_projection: write the prefix with an MLP of width encoder_hidden_size (None: that of a layer's keys).
         init_weights: "zero" for a prefix of zeros, None for normal random numbers.
         prefix_init_text, tokenizer_name_or_path: start from the keys and values the model computes for this text.
     """
@@ -148,7 +148,7 @@ class PrefixTuning(PromptLearning):
         layers = base.attention()
         heads, head_dim = kv_shape(base)
         self.num_layers, self.num_attention_heads, self.token_dim = len(layers), heads, heads * head_dim
-        self.encoder_hidden_size = self.encoder_hidden_size or base.hidden_size
+        self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
         size = len(layers) * 2 * self.token_dim
         projected = self.prefix_projection and not self.inference_mode
         device = next(base.model.parameters()).device

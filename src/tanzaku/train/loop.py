@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from tanzaku import store
 from tanzaku.errors import TanzakuError
+from tanzaku.families import Base
 from tanzaku.host import activate, adapters, attach, count, detach, host_of
 from tanzaku.routing import Entry, Route
 from tanzaku.tasks.classification import Split, classification_loss, collate
@@ -25,6 +26,7 @@ from tanzaku.tasks.prepare import ClassificationData
 from tanzaku.train.lane import Lane
 from tanzaku.train.memory import peak, reset_peak
 from tanzaku.train.results import EpochRecord, Job, JobResult, Observer
+from tanzaku.train.trim import PooledOnly
 
 
 class Silent:
@@ -74,6 +76,7 @@ class _Run:
     ):
         self.model, self.data, self.out, self.observer, self.meta = model, data, out, observer, meta
         self.device = model.device
+        self.pooled = PooledOnly(Base.of(model))
         self.takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
 
     def all(self, jobs: Sequence[Job]) -> list[JobResult]:
@@ -137,8 +140,7 @@ class _Run:
         labels = batch.pop("labels")
         self._mode(training=True)
         host_of(self.model).switch(Route.of(entries) if len(lanes) > 1 else Route.everywhere(lanes[0].job.name))
-        with accelerator.autocast():
-            logits = self.model(**batch).logits
+        logits = self._forward(batch, accelerator)
         losses, start = [], 0
         for lane, rows in zip(lanes, picked, strict=True):
             at = slice(start, start + len(rows))
@@ -190,9 +192,13 @@ class _Run:
         for start in range(0, len(order), size):
             rows = order[start : start + size]
             batch = self._batch(collate([split.examples[r] for r in rows], self.data.pad_token_id, labels=False))
-            with accelerator.autocast():
-                out[rows] = self.model(**batch).logits.float().cpu()
+            out[rows] = self._forward(batch, accelerator).float().cpu()
         return out
+
+    def _forward(self, batch: dict[str, Tensor], accelerator: Accelerator) -> Tensor:
+        with accelerator.autocast(), self.pooled.reading(batch["input_ids"]):
+            logits: Tensor = self.model(**batch).logits
+        return logits
 
     def _batch(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if not self.takes_types:

@@ -1,0 +1,110 @@
+"""Quality beside HF PEFT: same model, head, rows, order and settings, several seeds, on the bundled poems.
+
+HF PEFT is trained here by transformers' Trainer, as its users do.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import warnings
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.subjects import ours, theirs
+from tanzaku.models import load_classifier, load_tokenizer
+from tanzaku.recipe import DataSettings
+from tanzaku.tasks.classification import Example, collate
+from tanzaku.tasks.metrics import classification_metrics
+from tanzaku.tasks.prepare import ClassificationData, prepare_classification
+from tanzaku.train.loop import train_jobs
+from tanzaku.train.results import Job
+from tanzaku.train.settings import TrainSettings
+
+RATES = {"lora": 1e-3, "ia3": 5e-3, "prompt_tuning": 1e-2}
+
+
+def poems() -> ClassificationData:
+    """The bundled rows, as the embedded model reads them."""
+    folder = Path(str(files("tanzaku") / "data" / "poems"))
+    where = {name: str(folder / f"{name}.tsv") for name in ("train", "valid", "test")}
+    return prepare_classification(DataSettings(**where, text="poem", label="label"), load_tokenizer("embedded"), 200)
+
+
+def with_tanzaku(method: str, data: ClassificationData, settings: TrainSettings) -> dict[str, float]:
+    """Test figures."""
+    [result] = train_jobs(load_classifier("embedded", 2), data, [Job(method, ours(method), settings)])
+    assert result.test is not None, result.error
+    return result.test
+
+
+def with_peft(method: str, data: ClassificationData, settings: TrainSettings) -> dict[str, float]:
+    """Test figures of HF PEFT and transformers' Trainer."""
+    import peft
+    from transformers import Trainer, TrainingArguments, set_seed
+
+    set_seed(settings.seed)
+    model = peft.get_peft_model(load_classifier("embedded", 2), theirs(method))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model,
+            TrainingArguments(
+                folder,
+                num_train_epochs=settings.epochs,
+                learning_rate=settings.learning_rate,
+                per_device_train_batch_size=settings.batch_size,
+                per_device_eval_batch_size=1,
+                weight_decay=settings.weight_decay,
+                seed=settings.seed,
+                save_strategy="no",
+                report_to="none",
+                use_cpu=True,
+                disable_tqdm=True,
+                remove_unused_columns=False,
+            ),
+            train_dataset=_Rows(data.train.examples),
+            data_collator=lambda rows: collate(rows, data.pad_token_id),
+        )
+        trainer.train()
+        assert data.test is not None
+        out: Any = trainer.predict(_Rows(data.test.examples))
+    logits: Tensor = torch.as_tensor(out.predictions if not isinstance(out.predictions, tuple) else out.predictions[0])
+    return classification_metrics(logits, torch.as_tensor(out.label_ids))
+
+
+class _Rows(torch.utils.data.Dataset[Example]):
+    def __init__(self, examples: list[Example]):
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, row: int) -> Example:
+        return self.examples[row]
+
+
+def table(seeds: tuple[int, ...] = (0, 1, 2), epochs: int = 2) -> None:
+    """Print the Markdown table: each seed's test figures, and their means."""
+    warnings.filterwarnings("ignore")
+    data = poems()
+    print("| method | library | test ROC-AUC by seed | mean | test accuracy by seed | mean |")
+    print("|---|---|---|---|---|---|")
+    for method, rate in RATES.items():
+        for name, train in (("HF PEFT", with_peft), ("Tanzaku", with_tanzaku)):
+            seen = [
+                train(
+                    method,
+                    data,
+                    TrainSettings(epochs=epochs, learning_rate=rate, batch_size=1, weight_decay=0.0, seed=s),
+                )
+                for s in seeds
+            ]
+            cells = []
+            for key in ("roc_auc", "accuracy"):
+                values = [x[key] for x in seen]
+                cells += [", ".join(f"{v:.3f}" for v in values), f"{statistics.mean(values):.3f}"]
+            print(f"| {method} | {name} | {' | '.join(cells)} |", flush=True)

@@ -1,0 +1,65 @@
+"""A model and a tokenizer small enough to train in a second, data for them, and the command line in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_kit import ROWS, Said, Tanzaku, write_tsv
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tanzaku.cli import main
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "warm", "cold", "spring", "winter", "rain", "the", "a", "wind", "of", "sea"]
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(path)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def work(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with train.tsv, valid.tsv, test.tsv and recipe.yaml in it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("train", "valid", "test"):
+        write_tsv(tmp_path / f"{name}.tsv", ROWS)
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {model_dir}\n"
+        "data: {train: train.tsv, valid: valid.tsv, test: test.tsv}\n"
+        "train: {epochs: 2, batch_size: 2, learning_rate: 1e-2, max_length: 8}\n"
+        "methods:\n  - lora: {r: 2}\n",
+        encoding="utf-8",
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def tanzaku(capfd: pytest.CaptureFixture[str]) -> Tanzaku:
+    def run(*args: Any) -> Said:
+        capfd.readouterr()
+        code = main([str(arg) for arg in args])
+        out, err = capfd.readouterr()
+        return Said(code, out, err)
+
+    return run

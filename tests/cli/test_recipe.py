@@ -1,0 +1,219 @@
+"""The recipe: its schema, its file, and flags over it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tanzaku.cli.flags import fields, recipe_flags
+from tanzaku.errors import TanzakuError
+from tanzaku.recipe import MethodEntry, Recipe, build_recipe, jobs_of, load_recipe
+from tanzaku.train.settings import TrainSettings
+
+BASE = "model: some/model\ndata: {train: train.tsv}\n"
+
+
+def recipe(folder: Path, text: str, flags: dict[str, Any] | None = None, base: str = BASE, **options: Any) -> Recipe:
+    file = folder / "recipe.yaml"
+    file.write_text(base + text, encoding="utf-8")
+    return build_recipe(file, flags or {}, **options)
+
+
+def names(found: Recipe) -> list[str | None]:
+    return [entry.name for entry in found.methods]
+
+
+def test_defaults(tmp_path: Path) -> None:
+    found = recipe(tmp_path, "")
+    assert found.train == TrainSettings()
+    assert (found.data.text, found.data.label, found.data.valid, found.methods) == ("text", "label", None, [])
+
+
+def test_every_form_of_a_candidate(tmp_path: Path) -> None:
+    found = recipe(
+        tmp_path,
+        "train: {learning_rate: 1e-4, epochs: 3}\n"
+        "methods:\n"
+        "  - lora\n"
+        "  - lora: {r: 1}\n"
+        "  - ia3:\n"
+        "  - lora: {r: 4}\n"
+        "    name: big\n"
+        "    train: {learning_rate: 3e-4}\n",
+    )
+    jobs = jobs_of(found)
+    assert [job.name for job in jobs] == ["lora", "lora-2", "ia3", "big"]
+    assert [job.method.settings().get("r") for job in jobs] == [8, 1, None, 4]
+    assert [job.settings.learning_rate for job in jobs] == [1e-4, 1e-4, 1e-4, 3e-4]
+    assert {job.settings.epochs for job in jobs} == {3}
+
+
+def test_a_dumped_recipe_can_be_run_again(tmp_path: Path) -> None:
+    found = recipe(tmp_path, "methods: [lora, lora: {r: 1}, {ia3: {}, name: third, train: {epochs: 1}}]")
+    again = recipe(tmp_path, yaml.safe_dump(found.model_dump(mode="json")), base="")
+    assert again == found
+
+
+@pytest.mark.parametrize("written", ["1e-4", "1E-4", "1.0e-4", "0.0001", "'1e-4'"])
+def test_numbers_as_people_write_them(tmp_path: Path, written: str) -> None:
+    found = recipe(tmp_path, f"train: {{learning_rate: {written}}}\nmethods: [adalora: {{target_r: {written}}}]")
+    assert found.train.learning_rate == 1e-4
+    assert jobs_of(found)[0].method.settings()["target_r"] == 1e-4
+
+
+def test_flags_override_the_file_and_nothing_else(tmp_path: Path) -> None:
+    found = recipe(
+        tmp_path,
+        "train: {epochs: 3, batch_size: 4}\nmethods: [lora: {r: 2}]",
+        {"model": "other", "data": {"text": "poem"}, "train": {"epochs": "5"}, "set": ["r=6", "use_rslora=true"]},
+    )
+    assert (found.model, found.data.text, found.train.epochs, found.train.batch_size) == ("other", "poem", 5, 4)
+    assert found.methods[0].settings == {"r": 6, "use_rslora": True}
+
+
+def test_flags_alone_are_a_recipe() -> None:
+    found = build_recipe(None, {"model": "m", "data": {"train": "imdb:train"}, "methods": ["lora", "ia3"]})
+    assert (found.data.train, names(found)) == ("imdb:train", ["lora", "ia3"])
+
+
+def test_a_method_flag_picks_from_the_recipe(tmp_path: Path) -> None:
+    text = "methods: [lora: {r: 1}, {lora: {r: 4}, name: big}, {ia3: {}, name: x}, {ia3: {}, name: y}]"
+    assert names(recipe(tmp_path, text, {"methods": ["big"]})) == ["big"]
+    assert names(recipe(tmp_path, text, {"methods": ["ia3", "head"]})) == ["x", "y", "head"]
+    picked = recipe(tmp_path, text, {"methods": ["lora"], "set": ["lora.lora_alpha=2"]})
+    assert picked.methods[0].settings == {"r": 1, "lora_alpha": 2}
+
+
+def test_defaults_only_where_nothing_is_named(tmp_path: Path) -> None:
+    assert names(recipe(tmp_path, "", default_methods=["lora", "head"])) == ["lora", "head"]
+    assert names(recipe(tmp_path, "methods: [ia3]", default_methods=["lora"])) == ["ia3"]
+
+
+def test_paths_are_taken_from_the_recipe_and_other_names_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "sub"
+    folder.mkdir()
+    (folder / "rows").mkdir()
+    file = folder / "recipe.yaml"
+    file.write_text("model: ./base\ndata: {train: train.tsv, valid: rows, test: 'imdb:test'}\n", encoding="utf-8")
+    raw = load_recipe(file)
+    assert raw["data"] == {"train": str(folder / "train.tsv"), "valid": str(folder / "rows"), "test": "imdb:test"}
+    assert raw["model"] == str(folder / "base")
+    assert build_recipe(file, {"data": {"train": "here.tsv"}}).data.train == "here.tsv"
+    assert os.path.relpath(raw["data"]["train"], folder) == "train.tsv"
+
+
+# What is refused: (text of the recipe after model and data, what the one line must say).
+REFUSED = [
+    ("trian: {epochs: 1}", ["recipe.yaml", "'trian'", "did you mean 'train'"]),
+    ("train: {learning_rat: 1}", ["recipe.yaml", "train has no key 'learning_rat'", "did you mean 'learning_rate'"]),
+    ("train: {epochs: 0}", ["train.epochs is 0", "greater than or equal to 1"]),
+    ("train: {epochs: many}", ["train.epochs is 'many'", "a valid integer"]),
+    ("train: {schedule: linaer}", ["train.schedule", "'linaer'", "did you mean 'linear'"]),
+    ("train: 4", ["train is 4", "a mapping"]),
+    ("train: {epochs: 1, epochs: 2}", ["line 3", "'epochs' is there twice"]),
+    ("train: {epochs: 1\nmethods: [", ["line 4", "expected YAML"]),
+    ("methods: lora", ["methods is 'lora'", "a list"]),
+    ("methods: [1]", ["methods item 1", "found 1"]),
+    ("methods: [lora, lora: 8]", ["methods item 2", "found 8 as settings of lora", "{r: 8}"]),
+    ("methods: [{lora: {}, ia3: {}}]", ["methods item 1", "lora, ia3", "one method"]),
+    ("methods: [{lora: {}, train: {epoch: 1}}]", ["methods item 1", "'epoch'", "did you mean 'epochs'"]),
+    ("methods: [{lora: {}, train: {max_length: 1}}]", ["methods item 1", "max_length"]),
+    ("methods: [{lora: {}, train: {epochs: 0}}]", ["candidate 'lora'", "epochs is 0"]),
+    ("methods: [{lora: {}, name: a b}]", ["name is 'a b'", "letters"]),
+    ("methods: [{lora: {}, name: a}, {ia3: {}, name: a}]", ["two candidates are named 'a'"]),
+    ("methods: [lorra]", ["unknown method 'lorra'", "did you mean 'lora'"]),
+    ("methods: [lora: {lora_alfa: 1}]", ["no setting 'lora_alfa'", "did you mean 'lora_alpha'"]),
+    ("methods: [lora: {r: four}]", ["candidate 'lora'", "r is 'four'", "a valid integer"]),
+    ("device: gpu", ["device is 'gpu'", "'cuda'"]),
+    ("task: regression", ["task is 'regression'", "'classification'"]),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), REFUSED, ids=[text for text, _ in REFUSED])
+def test_refused(tmp_path: Path, text: str, says: list[str]) -> None:
+    with pytest.raises(TanzakuError) as caught:
+        jobs_of(recipe(tmp_path, text))
+    for part in says:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# Whole files that are no recipe.
+FILES = [
+    (b"", ["is empty"]),
+    (b"# nothing\n", ["is empty"]),
+    (b"- lora\n", ["is a list", "model"]),
+    (b"text\tlabel\nrain\t1\n", ["recipe.yaml"]),
+    (b"model: \xff\n", ["line 1", "not UTF-8"]),
+    (b"model: !!python/object:os.system x\n", ["line 1", "YAML"]),
+    (b"model: \x00\n", ["recipe.yaml", "YAML"]),
+    (b"data: {train: a.tsv}\n", ["model is missing", "--model"]),
+    (b"model: m\n", ["data.train is missing", "--train"]),
+    (b"model: {a: 1}\ndata: {train: a.tsv}\n", ["model is {'a': 1}", "text"]),
+    (b"model: ''\ndata: {train: a.tsv}\n", ["model is ''"]),
+    (b"model: m\ndata: [a.tsv]\n", ["data is ['a.tsv']", "a mapping"]),
+    (b"[" * 5000, ["recipe.yaml"]),
+]
+
+
+@pytest.mark.parametrize(("content", "says"), FILES)
+def test_no_recipe(tmp_path: Path, content: bytes, says: list[str]) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(TanzakuError) as caught:
+        build_recipe(tmp_path / "recipe.yaml", {})
+    for part in says:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    recipe(tmp_path, "")
+    with pytest.raises(TanzakuError, match=r"no recipe .*recipe.yml \(did you mean 'recipe.yaml'\?\)"):
+        build_recipe(tmp_path / "recipe.yml", {})
+    with pytest.raises(TanzakuError, match="is a directory"):
+        build_recipe(tmp_path, {})
+
+
+SETS = [
+    ("r", "r=1"),
+    ("=1", "r=1"),
+    ("r=1", "2 candidates; say whose it is, as in lora.r=1"),
+    ("lor.r=1", "did you mean 'lora'"),
+    ("lora.r=[1", "expected YAML"),
+]
+
+
+@pytest.mark.parametrize(("assignment", "says"), SETS)
+def test_a_set_that_cannot_be_read(tmp_path: Path, assignment: str, says: str) -> None:
+    with pytest.raises(TanzakuError, match="--set") as caught:
+        recipe(tmp_path, "methods: [lora, ia3]", {"set": [assignment]})
+    assert says in str(caught.value)
+
+
+def test_a_bad_flag_is_told_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(TanzakuError) as caught:
+        recipe(tmp_path, "train: {epochs: 3}", {"train": {"batch_size": "x"}})
+    assert str(caught.value).startswith("--batch-size is 'x', expected")
+
+
+def test_every_key_has_a_flag_and_reaches_the_schema() -> None:
+    seen: list[dict[str, Any]] = []
+    command = recipe_flags(lambda file, flags, overwrite: seen.append(flags))
+    given = dict.fromkeys(command.__signature__.parameters)  # type: ignore[attr-defined]
+    assert set(TrainSettings.model_fields) <= set(given)
+    assert {"model", "task", "train", "valid", "test", "text", "text_pair", "label", "out", "device"} <= set(given)
+    assert {"method", "set", "recipe", "overwrite"} <= set(given)
+    command(**{name: f"<{name}>" for name in given})
+    assert seen[0]["train"] == {name: f"<{name}>" for name in TrainSettings.model_fields}
+    assert seen[0]["data"]["train"] == "<train>"
+    assert len(given) == len(fields()) + 4
+
+
+def test_candidates_can_be_built_in_python() -> None:
+    entries = [MethodEntry.model_validate("lora"), MethodEntry.model_validate({"lora": {"r": 1}})]
+    made = Recipe(model="m", data={"train": "t.tsv"}, methods=entries)
+    assert [job.name for job in jobs_of(made)] == ["lora", "lora-2"]

@@ -1,0 +1,1 @@
+"""Tanzaku beside HF PEFT: the same files, the same numbers."""

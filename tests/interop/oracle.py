@@ -1,0 +1,139 @@
+"""HF PEFT as the oracle: its adapters on copies of tiny models, and what both sides say of one batch."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import tanzaku as tz
+from models import batch
+
+CONFIGS: dict[str, type[peft.PeftConfig]] = {
+    "lora": peft.LoraConfig,
+    "adalora": peft.AdaLoraConfig,
+    "prompt_tuning": peft.PromptTuningConfig,
+    "p_tuning": peft.PromptEncoderConfig,
+    "prefix_tuning": peft.PrefixTuningConfig,
+    "ia3": peft.IA3Config,
+    "llama_adapter": peft.AdaptionPromptConfig,
+}
+
+# One plain choice of settings a method; PEFT asks AdaLoRA for the number of steps, and LLaMA-Adapter for its sizes.
+PLAIN: dict[str, dict[str, Any]] = {
+    "lora": {"r": 2},
+    "adalora": {"init_r": 2, "target_r": 1, "total_step": 10},
+    "prompt_tuning": {"num_virtual_tokens": 3},
+    "p_tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 24},
+    "prefix_tuning": {"num_virtual_tokens": 3},
+    "ia3": {},
+    "llama_adapter": {"adapter_layers": 1, "adapter_len": 4},
+}
+SOFT_PROMPTS = ("prompt_tuning", "p_tuning")
+PROMPT_LEARNING = (*SOFT_PROMPTS, "prefix_tuning")
+
+
+def task_of(model: PreTrainedModel) -> str | None:
+    """PEFT's name of the model's task."""
+    kind = type(model).__name__
+    if kind.endswith("ForSequenceClassification"):
+        return "SEQ_CLS"
+    if kind.endswith("ForImageClassification"):
+        return None
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def config(model: PreTrainedModel, name: str, settings: dict[str, Any]) -> peft.PeftConfig:
+    """PEFT's configuration of a method: the same names, with the same values."""
+    return CONFIGS[name](**copy.deepcopy(settings), task_type=task_of(model))
+
+
+def method(name: str, settings: dict[str, Any]) -> tz.Method:
+    return tz.METHODS[name].from_settings(copy.deepcopy(settings))
+
+
+def in_peft(model: PreTrainedModel, name: str, settings: dict[str, Any]) -> peft.PeftModel:
+    """A PEFT adapter on its own copy of `model`; what it trains is moved away from where it starts."""
+    wrapped = peft.get_peft_model(copy.deepcopy(model), config(model, name, settings)).eval()
+    scatter([p for p in wrapped.parameters() if p.requires_grad])
+    return wrapped
+
+
+@torch.no_grad()
+def scatter(parameters: list[nn.Parameter], scale: float = 0.2, seed: int = 1) -> None:
+    """Add noise, so that nothing is at zero or at one, where a wrong formula could hide."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def reopened(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> peft.PeftModel:
+    """What PEFT reads from `folder`, on its own copy of `model`."""
+    return peft.PeftModel.from_pretrained(copy.deepcopy(model), folder, is_trainable=is_trainable).eval()
+
+
+def inputs(model: PreTrainedModel, name: str) -> dict[str, Tensor]:
+    """A padded batch, but for soft prompts on classifiers: there PEFT pools at the padding."""
+    whole = name in SOFT_PROMPTS and task_of(model) == "SEQ_CLS"
+    made = batch(model, padding=None if whole else "right")
+    if whole:
+        made["attention_mask"] = torch.ones_like(made["input_ids"])
+    return made
+
+
+def logits(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+    """Logits, a language model's at its rows' own tokens: PEFT's has more of them, and at padding any will do."""
+    out: Tensor = model(**given).logits
+    if out.dim() == 3 and "decoder_input_ids" not in given:
+        out = out[:, -given["input_ids"].shape[1] :][given["attention_mask"].bool()]
+    return out
+
+
+def loss_of(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+    """A loss that both sides compute alike: every logit counts, with a weight of its own."""
+    out = logits(model, given)
+    weights = torch.linspace(-1, 1, out.shape[-1]).roll(1)
+    return (out.float().log_softmax(-1) * weights).mean()
+
+
+def train(model: PreTrainedModel, adapter: tz.Adapter, given: dict[str, Tensor], steps: int = 2) -> None:
+    """A few steps of AdamW as Tanzaku's own loop takes them: the first opens gates that start at zero."""
+    tz.activate(model, adapter.name)
+    trained = [p for _, p in adapter.trained()]
+    optimizer = torch.optim.AdamW(trained, lr=0.05)
+    adapter.method.prepare(adapter, steps)
+    for step in range(1, steps + 1):
+        loss = loss_of(model, given)
+        penalty = adapter.method.penalty(adapter)
+        (loss if penalty is None else loss + penalty).backward()
+        optimizer.step()
+        adapter.method.after_step(adapter, step)
+        optimizer.zero_grad()
+
+
+def our_name(name: str) -> str:
+    """A parameter's name in Tanzaku, from its name in a PEFT model."""
+    for piece in ("base_model.model.", "base_model.", "prompt_encoder.default.", "modules_to_save.default."):
+        name = name.replace(piece, "")
+    return name.replace(".default", "")
+
+
+def trained_in_peft(model: peft.PeftModel) -> dict[str, nn.Parameter]:
+    """What PEFT trains, by Tanzaku's names."""
+    return {our_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def trained_in_tanzaku(adapter: tz.Adapter) -> dict[str, nn.Parameter]:
+    """What Tanzaku trains, by name. A whole prompt lies at the model, or at its first attention layer."""
+    named = dict(adapter.trained())
+    if adapter.method.name == "prompt_tuning":
+        named["embedding.weight"] = named.pop("prompt_embeddings")
+    if adapter.method.name == "prefix_tuning":
+        site = f"{adapter.paths[0]}."
+        named = {name.removeprefix(site): p for name, p in named.items()}
+    return named

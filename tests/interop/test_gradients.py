@@ -1,0 +1,117 @@
+"""The same weights in, the same logits and gradients out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tanzaku as tz
+from interop.oracle import (
+    CONFIGS,
+    PLAIN,
+    in_peft,
+    inputs,
+    logits,
+    loss_of,
+    method,
+    trained_in_peft,
+    trained_in_tanzaku,
+)
+from models import tiny
+
+CASES = {
+    **{name: (name, PLAIN[name]) for name in CONFIGS},
+    "lora-wide": ("lora", {"r": 3, "lora_alpha": 7, "use_rslora": True, "target_modules": "all-linear"}),
+    "lora-embedding": ("lora", {"r": 2, "target_modules": ["embed_tokens", "o_proj"]}),
+    "lora-norm": ("lora", {"r": 2, "modules_to_save": ["input_layernorm", "score"]}),
+    "adalora-wide": ("adalora", {**PLAIN["adalora"], "init_r": 3, "target_modules": "all-linear"}),
+    "p-tuning-lstm": (
+        "p_tuning",
+        {**PLAIN["p_tuning"], "encoder_reparameterization_type": "LSTM", "encoder_num_layers": 2},
+    ),
+    "prefix-projected": ("prefix_tuning", {**PLAIN["prefix_tuning"], "prefix_projection": True}),
+    "ia3-feedforward": ("ia3", {"target_modules": ["q_proj", "up_proj"], "feedforward_modules": ["up_proj"]}),
+    "llama-adapter-all": ("llama_adapter", {"adapter_layers": 2, "adapter_len": 5}),
+}
+
+
+def same_step(name: str, settings: dict[str, Any], *, training: bool = False, **overrides: Any) -> dict[str, float]:
+    """Compare logits and gradients of both sides in one step; the greatest difference by name, relative to its scale.
+
+    Weights are copied by name, and the two sets of names must be one: neither side trains what the other does not.
+    """
+    base = tiny("llama", "cls", **overrides)
+    if dtype := overrides.get("dtype"):
+        base = base.to(dtype)
+    given = inputs(base, name)
+    peft_model = in_peft(base, name, settings)
+    adapter = tz.attach(base, method(name, settings), "a", seed=0)
+    theirs, ours = trained_in_peft(peft_model), trained_in_tanzaku(adapter)
+    assert ours.keys() == theirs.keys()
+    with torch.no_grad():
+        for key, parameter in ours.items():
+            parameter.copy_(theirs[key])
+    tz.activate(base, "a")
+    base.train(training)
+    peft_model.train(training)
+    for model in (base, peft_model):
+        loss_of(model, given).backward()
+    base.eval(), peft_model.eval()
+    off = {}
+    pairs = {key: (ours[key].grad, theirs[key].grad) for key in ours}
+    with torch.no_grad():
+        pairs["logits"] = (logits(base, given), logits(peft_model, given))
+    # A scalar, such as a gate, may be a small difference of great terms: it is held to the scale of what it came from.
+    least = max(other.abs().max().item() for _, other in pairs.values()) / 100
+    for key, (mine, other) in pairs.items():
+        scale = other.float().abs().max().item()
+        assert scale > 0, f"the gradient of {key} is zero, so nothing was compared"
+        off[key] = (mine.float() - other.float()).abs().max().item() / max(scale, least)
+    return off
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES.values(), ids=CASES)
+def test_gradients_are_pefts(name: str, settings: dict[str, Any]) -> None:
+    off = same_step(name, settings)
+    assert max(off.values()) < 1e-5, off
+
+
+@pytest.mark.parametrize("settings", [{"r": 2}, {"r": 4, "target_modules": "all-linear"}], ids=["plain", "wide"])
+def test_a_base_in_bf16(settings: dict[str, Any]) -> None:
+    """Adapters are in fp32 on both sides; the base's own rounding is 2 ** -8."""
+    off = same_step("lora", settings, dtype=torch.bfloat16)
+    assert max(off.values()) < 2**-7, off
+
+
+@pytest.mark.parametrize("name", ["lora", "adalora"])
+def test_dropout_is_off_in_eval_mode(name: str) -> None:
+    off = same_step(name, {**PLAIN[name], "lora_dropout": 0.9})
+    assert max(off.values()) < 1e-5, off
+
+
+def test_dropout_of_the_prompt_encoder_is_off_in_eval_mode() -> None:
+    lstm = {"encoder_reparameterization_type": "LSTM", "encoder_num_layers": 2, "encoder_dropout": 0.9}
+    off = same_step("p_tuning", {**PLAIN["p_tuning"], **lstm})
+    assert max(off.values()) < 1e-5, off
+
+
+def test_one_dropout_draw_is_pefts() -> None:
+    """With one target the same seed draws the same mask, so training mode can be compared too."""
+    base = tiny("llama", "cls")
+    given = inputs(base, "lora")
+    settings = {"r": 2, "lora_dropout": 0.5, "target_modules": ["q_proj", "down_proj"]}
+    peft_model = in_peft(base, "lora", settings).train()
+    adapter = tz.attach(base, method("lora", settings), "a")
+    with torch.no_grad():
+        for key, parameter in trained_in_tanzaku(adapter).items():
+            parameter.copy_(trained_in_peft(peft_model)[key])
+    tz.activate(base, "a")
+    base.train()
+    outs = []
+    for model in (base, peft_model):
+        torch.manual_seed(5)
+        outs.append(logits(model, given))
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(outs[0], logits(base.eval(), given), atol=1e-3)

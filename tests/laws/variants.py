@@ -1,0 +1,206 @@
+"""The settings each method is tested with, and the few operations that all laws share.
+
+A law runs over the whole registry. What is true of a method is read off its class and its strips, not off its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import batch, tiny
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import tanzaku as tz
+from tanzaku.host import host_of
+from tanzaku.method import Method, TokenStrip
+from tanzaku.methods import METHODS
+from tanzaku.routing import Entry
+
+# Method -> variant -> settings. The first variant fits every family; the others are made for the LLaMA classifier.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "lora": {
+        "default": {"r": 2},
+        "dropout": {"r": 2, "lora_dropout": 0.5},
+        "all-linear": {"r": 2, "target_modules": "all-linear"},
+        "rslora": {"r": 3, "use_rslora": True, "init_lora_weights": "gaussian"},
+        "bias-all": {"r": 2, "bias": "all"},
+        "modules_to_save": {"r": 2, "modules_to_save": ["score", "down_proj"]},
+        "rank_pattern": {"r": 2, "rank_pattern": {"layers.1.self_attn.q_proj": 5}, "alpha_pattern": {"v_proj": 3}},
+        "layers_to_transform": {"r": 2, "layers_to_transform": [1]},
+        "embedding": {"r": 2, "target_modules": ["embed_tokens", "v_proj"]},
+    },
+    "adalora": {
+        "default": {"init_r": 3, "target_r": 2},
+        "fraction": {"init_r": 2, "target_r": 0.5, "lora_alpha": 16, "target_modules": "all-linear"},
+    },
+    "prompt_tuning": {"default": {"num_virtual_tokens": 3}, "longer": {"num_virtual_tokens": 7}},
+    "p_tuning": {
+        "default": {"num_virtual_tokens": 2},
+        "lstm": {"num_virtual_tokens": 5, "encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 8},
+    },
+    "prefix_tuning": {
+        "default": {"num_virtual_tokens": 3},
+        "projection": {"num_virtual_tokens": 5, "prefix_projection": True, "encoder_hidden_size": 16},
+        "zero": {"num_virtual_tokens": 2, "init_weights": "zero"},
+    },
+    "ia3": {
+        "default": {},
+        "feedforward": {"target_modules": ["up_proj", "down_proj"], "feedforward_modules": ["up_proj", "down_proj"]},
+    },
+    "llama_adapter": {
+        "default": {"adapter_len": 4, "adapter_layers": 1},
+        "every-layer": {"adapter_len": 6, "adapter_layers": 2},
+    },
+    "full": {"default": {}},
+    "head": {"default": {}},
+}
+
+CASES = [(name, variant) for name in METHODS for variant in VARIANTS.get(name, ())]
+all_variants = pytest.mark.parametrize(("name", "variant"), CASES, ids=["-".join(case) for case in CASES])
+all_methods = pytest.mark.parametrize("name", METHODS)
+
+KINDS_BESIDE_LLAMA = [
+    ("bert", "cls"),
+    ("roberta", "cls"),
+    ("gpt2", "lm"),
+    ("opt", "cls"),
+    ("opt", "lm"),
+    ("t5", "lm"),
+    ("t5", "cls"),
+    ("bart", "lm"),
+    ("bart", "cls"),
+    ("gemma3", "cls"),
+    ("gemma3", "lm"),
+]
+
+
+def method(name: str, variant: str = "default") -> Method:
+    """A method with its settings for tiny models."""
+    return METHODS[name].from_settings(VARIANTS[name][variant])
+
+
+def bamboo(kind: str = "llama", head: str = "cls", **overrides: Any) -> PreTrainedModel:
+    """A fresh tiny model; a LLaMA has biases, so that there are some to train."""
+    if kind == "llama":
+        overrides = {"attention_bias": True, "mlp_bias": True, **overrides}
+    return tiny(kind, head, **overrides)
+
+
+@torch.no_grad()
+def opened(adapter: tz.Adapter, seed: int = 0, noise: float = 0.2) -> tz.Adapter:
+    """Move every trained parameter away from where it starts, gates and zero matrices too."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in adapter.trained():
+        parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * noise)
+    return adapter
+
+
+def hang(model: PreTrainedModel, name: str, variant: str = "default", as_: str | None = None) -> tz.Adapter:
+    """Attach a method under its own name and open it."""
+    seed = sum(map(ord, as_ or name))
+    return opened(tz.attach(model, method(name, variant), as_ or name, seed=seed), seed)
+
+
+@cache
+def full_bamboo(kind: str = "llama", head: str = "cls", attention: str = "sdpa") -> PreTrainedModel:
+    """A model with every method twice, `x` and `x-2`, the second of other settings where the table has some.
+
+    It is shared between tests, which route and compute but change nothing.
+    """
+    model = bamboo(kind, head, attn_implementation=attention)
+    for name, variants in VARIANTS.items():
+        hang(model, name)
+        hang(model, name, list(variants)[-1] if (kind, head) == ("llama", "cls") else "default", f"{name}-2")
+    return model
+
+
+def sharing() -> list[str]:
+    """Methods whose rows may share a batch."""
+    return [name for name, m in METHODS.items() if m.shares_batch]
+
+
+def keeps_shape(adapter: tz.Adapter) -> bool:
+    """Whether the adapter adds no token: then other rows keep the very numbers they have without it."""
+    return not any(isinstance(strip, TokenStrip) for _, strip in adapter.at())
+
+
+def starts_as_identity(adapter: tz.Adapter) -> bool:
+    """Whether the adapter is made to change nothing at first: it adds neither tokens nor positions."""
+    return keeps_shape(adapter) and not any(getattr(strip, "position_offset", 0) for _, strip in adapter.at())
+
+
+def rows_of(inputs: dict[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
+    return {key: value[list(rows)] for key, value in inputs.items()}
+
+
+def logits(model: PreTrainedModel, entries: Iterable[Entry], inputs: dict[str, Tensor]) -> Tensor:
+    """Logits under a route; those of padding say nothing and are zero."""
+    with tz.route(model, list(entries)):
+        return plain_logits(model, inputs)
+
+
+def plain_logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits under the route in force."""
+    out = model(**inputs).logits
+    mask = inputs.get("attention_mask")
+    if out.dim() == 3 and mask is not None and "decoder_input_ids" not in inputs:
+        out = out * mask[..., None]
+    return out
+
+
+def losses(out: Tensor) -> Tensor:
+    """A loss a row, whatever the head."""
+    scores = out.float() if out.dim() == 3 else out.float()[:, None]
+    target = torch.arange(scores.shape[1]) % scores.shape[2]
+    return F.cross_entropy(scores.transpose(1, 2), target.expand(len(scores), -1), reduction="none").sum(1)
+
+
+def gradients(loss: Tensor, adapter: tz.Adapter, retain: bool = False) -> dict[str, Tensor]:
+    """The gradient of every trained parameter, zero where the loss does not reach it."""
+    names, parameters = zip(*adapter.trained(), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=retain)
+    return {name: torch.zeros_like(p) if g is None else g for name, p, g in zip(names, parameters, found, strict=True)}
+
+
+def assert_equal_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1e-5) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(
+            gradient, expected[name], rtol=1e-4, atol=atol, msg=lambda m, n=name: f"gradient of {n}: {m}"
+        )
+
+
+def assert_isolated(
+    model: PreTrainedModel, entries: Sequence[Entry], inputs: dict[str, Tensor], atol: float = 1e-5
+) -> None:
+    """Every entry's rows in the mixed batch are what they are in a batch of their own: logits, losses, gradients."""
+    mixed = logits(model, entries, inputs)
+    each = losses(mixed)
+    for entry in dict.fromkeys(entries):
+        at = [row for row, other in enumerate(entries) if other == entry]
+        alone = logits(model, [entry] * len(at), rows_of(inputs, at))
+        torch.testing.assert_close(mixed[at], alone, rtol=1e-5, atol=atol, msg=lambda m, e=entry: f"{e}: {m}")
+        alone_losses = losses(alone)
+        torch.testing.assert_close(each[at], alone_losses, rtol=1e-5, atol=atol)
+        for name in (entry,) if isinstance(entry, str) else entry or ():
+            adapter = host_of(model).get(name)
+            assert_equal_gradients(
+                gradients(each[at].sum(), adapter, retain=True),
+                gradients(alone_losses.sum(), adapter, retain=True),
+                atol,
+            )
+    for name in {n for e in entries for n in ((e,) if isinstance(e, str) else e or ())}:
+        others = [r for r, e in enumerate(entries) if e is None or (e != name and name not in e)]
+        if others and each[others].requires_grad:
+            leak = gradients(each[others].sum(), host_of(model).get(name), retain=True)
+            assert not any(g.any() for g in leak.values()), f"a loss of other rows reaches {name}"
+
+
+__all__ = [name for name in globals() if not name.startswith("_")]
+__all__ += ["batch"]
