@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -168,8 +167,11 @@ def lively(model: nn.Module) -> None:
     """Redraw every weight, so that logits, attention and biases differ visibly from token to token."""
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
-            std = 0.5 if "embed" in name or name.split(".")[-2] in ("shared", "wte", "wpe") else None
-            parameter.normal_(std=std or 1 / math.sqrt(parameter[0].numel()))
+            module = model.get_submodule(name.rpartition(".")[0])
+            fan_in = parameter[0].numel()
+            # An embedding that its model scales starts as much smaller.
+            std = 0.5 / float(getattr(module, "embed_scale", 1)) if isinstance(module, nn.Embedding) else fan_in**-0.5
+            parameter.normal_(std=std)
         else:
             parameter.add_(torch.randn_like(parameter) * 0.1)
 
@@ -185,7 +187,7 @@ def batch(
     if kind in ("vit", "clip", "clip_vision_model"):
         size = getattr(config, "vision_config", config).image_size
         out["pixel_values"] = torch.randn(rows, 3, size, size, generator=generator)
-        if not type(model).__name__ == "CLIPModel":
+        if type(model).__name__ != "CLIPModel":
             return out
     if kind == "whisper":
         frames = 2 * config.max_source_positions

@@ -202,15 +202,14 @@ def route(model: nn.Module, entries: Sequence[Entry]) -> Iterator[None]:
             of a whole multiple of rows expands the route, as beam search does.
     """
     host = host_of(model)
-    before = (host.sites.route, host.sites.stacks)
+    before = host.sites.route
     host.switch(Route.of(list(entries)))
     try:
         yield
     finally:
-        if before[0] is None:
-            host.sites.off()
-        else:
-            host.sites.on(before[0], before[1])
+        # An adapter of the route before may have been detached meanwhile: that route has ended.
+        still = before is not None and host.adapters.keys() >= set(before.adapters)
+        host.switch(before if still else None)
 
 
 def activate(model: nn.Module, name: Entry) -> None:
@@ -278,8 +277,9 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     gone = set(names)
     current = host.active if isinstance(host.active, tuple) else (host.active,)
     if gone & set(current):
-        activate(model, None)
-    elif host.sites.route is not None and gone & set(host.sites.route.adapters):
+        host.active = None
+        _show_parameters(host)
+    if host.sites.route is not None and gone & set(host.sites.route.adapters):
         host.switch(None)
     for each in names:
         del host.adapters[each]

@@ -51,7 +51,7 @@ def merge(model: nn.Module, name: str = "default") -> nn.Module:
                 _restore(model, before)
                 raise TanzakuError(
                     f"{adapter.method.name}: {full} is tied to {listed(left)}, which {name!r} leaves as it is, so it "
-                    "cannot be merged; load the base with tie_word_embeddings=False first"
+                    "cannot be merged; untie them first (tie_word_embeddings=False)"
                 )
             # Under one of its names, or a tied weight would be noted again when it is changed already.
             before.setdefault(tied[0], parameter.detach().clone())

@@ -31,7 +31,7 @@ class Route:
         stacks: list[Stack] = []
         index = []
         for entry in entries:
-            stack = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+            stack = _stack(entry)
             if stack not in stacks:
                 stacks.append(stack)
             index.append(stacks.index(stack))
@@ -76,6 +76,13 @@ class Route:
             # A contiguous group is a view; only scattered rows need a gather.
             groups.append((number, slice(first, last) if last - first == len(at) else at))
         return groups
+
+
+def _stack(entry: Entry) -> Stack:
+    stack = () if entry is None else (entry,) if isinstance(entry, str) else entry
+    if not isinstance(stack, tuple | list) or not all(isinstance(name, str) for name in stack):
+        raise TanzakuError(f"route: found the entry {entry!r}, expected a name, a tuple of names or None")
+    return tuple(stack)
 
 
 def take(x: Tensor, rows: Rows) -> Tensor:

@@ -305,15 +305,37 @@ class Sites:
                 elif before[0] is not route:
                     self.on(before[0], before[1])
 
+        self._wrap_checkpoints(replay)
+        enable = getattr(self.base.model, "gradient_checkpointing_enable", None)
+        if enable is not None:
+
+            def enabled(*args: Any, **kwargs: Any) -> None:
+                enable(*args, **kwargs)
+                self._wrap_checkpoints(replay)
+
+            # Trainers enable checkpointing when an adapter is active already.
+            self.base.model.__dict__["gradient_checkpointing_enable"] = enabled
+            self._undo.append(partial(self.base.model.__dict__.pop, "gradient_checkpointing_enable", None))
+
+    def _wrap_checkpoints(self, replay: Callable[..., Any]) -> None:
         for module in self.base.model.modules():
-            checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+            checkpoint = module.__dict__.get(_CHECKPOINT)
             if checkpoint is not None and getattr(module, "gradient_checkpointing", False):
 
                 def kept(function: Callable[..., Any], *args: Any, checkpoint: Any = checkpoint) -> Any:
                     return checkpoint(partial(replay, function), *args)
 
-                module.__dict__["_gradient_checkpointing_func"] = kept
-                self._undo.append(partial(module.__dict__.__setitem__, "_gradient_checkpointing_func", checkpoint))
+                module.__dict__[_CHECKPOINT] = kept
+                self._undo.append(partial(_put_back, module, kept, checkpoint))
+
+
+_CHECKPOINT = "_gradient_checkpointing_func"
+
+
+def _put_back(module: nn.Module, kept: Any, checkpoint: Any) -> None:
+    # Checkpointing may have been enabled anew since, with other options.
+    if module.__dict__.get(_CHECKPOINT) is kept:
+        module.__dict__[_CHECKPOINT] = checkpoint
 
 
 # -- transformers' attention interface

@@ -144,7 +144,9 @@ def _ending(model: nn.Module, names: list[str] | None) -> list[str] | None:
         return names
     paths = [path for path, _ in model.named_modules()]
     found = [[path for path in paths if path.endswith(name)] or [name] for name in names]
-    return list(dict.fromkeys(path for each in found for path in each))
+    # PEFT writes both of its names for a classifier's head, whichever the model has.
+    known = [path for each in found for path in each if path in paths or path not in _HEADS]
+    return list(dict.fromkeys(known))
 
 
 def _beside(model: nn.Module, method: Method, key: str, tensors: dict[str, Tensor]) -> bool:
@@ -242,9 +244,13 @@ def config_of(host: Host, adapter: Adapter) -> dict[str, Any]:
     task = method.task_type or next((t for end, t in _TASKS.items() if own.endswith(end)), None)
     settings = method.settings()
     # Whole paths: of a mere name PEFT takes all that ends with it, "norm" for "input_layernorm" too.
-    whole = [p for p, s in adapter.at() if isinstance(s, WeightStrip) and any(w.requires_grad for w in s.parameters())]
+    copies = {path: s for path, s in adapter.at() if isinstance(s, WeightStrip)}
+    whole = [path for path, s in copies.items() if any(p.requires_grad for p in s.parameters())]
     if whole and method.name not in _ONLY_HERE:
         settings["modules_to_save"] = whole
+    if task in _NEEDS_HEAD and method.trains_head and method.file_prefix == Method.file_prefix:
+        # By these tasks PEFT takes the head from the file, and cannot read one without; by none it leaves the base's.
+        task = task if any(path.endswith(_HEADS) for path in copies) else None
     settings.update(
         peft_type=method.file_type(host.base),
         task_type=task,
@@ -264,6 +270,8 @@ def config_of(host: Host, adapter: Adapter) -> dict[str, Any]:
 
 
 _ONLY_HERE = {"full", "head"}
+_HEADS = ("classifier", "score", "qa_outputs")
+_NEEDS_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 # -- the base an adapter was made for

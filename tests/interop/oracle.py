@@ -41,8 +41,13 @@ PROMPT_LEARNING = (*SOFT_PROMPTS, "prefix_tuning")
 def task_of(model: PreTrainedModel) -> str | None:
     """PEFT's name of the model's task."""
     kind = type(model).__name__
-    if kind.endswith("ForSequenceClassification"):
-        return "SEQ_CLS"
+    for end, task in {
+        "ForSequenceClassification": "SEQ_CLS",
+        "ForTokenClassification": "TOKEN_CLS",
+        "ForQuestionAnswering": "QUESTION_ANS",
+    }.items():
+        if kind.endswith(end):
+            return task
     if kind.endswith("ForImageClassification"):
         return None
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
@@ -72,9 +77,9 @@ def scatter(parameters: list[nn.Parameter], scale: float = 0.2, seed: int = 1) -
         parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
-def reopened(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> peft.PeftModel:
+def reopened(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
     """What PEFT reads from `folder`, on its own copy of `model`."""
-    return peft.PeftModel.from_pretrained(copy.deepcopy(model), folder, is_trainable=is_trainable).eval()
+    return peft.PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
 
 
 def inputs(model: PreTrainedModel, name: str) -> dict[str, Tensor]:
@@ -137,3 +142,12 @@ def trained_in_tanzaku(adapter: tz.Adapter) -> dict[str, nn.Parameter]:
         site = f"{adapter.paths[0]}."
         named = {name.removeprefix(site): p for name, p in named.items()}
     return named
+
+
+@torch.no_grad()
+def copy_trained(adapter: tz.Adapter, model: peft.PeftModel) -> None:
+    """Give PEFT's adapter the weights of Tanzaku's. Neither may train what the other does not."""
+    ours, theirs = trained_in_tanzaku(adapter), trained_in_peft(model)
+    assert ours.keys() == theirs.keys()
+    for key, parameter in theirs.items():
+        parameter.copy_(ours[key])

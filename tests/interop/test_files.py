@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from transformers import AutoModelForQuestionAnswering, AutoModelForTokenClassification
 
 import tanzaku as tz
 from interop.oracle import (
@@ -22,9 +24,10 @@ from interop.oracle import (
     loss_of,
     method,
     reopened,
+    scatter,
     train,
 )
-from models import batch, tiny
+from models import batch, config_of, tiny
 
 BASES = {
     "llama": ("cls", "lm"),
@@ -151,6 +154,10 @@ OURS = [
         {**PLAIN["llama_adapter"], "modules_to_save": ["lm_head"]},
         id="llama-adapter-head",
     ),
+    pytest.param("vit", "cls", "lora", {"r": 2}, id="vit-default"),
+    # PEFT would train the head along with these.
+    pytest.param("llama", "cls", "lora", {"r": 2, "modules_to_save": ["norm"]}, id="headless"),
+    pytest.param("bert", "cls", "ia3", {"modules_to_save": []}, id="headless-ia3"),
 ]
 
 
@@ -287,3 +294,73 @@ def test_what_peft_cannot_read_it_refuses(kind: str, head: str, name: str, kind_
         reopened(tiny(kind, head), tmp_path / "a")
     tz.detach(base, "a")
     assert tz.load(base, tmp_path / "a", "b").method.name == name
+
+
+@pytest.mark.parametrize("auto", [AutoModelForTokenClassification, AutoModelForQuestionAnswering])
+@torch.no_grad()
+def test_heads_of_other_tasks(auto: type, tmp_path: Path) -> None:
+    """PEFT's file trains the head along; a file of Tanzaku's that trains none is read by PEFT all the same."""
+    torch.manual_seed(0)
+    base = auto.from_config(config_of("bert", num_labels=2)).eval()
+    fresh = copy.deepcopy(base)
+    given = batch(base)
+    theirs = in_peft(base, "lora", PLAIN["lora"])
+    theirs.save_pretrained(tmp_path / "theirs")
+    tz.load(base, tmp_path / "theirs", "a")
+    adapter = tz.attach(base, tz.LoRA(r=2), "b", seed=0)
+    scatter([p for _, p in adapter.trained()])
+    tz.save(base, "b", tmp_path / "ours")
+    for name, other in {"a": theirs, "b": reopened(fresh, tmp_path / "ours")}.items():
+        with tz.route(base, [name]):
+            ours = base(**given).to_tuple()
+        for mine, expected, bare in zip(ours, other(**given).to_tuple(), fresh(**given).to_tuple(), strict=True):
+            torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+            assert not torch.allclose(expected, bare, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_a_base_in_bf16(name: str, tmp_path: Path) -> None:
+    base = tiny("llama", "cls").to(torch.bfloat16)
+    given = inputs(base, name)
+    theirs = in_peft(base, name, PLAIN[name])
+    theirs.save_pretrained(tmp_path)
+    bare, expected = logits(base, given), logits(theirs, given)
+    tz.load(base, tmp_path, "a")
+    tz.activate(base, "a")
+    ours = logits(base, given)
+    assert ours.dtype == torch.bfloat16
+    scale = float(expected.abs().max())
+    # AdaLoRA's products are taken in another order, so that a last bit may differ layer by layer.
+    assert (ours - expected).abs().max() <= (2**-5 if name == "adalora" else 2**-7) * scale
+    assert (expected - bare).abs().max() > 2**-4 * scale
+
+
+@pytest.mark.parametrize("name", [*PROMPT_LEARNING, "llama_adapter"])
+@torch.no_grad()
+def test_eager_attention(name: str, tmp_path: Path) -> None:
+    base = tiny("llama", "cls", attn_implementation="eager")
+    given = inputs(base, name)
+    theirs = in_peft(base, name, PLAIN[name])
+    theirs.save_pretrained(tmp_path)
+    tz.load(base, tmp_path, "a")
+    tz.activate(base, "a")
+    torch.testing.assert_close(logits(base, given), logits(theirs, given), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"init_lora_weights": "pissa"},
+        {"layer_replication": [(0, 2), (0, 1)]},
+        {"trainable_token_indices": [1, 2]},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_a_setting_that_changes_the_mathematics_is_refused_by_name(setting: dict[str, Any], tmp_path: Path) -> None:
+    base = tiny("llama", "cls")
+    in_peft(base, "lora", setting).save_pretrained(tmp_path)
+    with pytest.raises(tz.TanzakuError, match=next(iter(setting))):
+        tz.load(base, tmp_path, "a")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import batch
 from safetensors.torch import load_file, save_file
 from variants import CASES, KINDS_BESIDE_LLAMA, VARIANTS, all_methods, all_variants, bamboo, hang, logits
 
 import tanzaku as tz
+from models import batch
 from tanzaku.store import read_meta
 
 HERE = Path(__file__).parent

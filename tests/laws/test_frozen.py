@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from models import batch
 from variants import all_methods, all_variants, bamboo, hang, losses, plain_logits
 
 import tanzaku as tz
+from models import batch
 
 
 def snapshot(model):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from models import batch
 from variants import (
     KINDS_BESIDE_LLAMA,
     all_methods,
@@ -19,6 +18,7 @@ from variants import (
 )
 
 import tanzaku as tz
+from models import batch
 from tanzaku.host import host_of
 from tanzaku.methods import METHODS
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import batch
 from variants import (
     KINDS_BESIDE_LLAMA,
     all_methods,
@@ -19,6 +18,7 @@ from variants import (
 )
 
 import tanzaku as tz
+from models import batch
 
 
 def loss_under(model, name, rows=6):

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import batch, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import tanzaku as tz
+from models import batch, tiny
 from tanzaku.host import host_of
 from tanzaku.method import Method, TokenStrip
 from tanzaku.methods import METHODS

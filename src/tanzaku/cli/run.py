@@ -15,6 +15,7 @@ from tanzaku.errors import TanzakuError, listed
 from tanzaku.recipe import Recipe, jobs_of
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from tanzaku.train.results import Job, JobResult
@@ -68,7 +69,7 @@ def _train(command: str, recipe: Recipe, jobs: list[Job], read: Any, device: str
     data = encode_classification(read, recipe.data, tokenizer, recipe.train.max_length)
     display.data(data, recipe.train.max_length)
     labels = data.labels.to_config()["id2label"]
-    model = load_classifier(recipe.model, len(labels), id2label=labels, seed=recipe.train.seed)
+    model = load_classifier(recipe.model, len(labels), id2label=labels, dtype=_dtype(jobs), seed=recipe.train.seed)
     _check_fit(model, jobs)
     model.to(device)
     display.say(f"model: {recipe.model}, {model.num_parameters():,} parameters, on {device}")
@@ -136,6 +137,13 @@ def _check_fit(model: PreTrainedModel, jobs: Sequence[Job]) -> None:
             detach(twin, job.name)
         except TanzakuError as error:
             raise TanzakuError(f"candidate {job.name!r}: {error}") from None
+
+
+def _dtype(jobs: Sequence[Job]) -> torch.dtype:
+    """Of the frozen weights: bf16 halves them where every candidate computes in it; adapters stay in fp32."""
+    import torch
+
+    return torch.bfloat16 if all(job.settings.precision == "bf16" for job in jobs) else torch.float32
 
 
 def _portable(model: str) -> str:

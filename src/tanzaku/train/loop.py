@@ -62,6 +62,11 @@ def train_jobs(
     names = [job.name for job in jobs]
     if len(set(names)) < len(names):
         raise TanzakuError(f"job names must differ, found {', '.join(sorted(names))}")
+    if model.config.num_labels != len(data.labels):
+        raise TanzakuError(
+            f"the model has {model.config.num_labels} labels and the data {len(data.labels)}: "
+            f"load it with num_labels={len(data.labels)}"
+        )
     return _Run(model, data, out, observer or Silent(), meta or {}).all(jobs)
 
 
@@ -140,14 +145,17 @@ class _Run:
         labels = batch.pop("labels")
         self._mode(training=True)
         host_of(self.model).switch(Route.of(entries) if len(lanes) > 1 else Route.everywhere(lanes[0].job.name))
-        logits = self._forward(batch, accelerator)
-        losses, start = [], 0
-        for lane, rows in zip(lanes, picked, strict=True):
-            at = slice(start, start + len(rows))
-            start += len(rows)
-            losses.append(lane.loss(classification_loss(logits[at], labels[at], lane.weights)))
-        # Adapters share no parameter, so one backward pass of all losses gives each lane its own gradient.
-        torch.autograd.backward(losses)
+        # The backward pass is inside too: checkpointed layers run again in it.
+        with self.pooled.reading(batch["input_ids"]):
+            with accelerator.autocast():
+                logits = self.model(**batch).logits
+            losses, start = [], 0
+            for lane, rows in zip(lanes, picked, strict=True):
+                at = slice(start, start + len(rows))
+                start += len(rows)
+                losses.append(lane.loss(classification_loss(logits[at], labels[at], lane.weights)))
+            # Adapters share no parameter, so one backward pass of all losses gives each lane its own gradient.
+            torch.autograd.backward(losses)
         for lane in lanes:
             epoch_ended = lane.backward_done()
             self.observer.step_done(lane.job, lane.step, lane.steps, lane.last_loss)
@@ -192,13 +200,9 @@ class _Run:
         for start in range(0, len(order), size):
             rows = order[start : start + size]
             batch = self._batch(collate([split.examples[r] for r in rows], self.data.pad_token_id, labels=False))
-            out[rows] = self._forward(batch, accelerator).float().cpu()
+            with accelerator.autocast(), self.pooled.reading(batch["input_ids"]):
+                out[rows] = self.model(**batch).logits.float().cpu()
         return out
-
-    def _forward(self, batch: dict[str, Tensor], accelerator: Accelerator) -> Tensor:
-        with accelerator.autocast(), self.pooled.reading(batch["input_ids"]):
-            logits: Tensor = self.model(**batch).logits
-        return logits
 
     def _batch(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if not self.takes_types:

@@ -1,0 +1,199 @@
+"""Where PEFT's numbers are not what the method means, and Tanzaku's are: each test shows both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import tanzaku as tz
+from interop.oracle import PLAIN, SOFT_PROMPTS, in_peft, logits, loss_of, method, reopened, scatter, trained_in_peft
+from models import batch, tiny
+
+VIRTUAL = 3
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def both(kind: str, head: str, name: str, folder: Path, **settings: object) -> tuple[PreTrainedModel, nn.Module]:
+    """A base with the adapter active, and PEFT's model with the same weights, through PEFT's file."""
+    base = tiny(kind, head)
+    theirs = in_peft(base, name, {**PLAIN[name], **settings})
+    theirs.save_pretrained(folder)
+    tz.load(base, folder, "a")
+    tz.activate(base, "a")
+    return base, theirs
+
+
+def alone(given: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    """One row of a batch without its padding."""
+    own = given["attention_mask"][row].bool()
+    return {key: value[row : row + 1, own] for key, value in given.items()}
+
+
+@pytest.mark.parametrize("name", SOFT_PROMPTS)
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+@torch.no_grad()
+def test_padding_does_not_reach_a_decoders_classifier(kind: str, name: str, tmp_path: Path) -> None:
+    """PEFT gives a classifier embeddings, not ids, so it takes the last column for the last token: a pad."""
+    ours, theirs = both(kind, "cls", name, tmp_path)
+    given = batch(ours, rows=4, length=9, padding="right")
+    for row in range(4):
+        expected = logits(theirs, alone(given, row))
+        assert close(logits(ours, alone(given, row)), expected)
+        assert close(logits(ours, given)[row : row + 1], expected)
+        padded = bool((given["attention_mask"][row] == 0).any())
+        assert close(logits(theirs, given)[row : row + 1], expected) == (not padded)
+
+
+@pytest.mark.parametrize("name", SOFT_PROMPTS)
+@torch.no_grad()
+def test_bert_pools_its_first_token(name: str, tmp_path: Path) -> None:
+    """PEFT's BERT pools the first virtual token, which it was never trained to pool, in place of [CLS]."""
+    ours, theirs = both("bert", "cls", name, tmp_path)
+    given = batch(ours, padding=None)
+    states = _states_of(theirs, given)
+    head = theirs.base_model.classifier
+    pooled = theirs.base_model.bert.pooler.dense
+    assert close(logits(theirs, given), head(torch.tanh(pooled(states[:, 0]))))
+    assert close(logits(ours, given), head(torch.tanh(pooled(states[:, VIRTUAL]))))
+    assert not close(logits(ours, given), logits(theirs, given))
+
+
+@pytest.mark.parametrize("name", SOFT_PROMPTS)
+@torch.no_grad()
+def test_roberta_pools_its_first_token(name: str, tmp_path: Path) -> None:
+    """As BERT; its head takes the first state by itself."""
+    ours, theirs = both("roberta", "cls", name, tmp_path)
+    given = batch(ours, padding=None)
+    states = _states_of(theirs, given)
+    head = theirs.base_model.classifier
+    assert close(logits(theirs, given), head(states))
+    assert close(logits(ours, given), head(states[:, VIRTUAL:]))
+    assert not close(logits(ours, given), logits(theirs, given))
+
+
+@pytest.mark.parametrize("name", SOFT_PROMPTS)
+@torch.no_grad()
+def test_roberta_numbers_padding_by_its_ids(name: str, tmp_path: Path) -> None:
+    """RoBERTa skips pads when it numbers positions. From PEFT it gets embeddings, which hide the pads on the left."""
+    ours, theirs = both("roberta", "cls", name, tmp_path)
+    given = batch(ours, rows=3, length=9, padding="left")
+    for row in range(3):
+        length = int(given["attention_mask"][row].sum())
+        expected = _states_of(theirs, alone(given, row))[:, -length:]
+        assert close(_states_of(ours, given)[row : row + 1, -length:], expected)
+        assert close(_states_of(theirs, given)[row : row + 1, -length:], expected) == (length == 9)
+
+
+def _states_of(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+    """Last hidden states; PEFT's have the virtual tokens first."""
+    out: Tensor = model(**given, output_hidden_states=True).hidden_states[-1]
+    return out
+
+
+@torch.no_grad()
+def test_gpt2s_second_attention_goes_through_the_output_projection(tmp_path: Path) -> None:
+    """PEFT adds GPT-2's prompt attention after c_proj, which never projects it; in its LLaMA o_proj does."""
+    ours, theirs = both("gpt2", "lm", "llama_adapter", tmp_path)
+    given = batch(ours, padding=None)
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    attention = theirs.base_model.model.transformer.h[-1].attn
+    seen: list[Tensor] = []
+    handle = attention.model.register_forward_hook(lambda _m, _a, out: seen.append(out[0]))
+    added: list[Tensor] = []
+    other = attention.register_forward_hook(lambda _m, _a, out: added.append(out[0] - seen[-1]))
+    peft_logits = logits(theirs, given)
+    handle.remove(), other.remove()
+    assert not close(logits(ours, given), peft_logits)
+
+    # With what PEFT leaves out put in, it gives Tanzaku's logits.
+    def project(_module: nn.Module, _args: object, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (seen[-1] + added[-1] @ attention.model.c_proj.weight, *out[1:])
+
+    with attention.register_forward_hook(project):
+        assert close(logits(theirs, given), logits(ours, given))
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_every_layer_of_an_encoder_decoder_has_its_own_prefix(kind: str, tmp_path: Path) -> None:
+    """PEFT gives layer i slot 2 i of the doubled list: of an even number of layers half of the slots train nothing."""
+    base = tiny(kind, "lm")
+    given = batch(base)
+    theirs = in_peft(base, "prefix_tuning", PLAIN["prefix_tuning"])
+    loss_of(theirs, given).backward()
+    adapter = tz.attach(base, method("prefix_tuning", PLAIN["prefix_tuning"]), "a", seed=0)
+    scatter([p for _, p in adapter.trained()])
+    tz.activate(base, "a")
+    loss_of(base, given).backward()
+    assert _slots_with_gradient(trained_in_peft(theirs)["embedding.weight"]) == [True, True, False, False]
+    assert _slots_with_gradient(adapter.trained()[0][1]) == [True] * 4
+
+
+def _slots_with_gradient(prefix: nn.Parameter) -> list[bool]:
+    """Keys and values of two layers: whether any of their numbers has a gradient."""
+    assert prefix.grad is not None
+    return [bool(part.any()) for part in prefix.grad.chunk(4, dim=1)]
+
+
+def test_a_sliding_window_does_not_leave_the_prefix_behind(tmp_path: Path) -> None:
+    """PEFT's prefix lies in the cache, out of the window of later tokens; here every token attends to it."""
+    base = tiny("mistral", "lm", sliding_window=4)
+    given = batch(base, padding=None)
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    theirs = in_peft(base, "prefix_tuning", PLAIN["prefix_tuning"])
+    theirs.save_pretrained(tmp_path)
+    adapter = tz.load(base, tmp_path, "a")
+    tz.activate(base, "a")
+    for model in (base, theirs):
+        model(**given).logits[:, -1].logsumexp(-1).sum().backward()
+    # The last layer's keys and values: what the last token sees of the prefix by itself.
+    assert _slots_with_gradient(trained_in_peft(theirs)["embedding.weight"])[2:] == [False, False]
+    assert _slots_with_gradient(adapter.trained()[0][1])[2:] == [True, True]
+
+
+def test_a_classifiers_llama_adapter_keeps_its_head(tmp_path: Path) -> None:
+    """PEFT's file holds no head, so another draw of the classifier predicts otherwise; Tanzaku's file restores it."""
+    first = tiny("llama", "cls")
+    other = tiny("llama", "cls")
+    with torch.no_grad():
+        other.score.weight.normal_()
+    given = batch(first)
+    theirs = in_peft(first, "llama_adapter", PLAIN["llama_adapter"])
+    theirs.save_pretrained(tmp_path / "theirs")
+    tz.load(first, tmp_path / "theirs", "a")
+    tz.activate(first, "a")
+    tz.save(first, "a", tmp_path / "ours")
+    with torch.no_grad():
+        expected = logits(theirs, given)
+        assert not close(logits(reopened(other, tmp_path / "theirs"), given), expected)
+        assert close(logits(reopened(other, tmp_path / "ours"), given), expected)
+        tz.load(other, tmp_path / "ours", "b")
+        tz.activate(other, "b")
+        assert close(logits(other, given), expected)
+
+
+def test_a_headless_file_is_no_secret(tmp_path: Path) -> None:
+    """A file without a head, such as PEFT's LLaMA-Adapter, loads with a warning that names it."""
+    base = tiny("llama", "cls")
+    in_peft(base, "llama_adapter", PLAIN["llama_adapter"]).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"score\.weight.*model's own"):
+        tz.load(base, tmp_path, "a")
+
+
+@torch.no_grad()
+def test_a_soft_prompt_can_share_a_batch_with_the_bare_base(tmp_path: Path) -> None:
+    """One batch, with and without virtual tokens: the rows are what each model gives alone."""
+    ours, theirs = both("llama", "lm", "prompt_tuning", tmp_path)
+    given = batch(ours, rows=2, padding=None)
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    with tz.route(ours, ["a", None]):
+        mixed = ours(**given).logits
+    bare = theirs.get_base_model()(**given).logits
+    assert close(mixed[0], theirs(**given).logits[0, VIRTUAL:])
+    assert close(mixed[1], bare[1])

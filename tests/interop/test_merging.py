@@ -1,0 +1,45 @@
+"""Merged weights are the ones that PEFT merges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tanzaku as tz
+from interop.oracle import PLAIN, in_peft
+from models import tiny
+
+HEAD = {"modules_to_save": ["classifier"]}
+CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    **{
+        f"{kind}-{name}": (kind, head, name, {})
+        for kind, head in (("llama", "cls"), ("gpt2", "lm"), ("bart", "lm"), ("bert", "cls"))
+        for name in ("lora", "adalora", "ia3")
+    },
+    "rslora": ("llama", "lm", "lora", {"use_rslora": True, "r": 4}),
+    "bias": ("bert", "cls", "lora", {"bias": "all"}),
+    "embedding": ("llama", "lm", "lora", {"target_modules": ["embed_tokens"]}),
+    "conv": ("vit", "cls", "lora", {"target_modules": ["projection", "fc1"], **HEAD}),
+    "ia3-conv": (
+        "vit",
+        "cls",
+        "ia3",
+        {"target_modules": ["projection", "fc2"], "feedforward_modules": ["fc2"], **HEAD},
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "head", "name", "more"), CASES.values(), ids=CASES)
+def test_merged_weights(kind: str, head: str, name: str, more: dict[str, Any], tmp_path: Path) -> None:
+    base = tiny(kind, head)
+    theirs = in_peft(base, name, {**PLAIN[name], **more})
+    theirs.save_pretrained(tmp_path)
+    tz.load(base, tmp_path, "a")
+    tz.merge(base, "a")
+    expected = theirs.merge_and_unload().state_dict()
+    assert base.state_dict().keys() == expected.keys()
+    for key, value in base.state_dict().items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-6)

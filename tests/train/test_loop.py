@@ -1,0 +1,193 @@
+"""The training loop: what a job ends with, what it leaves alone, and how it stops."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tanzaku as tz
+from models import tiny
+from tanzaku.store import read_meta
+from tanzaku.train.lane import Lane
+from tanzaku.train.loop import Silent, train_jobs
+from tanzaku.train.results import EpochRecord, Job, JobResult
+from tanzaku.train.settings import TrainSettings
+from task_data import task
+
+FAST = TrainSettings(epochs=2, learning_rate=0.02, batch_size=2)
+
+
+def job(name: str = "lora", **settings: Any) -> Job:
+    return Job(name, tz.LoRA(r=2), FAST.model_copy(update=settings))
+
+
+def figures(result: JobResult) -> list[tuple[float, dict[str, float]]]:
+    return [(record.train_loss, record.valid) for record in result.epochs]
+
+
+def test_a_job_learns_and_leaves_the_base_bitwise_as_it_was() -> None:
+    model = tiny("llama", num_labels=2)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    [result] = train_jobs(model, task(train=40, test=12), [job(epochs=6)])
+    assert result.status == "done" and len(result.epochs) == 6
+    assert result.epochs[-1].train_loss < 0.5 * result.epochs[0].train_loss
+    assert result.steps == 6 * 20
+    assert result.test is not None and result.test_interval is not None and result.confusion is not None
+    low, high = result.test_interval
+    assert low < result.test["accuracy"] <= high
+    assert sum(map(sum, result.confusion)) == 12 == len(result.predictions or [])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert tz.adapters(model) == [] and not model.training
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not() -> None:
+    runs = [figures(train_jobs(tiny("llama", num_labels=2), task(), [job(seed=seed)])[0]) for seed in (3, 3, 4)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_a_job_does_not_hang_on_the_jobs_before_it() -> None:
+    alone = train_jobs(tiny("llama", num_labels=2), task(), [job("b", seed=1)])[0]
+    after = train_jobs(tiny("llama", num_labels=2), task(), [job("a"), job("b", seed=1)])[1]
+    assert figures(alone) == figures(after)
+
+
+def test_a_loss_that_is_no_number_ends_that_job_and_says_where() -> None:
+    bad, good = train_jobs(
+        tiny("llama", num_labels=2), task(), [job("bad", learning_rate=1e30, max_grad_norm=0.0), job("good")]
+    )
+    assert bad.status == "failed" and bad.error is not None
+    assert "loss became" in bad.error and "step" in bad.error and "epoch" in bad.error
+    assert good.status == "done"
+
+
+def test_a_bad_setting_ends_that_job_alone() -> None:
+    jobs = [Job("typo", tz.LoRA(target_modules=["q_prj"]), FAST), job("good")]
+    bad, good = train_jobs(tiny("llama", num_labels=2), task(), jobs)
+    assert bad.status == "failed" and "q_prj" in str(bad.error) and "q_proj" in str(bad.error)
+    assert good.status == "done"
+
+
+def test_names_must_differ() -> None:
+    with pytest.raises(tz.TanzakuError, match="differ"):
+        train_jobs(tiny("llama", num_labels=2), task(), [job(), job()])
+
+
+def test_accumulated_batches_are_one_larger_batch() -> None:
+    small = train_jobs(tiny("llama", num_labels=2), task((6,)), [job(batch_size=1, accumulation=2, shuffle=False)])[0]
+    large = train_jobs(tiny("llama", num_labels=2), task((6,)), [job(batch_size=2, shuffle=False)])[0]
+    for a, b in zip(small.epochs, large.epochs, strict=True):
+        assert a.train_loss == pytest.approx(b.train_loss, abs=1e-5)
+        assert a.valid["loss"] == pytest.approx(b.valid["loss"], abs=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_figure() -> None:
+    plain, saved = (
+        train_jobs(tiny("llama", num_labels=2), task(), [job(gradient_checkpointing=on)])[0] for on in (False, True)
+    )
+    for a, b in zip(plain.epochs, saved.epochs, strict=True):
+        assert a.train_loss == pytest.approx(b.train_loss, abs=1e-6)
+
+
+def test_training_stops_when_the_metric_no_longer_improves() -> None:
+    [result] = train_jobs(tiny("llama", num_labels=2), task(), [job(epochs=30, learning_rate=0.3, patience=2)])
+    assert result.status == "done" and result.best_epoch is not None
+    assert len(result.epochs) == result.best_epoch + 2 < 30
+
+
+def test_the_best_epochs_weights_come_back() -> None:
+    settings = {"epochs": 8, "learning_rate": 0.3, "restore_best": True, "metric": "loss"}
+    data = task()
+    data = replace(data, test=data.valid)
+    [result] = train_jobs(tiny("llama", num_labels=2), data, [job(**settings)])
+    assert result.best_epoch is not None and result.best_epoch < 8, "the task must get worse for this test"
+    assert result.restored_epoch == result.best_epoch
+    assert result.test == result.epochs[result.best_epoch - 1].valid
+
+
+def test_class_weights_change_the_loss_of_uneven_classes() -> None:
+    plain, weighted = (
+        train_jobs(tiny("llama", num_labels=2), task(train=9), [job(class_weights=on)])[0] for on in (False, True)
+    )
+    assert plain.epochs[0].train_loss != weighted.epochs[0].train_loss
+    assert plain.epochs[0].valid.keys() == {"loss", "accuracy", "roc_auc", "macro_f1"}
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_schedules_warm_up_and_end_where_they_should(schedule: str) -> None:
+    rates: list[float] = []
+
+    class Watch(Silent):
+        def step_done(self, job: Job, step: int, steps: int, loss: float) -> None:
+            rates.append(lanes[0].optimizer.param_groups[0]["lr"])
+
+    lanes: list[Lane] = []
+    first = Lane.__init__
+
+    def spy(self: Lane, *args: Any, **kwargs: Any) -> None:
+        first(self, *args, **kwargs)
+        lanes.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Lane, "__init__", spy)
+        train_jobs(tiny("llama", num_labels=2), task(), [job(schedule=schedule, warmup=0.4)], observer=Watch())
+    assert len(rates) == 10
+    assert rates[0] == pytest.approx(0.02 / 4) and max(rates) == pytest.approx(0.02)
+    assert rates[-1] == pytest.approx(0.02 if schedule == "constant" else 0.0, abs=1e-9)
+
+
+def test_half_precision_of_base_and_arithmetic_trains() -> None:
+    model = tiny("llama", num_labels=2).to(torch.bfloat16)
+    [result] = train_jobs(model, task(), [job(precision="bf16")])
+    assert result.status == "done" and all(math.isfinite(r.train_loss) for r in result.epochs)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("method", [tz.Full, tz.Head, tz.PrefixTuning, tz.PromptTuning])
+def test_other_methods_train_in_bf16_too(method: type[tz.Method]) -> None:
+    [result] = train_jobs(
+        tiny("llama", num_labels=2).to(torch.bfloat16), task(), [Job("m", method(), job(precision="bf16").settings)]
+    )
+    assert result.status == "done", result.error
+
+
+def test_finished_jobs_are_kept_when_a_run_is_interrupted(tmp_path: Path) -> None:
+    class Stop(Silent):
+        def epoch_done(self, job: Job, record: EpochRecord) -> None:
+            if job.name == "second":
+                raise KeyboardInterrupt
+
+    results = train_jobs(
+        tiny("llama", num_labels=2), task(), [job("first"), job("second"), job("third")], out=tmp_path, observer=Stop()
+    )
+    assert [(r.name, r.status) for r in results] == [("first", "done"), ("second", "interrupted")]
+    assert sorted(p.name for p in (tmp_path / "adapters").iterdir()) == ["first"]
+
+
+def test_a_saved_adapter_predicts_what_the_job_did(tmp_path: Path) -> None:
+    data = task(test=6)
+    model = tiny("llama", num_labels=2)
+    [result] = train_jobs(model, data, [job()], out=tmp_path, meta={"labels": ["a", "b"]})
+    assert result.adapter is not None and read_meta(tmp_path / result.adapter) == {"labels": ["a", "b"]}
+    tz.load(model, tmp_path / result.adapter, "mine")
+    assert data.test is not None
+    for example, expected in zip(data.test.examples, result.predictions or [], strict=True):
+        with torch.no_grad(), tz.route(model, ["mine"]):
+            logits = model(input_ids=torch.tensor([example.input_ids])).logits[0]
+        assert logits.softmax(-1).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_tracker_gets_every_epoch(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train_jobs(tiny("llama", num_labels=2), task(), [job(tracker="tensorboard")], out=tmp_path)
+    [file] = tmp_path.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file.parent))
+    events.Reload()
+    assert {"train/loss", "valid/loss", "valid/accuracy"} <= set(events.Tags()["scalars"])
+    assert len(events.Scalars("train/loss")) == 2

@@ -1,0 +1,64 @@
+"""Skipping what a classifier never reads changes neither logits nor gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tanzaku as tz
+from models import batch, tiny
+from tanzaku.families import Base
+from tanzaku.host import host_of
+from tanzaku.train.trim import PooledOnly, last_layer_modules
+
+METHODS = {
+    "lora": tz.LoRA(r=2, target_modules="all-linear"),
+    "prompt_tuning": tz.PromptTuning(num_virtual_tokens=3),
+    "prefix_tuning": tz.PrefixTuning(num_virtual_tokens=3),
+    "ia3": tz.IA3(),
+    "llama_adapter": tz.LlamaAdapter(adapter_layers=1, adapter_len=3),
+}
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen2"])
+def test_logits_and_gradients_are_the_same(kind: str, method: str, padding: str) -> None:
+    model = tiny(kind)
+    adapter = tz.attach(model, METHODS[method], "a", seed=0)
+    with torch.no_grad():
+        for _, p in adapter.trained():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    given = batch(model, padding=padding)
+    pooled = PooledOnly(host_of(model).base)
+    seen = []
+    with tz.route(model, ["a", None, "a", "a"]):
+        for trim in (False, True):
+            if trim:
+                with pooled.reading(given["input_ids"]):
+                    logits = model(**given).logits
+            else:
+                logits = model(**given).logits
+            logits.pow(2).sum().backward()
+            seen.append([logits, *(p.grad for _, p in adapter.trained())])
+            for _, p in adapter.trained():
+                p.grad = None
+    for whole, less in zip(*seen, strict=True):
+        torch.testing.assert_close(less, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_the_last_feed_forward_sees_one_token_a_row() -> None:
+    model = tiny("llama")
+    given = batch(model)
+    lengths = []
+    base = Base.of(model)
+    last_layer_modules(base)[-1].register_forward_hook(lambda m, args, y: lengths.append(y.shape[1]))
+    with PooledOnly(base).reading(given["input_ids"]):
+        model(**given)
+    model(**given)
+    assert lengths == [1, given["input_ids"].shape[1]]
+
+
+@pytest.mark.parametrize(("kind", "head"), [("bert", "cls"), ("gpt2", "cls"), ("llama", "lm")])
+def test_other_models_are_left_alone(kind: str, head: str) -> None:
+    assert last_layer_modules(Base.of(tiny(kind, head))) == []
