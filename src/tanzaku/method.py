@@ -17,9 +17,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from tanzaku.errors import TanzakuError, nearest
@@ -143,14 +144,19 @@ class Method:
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Method:
-        """Build from plain settings; an unknown name is an error that gives the nearest known one."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        for key in settings:
+        """Build from plain settings; an unknown name or a value of a wrong type is an error that says what fits."""
+        known = {f.name: f.type for f in dataclasses.fields(cls)}
+        types = get_type_hints(cls)
+        for key, value in settings.items():
             if key not in known:
                 raise TanzakuError(
                     f"method {cls.name!r} has no setting {key!r}{nearest(key, known)}; "
                     f"it has {', '.join(sorted(known))}"
                 )
+            try:
+                TypeAdapter(types[key]).validate_python(value, strict=True)
+            except ValidationError:
+                raise TanzakuError(f"method {cls.name!r}: {key} is {value!r}, expected {known[key]}") from None
         return cls(**settings)
 
     def settings(self) -> dict[str, Any]:
