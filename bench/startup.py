@@ -12,7 +12,7 @@ _AFTER = (
 )
 _USE = {
     "import tanzaku": "import tanzaku",
-    "import tanzaku, with its attach, methods and files loaded": "import tanzaku; tanzaku.attach; tanzaku.LoRA; tanzaku.load",
+    "import tanzaku, all of its public names": "import tanzaku; [getattr(tanzaku, name) for name in tanzaku.__all__]",
     "import peft": "import peft",
 }
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from models import batch, tiny
 from torch import nn
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 import tanzaku as tz
+from models import batch, tiny
 from tanzaku.host import host_of
 from tanzaku.methods import METHODS
 
@@ -77,7 +77,7 @@ def test_count_of_the_active_adapter_counts_it_once(model):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_activate_shows_parameters_to_optimizers(model, name):
-    """While active, named_parameters() has the adapter's, by the paths of its sites; the state_dict stays the base's."""
+    """While active, named_parameters() has the adapter's, by its sites' paths; the state_dict stays the base's."""
     settings = {"llama_adapter": {"adapter_layers": 1}, "adalora": {"init_r": 8}}.get(name, {})
     keys, modules = list(model.state_dict()), [path for path, _ in model.named_modules()]
     base = [key for key, _ in model.named_parameters()]

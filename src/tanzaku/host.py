@@ -16,7 +16,8 @@ from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.families import Base
 from tanzaku.method import Method, Strip
 from tanzaku.routing import Entry, Route
-from tanzaku.sites import Sites, WeightStrip
+from tanzaku.sites import Sites
+from tanzaku.weights import WeightStrip, copy_of
 
 _HOST = "_tanzaku_host"
 
@@ -175,21 +176,6 @@ def _extra(base: Base, method: Method) -> Iterator[tuple[str, Strip]]:
             for parameter in strip.parameters():
                 parameter.requires_grad_(False)
             yield path, strip
-
-
-def copy_of(module: nn.Module) -> WeightStrip:
-    """An adapter's own, trainable copy of every weight below `module`; tied weights stay tied."""
-    copies: dict[int, nn.Parameter] = {}
-    own = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if not parameter.is_floating_point():
-            raise TanzakuError(f"cannot copy {name!r}: it holds quantised values of type {parameter.dtype}")
-        if id(parameter) not in copies:
-            # As in `trainable`: half precision trains badly, so the copy is in full.
-            full = parameter.dtype if parameter.dtype == torch.float64 else torch.float32
-            copies[id(parameter)] = nn.Parameter(parameter.detach().to(full, copy=True))
-        own[name] = copies[id(parameter)]
-    return WeightStrip(own)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.host import activate, host_of
 from tanzaku.method import ModuleStrip
-from tanzaku.sites import WeightStrip
+from tanzaku.weights import WeightStrip
 
 _MERGED = "_tanzaku_merged"
 

@@ -25,65 +25,10 @@ from tanzaku.families import Base
 from tanzaku.method import AttentionCall, AttentionStrip, ModuleStrip, Strip, TokenStrip
 from tanzaku.routing import Route, put, take
 from tanzaku.tokens import VirtualTokens
+from tanzaku.weights import WeightStrip, as_used
 
 # One list of strips per stack of the route, in stacking order.
 Plan = list[list[Any]]
-
-
-class WeightStrip(Strip):
-    """The adapter's own copy of a module's weights, used in their place while the module runs.
-
-    `parameters_by_name` maps the module's parameter names to the adapter's; tied parameters appear once.
-    """
-
-    def __init__(self, own: dict[str, nn.Parameter]):
-        super().__init__()
-        self.names = list(own)
-        self.copies = nn.ParameterList(dict.fromkeys(own.values()))
-        order = {id(p): i for i, p in enumerate(self.copies)}
-        self.slot = {name: order[id(p)] for name, p in own.items()}
-
-    @property
-    def own(self) -> dict[str, nn.Parameter]:
-        return {name: cast(nn.Parameter, self.copies[i]) for name, i in self.slot.items()}
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        seen: set[int] = set()
-        for name, parameter in self.own.items():
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield name, parameter
-
-    def export(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self.named_parameters()}
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                parameter.copy_(tensors[name])
-
-    @contextmanager
-    def swapped(self, module: nn.Module) -> Iterator[None]:
-        """The module with this strip's weights in place of its own."""
-        owners = []
-        for name, parameter in self.own.items():
-            path, _, last = name.rpartition(".")
-            owner = module.get_submodule(path)
-            original = owner._parameters[last]
-            owners.append((owner, last, original))
-            owner._parameters[last] = cast(nn.Parameter, _as_used(parameter, original))
-        try:
-            yield
-        finally:
-            for owner, last, original in owners:
-                owner._parameters[last] = original
-
-
-def _as_used(own: Tensor, original: Tensor | None) -> Tensor:
-    """The adapter's weight in the type that the base computes in; under autocast any type will do."""
-    if original is None or own.dtype == original.dtype or torch.is_autocast_enabled(own.device.type):
-        return own
-    return own.to(original.dtype)
 
 
 _quiet = 0
@@ -235,7 +180,7 @@ class Sites:
             if plan[number]:
                 picked = [take(a, rows) if isinstance(a, Tensor) else a for a in args]
                 strip = plan[number][-1]
-                own = {name: _as_used(p, module.get_parameter(name)) for name, p in strip.own.items()}
+                own = {name: as_used(p, module.get_parameter(name)) for name, p in strip.own.items()}
                 with quiet():
                     parts.append((rows, torch.func.functional_call(module, own, tuple(picked), kwargs)))
         return put(output, parts)

@@ -25,8 +25,7 @@ from tanzaku.errors import TanzakuError, listed
 from tanzaku.host import Adapter, Host, attach, detach, host_of
 from tanzaku.method import Method, Strip
 from tanzaku.methods import METHODS
-from tanzaku.methods.lora import BiasStrip
-from tanzaku.sites import WeightStrip
+from tanzaku.weights import BiasStrip, WeightStrip
 
 CONFIG, TENSORS, META = "adapter_config.json", "adapter_model.safetensors", "tanzaku.json"
 

@@ -110,6 +110,8 @@ class VirtualTokens:
         mask = given.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise TanzakuError("virtual tokens and prefixes need a 2D attention mask of ones and zeros (or none)")
+        if past == 0:
+            self._check_room(length, max(c + o for c, o in zip(counts, offsets, strict=True)))
         if width:
             column = torch.arange(width, device=device)
             real = column[None, :] >= fill[:, None]  # (rows, width)
@@ -119,7 +121,6 @@ class VirtualTokens:
                 mask = torch.cat([real.to(mask), mask], dim=1)
                 given["attention_mask"] = mask
             if past == 0:
-                self._check_room(width + length)
                 lead = _Lead(width, fill, groups, width + length, fresh=True)
                 self.lead = lead
                 if ids is not None:
@@ -172,11 +173,11 @@ class VirtualTokens:
         elif self._kind == "embedding" and (shifted or bool((fill > 0).any())):
             self.positions = by_column
 
-    def _check_room(self, length: int) -> None:
+    def _check_room(self, length: int, virtual: int) -> None:
         limit = self.base.max_positions
-        if limit is not None and length > limit:
+        if limit is not None and length + virtual > limit:
             raise TanzakuError(
-                f"{length - self.width} tokens and {self.width} virtual tokens make {length}, more than the model's "
+                f"{length} tokens and {virtual} virtual tokens make {length + virtual}, more than the model's "
                 f"{limit} positions: shorten the texts (max_length) or use fewer virtual tokens"
             )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import tanzaku as tz
-from models import batch
+from models import batch, tiny
 
 CONFIGS: dict[str, type[peft.PeftConfig]] = {
     "lora": peft.LoraConfig,
@@ -77,6 +77,24 @@ def scatter(parameters: list[nn.Parameter], scale: float = 0.2, seed: int = 1) -
         parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
+def both(
+    kind: str, head: str, name: str, folder: Path, settings: dict[str, Any] | None = None, **overrides: Any
+) -> tuple[PreTrainedModel, peft.PeftModel]:
+    """A base with an adapter active, and PEFT's model that the adapter came from, through a file in `folder`."""
+    base = tiny(kind, head, **overrides)
+    theirs = in_peft(base, name, PLAIN[name] if settings is None else settings)
+    theirs.save_pretrained(folder)
+    tz.load(base, folder, "a")
+    tz.activate(base, "a")
+    return base, theirs
+
+
+def whole_rows(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A batch without padding, and the mask that says so."""
+    made = batch(model, padding=None)
+    return {**made, "attention_mask": torch.ones_like(made["input_ids"])}
+
+
 def reopened(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
     """What PEFT reads from `folder`, on its own copy of `model`."""
     return peft.PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
@@ -85,10 +103,7 @@ def reopened(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
 def inputs(model: PreTrainedModel, name: str) -> dict[str, Tensor]:
     """A padded batch, but for soft prompts on classifiers: there PEFT pools at the padding."""
     whole = name in SOFT_PROMPTS and task_of(model) == "SEQ_CLS"
-    made = batch(model, padding=None if whole else "right")
-    if whole:
-        made["attention_mask"] = torch.ones_like(made["input_ids"])
-    return made
+    return whole_rows(model) if whole else batch(model, padding="right")
 
 
 def logits(model: nn.Module, given: dict[str, Tensor]) -> Tensor:

@@ -7,10 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 import tanzaku as tz
-from interop.oracle import PLAIN, SOFT_PROMPTS, in_peft, logits, loss_of, method, reopened, scatter, trained_in_peft
+from interop.oracle import (
+    PLAIN,
+    SOFT_PROMPTS,
+    both,
+    in_peft,
+    logits,
+    loss_of,
+    method,
+    reopened,
+    scatter,
+    trained_in_peft,
+    whole_rows,
+)
 from models import batch, tiny
 
 VIRTUAL = 3
@@ -18,16 +29,6 @@ VIRTUAL = 3
 
 def close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=1e-4, atol=1e-4)
-
-
-def both(kind: str, head: str, name: str, folder: Path, **settings: object) -> tuple[PreTrainedModel, nn.Module]:
-    """A base with the adapter active, and PEFT's model with the same weights, through PEFT's file."""
-    base = tiny(kind, head)
-    theirs = in_peft(base, name, {**PLAIN[name], **settings})
-    theirs.save_pretrained(folder)
-    tz.load(base, folder, "a")
-    tz.activate(base, "a")
-    return base, theirs
 
 
 def alone(given: dict[str, Tensor], row: int) -> dict[str, Tensor]:
@@ -101,8 +102,7 @@ def _states_of(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
 def test_gpt2s_second_attention_goes_through_the_output_projection(tmp_path: Path) -> None:
     """PEFT adds GPT-2's prompt attention after c_proj, which never projects it; in its LLaMA o_proj does."""
     ours, theirs = both("gpt2", "lm", "llama_adapter", tmp_path)
-    given = batch(ours, padding=None)
-    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    given = whole_rows(ours)
     attention = theirs.base_model.model.transformer.h[-1].attn
     seen: list[Tensor] = []
     handle = attention.model.register_forward_hook(lambda _m, _a, out: seen.append(out[0]))
@@ -143,18 +143,14 @@ def _slots_with_gradient(prefix: nn.Parameter) -> list[bool]:
 
 def test_a_sliding_window_does_not_leave_the_prefix_behind(tmp_path: Path) -> None:
     """PEFT's prefix lies in the cache, out of the window of later tokens; here every token attends to it."""
-    base = tiny("mistral", "lm", sliding_window=4)
-    given = batch(base, padding=None)
-    given["attention_mask"] = torch.ones_like(given["input_ids"])
-    theirs = in_peft(base, "prefix_tuning", PLAIN["prefix_tuning"])
-    theirs.save_pretrained(tmp_path)
-    adapter = tz.load(base, tmp_path, "a")
-    tz.activate(base, "a")
-    for model in (base, theirs):
+    ours, theirs = both("mistral", "lm", "prefix_tuning", tmp_path, sliding_window=4)
+    given = whole_rows(ours)
+    for model in (ours, theirs):
         model(**given).logits[:, -1].logsumexp(-1).sum().backward()
     # The last layer's keys and values: what the last token sees of the prefix by itself.
     assert _slots_with_gradient(trained_in_peft(theirs)["embedding.weight"])[2:] == [False, False]
-    assert _slots_with_gradient(adapter.trained()[0][1])[2:] == [True, True]
+    prefix = dict(ours.named_parameters())["tanzaku.a.model.layers.0.self_attn.embedding.weight"]
+    assert _slots_with_gradient(prefix)[2:] == [True, True]
 
 
 def test_a_classifiers_llama_adapter_keeps_its_head(tmp_path: Path) -> None:
@@ -188,11 +184,10 @@ def test_a_headless_file_is_no_secret(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_a_soft_prompt_can_share_a_batch_with_the_bare_base(tmp_path: Path) -> None:
-    """One batch, with and without virtual tokens: the rows are what each model gives alone."""
+    """PEFT prepends to all rows of a batch or to none; here a row's own route decides."""
     ours, theirs = both("llama", "lm", "prompt_tuning", tmp_path)
-    given = batch(ours, rows=2, padding=None)
-    given["attention_mask"] = torch.ones_like(given["input_ids"])
-    with tz.route(ours, ["a", None]):
+    given = whole_rows(ours)
+    with tz.route(ours, ["a", None, "a", None]):
         mixed = ours(**given).logits
     bare = theirs.get_base_model()(**given).logits
     assert close(mixed[0], theirs(**given).logits[0, VIRTUAL:])

@@ -18,6 +18,7 @@ from interop.oracle import (
     PLAIN,
     PROMPT_LEARNING,
     SOFT_PROMPTS,
+    both,
     in_peft,
     inputs,
     logits,
@@ -207,12 +208,8 @@ def test_a_file_of_ours_loads_there(kind: str, head: str, name: str, settings: d
 
 @pytest.mark.parametrize("name", PROMPT_LEARNING)
 def test_left_padding(name: str, tmp_path: Path) -> None:
-    base = tiny("llama", "lm")
+    base, theirs = both("llama", "lm", name, tmp_path)
     given = batch(base, padding="left")
-    theirs = in_peft(base, name, PLAIN[name])
-    theirs.save_pretrained(tmp_path)
-    tz.load(base, tmp_path, "a")
-    tz.activate(base, "a")
     with torch.no_grad():
         torch.testing.assert_close(logits(base, given), logits(theirs, given), rtol=1e-5, atol=1e-5)
 
@@ -339,12 +336,8 @@ def test_a_base_in_bf16(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [*PROMPT_LEARNING, "llama_adapter"])
 @torch.no_grad()
 def test_eager_attention(name: str, tmp_path: Path) -> None:
-    base = tiny("llama", "cls", attn_implementation="eager")
+    base, theirs = both("llama", "cls", name, tmp_path, attn_implementation="eager")
     given = inputs(base, name)
-    theirs = in_peft(base, name, PLAIN[name])
-    theirs.save_pretrained(tmp_path)
-    tz.load(base, tmp_path, "a")
-    tz.activate(base, "a")
     torch.testing.assert_close(logits(base, given), logits(theirs, given), rtol=1e-5, atol=1e-5)
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-import tanzaku as tz
-from interop.oracle import CONFIGS, PLAIN, SOFT_PROMPTS, in_peft
+from interop.oracle import CONFIGS, PLAIN, SOFT_PROMPTS, both, in_peft
 from models import batch, tiny
 
 DECODERS = ("llama", "gemma3", "gpt2", "opt")
@@ -23,11 +22,7 @@ def cases(*kinds: str) -> list[Any]:
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize(("kind", "name"), cases(*DECODERS, *ENCODER_DECODERS))
 def test_greedy_and_beams(kind: str, name: str, beams: int, tmp_path: Path) -> None:
-    base = tiny(kind, "lm")
-    theirs = in_peft(base, name, PLAIN[name])
-    theirs.save_pretrained(tmp_path)
-    tz.load(base, tmp_path, "a")
-    tz.activate(base, "a")
+    base, theirs = both(kind, "lm", name, tmp_path)
     given = batch(base, padding="left")
     given.pop("decoder_input_ids", None)
     options = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams}

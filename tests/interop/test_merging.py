@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import tanzaku as tz
-from interop.oracle import PLAIN, in_peft
-from models import tiny
+from interop.oracle import PLAIN, both
 
 HEAD = {"modules_to_save": ["classifier"]}
 CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
@@ -34,10 +33,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize(("kind", "head", "name", "more"), CASES.values(), ids=CASES)
 def test_merged_weights(kind: str, head: str, name: str, more: dict[str, Any], tmp_path: Path) -> None:
-    base = tiny(kind, head)
-    theirs = in_peft(base, name, {**PLAIN[name], **more})
-    theirs.save_pretrained(tmp_path)
-    tz.load(base, tmp_path, "a")
+    base, theirs = both(kind, head, name, tmp_path, {**PLAIN[name], **more})
     tz.merge(base, "a")
     expected = theirs.merge_and_unload().state_dict()
     assert base.state_dict().keys() == expected.keys()

@@ -6,11 +6,11 @@ import warnings
 
 import pytest
 import torch
-from models import batch, tiny
 from safetensors.torch import load_file, save_file
 from variants import all_methods, bamboo, hang, logits, plain_logits
 
 import tanzaku as tz
+from models import batch, tiny
 from tanzaku.store import read_meta
 
 CONFIG, TENSORS, META = "adapter_config.json", "adapter_model.safetensors", "tanzaku.json"
@@ -259,7 +259,7 @@ def test_meta(saved):
     """What save() was given comes back; a directory without it says so."""
     assert read_meta(saved) == {"task": "poems"}
     (saved / META).unlink()
-    with pytest.raises(tz.TanzakuError, match="has no tanzaku.json"):
+    with pytest.raises(tz.TanzakuError, match=r"has no tanzaku\.json"):
         read_meta(saved)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

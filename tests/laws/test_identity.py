@@ -22,7 +22,7 @@ from models import batch
 from tanzaku.host import host_of
 from tanzaku.method import ModuleStrip, TokenStrip
 from tanzaku.methods import METHODS
-from tanzaku.sites import WeightStrip
+from tanzaku.weights import WeightStrip
 
 FAMILIES = [("llama", "cls"), *KINDS_BESIDE_LLAMA]
 

@@ -65,7 +65,7 @@ class Base:
 
     @property
     def kind(self) -> str:
-        return getattr(self.model.config, "model_type", type(self.model).__name__)
+        return getattr(getattr(self.model, "config", None), "model_type", type(self.model).__name__)
 
     @property
     def backbone(self) -> nn.Module:
@@ -79,7 +79,7 @@ class Base:
 
     @property
     def encoder_decoder(self) -> bool:
-        return bool(getattr(self.model.config, "is_encoder_decoder", False))
+        return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
 
     @property
     def hidden_size(self) -> int:
@@ -220,6 +220,20 @@ class Base:
 def weight_of(module: nn.Module) -> Tensor:
     """The weight of a module that has one."""
     return cast(Tensor, module.weight)
+
+
+def features(module: nn.Module, path: str = "") -> tuple[int, int]:
+    """(in, out) of a module with a weight matrix, quantised or not."""
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels, module.out_channels
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return int(cast(int, module.in_features)), int(cast(int, module.out_features))
+    raise TanzakuError(
+        f"{path or type(module).__name__} is a {type(module).__name__}: expected a linear layer, Conv1D, an embedding "
+        "or a Conv2d"
+    )
 
 
 def _text(config: Any) -> Any:

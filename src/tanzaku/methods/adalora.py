@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tanzaku.families import Base, weight_of
+from tanzaku.families import Base, features, weight_of
 from tanzaku.host import Adapter
 from tanzaku.method import ModuleStrip, Strip, trainable
-from tanzaku.methods.lora import LoRA, features
+from tanzaku.methods.lora import LoRA
 
 
 class SvdStrip(ModuleStrip):

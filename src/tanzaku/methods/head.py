@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tanzaku.families import Base
-from tanzaku.host import copy_of
 from tanzaku.method import Method, Strip
+from tanzaku.weights import copy_of
 
 
 @dataclass

@@ -14,9 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tanzaku.families import Base, weight_of
+from tanzaku.families import Base, features, weight_of
 from tanzaku.method import Method, ModuleStrip, Strip, trainable
-from tanzaku.methods.lora import features
 
 
 class ScaleStrip(ModuleStrip):

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tanzaku.errors import TanzakuError
-from tanzaku.families import Base, weight_of
+from tanzaku.families import Base, features, weight_of
 from tanzaku.method import Method, ModuleStrip, Strip, trainable
+from tanzaku.weights import BiasStrip
 
 
 class Low(nn.Module):
@@ -87,7 +88,11 @@ class LoraConv2d(LoraStrip):
         return (y + F.conv2d(h, b, groups=conv.groups) * self.scaling).to(y.dtype)
 
     def delta(self) -> Tensor:
-        return self.lora_B.weight.flatten(1) @ self.lora_A.weight.flatten(1) * self.scaling
+        # A group of output channels reads its own part of the rank, as in the two convolutions.
+        a, b = self.lora_A.weight.flatten(1), self.lora_B.weight.flatten(1)
+        groups = self.r // b.shape[1]
+        parts = b.view(groups, -1, b.shape[1]) @ a.view(groups, b.shape[1], -1)
+        return parts.flatten(0, 1) * self.scaling
 
 
 class LoraEmbedding(ModuleStrip):
@@ -115,21 +120,6 @@ class LoraEmbedding(ModuleStrip):
         weight = weight_of(module)
         delta = (self.lora_embedding_B @ self.lora_embedding_A).t() * self.scaling
         return {"weight": (weight.to(delta.dtype) + delta).to(weight.dtype)}
-
-
-class BiasStrip(ModuleStrip):
-    """The adapter's own copy of a bias; the rest of the module stays the base's."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.bias = nn.Parameter(cast(Tensor, module.bias).detach().clone())
-
-    def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        change = (self.bias - cast(Tensor, module.bias)).to(y.dtype)
-        return y + (change[:, None, None] if isinstance(module, nn.Conv2d) else change)
-
-    def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
-        return {"bias": self.bias.detach().clone()}
 
 
 @dataclass
@@ -190,6 +180,8 @@ class LoRA(Method):
         if isinstance(module, nn.Embedding):
             return LoraEmbedding(module, r, scaling, self.init_lora_weights)
         kind = LoraConv2d if isinstance(module, nn.Conv2d) else LoraStrip
+        groups = module.groups if isinstance(module, nn.Conv2d) else 1
+        self.require(r % groups == 0, f"r={r} for {path}", f"a multiple of its {groups} groups")
         features(module, path)
         return kind(module, r, scaling, self.lora_dropout, self.init_lora_weights)
 
@@ -219,20 +211,6 @@ class LoRA(Method):
             wanted = self.bias == "all" or (self.bias == "lora_only" and path in targets)
             if wanted and isinstance(module._parameters.get("bias"), Tensor):
                 yield path, BiasStrip(module)
-
-
-def features(module: nn.Module, path: str = "") -> tuple[int, int]:
-    """(in, out) of a module with a weight matrix, quantised or not."""
-    if isinstance(module, Conv1D):
-        return int(module.weight.shape[0]), int(module.weight.shape[1])
-    if isinstance(module, nn.Conv2d):
-        return module.in_channels, module.out_channels
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return int(cast(int, module.in_features)), int(cast(int, module.out_features))
-    raise TanzakuError(
-        f"{path or type(module).__name__} is a {type(module).__name__}: expected a linear layer, Conv1D, an embedding "
-        "or a Conv2d"
-    )
 
 
 def matches(key: str, path: str) -> bool:

@@ -116,6 +116,11 @@ def text_ids(method: Method, text: str | None, tokenizer: str | None, options: d
     from transformers import AutoTokenizer
 
     safe = {k: v for k, v in (options or {}).items() if k != "trust_remote_code"}
-    ids = list(AutoTokenizer.from_pretrained(tokenizer, **safe)(text)["input_ids"])
+    try:
+        reader = AutoTokenizer.from_pretrained(tokenizer, **safe)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TanzakuError(f"{method.name}: {tokenizer!r} gives no tokenizer: {reason}") from None
+    ids = list(reader(text)["input_ids"])
     method.require(bool(ids), f"the initial text {text!r}, which has no token", "one with at least one token")
     return ids

@@ -1,0 +1,68 @@
+"""(IA)3's mathematics: outputs at attention and inputs at the feed-forward are scaled."""
+
+import pytest
+import torch
+
+import tanzaku as tz
+from models import batch, tiny
+from tanzaku.methods.ia3 import ScaleStrip
+
+
+@torch.no_grad()
+def opened(model, method):
+    adapter = tz.attach(model, method, "x", seed=0)
+    found = {path: strip for path, strip in adapter.at() if isinstance(strip, ScaleStrip)}
+    for strip in found.values():
+        strip.ia3_l.add_(torch.randn_like(strip.ia3_l) * 0.3)
+    return found
+
+
+def test_default_sites():
+    """Keys and values are scaled at their output, down_proj at its input."""
+    found = opened(tiny("llama"), tz.IA3())
+    shapes = {path.removeprefix("model.layers.0."): tuple(s.ia3_l.shape) for path, s in found.items() if ".0." in path}
+    assert shapes == {"self_attn.k_proj": (16, 1), "self_attn.v_proj": (16, 1), "mlp.down_proj": (1, 48)}
+
+
+@pytest.mark.parametrize(("kind", "feedforward"), [("llama", "down_proj"), ("gpt2", "mlp.c_proj"), ("t5", "wo")])
+def test_feedforward_scales_the_input(kind, feedforward):
+    """y = W (l * x): the same as scaled columns of the weight; at any other target scaled rows and bias."""
+    model = tiny(kind)
+    found = opened(model, tz.IA3())
+    inputs = batch(model)
+    with torch.no_grad(), tz.route(model, ["x"] * 4):
+        expected = model(**inputs).logits
+    with torch.no_grad():
+        for path, strip in found.items():
+            module, factor = model.get_submodule(path), strip.ia3_l.flatten()
+            rows_are_inputs = type(module).__name__ == "Conv1D"
+            if path.endswith(feedforward):
+                module.weight.mul_(factor[:, None] if rows_are_inputs else factor)
+            else:
+                module.weight.mul_(factor if rows_are_inputs else factor[:, None])
+                if getattr(module, "bias", None) is not None:
+                    module.bias.mul_(factor)
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_random_start():
+    """init_ia3_weights=False starts from normal numbers."""
+    adapter = tz.attach(tiny("llama"), tz.IA3(init_ia3_weights=False), "x", seed=0)
+    values = torch.cat([s.ia3_l.flatten() for _, s in adapter.at() if isinstance(s, ScaleStrip)])
+    assert 0.8 < values.std() < 1.2
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]}, "expected a part of target_modules"),
+        ({"target_modules": ["embed_tokens"]}, "an embedding"),
+        ({"target_modules": ["keyy"]}, "'keyy' matches no module"),
+        ({"target_modules": ["k_proj"], "feedforward_modules": ["nope"]}, "'nope' matches no module"),
+    ],
+    ids=str,
+)
+def test_mistakes(settings, match):
+    """Feed-forward modules must be targets, and targets matrices."""
+    with pytest.raises(tz.TanzakuError, match=match):
+        tz.attach(tiny("llama"), tz.IA3(**settings), "x")
