@@ -98,8 +98,8 @@ class Stepper:
 
 
 def tanzaku_stepper(model: PreTrainedModel, method: str) -> Stepper:
-    settings = ours(method)
-    adapter = tz.attach(model, settings, "bench", seed=0)
+    adapter = tz.attach(model, ours(method), "bench", seed=0)
+    settings = adapter.method
     settings.prepare(adapter, STEPS)
     pooled = PooledOnly(Base.of(model))
     model.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import types
 from collections.abc import Iterator, Sequence
@@ -132,6 +133,8 @@ def attach(model: nn.Module, method: Method, name: str = "default", *, seed: int
     host = host or Host(model)
     if name in host.adapters:
         raise TanzakuError(f"an adapter named {name!r} is attached already; detach it first or choose another name")
+    # Building notes the family's defaults in the settings: the caller's own object may go to another model yet.
+    method = copy.deepcopy(method)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)

@@ -92,8 +92,9 @@ class Sites:
         if by_kind[AttentionStrip]:
             self._hang_attention(by_kind[AttentionStrip])
         offsets = [_offset(stack) for stack in self.stacks]
-        if any(tokens) or any(offsets):
-            virtual = VirtualTokens(self.base, self.route, tokens, offsets)
+        placed = [any(isinstance(s, TokenStrip | AttentionStrip) for _, s in stack) for stack in self.stacks]
+        if any(placed):
+            virtual = VirtualTokens(self.base, self.route, tokens, offsets, placed)
             self._handles += virtual.hang()
         self._keep_route_in_checkpoints()
 

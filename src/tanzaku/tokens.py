@@ -35,12 +35,16 @@ class _Lead:
 
 
 class VirtualTokens:
-    """Hooks that prepend virtual tokens and shift positions, for one route."""
+    """Hooks that prepend virtual tokens and number positions, for one route.
 
-    def __init__(self, base: Base, route: Route, tokens: list[list[Any]], offsets: list[int]):
+    `offsets` has the positions that each stack's prefixes take, and `placed` whether what the stack adds has a place
+    in the text, from which the distance to the row's own tokens counts.
+    """
+
+    def __init__(self, base: Base, route: Route, tokens: list[list[Any]], offsets: list[int], placed: list[bool]):
         self.base, self.route, self.tokens = base, route, tokens
         self.counts = [sum(s.num_virtual_tokens for s in stack) for stack in tokens]
-        self.offsets = offsets
+        self.offsets, self.placed = offsets, [int(p) for p in placed]
         self.width = max(self.counts)
         self.lead: _Lead | None = None
         self.positions: Tensor | None = None
@@ -65,7 +69,7 @@ class VirtualTokens:
                 pooler = getattr(entrance, "pooler", None)
                 if isinstance(pooler, nn.Module):
                     handles.append(pooler.register_forward_pre_hook(self._cut))
-        if any(self.offsets):
+        if any(self.placed):
             stack = model.get_decoder() if base.encoder_decoder else entrance
             if base.encoder_decoder or not self.width:
                 handles += self._enter(stack, [0] * len(self.counts), self.offsets)
@@ -109,7 +113,10 @@ class VirtualTokens:
         past = _past(given)
         mask = given.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            if not (width or any(offsets)):
+                return given
             raise TanzakuError("virtual tokens and prefixes need a 2D attention mask of ones and zeros (or none)")
+        left = self._padding(mask, groups, rows, device)
         if past == 0:
             self._check_room(length, max(c + o for c, o in zip(counts, offsets, strict=True)))
         if width:
@@ -135,8 +142,14 @@ class VirtualTokens:
                 if (kinds := given.get("token_type_ids")) is not None:
                     given["token_type_ids"] = torch.cat([kinds.new_zeros(rows, width), kinds], dim=1)
                 length += width
-        self._number(given, names, mask, ids, past, length, width if past == 0 else 0, fill, count, offset)
+        self._number(given, names, mask, ids, past, length, width if past == 0 else 0, fill, count, offset, left)
         return given
+
+    def _padding(self, mask: Tensor | None, groups: list[Any], rows: int, device: torch.device) -> Tensor:
+        """(rows,) padding before the first token, in rows where a distance is counted across it."""
+        if mask is None or self._kind not in ("column", "embedding") or bool(mask[:, 0].all()):
+            return torch.zeros(rows, dtype=torch.long, device=device)
+        return (mask.cumsum(1) == 0).sum(1) * _per_row(groups, self.placed, rows, device)
 
     def _number(
         self,
@@ -150,17 +163,23 @@ class VirtualTokens:
         fill: Tensor,
         count: Tensor,
         offset: Tensor,
+        left: Tensor,
     ) -> None:
-        """Number the positions, unless the model's own numbering is right: fillers take none, a prefix shifts all."""
+        """Number the positions, unless the model's own numbering is right: fillers take none, a prefix shifts all.
+
+        Where something stands before a row that is padded on the left, that padding takes none either.
+        """
         self.positions = None
         shifted = bool((offset > 0).any())
+        moved = shifted or bool((fill + left > 0).any())
         device = fill.device
         columns = torch.arange(past, past + length, device=device)[None, :]
-        by_column = (columns - fill[:, None]).clamp(min=0) + offset[:, None]
+        skipped = fill[:, None] + left[:, None] * (columns >= past + width)
+        by_column = (columns - skipped).clamp(min=0) + offset[:, None]
         if (own := given.get("position_ids")) is not None:
             shift = (count + offset)[:, None]
             given["position_ids"] = torch.cat([by_column[:, :width], own.expand(len(fill), -1) + shift], dim=1)
-        elif self._kind == "column" and (shifted or bool((fill > 0).any())):
+        elif self._kind == "column" and moved:
             if "position_ids" in names:
                 given["position_ids"] = by_column
         elif self._kind == "mask" and shifted:
@@ -170,7 +189,7 @@ class VirtualTokens:
             pad = self.base.config.pad_token_id
             seen = (ids != pad).long()
             given["position_ids"] = seen.cumsum(1) * seen + pad + offset[:, None] * seen
-        elif self._kind == "embedding" and (shifted or bool((fill > 0).any())):
+        elif self._kind == "embedding" and moved:
             self.positions = by_column
 
     def _check_room(self, length: int, virtual: int) -> None:

@@ -53,7 +53,7 @@ class Lane:
         self._losses: list[float] = []
         self._began = time.monotonic()
         self._batches = self._epochs()
-        job.method.prepare(adapter, self.steps)
+        adapter.method.prepare(adapter, self.steps)
 
     def _epochs(self) -> Iterator[tuple[list[int], int, bool]]:
         """(rows of a batch, batches that share its optimizer step, whether the epoch ends), to the last epoch."""
@@ -84,7 +84,7 @@ class Lane:
         Raises:
             Diverged: it is no finite number.
         """
-        penalty = self.job.method.penalty(self.adapter)
+        penalty = self.adapter.method.penalty(self.adapter)
         loss = task_loss if penalty is None else task_loss + penalty
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -107,7 +107,7 @@ class Lane:
             self.scaler.update()
             self.schedule.step()
             self.step += 1
-            self.job.method.after_step(self.adapter, self.step)
+            self.adapter.method.after_step(self.adapter, self.step)
             self.optimizer.zero_grad(set_to_none=True)
         return self._epoch_ends
 

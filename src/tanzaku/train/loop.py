@@ -113,7 +113,7 @@ class _Run:
         began = time.monotonic()
         torch.manual_seed(job.settings.seed)
         adapter = attach(self.model, job.method, job.name, seed=job.settings.seed)
-        result.method_settings = job.method.settings()
+        result.method_settings = adapter.method.settings()
         numbers = count(self.model, job.name)
         result.trainable_parameters, result.total_parameters = numbers.trainable, numbers.total
         lane = Lane(job, adapter, self.data, result, self.device)
