@@ -73,7 +73,7 @@ def table(batches: tuple[int, ...] = (1, 8)) -> None:
     print("|---|---|---|---|---|---|---|---|")
     for method in METHODS:
         for rows in batches:
-            t = in_process("times", method, str(rows), str(24 if rows == 1 else 10))
+            t = in_process("times", method, str(rows), str(16 if rows == 1 else 7))
             m = {library: in_process("memory", library, method, str(rows)) for library in STEPPERS}
             above = {library: (x["peak"] - x["before"]) / 2**20 for library, x in m.items()}
             print(

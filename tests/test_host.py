@@ -292,3 +292,29 @@ def test_half_precision_base_and_full_precision_adapter(model):
         assert {p.dtype for _, p in adapter.trained()} == {torch.float32}
     with tz.route(model, ["before", "after", None, None]):
         assert compute(model).dtype == torch.bfloat16
+
+
+def test_one_settings_object_serves_several_models():
+    """Each model's own defaults are used, and the settings stay as they were given."""
+    settings = tz.IA3()
+    paths = []
+    for kind in ("llama", "gemma3"):
+        adapter = tz.attach(tiny(kind), settings, "a")
+        paths.append({path.rsplit(".", 1)[-1] for path in adapter.paths})
+    assert paths == [{"k_proj", "v_proj", "down_proj", "score"}, {"q_proj", "v_proj", "down_proj", "score"}]
+    assert settings == tz.IA3()
+
+
+@pytest.mark.parametrize("modules", [["norm"], []])
+def test_a_heads_weights_are_never_left_out_of_the_file(modules, tmp_path):
+    """Beside other modules_to_save the head is trained, as in PEFT; with none it is saved as it was."""
+    one, other = tiny("llama"), tiny("llama")
+    with torch.no_grad():
+        other.score.weight.normal_()
+    adapter = tz.attach(one, tz.LoRA(r=2, modules_to_save=modules), "a")
+    assert any(name.startswith("score") for name, _ in adapter.trained()) == bool(modules)
+    tz.save(one, "a", tmp_path / "a")
+    tz.load(other, tmp_path / "a", "a")
+    given = batch(one)
+    with torch.no_grad(), tz.route(one, ["a"]), tz.route(other, ["a"]):
+        assert torch.equal(one(**given).logits, other(**given).logits)

@@ -151,15 +151,12 @@ def attach(model: nn.Module, method: Method, name: str = "default", *, seed: int
 
 
 def _extra(base: Base, method: Method) -> Iterator[tuple[str, Strip]]:
-    """The adapter's own copies of whole modules: a classifier's fresh head, and what `modules_to_save` names."""
-    heads = base.head_names()
-    if method.modules_to_save is None:
-        names = heads if method.trains_head else []
-    else:
-        names = list(method.modules_to_save)
-        # PEFT writes both of its names for a head, whichever the model has.
-        if any(n in heads for n in names):
-            names = [n for n in names if n not in ("classifier", "score") or n in heads]
+    """The adapter's own copies of whole modules: what `modules_to_save` names, and a classifier's fresh head."""
+    heads = [] if method.covers_head else base.head_names()
+    # PEFT writes both of its names for a head, whichever the model has.
+    names = [n for n in method.modules_to_save or [] if n in heads or not (heads and n in ("classifier", "score"))]
+    if method.trains_head and method.modules_to_save != []:
+        names += heads
     done: set[str] = set()
     for name in names:
         found = [(p, m) for p, m in base.model.named_modules() if p == name or p.endswith("." + name)]
@@ -172,13 +169,11 @@ def _extra(base: Base, method: Method) -> Iterator[tuple[str, Strip]]:
             if path not in done:
                 done.add(path)
                 yield path, copy_of(module)
-    if not method.trains_head and method.modules_to_save is None:
-        # The head stays as it is, but it was drawn at random: without it the adapter could not be used again.
-        for path in heads:
+    for path in heads:
+        if path not in done:
+            # It is not trained, but it was drawn at random: without it the adapter could not be used again.
             strip = copy_of(base.model.get_submodule(path))
-            for parameter in strip.parameters():
-                parameter.requires_grad_(False)
-            yield path, strip
+            yield path, strip.requires_grad_(False)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ devices and data types are written once, elsewhere.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
@@ -117,7 +117,8 @@ class Method:
     summary: ClassVar[str]
     mergeable: ClassVar[bool] = False
     shares_batch: ClassVar[bool] = True  # False: its rows need the model to themselves
-    trains_head: ClassVar[bool] = True  # a classifier's head is trained with it unless modules_to_save says otherwise
+    trains_head: ClassVar[bool] = True  # a classifier's head is trained along, unless modules_to_save is empty
+    covers_head: ClassVar[bool] = False  # the method's own strips take care of the head
     file_prefix: ClassVar[str] = "base_model.model."
 
     modules_to_save: list[str] | None = field(default=None, kw_only=True)
@@ -145,19 +146,26 @@ class Method:
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Method:
         """Build from plain settings; an unknown name or a value of a wrong type is an error that says what fits."""
-        known = {f.name: f.type for f in dataclasses.fields(cls)}
+        known = cls.check_names(settings)
         types = get_type_hints(cls)
         for key, value in settings.items():
-            if key not in known:
-                raise TanzakuError(
-                    f"method {cls.name!r} has no setting {key!r}{nearest(key, known)}; "
-                    f"it has {', '.join(sorted(known))}"
-                )
             try:
                 TypeAdapter(types[key]).validate_python(value, strict=True)
             except ValidationError:
                 raise TanzakuError(f"method {cls.name!r}: {key} is {value!r}, expected {known[key]}") from None
         return cls(**settings)
+
+    @classmethod
+    def check_names(cls, settings: Iterable[str]) -> dict[str, Any]:
+        """The annotations of all settings; an error for a name that is none of them."""
+        known = {f.name: f.type for f in dataclasses.fields(cls)}
+        for key in settings:
+            if key not in known:
+                raise TanzakuError(
+                    f"method {cls.name!r} has no setting {key!r}{nearest(key, known)}; "
+                    f"it has {', '.join(sorted(known))}"
+                )
+        return known
 
     def settings(self) -> dict[str, Any]:
         """Plain settings, as :meth:`from_settings` reads them."""

@@ -222,7 +222,7 @@ def _method(entry: MethodEntry) -> Method:
     from tanzaku.methods import method_named
 
     method = method_named(entry.method)
-    method.from_settings(entry.settings)  # an unknown name is told better than pydantic would
+    method.check_names(entry.settings)  # an unknown name is told better than pydantic would
     try:
         return TypeAdapter(method).validate_python(entry.settings)
     except ValidationError as error:

@@ -169,7 +169,9 @@ def _fill(model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor], folder
     expected = entries(adapter)
     problems = []
     optional = {
-        key for key, (t, s) in expected.items() if isinstance(s, WeightStrip) and not adapter.method.trains_head
+        key
+        for key, (_, s) in expected.items()
+        if isinstance(s, WeightStrip) and not any(p.requires_grad for p in s.parameters())
     }
     missing = [key for key in expected if key not in tensors]
     if kept := [key for key in missing if key in optional]:

@@ -69,7 +69,7 @@ class VirtualTokens:
                 pooler = getattr(entrance, "pooler", None)
                 if isinstance(pooler, nn.Module):
                     handles.append(pooler.register_forward_pre_hook(self._cut))
-        if any(self.placed):
+        if any(self.offsets) or (any(self.placed) and not base.encoder_decoder):
             stack = model.get_decoder() if base.encoder_decoder else entrance
             if base.encoder_decoder or not self.width:
                 handles += self._enter(stack, [0] * len(self.counts), self.offsets)
@@ -116,7 +116,9 @@ class VirtualTokens:
             if not (width or any(offsets)):
                 return given
             raise TanzakuError("virtual tokens and prefixes need a 2D attention mask of ones and zeros (or none)")
-        left = self._padding(mask, groups, rows, device)
+        # An encoder-decoder's parts number for themselves; what stands before a text is in its encoder.
+        placed = [int(c > 0) for c in counts] if self.base.encoder_decoder else self.placed
+        left = self._padding(mask, _per_row(groups, placed, rows, device))
         if past == 0:
             self._check_room(length, max(c + o for c, o in zip(counts, offsets, strict=True)))
         if width:
@@ -145,11 +147,11 @@ class VirtualTokens:
         self._number(given, names, mask, ids, past, length, width if past == 0 else 0, fill, count, offset, left)
         return given
 
-    def _padding(self, mask: Tensor | None, groups: list[Any], rows: int, device: torch.device) -> Tensor:
+    def _padding(self, mask: Tensor | None, placed: Tensor) -> Tensor:
         """(rows,) padding before the first token, in rows where a distance is counted across it."""
         if mask is None or self._kind not in ("column", "embedding") or bool(mask[:, 0].all()):
-            return torch.zeros(rows, dtype=torch.long, device=device)
-        return (mask.cumsum(1) == 0).sum(1) * _per_row(groups, self.placed, rows, device)
+            return torch.zeros_like(placed)
+        return (mask.cumsum(1) == 0).sum(1) * placed
 
     def _number(
         self,

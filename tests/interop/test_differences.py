@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import tanzaku as tz
 from interop.oracle import (
     PLAIN,
+    PROMPT_LEARNING,
     SOFT_PROMPTS,
     both,
     in_peft,
@@ -50,6 +51,20 @@ def test_padding_does_not_reach_a_decoders_classifier(kind: str, name: str, tmp_
         assert close(logits(ours, given)[row : row + 1], expected)
         padded = bool((given["attention_mask"][row] == 0).any())
         assert close(logits(theirs, given)[row : row + 1], expected) == (not padded)
+
+
+@pytest.mark.parametrize("name", PROMPT_LEARNING)
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
+@torch.no_grad()
+def test_padding_is_no_distance(kind: str, name: str, tmp_path: Path) -> None:
+    """What is learned stands before the text. Padding on the left lies between, and in PEFT it takes positions."""
+    ours, theirs = both(kind, "lm", name, tmp_path)
+    given = batch(ours, rows=3, length=9, padding="left")
+    together, theirs_together = (model(**given).logits[:, -9:] for model in (ours, theirs))
+    for row, mask in enumerate(given["attention_mask"].bool()):
+        expected = logits(theirs, alone(given, row))
+        assert close(together[row, mask], expected)
+        assert close(theirs_together[row, mask], expected) == bool(mask.all())
 
 
 @pytest.mark.parametrize("name", SOFT_PROMPTS)

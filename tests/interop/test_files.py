@@ -206,14 +206,6 @@ def test_a_file_of_ours_loads_there(kind: str, head: str, name: str, settings: d
             torch.testing.assert_close(logits(theirs, given), ours, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", PROMPT_LEARNING)
-def test_left_padding(name: str, tmp_path: Path) -> None:
-    base, theirs = both("llama", "lm", name, tmp_path)
-    given = batch(base, padding="left")
-    with torch.no_grad():
-        torch.testing.assert_close(logits(base, given), logits(theirs, given), rtol=1e-5, atol=1e-5)
-
-
 def pruned_by_peft(model: peft.PeftModel, given: dict[str, Any], steps: int = 4) -> list[int]:
     """Train PEFT's AdaLoRA until values are cut; the ranks left, matrix by matrix."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)

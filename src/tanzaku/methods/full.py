@@ -22,9 +22,9 @@ class Full(Method):
     paper = "-"
     summary = "every weight; memory for weights, gradients and two moments"
     shares_batch = False
+    covers_head = True
     mergeable = True
 
     def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
         self.require(not self.modules_to_save, "modules_to_save", "none: every module is trained")
-        self.modules_to_save = []
         yield "", copy_of(base.model)

@@ -26,6 +26,7 @@ class Head(Method):
     paper = "-"
     summary = "the classifier's head alone, on frozen features"
     mergeable = True
+    covers_head = True
 
     target_modules: list[str] | None = None
 
@@ -35,7 +36,6 @@ class Head(Method):
                 path for path, m in base.model.named_modules() if path and m is self._output(base)
             ]
         self.require(bool(self.target_modules), "a model without a head", "one with a head, or target_modules")
-        self.modules_to_save = []
         for path, module in base.targets(self.target_modules):
             yield path, copy_of(module)
 

@@ -204,7 +204,7 @@ class LoRA(Method):
 
     def biases(self, base: Base, targets: list[str]) -> Iterator[tuple[str, Strip]]:
         """Strips for the biases that `bias` names. A module that is copied whole has its bias in the copy."""
-        whole = base.head_names() if self.modules_to_save is None else self.modules_to_save
+        whole = [*base.head_names(), *(self.modules_to_save or [])]
         for path, module in base.model.named_modules():
             if any(f".{name}." in f".{path}." for name in whole):
                 continue
