@@ -1,0 +1,50 @@
+"""What the READMEs show is run: the Python block on a tiny model, and the recipe as it lies in examples."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import tanzaku as tz
+from models import batch, tiny
+
+ROOT = Path(__file__).parent.parent
+READMES = ["README.md", "README.ja.md"]
+
+
+def blocks(readme: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_python_block_runs(readme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [code] = blocks(readme, "python")
+    model = tiny("llama", num_labels=2)
+
+    class AutoModelForSequenceClassification:
+        @staticmethod
+        def from_pretrained(name: str, **settings: Any) -> Any:
+            assert (name, settings) == ("llm-jp/llm-jp-3-1.8b", {"num_labels": 2})
+            return model
+
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    monkeypatch.chdir(tmp_path)
+    code = code.replace("from transformers import AutoModelForSequenceClassification\n", "")
+    names = {
+        "AutoModelForSequenceClassification": AutoModelForSequenceClassification,
+        "batch_of_three": batch(model, rows=3),
+    }
+    exec(code, names)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert tz.adapters(model) == [] and (tmp_path / "out/lora/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_recipe_is_the_examples(readme: str) -> None:
+    [shown] = blocks(readme, "yaml")
+    assert yaml.safe_load(shown) == yaml.safe_load((ROOT / "examples/book.yaml").read_text(encoding="utf-8"))
