@@ -15,29 +15,16 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import tanzaku as tz
 from interop.oracle import copy_trained, in_peft, inputs, method, trained_in_peft, trained_in_tanzaku
-from models import VOCAB, tiny
-from tanzaku.tasks.classification import Example, Labels, Split, collate
+from models import tiny
+from tanzaku.tasks.classification import collate
 from tanzaku.tasks.metrics import classification_metrics
 from tanzaku.tasks.prepare import ClassificationData
 from tanzaku.train.loop import train_jobs
 from tanzaku.train.results import Job
 from tanzaku.train.settings import TrainSettings
+from task_data import task
 
 TENSORS = "adapter_model.safetensors"
-
-
-def rows(number: int, lengths: tuple[int, ...], seed: int) -> Split:
-    """Rows whose label hangs on their tokens, so that there is something to learn."""
-    generator = torch.Generator().manual_seed(seed)
-    examples = []
-    for row in range(number):
-        ids = torch.randint(3, VOCAB, (lengths[row % len(lengths)],), generator=generator).tolist()
-        examples.append(Example(ids, None, int(ids[-1] > VOCAB // 2)))
-    return Split("rows", examples, [""] * number, 0, "rows")
-
-
-def data(lengths: tuple[int, ...]) -> ClassificationData:
-    return ClassificationData(rows(10, lengths, 0), rows(9, lengths, 1), None, Labels(("a", "b")), 0)
 
 
 SETTINGS = TrainSettings(
@@ -147,7 +134,7 @@ def test_a_run_is_the_trainers(
     name: str, batch_size: int, lengths: tuple[int, ...], more: dict[str, Any], tmp_path: Path
 ) -> None:
     settings = SETTINGS.model_copy(update={"batch_size": batch_size, **more})
-    given = data(lengths)
+    given = task(lengths)
     base = tiny("llama", "cls", num_labels=2)
     theirs = started(base, name, settings, tmp_path)
 
@@ -168,7 +155,7 @@ def test_a_run_is_the_trainers(
 @pytest.mark.parametrize("name", METHODS)
 def test_figures_of_an_epoch_are_the_trainers(name: str, tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"batch_size": 2, "epochs": 2})
-    given = data(EQUAL)
+    given = task(EQUAL)
     base = tiny("llama", "cls", num_labels=2)
     theirs = started(base, name, settings, tmp_path)
     [result] = train_jobs(base, given, [Job("ours", method(name, METHODS[name]), settings)])
@@ -187,7 +174,7 @@ def test_figures_of_an_epoch_are_the_trainers(name: str, tmp_path: Path) -> None
 def test_any_trainer_trains_an_active_adapter(name: str, tmp_path: Path) -> None:
     """Trainer over a model with an active adapter, without PEFT, does what it does over a PEFT model."""
     settings = SETTINGS.model_copy(update={"batch_size": 2, "epochs": 2})
-    given = data(EQUAL)
+    given = task(EQUAL)
     base = tiny("llama", "cls", num_labels=2)
     before = copy.deepcopy(base.state_dict())
     theirs = started(base, name, settings, tmp_path)
