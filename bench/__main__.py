@@ -1,4 +1,4 @@
-"""`python -m bench [steps] [startup] [quality]`: print the tables asked for, steps and startup by default."""
+"""`python -m bench [steps] [memory] [startup] [quality]`: the tables asked for, all but quality by default."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ import torch
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or ["steps", "startup"]
+    wanted = sys.argv[1:] or ["steps", "memory", "startup"]
     print(
         f"{datetime.date.today()}, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
     )
     for name in wanted:
         if name == "steps":
             from bench.steps import table
+        elif name == "memory":
+            from bench.memory import table
         elif name == "startup":
             from bench.startup import table
         elif name == "quality":
             from bench.quality import table
         else:
-            sys.exit(f"bench: found {name!r}, expected steps, startup or quality")
+            sys.exit(f"bench: found {name!r}, expected steps, memory, startup or quality")
         print(f"\n## {name}\n", flush=True)
         table()
 

@@ -107,7 +107,8 @@ def tanzaku_stepper(model: PreTrainedModel, method: str) -> Stepper:
     def forward(batch: dict[str, Tensor]) -> Tensor:
         host_of(model).switch(Route.everywhere("bench"))
         with pooled.reading(batch["input_ids"]):
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+            logits = model(**inputs, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits, batch["labels"])
         penalty = settings.penalty(adapter)
         return loss if penalty is None else loss + penalty

@@ -82,7 +82,10 @@ class _Run:
         self.model, self.data, self.out, self.observer, self.meta = model, data, out, observer, meta
         self.device = model.device
         self.pooled = PooledOnly(Base.of(model))
-        self.takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
+        takes = inspect.signature(model.forward).parameters
+        self.takes_types = "token_type_ids" in takes
+        # A cache of keys and values is for generation; here it would only be a copy of them a layer.
+        self.options = {"use_cache": False} if "use_cache" in takes else {}
 
     def all(self, jobs: Sequence[Job]) -> list[JobResult]:
         results = []
@@ -148,7 +151,7 @@ class _Run:
         # The backward pass is inside too: checkpointed layers run again in it.
         with self.pooled.reading(batch["input_ids"]):
             with accelerator.autocast():
-                logits = self.model(**batch).logits
+                logits = self.model(**batch, **self.options).logits
             losses, start = [], 0
             for lane, rows in zip(lanes, picked, strict=True):
                 at = slice(start, start + len(rows))
@@ -201,7 +204,7 @@ class _Run:
             rows = order[start : start + size]
             batch = self._batch(collate([split.examples[r] for r in rows], self.data.pad_token_id, labels=False))
             with accelerator.autocast(), self.pooled.reading(batch["input_ids"]):
-                out[rows] = self.model(**batch).logits.float().cpu()
+                out[rows] = self.model(**batch, **self.options).logits.float().cpu()
         return out
 
     def _batch(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
