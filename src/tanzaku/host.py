@@ -26,10 +26,9 @@ _HOST = "_tanzaku_host"
 class Adapter(nn.Module):
     """One adapter: a method's settings and the strips it hung, by path. It is no part of the base's module tree."""
 
-    def __init__(self, name: str, method: Method, strips: list[tuple[str, Strip]]):
+    def __init__(self, name: str, method: Method, strips: list[tuple[str, Strip]], base: Base):
         super().__init__()
-        self.name = name
-        self.method = method
+        self.name, self.method, self.base = name, method, base
         self.paths = [path for path, _ in strips]
         self.strips = nn.ModuleList([strip for _, strip in strips])
 
@@ -141,7 +140,7 @@ def attach(model: nn.Module, method: Method, name: str = "default", *, seed: int
         strips = [*method.build(host.base), *_extra(host.base, method)]
     if not strips:
         raise TanzakuError(f"{method.name} found no site in {type(model).__name__}")
-    adapter = Adapter(name, method, strips)
+    adapter = Adapter(name, method, strips, host.base)
     host.adapters[name] = adapter
     if fresh:
         model.__dict__[_HOST] = host

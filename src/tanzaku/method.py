@@ -6,7 +6,7 @@ devices and data types are written once, elsewhere.
 
 | strip            | it overrides                 | meaning                                                          |
 |------------------|------------------------------|------------------------------------------------------------------|
-| `ModuleStrip`    | `inputs`, `outputs`          | change what a submodule reads or what it returns                 |
+| `ModuleStrip`    | `inputs`, `outputs`          | change what a submodule reads or what it returns; `..._together` |
 | `AttentionStrip` | `attend`                     | change one attention layer's result, given queries, keys, values |
 | `TokenStrip`     | `vectors`                    | virtual tokens, put before the row's own                         |
 | `WeightStrip`    | (nothing: see `sites.py`)    | the adapter's own copy of a module's weights                     |
@@ -15,7 +15,7 @@ devices and data types are written once, elsewhere.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
@@ -24,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from tanzaku.errors import TanzakuError, nearest
+from tanzaku.space import Choice, Range, Spaces, spaces
 
 if TYPE_CHECKING:
     from tanzaku.families import Base
@@ -55,6 +56,20 @@ class ModuleStrip(Strip):
     def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """`y` as the module shall return it; same shape. `x` is what the module read."""
         return y
+
+    def alike(self, module: nn.Module) -> Hashable | None:
+        """Strips of one kind at one module with equal answers are computed together; None: this one by itself."""
+        return None
+
+    @staticmethod
+    def inputs_together(strips: Sequence[Any], module: nn.Module, x: Tensor) -> Tensor:
+        """:meth:`inputs` of several strips that are alike; each has as many rows of `x`, one strip after another."""
+        raise TypeError(f"{type(strips[0]).__name__} defines no inputs_together()")
+
+    @staticmethod
+    def outputs_together(strips: Sequence[Any], module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """:meth:`outputs` of several strips that are alike; each has as many rows of `x` and `y`, one after another."""
+        raise TypeError(f"{type(strips[0]).__name__} defines no outputs_together()")
 
     def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
         """The module's tensors with this strip folded in, or None where the mathematics does not allow it."""
@@ -120,6 +135,7 @@ class Method:
     trains_head: ClassVar[bool] = True  # a classifier's head is trained along, unless modules_to_save is empty
     covers_head: ClassVar[bool] = False  # the method's own strips take care of the head
     file_prefix: ClassVar[str] = "base_model.model."
+    space: ClassVar[Spaces] = spaces(learning_rate=Range(1e-5, 1e-2, log=True))  # what a search draws; see open_space
 
     modules_to_save: list[str] | None = field(default=None, kw_only=True)
     task_type: str | None = field(default=None, kw_only=True)
@@ -142,6 +158,16 @@ class Method:
 
     def after_step(self, adapter: Adapter, step: int) -> None:
         """Called after optimizer step number `step` (from 1), while the gradients are still there."""
+
+    @classmethod
+    def open_space(cls, given: Mapping[str, Any]) -> dict[str, Choice | Range]:
+        """What a search draws where `given` says nothing. Keys are the method's settings, or `learning_rate`.
+
+        Args:
+            given: values, or spaces, that a candidate has for some settings. Where one setting bounds another, a
+                method narrows its space by them, so that every point of it can be built.
+        """
+        return {key: space for key, space in cls.space.items() if key not in given}
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Method:

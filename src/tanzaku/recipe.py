@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_serializer, model_validator
 
+from tanzaku.compare.settings import CompareSettings
 from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.recipe_errors import complaint
 from tanzaku.recipe_yaml import parse_yaml, read_yaml
+from tanzaku.space import Space, space_of
 from tanzaku.tasks.data import SUFFIXES
 from tanzaku.train.settings import TrainSettings
 
@@ -34,7 +37,11 @@ class DataSettings(BaseModel):
 
 
 class MethodEntry(BaseModel):
-    """One candidate: `lora` or `{lora: {r: 1}}`, with a `name` and `train` settings of its own if it has them."""
+    """One candidate: `lora` or `{lora: {r: 1}}`, with a `name` and `train` settings of its own if it has them.
+
+    For `tanzaku compare` a setting may be a space (:mod:`tanzaku.space`), and the entry then stands for several
+    candidates. It is kept as it is written.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -88,12 +95,18 @@ class Recipe(BaseModel):
     task: Literal["classification"] = Field(default="classification", description="what is learned")
     data: DataSettings
     train: TrainSettings = TrainSettings.model_validate({})
+    compare: CompareSettings = CompareSettings.model_validate({})
     methods: list[MethodEntry] = []
     out: str | None = Field(default=None, min_length=1, description="directory of the run (runs/<verb>-<time>)")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where the model runs")
 
 
-SECTIONS: dict[str, type[BaseModel]] = {"": Recipe, "data": DataSettings, "train": TrainSettings}
+SECTIONS: dict[str, type[BaseModel]] = {
+    "": Recipe,
+    "data": DataSettings,
+    "train": TrainSettings,
+    "compare": CompareSettings,
+}
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
@@ -201,29 +214,72 @@ def _assigned(entries: list[MethodEntry], assignment: str) -> list[MethodEntry]:
 
 
 def jobs_of(recipe: Recipe) -> list[Job]:
-    """The candidates, ready to be trained; settings of methods are checked here.
+    """The candidates, ready to be trained, where each stands for itself; settings of methods are checked here.
 
     Raises:
-        TanzakuError: an unknown method, or a setting that it has not or that does not fit.
+        TanzakuError: an unknown method, a setting that it has not or that does not fit, or a space.
     """
     from tanzaku.train.results import Job  # with torch below it, which a bad recipe shall not wait for
 
     jobs = []
     for entry in named(recipe.methods):
-        try:
-            train = TrainSettings.model_validate({**recipe.train.model_dump(), **entry.train})
-        except ValidationError as error:
-            raise TanzakuError(complaint(error, f"candidate {entry.name!r}", {"": TrainSettings}, {})) from None
-        jobs.append(Job(str(entry.name), _method(entry), train))
+        for key, space in spaces_of(entry).items():
+            raise TanzakuError(
+                f"candidate {entry.name!r}: {key} has a {space.kind}, and train takes one setting; "
+                f"give {key} one value, or use tanzaku compare"
+            )
+        jobs.append(Job(str(entry.name), *checked(entry, recipe.train)))
     return jobs
 
 
-def _method(entry: MethodEntry) -> Method:
+def spaces_of(entry: MethodEntry) -> dict[str, Space]:
+    """The settings for which a candidate has a space instead of a value: the method's and those of its `train`.
+
+    Raises:
+        TanzakuError: an unknown method or setting, or a space that cannot be.
+    """
+    from tanzaku.methods import method_named
+
+    method = method_named(entry.method)
+    method.check_names(entry.settings)
+    hints, found = get_type_hints(method), {}
+    for key, value in (*entry.settings.items(), *entry.train.items()):
+        try:
+            space = space_of(value, mapping=key in entry.settings and _takes_mappings(hints[key]))
+        except TanzakuError as error:
+            raise TanzakuError(f"candidate {entry.name!r}: {key}: {error}") from None
+        if space is not None:
+            found[key] = space
+    return found
+
+
+def checked(entry: MethodEntry, train: TrainSettings) -> tuple[Method, TrainSettings]:
+    """A candidate's method, and how it is trained: the run's settings with its own over them.
+
+    Raises:
+        TanzakuError: an unknown method, or a setting that it has not or that does not fit.
+    """
     from tanzaku.methods import method_named
 
     method = method_named(entry.method)
     method.check_names(entry.settings)  # an unknown name is told better than pydantic would
     try:
-        return TypeAdapter(method).validate_python(entry.settings)
+        own = TrainSettings.model_validate({**train.model_dump(), **entry.train})
+        return _adapter(entry.method).validate_python(entry.settings), own
     except ValidationError as error:
-        raise TanzakuError(complaint(error, f"candidate {entry.name!r}", {}, {})) from None
+        raise TanzakuError(complaint(error, f"candidate {entry.name!r}", {"": TrainSettings}, {})) from None
+
+
+@cache  # for the many candidates of a grid: it takes longer to build than to use
+def _adapter(method: str) -> TypeAdapter[Method]:
+    from tanzaku.methods import METHODS
+
+    return TypeAdapter(METHODS[method])
+
+
+def _takes_mappings(hint: Any) -> bool:
+    try:
+        TypeAdapter(hint).validate_python({})
+    except ValidationError:
+        return False
+    return True

@@ -50,6 +50,8 @@ def complaint(
         return f"{prefix}{name}: {first['ctx']['error']}"
     expected = _WORDS.get(kind) or first["msg"].removeprefix("Input should ").removeprefix("be ")
     near = nearest(value, _choices(first)) if isinstance(value, str) else ""
+    if section == "train" and isinstance(value, Mapping):
+        near = "; a grid or a range stands in a candidate's own train section"
     return f"{prefix}{name} is {_short(value)}, expected {expected}{near}"
 
 

@@ -21,6 +21,8 @@ class Route:
 
     stacks: list[Stack]
     index: list[int]
+    at: int | None = field(default=None, compare=False)  # the stack whose strips run just now; None: the base
+    keys: int | None = field(default=None, compare=False)  # of the attention that they change: its own, without theirs
     _groups: dict[int, list[tuple[int, Rows]]] = field(default_factory=dict)
 
     @classmethod

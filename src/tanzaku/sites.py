@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tanzaku import noise
 from tanzaku.errors import TanzakuError
 from tanzaku.families import Base
 from tanzaku.method import AttentionCall, AttentionStrip, ModuleStrip, Strip, TokenStrip
@@ -32,6 +33,21 @@ Plan = list[list[Any]]
 
 
 _quiet = 0
+
+
+class _Running:
+    """Within the block, the strips of one stack run: dropout is theirs alone. A class, since it is entered often."""
+
+    __slots__ = ("keys", "number", "route")
+
+    def __init__(self, route: Route, number: int, keys: int | None = None):
+        self.route, self.number, self.keys = route, number, keys
+
+    def __enter__(self) -> None:
+        self.route.at, self.route.keys = self.number, self.keys
+
+    def __exit__(self, *_: object) -> None:
+        self.route.at = self.route.keys = None
 
 
 @contextmanager
@@ -111,13 +127,15 @@ class Sites:
             return None
         x = args[0]
         parts = []
-        for number, rows in self._groups(x.shape[0]):
-            strips = [s for s in plan[number] if s.edits_input]
-            if strips:
-                part = take(x, rows)
-                for strip in strips:
-                    part = strip.inputs(module, part)
-                parts.append((rows, part))
+        for number, rows, strips in self._spans(plan, x.shape[0], module, "edits_input"):
+            part = take(x, rows)
+            if number is None:
+                part = type(strips[0]).inputs_together(strips, module, part)
+            else:
+                with self._running(number):
+                    for strip in strips:
+                        part = strip.inputs(module, part)
+            parts.append((rows, part))
         return (put(x, parts), *args[1:])
 
     def _after(self, plan: Plan, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -125,18 +143,42 @@ class Sites:
             return None
         x, y = args[0], output
         parts = []
-        for number, rows in self._groups(y.shape[0]):
-            strips = [s for s in plan[number] if s.edits_output]
-            if strips:
-                x_part, part = take(x, rows), take(y, rows)
-                for strip in strips:
-                    part = strip.outputs(module, x_part, part)
-                parts.append((rows, part))
+        for number, rows, strips in self._spans(plan, y.shape[0], module, "edits_output"):
+            x_part, part = take(x, rows), take(y, rows)
+            if number is None:
+                part = type(strips[0]).outputs_together(strips, module, x_part, part)
+            else:
+                with self._running(number):
+                    for strip in strips:
+                        part = strip.outputs(module, x_part, part)
+            parts.append((rows, part))
         return put(y, parts)
+
+    def _spans(self, plan: Plan, rows: int, module: nn.Module, edits: str) -> list[tuple[int | None, Any, list[Any]]]:
+        """(stack number, its rows, its strips), or (None, rows, strips) for neighbours that are computed together: a
+        strip each, of one kind and shape, with as many rows each."""
+        spans: list[tuple[int | None, Any, list[Any]]] = []
+        last: Any = None
+        for number, at in self._groups(rows):
+            strips = [s for s in plan[number] if getattr(s, edits)]
+            if not strips:
+                continue
+            shape = strips[0].alike(module) if len(strips) == 1 and isinstance(at, slice) else None
+            kind = None if shape is None else (type(strips[0]), shape, at.stop - at.start)
+            if kind is not None and kind == last and spans[-1][1].stop == at.start:
+                spans[-1] = (None, slice(spans[-1][1].start, at.stop), [*spans[-1][2], *strips])
+            else:
+                spans.append((number, at, strips))
+            last = kind
+        return spans
 
     def _groups(self, rows: int) -> list[tuple[int, Any]]:
         assert self.route is not None
         return self.route.groups(rows)
+
+    def _running(self, number: int, keys: int | None = None) -> _Running:
+        assert self.route is not None
+        return _Running(self.route, number, keys)
 
     # -- a module's own weights
 
@@ -146,7 +188,9 @@ class Sites:
         if not self.route.uniform:
             if not path:
                 raise TanzakuError("full fine-tuning changes every weight: its rows cannot share a batch with others")
-            self._handles.append(module.register_forward_hook(partial(self._rerun, plan), with_kwargs=True))
+            marks: list[Any] = []
+            self._handles.append(module.register_forward_pre_hook(lambda *_: marks.append(noise.mark())))
+            self._handles.append(module.register_forward_hook(partial(self._rerun, plan, marks), with_kwargs=True))
             return
         strip = plan[0][-1]
         # Parts of a model are also called by themselves (an encoder, in generate()), so each is an entrance.
@@ -172,8 +216,15 @@ class Sites:
             self._handles.append(entrance.register_forward_hook(leave, always_call=True))
 
     def _rerun(
-        self, plan: Plan, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        self,
+        plan: Plan,
+        marks: list[Any],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor,
     ) -> Tensor:
+        mark = marks.pop()
         if _quiet:
             return output
         parts = []
@@ -182,7 +233,8 @@ class Sites:
                 picked = [take(a, rows) if isinstance(a, Tensor) else a for a in args]
                 strip = plan[number][-1]
                 own = {name: as_used(p, module.get_parameter(name)) for name, p in strip.own.items()}
-                with quiet():
+                noise.rewind(mark, number)
+                with quiet(), self._running(number):
                     parts.append((rows, torch.func.functional_call(module, own, tuple(picked), kwargs)))
         return put(output, parts)
 
@@ -217,12 +269,19 @@ class Sites:
     def _attend(self, plan: Plan, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         groups = self._groups(call.query.shape[0])
         if groups[0][1] is None:
-            return (_stacked(plan[0], call).run(), None) if plan[0] else call.base_result()
+            with self._running(0, call.key.shape[2]):
+                return (_stacked(plan[0], call).run(), None) if plan[0] else call.base_result()
         bare, weights = None, None
+        mark = noise.mark()
         if not all(plan[number] for number, _ in groups):
             # The base's own call over the whole batch keeps bare rows bit for bit what they are without adapters.
             bare, weights = call.base_result()
-        parts = [(rows, _stacked(plan[number], _rows_of(call, rows)).run()) for number, rows in groups if plan[number]]
+        parts = []
+        for number, rows in groups:
+            if plan[number]:
+                noise.rewind(mark, number)
+                with self._running(number, call.key.shape[2]):
+                    parts.append((rows, _stacked(plan[number], _rows_of(call, rows)).run()))
         if bare is None:
             bare = call.query.new_empty(call.query.shape[0], *parts[0][1].shape[1:])
         return put(bare, parts), weights
@@ -269,7 +328,7 @@ class Sites:
             if checkpoint is not None and getattr(module, "gradient_checkpointing", False):
 
                 def kept(function: Callable[..., Any], *args: Any, checkpoint: Any = checkpoint) -> Any:
-                    return checkpoint(partial(replay, function), *args)
+                    return checkpoint(partial(replay, noise.again(function)), *args)
 
                 module.__dict__[_CHECKPOINT] = kept
                 self._undo.append(partial(_put_back, module, kept, checkpoint))

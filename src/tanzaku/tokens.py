@@ -236,7 +236,9 @@ class VirtualTokens:
         for number, at in lead.groups:
             if not self.tokens[number]:
                 continue
+            self.route.at = number
             vectors = torch.cat([s.vectors() for s in self.tokens[number]]).to(like)
+            self.route.at = None
             n = rows if at is None else (at.stop - at.start if isinstance(at, slice) else len(at))
             pad = vectors.new_zeros(lead.width - len(vectors), like.shape[-1])
             pieces.append((at, torch.cat([pad, vectors]).expand(n, -1, -1)))

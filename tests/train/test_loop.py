@@ -52,7 +52,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not() -> None:
 
 def test_a_job_does_not_hang_on_the_jobs_before_it() -> None:
     alone = train_jobs(tiny("llama", num_labels=2), task(), [job("b", seed=1)])[0]
-    after = train_jobs(tiny("llama", num_labels=2), task(), [job("a"), job("b", seed=1)])[1]
+    after = train_jobs(tiny("llama", num_labels=2), task(), [job("a"), job("b", seed=1)], rows_per_step=1)[1]
     assert figures(alone) == figures(after)
 
 
@@ -161,9 +161,9 @@ def test_finished_jobs_are_kept_when_a_run_is_interrupted(tmp_path: Path) -> Non
             if job.name == "second":
                 raise KeyboardInterrupt
 
-    results = train_jobs(
-        tiny("llama", num_labels=2), task(), [job("first"), job("second"), job("third")], out=tmp_path, observer=Stop()
-    )
+    jobs = [job("first"), job("second"), job("third")]
+    model = tiny("llama", num_labels=2)
+    results = train_jobs(model, task(), jobs, out=tmp_path, observer=Stop(), rows_per_step=1)
     assert [(r.name, r.status) for r in results] == [("first", "done"), ("second", "interrupted")]
     assert sorted(p.name for p in (tmp_path / "adapters").iterdir()) == ["first"]
 

@@ -10,7 +10,7 @@ Zhang et al. 2023, arXiv 2303.10512.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,7 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from tanzaku.families import Base, features, weight_of
 from tanzaku.host import Adapter
 from tanzaku.method import ModuleStrip, Strip, trainable
-from tanzaku.methods.lora import LoRA
+from tanzaku.methods.lora import LoRA, low_rank
+from tanzaku.space import Choice, Range, ends, spaces
 
 
 class SvdStrip(ModuleStrip):
@@ -52,6 +53,15 @@ class SvdStrip(ModuleStrip):
         if y.dtype == a.dtype:
             return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.t(), alpha=self.factor).view(y.shape)
         return (y + F.linear(h, b) * self.factor).to(y.dtype)
+
+    def alike(self, module: nn.Module) -> Hashable | None:
+        dropped = self.dropout and module.training
+        return None if dropped else (self.r, self.factor, self.lora_A.dtype)
+
+    @staticmethod
+    def outputs_together(strips: Sequence[SvdStrip], module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        a, b, e = (torch.stack(list(ts)) for ts in zip(*((s.lora_A, s.lora_B, s.lora_E) for s in strips), strict=True))
+        return low_rank(x.to(a.dtype), y, a, b, strips[0].factor, e.squeeze(-1))
 
     def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
         weight = weight_of(module)
@@ -97,6 +107,8 @@ class AdaLoRA(LoRA):
     peft_type = "ADALORA"
     paper = "arXiv 2303.10512"
     summary = "low-rank changes whose ranks are pruned by importance"
+    # The paper: 5e-4 to 2.2e-3 over GLUE, and the budget at the end matters more than the one at first.
+    space = spaces(target_r=Choice((1, 2, 4, 8)), learning_rate=Range(1e-4, 1e-2, log=True))
 
     target_r: float = 8
     init_r: int = 12
@@ -108,6 +120,14 @@ class AdaLoRA(LoRA):
     orth_reg_weight: float = 0.5
     total_step: int | None = None
     rank_pattern: dict[str, Any] | None = None  # type: ignore[assignment]
+
+    @classmethod
+    def open_space(cls, given: Mapping[str, Any]) -> dict[str, Choice | Range]:
+        space = super().open_space(given)
+        if "target_r" in space:
+            below = tuple(r for r in ends(space["target_r"]) if r <= min(ends(given.get("init_r", cls.init_r))))
+            space["target_r"] = Choice(below or ends(space["target_r"]))
+        return space
 
     def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
         self.check()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from tanzaku.families import Base
 from tanzaku.method import Method, Strip
+from tanzaku.space import Range, spaces
 from tanzaku.weights import copy_of
 
 
@@ -21,6 +22,8 @@ class Full(Method):
     peft_type = "FULL"
     paper = "-"
     summary = "every weight; memory for weights, gradients and two moments"
+    # BERT's authors tried 2e-5 to 5e-5; above 1e-4 pretrained weights are soon lost.
+    space = spaces(learning_rate=Range(1e-6, 1e-4, log=True))
     shares_batch = False
     covers_head = True
     mergeable = True

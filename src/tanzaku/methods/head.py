@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from tanzaku.families import Base
 from tanzaku.method import Method, Strip
+from tanzaku.space import Range, spaces
 from tanzaku.weights import copy_of
 
 
@@ -25,6 +26,8 @@ class Head(Method):
     peft_type = "HEAD"
     paper = "-"
     summary = "the classifier's head alone, on frozen features"
+    # A linear model on fixed features has no pretrained weights to lose: it takes steps that adapters do not.
+    space = spaces(learning_rate=Range(1e-4, 1e-1, log=True))
     mergeable = True
     covers_head = True
 

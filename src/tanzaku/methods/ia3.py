@@ -7,15 +7,17 @@ Liu et al. 2022, arXiv 2205.05638.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tanzaku.families import Base, features, weight_of
 from tanzaku.method import Method, ModuleStrip, Strip, trainable
+from tanzaku.space import Range, spaces
 
 
 class ScaleStrip(ModuleStrip):
@@ -39,6 +41,18 @@ class ScaleStrip(ModuleStrip):
 
     def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return self._scaled(module, y)
+
+    def alike(self, module: nn.Module) -> Hashable | None:
+        return None if isinstance(module, nn.Conv2d) else (self.edits_input, self.ia3_l.dtype)
+
+    @staticmethod
+    def inputs_together(strips: Sequence[ScaleStrip], module: nn.Module, x: Tensor) -> Tensor:
+        factors = torch.stack([s.ia3_l.flatten() for s in strips])[:, None]
+        return (x.reshape(len(strips), -1, x.shape[-1]) * factors).view(x.shape).to(x.dtype)
+
+    @staticmethod
+    def outputs_together(strips: Sequence[ScaleStrip], module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return ScaleStrip.inputs_together(strips, module, y)
 
     def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
         weight = weight_of(module)
@@ -68,6 +82,8 @@ class IA3(Method):
     paper = "arXiv 2205.05638"
     summary = "learned rescaling of keys, values and feed-forward activations"
     mergeable = True
+    # The paper's 3e-3, and above: a factor starts at one and has far to go.
+    space = spaces(learning_rate=Range(5e-4, 5e-2, log=True))
 
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None

@@ -18,6 +18,7 @@ from tanzaku.families import Base, Family, weight_of
 from tanzaku.method import AttentionCall, AttentionStrip, Method, Strip, trainable
 from tanzaku.methods.prefix_tuning import kv_shape
 from tanzaku.sites import quiet
+from tanzaku.space import Choice, Range, spaces
 
 
 class GatedPrompt(AttentionStrip):
@@ -88,6 +89,8 @@ class LlamaAdapter(Method):
     paper = "arXiv 2303.16199"
     summary = "gated attention over learned prompts in the top layers"
     trains_head = False
+    # The authors' 9e-3 with 10 prompts a layer. How many layers there are to adapt depends on the model.
+    space = spaces(adapter_len=Choice((5, 10, 20)), learning_rate=Range(5e-4, 5e-2, log=True))
 
     adapter_len: int = 10
     adapter_layers: int = 8

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tanzaku.families import Base, weight_of
 from tanzaku.method import Strip, TokenStrip
 from tanzaku.methods.prompt_tuning import PromptLearning, PromptStrip
+from tanzaku.space import Choice, Range, spaces
 
 
 class EncodedPrompt(TokenStrip):
@@ -71,6 +72,8 @@ class PTuning(PromptLearning):
     peft_type = "P_TUNING"
     paper = "arXiv 2103.10385"
     summary = "virtual tokens written by a small network"
+    # PEFT's guide has 20 tokens at 1e-3; the network's weights take smaller steps than the vectors of a prompt.
+    space = spaces(num_virtual_tokens=Choice((5, 10, 20, 50)), learning_rate=Range(1e-4, 5e-2, log=True))
 
     encoder_reparameterization_type: str = "MLP"
     encoder_hidden_size: int | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +13,10 @@ from transformers import get_scheduler
 
 from tanzaku.errors import TanzakuError
 from tanzaku.host import Adapter
-from tanzaku.tasks.classification import class_weights, epoch_batches
+from tanzaku.method import TokenStrip
+from tanzaku.tasks.classification import Example, class_weights, epoch_batches
 from tanzaku.tasks.prepare import ClassificationData
+from tanzaku.train.products import lowest_layer
 from tanzaku.train.results import EpochRecord, Job, JobResult
 
 # What transformers' Trainer spares from weight decay, by the parameter's name.
@@ -27,11 +28,19 @@ class Diverged(TanzakuError):
 
 
 class Lane:
-    """A job in training. The shared step gives it a loss; it answers with its own optimizer step."""
+    """A job in training. The shared step gives it a loss; it answers with its own optimizer step.
+
+    `next_rows` are the rows it wants to train on next; None after its last batch.
+    """
 
     def __init__(self, job: Job, adapter: Adapter, data: ClassificationData, result: JobResult, device: torch.device):
         self.job, self.adapter, self.data, self.result = job, adapter, data, result
         s = job.settings
+        self.virtual = sum(s.num_virtual_tokens for _, s in adapter.at() if isinstance(s, TokenStrip))
+        self.lowest = lowest_layer(adapter)
+        moments = 2 * sum(p.numel() * p.element_size() for p in (p for _, p in adapter.trained()))
+        self.kept_bytes = moments + sum(p.numel() * p.element_size() for _, p in adapter.named_parameters())
+        self.draws: bool | None = None  # whether its forward pass draws random numbers; None: not yet known
         self.trained = [p for _, p in adapter.trained()]
         self.optimizer = _optimizer(adapter, job, self.trained)
         per_epoch = math.ceil(len(data.train) / s.batch_size)
@@ -46,13 +55,18 @@ class Lane:
         if s.class_weights:
             self.weights = class_weights(labels, len(data.labels)).to(device)
         self.generator = torch.Generator()
-        self.epoch, self.step = 0, 0
+        self.epoch, self.step, self.batch = 0, 0, 0
+        self.batches = per_epoch * s.epochs
+        self.waiting = False  # at a rung
+        self.rows_done = 0  # in the last step
         self.best: dict[str, Tensor] | None = None
         self._waited = 0
         self._pending = 0
         self._losses: list[float] = []
-        self._began = time.monotonic()
-        self._batches = self._epochs()
+        self._order = self._epochs()
+        self._advance()
+        self.seconds = 0.0  # of the epoch under way
+        self.logits: Tensor | None = None  # of the validation rows, by the weights as they are
         adapter.method.prepare(adapter, self.steps)
 
     def _epochs(self) -> Iterator[tuple[list[int], int, bool]]:
@@ -73,32 +87,76 @@ class Lane:
                 first = at - at % s.accumulation
                 yield rows, min(s.accumulation, len(batches) - first), at == len(batches) - 1
 
-    def next_batch(self) -> list[int]:
-        """Row numbers of the next batch."""
-        rows, self._share, self._epoch_ends = next(self._batches)
-        return rows
+    def _advance(self) -> None:
+        rows, self._next_share, self._next_ends = next(self._order, (None, 0, False))
+        self.next_rows: list[int] | None = rows
+
+    def examples(self) -> list[Example]:
+        """The rows of its next batch."""
+        return [self.data.train.examples[row] for row in self.next_rows or ()]
+
+    @property
+    def next_length(self) -> int:
+        """Tokens of the longest of them, virtual ones included."""
+        return self.virtual + max(len(example.input_ids) for example in self.examples())
+
+    @property
+    def batches_left(self) -> int:
+        """Batches until it ends or waits at its next rung."""
+        s = self.job.settings
+        goal = min((rung for rung in self.job.rungs if rung > self.epoch), default=s.epochs)
+        return self.batches * goal // s.epochs - self.batch
+
+    @property
+    def noise_seed(self) -> int:
+        """Of the random numbers of its next batch."""
+        return hash((self.job.settings.seed, self.batch)) & (2**63 - 1)
 
     def loss(self, task_loss: Tensor) -> Tensor:
-        """What to differentiate: the task's loss with the method's penalty, shared over accumulated batches.
+        """The task's loss with the method's penalty."""
+        penalty = self.adapter.method.penalty(self.adapter)
+        return task_loss if penalty is None else task_loss + penalty
+
+    def check(self, value: float) -> None:
+        """Look at the loss of its next batch.
 
         Raises:
             Diverged: it is no finite number.
         """
-        penalty = self.adapter.method.penalty(self.adapter)
-        loss = task_loss if penalty is None else task_loss + penalty
-        value = float(loss.detach())
         if not math.isfinite(value):
             raise Diverged(
                 f"loss became {value} at step {self.step + 1} of {self.steps} (epoch {self.epoch + 1}): "
                 "lower the learning rate"
             )
+
+    def accept(self, value: float) -> None:
+        """Note the loss of a batch whose backward pass is done."""
         self._losses.append(value)
-        return self.scaler.scale(loss / self._share)
+        self.rows_done = len(self.next_rows or ())
+
+    def spend(self, seconds: float) -> None:
+        """Add to the time that the job has taken."""
+        self.seconds += seconds
+        self.result.seconds += seconds
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What to differentiate: the loss shared over accumulated batches."""
+        return self.scaler.scale(loss / self._next_share)
+
+    def gradients(self) -> list[Tensor | None] | None:
+        """Copies of what was accumulated so far, or None where nothing was."""
+        return [None if p.grad is None else p.grad.clone() for p in self.trained] if self._pending else None
+
+    def reset_gradients(self, kept: list[Tensor | None] | None) -> None:
+        """Undo a backward pass that failed half way."""
+        for parameter, gradient in zip(self.trained, kept or [None] * len(self.trained), strict=True):
+            parameter.grad = gradient
 
     def backward_done(self) -> bool:
         """Step the optimizer if its share of batches is complete; tells whether an epoch ended."""
         self._pending += 1
-        if self._pending == self._share:
+        self.batch += 1
+        if self._pending == self._next_share:
             self._pending = 0
             if self.job.settings.max_grad_norm:
                 self.scaler.unscale_(self.optimizer)
@@ -109,7 +167,9 @@ class Lane:
             self.step += 1
             self.adapter.method.after_step(self.adapter, self.step)
             self.optimizer.zero_grad(set_to_none=True)
-        return self._epoch_ends
+        ended = self._next_ends
+        self._advance()
+        return ended
 
     def end_epoch(self, valid: dict[str, float]) -> EpochRecord:
         """Close an epoch with its validation figures; keeps the best weights where they are wanted."""
@@ -119,11 +179,12 @@ class Lane:
             train_loss=sum(self._losses) / len(self._losses),
             learning_rate=float(self.schedule.get_last_lr()[0]),
             valid=valid,
-            seconds=time.monotonic() - self._began,
+            seconds=self.seconds,
         )
-        self._losses, self._began = [], time.monotonic()
+        self._losses, self.seconds = [], 0.0
         self.result.epochs.append(record)
         self.result.steps = self.step
+        self.waiting = self.epoch in self.job.rungs
         self._judge(record)
         return record
 
@@ -157,6 +218,7 @@ class Lane:
             for name, parameter in self.adapter.trained():
                 parameter.copy_(self.best[name])
             self.result.restored_epoch = self.result.best_epoch
+            self.logits = None
 
 
 def _optimizer(adapter: Adapter, job: Job, trained: list[nn.Parameter]) -> torch.optim.AdamW:

@@ -1,32 +1,34 @@
-"""The loop around the shared step: jobs come from a queue, train on one frozen model, and leave a result each."""
+"""The pool of jobs: they come from a queue, train together on one frozen model, and leave a result each."""
 
 from __future__ import annotations
 
-import inspect
+import gc
+import json
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 from tanzaku import store
 from tanzaku.errors import TanzakuError
-from tanzaku.families import Base
-from tanzaku.host import activate, adapters, attach, count, detach, host_of
-from tanzaku.routing import Entry, Route
-from tanzaku.tasks.classification import Split, classification_loss, collate
+from tanzaku.host import activate, adapters, attach, count, detach
+from tanzaku.tasks.classification import Split
 from tanzaku.tasks.metrics import classification_metrics, confusion, wilson_interval
 from tanzaku.tasks.prepare import ClassificationData
-from tanzaku.train.lane import Lane
-from tanzaku.train.memory import peak, reset_peak
+from tanzaku.train.lane import Diverged, Lane
+from tanzaku.train.memory import in_use, peak, reset_peak
 from tanzaku.train.results import EpochRecord, Job, JobResult, Observer
-from tanzaku.train.trim import PooledOnly
+from tanzaku.train.step import SharedStep
+
+ROWS_PER_STEP = {"cuda": 32}  # where nothing is said; the processors of a PC are busy with half of that
+_FAILURES = (TanzakuError, RuntimeError, ValueError, MemoryError, ArithmeticError, LookupError, TypeError, OSError)
+_SPARE = 1.1  # a batch of several jobs needs a little more than they need alone: parts are put together in copies
 
 
 class Silent:
@@ -49,203 +51,368 @@ def train_jobs(
     out: Path | None = None,
     observer: Observer | None = None,
     meta: dict[str, Any] | None = None,
+    rows_per_step: int | None = None,
+    memory: int | None = None,
 ) -> list[JobResult]:
     """Train every job on the frozen `model`, which is left as it was; one result a job, in their order.
 
     A job that fails (a bad setting, a loss that is no number) ends alone. Ctrl-C ends the run: jobs that are done
-    keep their results, the one under way is marked interrupted, those not begun have none.
+    keep their results, those under way are marked interrupted, those not begun have none.
 
     Args:
         model: a classifier on the device to train on.
         out: a directory; each finished adapter is saved below its `adapters`, with `meta` beside it.
+        rows_per_step: most rows of all jobs in one step; None: 16, on a GPU 32. A job's batch is never split.
+        memory: most bytes that the process (on CUDA, torch on the device) may use; None: no limit.
     """
-    names = [job.name for job in jobs]
-    if len(set(names)) < len(names):
-        raise TanzakuError(f"job names must differ, found {', '.join(sorted(names))}")
-    if model.config.num_labels != len(data.labels):
-        raise TanzakuError(
-            f"the model has {model.config.num_labels} labels and the data {len(data.labels)}: "
-            f"load it with num_labels={len(data.labels)}"
-        )
-    return _Run(model, data, out, observer or Silent(), meta or {}).all(jobs)
+    with Pool(model, data, out=out, observer=observer, meta=meta, rows_per_step=rows_per_step, memory=memory) as pool:
+        pool.add(jobs)
+        pool.run()
+        return [pool.results[job.name] for job in jobs if job.name in pool.results]
 
 
-class _Run:
+class Pool:
+    """Jobs that train together. A context manager: what is still attached at its end is taken off the model.
+
+    `results` has those of all jobs that were begun. `interrupted` tells that Ctrl-C ended the last run.
+    """
+
     def __init__(
         self,
         model: PreTrainedModel,
         data: ClassificationData,
-        out: Path | None,
-        observer: Observer,
-        meta: dict[str, Any],
+        *,
+        out: Path | None = None,
+        observer: Observer | None = None,
+        meta: dict[str, Any] | None = None,
+        rows_per_step: int | None = None,
+        memory: int | None = None,
+        measure: bool = False,
     ):
-        self.model, self.data, self.out, self.observer, self.meta = model, data, out, observer, meta
+        self._check(model, data)
+        self.model, self.data, self.out = model, data, out
+        self.observer: Observer = observer or Silent()
+        self.meta = meta or {}
         self.device = model.device
-        self.pooled = PooledOnly(Base.of(model))
-        takes = inspect.signature(model.forward).parameters
-        self.takes_types = "token_type_ids" in takes
-        # A cache of keys and values is for generation; here it would only be a copy of them a layer.
-        self.options = {"use_cache": False} if "use_cache" in takes else {}
+        self.rows_per_step = rows_per_step or ROWS_PER_STEP.get(self.device.type, 16)
+        self.measure = measure or memory is not None
+        self.room: float = float("inf")
+        if memory is not None:
+            self.room = memory - in_use(self.device)
+            if self.room <= 0:
+                raise TanzakuError(
+                    f"a memory limit of {_size(memory)} is less than the {_size(in_use(self.device))} that are in use "
+                    "with the model loaded; allow more"
+                )
+        self.step = SharedStep(model, data.pad_token_id)
+        self.queue: deque[Job] = deque()
+        self.lanes: dict[str, Lane] = {}
+        self.results: dict[str, JobResult] = {}
+        self.interrupted = False
+        self._measured: dict[str, int] = {}
+        self._trackers: dict[str, Accelerator] = {}
 
-    def all(self, jobs: Sequence[Job]) -> list[JobResult]:
-        results = []
+    def __enter__(self) -> Pool:
+        self.step.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for name in list(self.lanes):
+            self._take_off(name)
+        self.step.__exit__(*error)
+
+    def add(self, jobs: Sequence[Job]) -> None:
+        """Queue jobs. Those that cannot share a batch come last.
+
+        Raises:
+            TanzakuError: two jobs of one name, or data with other labels than the model.
+        """
+        names = [*self.results, *(job.name for job in self.queue), *(job.name for job in jobs)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise TanzakuError(f"job names must differ, found {', '.join(twice)} twice")
         for job in jobs:
-            result = JobResult(
-                name=job.name,
-                method=job.method.name,
-                method_settings=job.method.settings(),
-                train_settings=job.settings.model_dump(),
-            )
-            results.append(result)
-            try:
-                self._one(job, result)
-            except KeyboardInterrupt:
-                result.status, result.error = "interrupted", f"stopped by hand after epoch {len(result.epochs)}"
-                self.observer.job_done(job, result)
-                break
-            except (TanzakuError, RuntimeError, ValueError, MemoryError) as error:
-                reason = str(error).strip().splitlines()
-                result.status, result.error = "failed", reason[0] if reason else type(error).__name__
-            finally:
-                self._clear(job)
-            self.observer.job_done(job, result)
-        return results
+            self._check(self.model, job.data or self.data)
+        self.queue.extend(job for job in jobs)
 
-    def _one(self, job: Job, result: JobResult) -> None:
-        reset_peak(self.device)
-        began = time.monotonic()
-        torch.manual_seed(job.settings.seed)
-        adapter = attach(self.model, job.method, job.name, seed=job.settings.seed)
-        result.method_settings = adapter.method.settings()
-        numbers = count(self.model, job.name)
-        result.trainable_parameters, result.total_parameters = numbers.trainable, numbers.total
-        lane = Lane(job, adapter, self.data, result, self.device)
-        self.observer.job_started(job, result, lane.steps)
-        accelerator = self._accelerator(job)
-        checkpointed = job.settings.gradient_checkpointing
-        if checkpointed:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+    def run(self) -> None:
+        """Train until every job has ended or waits at a rung."""
         try:
-            while not lane.finished:
-                self._step([lane], accelerator)
-            lane.restore_best()
-            self._judge(lane, accelerator)
-            if self.out is not None:
-                self._save(job, result)
+            while True:
+                self._admit()
+                if not (lanes := self._picked()):
+                    return
+                self._train(lanes)
+        except KeyboardInterrupt:
+            self.interrupted = True
+            for name in list(self.lanes):
+                result = self.results[name]
+                self._end(self.lanes[name], "interrupted", f"stopped by hand after epoch {len(result.epochs)}")
         finally:
-            if checkpointed:
-                self.model.gradient_checkpointing_disable()
-            accelerator.end_training()
-            result.seconds = time.monotonic() - began
-            result.peak_memory_bytes = peak(self.device)
+            self.model.eval()
 
-    def _step(self, lanes: list[Lane], accelerator: Accelerator) -> None:
-        """One batch of every lane, in one pass through the frozen base; each lane then steps for itself."""
-        picked = [lane.next_batch() for lane in lanes]
-        entries: list[Entry] = [lane.job.name for lane, rows in zip(lanes, picked, strict=True) for _ in rows]
-        examples = [self.data.train.examples[row] for rows in picked for row in rows]
-        batch = self._batch(collate(examples, self.data.pad_token_id))
-        labels = batch.pop("labels")
-        self._mode(training=True)
-        host_of(self.model).switch(Route.of(entries) if len(lanes) > 1 else Route.everywhere(lanes[0].job.name))
-        # The backward pass is inside too: checkpointed layers run again in it.
-        with self.pooled.reading(batch["input_ids"]):
-            with accelerator.autocast():
-                logits = self.model(**batch, **self.options).logits
-            losses, start = [], 0
-            for lane, rows in zip(lanes, picked, strict=True):
-                at = slice(start, start + len(rows))
-                start += len(rows)
-                losses.append(lane.loss(classification_loss(logits[at], labels[at], lane.weights)))
-            # Adapters share no parameter, so one backward pass of all losses gives each lane its own gradient.
-            torch.autograd.backward(losses)
-        for lane in lanes:
-            epoch_ended = lane.backward_done()
-            self.observer.step_done(lane.job, lane.step, lane.steps, lane.last_loss)
-            if epoch_ended:
-                self._end_epoch(lane, accelerator)
+    def proceed(self, stopped: Sequence[str] = ()) -> None:
+        """Let the jobs that wait at a rung go on, but for those `stopped`, which end there."""
+        for name, lane in list(self.lanes.items()):
+            if lane.waiting:
+                lane.waiting = False
+                if name in stopped:
+                    lane.result.predictions = None
+                    self._end(lane, "stopped")
 
-    def _end_epoch(self, lane: Lane, accelerator: Accelerator) -> None:
+    # -- who takes part
+
+    def _admit(self) -> None:
+        """Begin queued jobs while there is room for them."""
+        while self.queue:
+            live = [lane for lane in self.lanes.values() if not lane.waiting]
+            sharing = [job for job in self.queue if job.method.shares_batch]
+            job = sharing[0] if sharing else self.queue[0]
+            if live and not (job.method.shares_batch and live[0].job.method.shares_batch):
+                return
+            # Twice as many rows as fit in a step, so that batches of like length can be found for it.
+            if sum(lane.job.settings.batch_size for lane in live) >= 2 * self.rows_per_step:
+                return
+            if not self._begin(job, alone=not live):
+                return
+
+    def _begin(self, job: Job, alone: bool) -> bool:
+        """Attach a job and take it from the queue; False where there is no room for it now."""
+        result = JobResult(
+            name=job.name,
+            method=job.method.name,
+            method_settings=job.method.settings(),
+            train_settings=job.settings.model_dump(),
+        )
+        if not job.method.shares_batch:
+            result.note = f"runs alone: {job.method.name} changes every weight"
+        try:
+            if not self.lanes:
+                reset_peak(self.device)
+            adapter = attach(self.model, job.method, job.name, seed=job.settings.seed)
+            result.method_settings = adapter.method.settings()
+            numbers = count(self.model, job.name)
+            result.trainable_parameters, result.total_parameters = numbers.trainable, numbers.total
+            lane = Lane(job, adapter, job.data or self.data, result, self.device)
+            if self.measure:
+                result.step_bytes = self._bytes_of(lane)
+                if not self._fits([*self.lanes.values(), lane], [lane]):
+                    if not alone or len(self.lanes):
+                        self._take_off(job.name)
+                        return False
+                    raise TanzakuError(
+                        f"a step needs {_size(result.step_bytes)} beside the model and {_size(max(0, self.room))} are "
+                        "left of the memory limit: use gradient_checkpointing, a smaller batch_size or max_length"
+                    )
+            if job.settings.tracker:
+                self._trackers[job.name] = self._tracker(job)
+        except _FAILURES as error:
+            self.queue.remove(job)
+            self.results[job.name] = result
+            result.status, result.error = "failed", _line(error)
+            self._take_off(job.name)
+            self.observer.job_done(job, result)
+            return True
+        self.queue.remove(job)
+        self.lanes[job.name], self.results[job.name] = lane, result
+        self.observer.job_started(job, result, lane.steps)
+        return True
+
+    def _bytes_of(self, lane: Lane) -> int:
+        # Folds and seeds of one candidate need the same.
+        s = lane.job.settings
+        longest = max(len(e.input_ids) for e in lane.data.train.examples)
+        key = json.dumps(
+            [lane.job.method.name, lane.job.method.settings(), s.batch_size, s.precision, longest], default=str
+        )
+        if key not in self._measured:
+            self._measured[key] = self.step.bytes_of(lane)
+        return self._measured[key]
+
+    def _fits(self, attached: Sequence[Lane], stepping: Sequence[Lane]) -> bool:
+        # What an adapter and its optimizer keep stays while others step; activations and gradients do not.
+        state = sum(lane.kept_bytes for lane in attached)
+        work = sum(lane.result.step_bytes - lane.kept_bytes for lane in stepping)
+        return state + _SPARE * work <= self.room
+
+    def _picked(self) -> list[Lane]:
+        """The jobs of the next step: the one with the most left to do, and those whose rows are of most like length."""
+        ready = [lane for lane in self.lanes.values() if not lane.waiting]
+        if not ready:
+            return []
+        first = max(ready, key=lambda lane: lane.batches_left)
+        if not first.job.method.shares_batch:
+            return [first]
+        length = first.next_length
+        others = [lane for lane in ready if lane is not first and _goes_with(lane, first)]
+        picked, rows = [first], len(first.next_rows or ())
+        for lane in sorted(others, key=lambda lane: abs(lane.next_length - length)):
+            more = len(lane.next_rows or ())
+            if rows + more <= self.rows_per_step and self._fits(list(self.lanes.values()), [*picked, lane]):
+                picked.append(lane)
+                rows += more
+        # Neighbours of one kind are computed together.
+        return sorted(picked, key=lambda lane: (lane.job.method.name, len(lane.next_rows or ()), lane.job.name))
+
+    # -- training
+
+    def _train(self, lanes: list[Lane]) -> None:
+        """One step of these jobs. Where it fails, halves are tried, down to the job that is to blame."""
+        began = time.monotonic()
+        kept = [lane.gradients() for lane in lanes]
+        try:
+            trained = self._step(lanes)
+        except _FAILURES as error:
+            for lane, gradients in zip(lanes, kept, strict=True):
+                lane.reset_gradients(gradients)
+            gc.collect()
+            if len(lanes) == 1:
+                self._end(lanes[0], "failed", _line(error))
+                return
+            if _is_memory(error):
+                self.rows_per_step = max(1, sum(len(lane.next_rows or ()) for lane in lanes) // 2)
+            half = len(lanes) // 2
+            self._train(lanes[:half])
+            self._train(lanes[half:])
+            return
+        ended = []
+        for lane in trained:
+            try:
+                if lane.backward_done():
+                    ended.append(lane)
+            except _FAILURES as error:
+                self._end(lane, "failed", _line(error))
+        seconds, rows = time.monotonic() - began, sum(lane.rows_done for lane in trained)
+        for lane in trained:
+            lane.spend(seconds * lane.rows_done / rows)
+            if lane.job.name in self.lanes:
+                self.observer.step_done(lane.job, lane.step, lane.steps, lane.last_loss)
+        for lane in ended:
+            try:
+                self._end_epoch(lane)
+            except _FAILURES as error:
+                self._end(lane, "failed", _line(error))
+
+    def _step(self, lanes: list[Lane]) -> list[Lane]:
+        """Forward and backward; tells whose loss was a number. The others have ended."""
+        fine: list[Lane] = []
+        with self.step.losses(lanes, [lane.examples() for lane in lanes]) as losses:
+            values = torch.stack([loss.detach().float() for loss in losses]).tolist()
+            wanted = []
+            for lane, loss, value in zip(lanes, losses, values, strict=True):
+                try:
+                    lane.check(value)
+                except Diverged as error:
+                    self._end(lane, "failed", str(error))
+                    continue
+                fine.append(lane)
+                wanted.append(lane.scaled(loss))
+            if wanted:
+                # Jobs share no parameter, so one backward pass of all losses gives each its own gradient.
+                torch.autograd.backward(wanted)
+            for lane, value in zip(lanes, values, strict=True):
+                if lane in fine:
+                    lane.accept(value)
+        return fine
+
+    def _end_epoch(self, lane: Lane) -> None:
+        began = time.monotonic()
         valid: dict[str, float] = {}
-        if self.data.valid is not None:
-            logits = self._logits(lane.job, self.data.valid, accelerator)
-            valid = classification_metrics(logits, _labels(self.data.valid))
+        if lane.data.valid is not None:
+            lane.logits = self.step.logits(lane, lane.data.valid)
+            valid = classification_metrics(lane.logits, _labels(lane.data.valid))
+        lane.spend(time.monotonic() - began)
         record = lane.end_epoch(valid)
-        if lane.job.settings.tracker:
+        if lane.job.name in self._trackers:
             figures = {f"valid/{key}": value for key, value in valid.items()}
-            accelerator.log(
+            self._trackers[lane.job.name].log(
                 {"train/loss": record.train_loss, "learning_rate": record.learning_rate, **figures}, step=lane.step
             )
         self.observer.epoch_done(lane.job, record)
+        if lane.finished:
+            began = time.monotonic()
+            lane.restore_best()
+            self._judge(lane)
+            lane.spend(time.monotonic() - began)
+            if self.out is not None and lane.job.save:
+                where = Path("adapters") / lane.job.name
+                store.save(self.model, lane.job.name, self.out / where, meta=self.meta)
+                lane.result.adapter = where.as_posix()
+            self._end(lane, "done")
 
-    def _judge(self, lane: Lane, accelerator: Accelerator) -> None:
-        """Final figures: the test split's, or the validation split's confusion where there is no test."""
-        split = self.data.test or self.data.valid
-        if split is None:
-            return
-        logits = self._logits(lane.job, split, accelerator)
-        labels = _labels(split)
-        lane.result.confusion = confusion(logits, labels, len(self.data.labels))
-        if self.data.test is not None:
+    def _judge(self, lane: Lane) -> None:
+        """Final figures of the weights as they are: the validation rows', and the test rows' where there are some."""
+        split = lane.data.valid
+        if split is not None:
+            if lane.logits is None:
+                lane.logits = self.step.logits(lane, split)
+            lane.result.valid = classification_metrics(lane.logits, _labels(split))
+            self._keep(lane, split, lane.logits)
+        if (split := lane.data.test) is not None:
+            logits = self.step.logits(lane, split)
+            labels = _labels(split)
+            self._keep(lane, split, logits)
             lane.result.test = classification_metrics(logits, labels)
             right = int((logits.argmax(-1) == labels).sum())
             lane.result.test_interval = wilson_interval(right, len(labels))
-            lane.result.predictions = [[round(p, 6) for p in row] for row in logits.double().softmax(-1).tolist()]
 
-    @torch.no_grad()
-    def _logits(self, job: Job, split: Split, accelerator: Accelerator) -> Tensor:
-        """(rows, labels) in the split's order, fp32 on the CPU. Rows of like length share a batch."""
-        self._mode(training=False)
-        host_of(self.model).switch(Route.everywhere(job.name))
-        order = sorted(range(len(split)), key=lambda row: len(split.examples[row].input_ids))
-        out = torch.empty(len(split), len(self.data.labels))
-        size = job.settings.eval_batch_size
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            batch = self._batch(collate([split.examples[r] for r in rows], self.data.pad_token_id, labels=False))
-            with accelerator.autocast(), self.pooled.reading(batch["input_ids"]):
-                out[rows] = self.model(**batch, **self.options).logits.float().cpu()
-        return out
+    def _keep(self, lane: Lane, split: Split, logits: Tensor) -> None:
+        lane.result.confusion = confusion(logits, _labels(split), len(lane.data.labels))
+        lane.result.predictions = [[round(p, 6) for p in row] for row in logits.double().softmax(-1).tolist()]
 
-    def _batch(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not self.takes_types:
-            batch.pop("token_type_ids", None)
-        return {key: value.to(self.device) for key, value in batch.items()}
+    # -- the end of a job
 
-    def _mode(self, *, training: bool) -> None:
-        if self.model.training == training:
-            return
-        self.model.train(training)
-        for module in self.model.modules():
-            # Running statistics are the base's, and the base stays as it is.
-            if isinstance(module, _BatchNorm):
-                module.eval()
+    def _end(self, lane: Lane, status: Any, error: str | None = None) -> None:
+        name, result = lane.job.name, lane.result
+        result.status, result.error = status, error
+        result.peak_memory_bytes = peak(self.device)
+        self._take_off(name)
+        self.observer.job_done(lane.job, result)
 
-    def _accelerator(self, job: Job) -> Accelerator:
-        # accelerate remembers the first precision of a process; candidates may differ in theirs.
-        AcceleratorState._reset_state(reset_partial_state=True)
-        precision = job.settings.precision
+    def _take_off(self, name: str) -> None:
+        self.lanes.pop(name, None)
+        if name in self._trackers:
+            self._trackers.pop(name).end_training()
+        if name in adapters(self.model):
+            if len(adapters(self.model)) == 1:
+                activate(self.model, None)
+            detach(self.model, name)
+
+    def _tracker(self, job: Job) -> Accelerator:
         accelerator = Accelerator(
             cpu=self.device.type == "cpu",
-            mixed_precision="no" if precision == "fp32" else precision,
             log_with=job.settings.tracker,
             project_dir=str(self.out) if self.out else None,
         )
-        if job.settings.tracker:
-            accelerator.init_trackers(job.name)
+        accelerator.init_trackers(job.name)
         return accelerator
 
-    def _save(self, job: Job, result: JobResult) -> None:
-        assert self.out is not None
-        where = Path("adapters") / job.name
-        store.save(self.model, job.name, self.out / where, meta=self.meta)
-        result.adapter = where.as_posix()
+    @staticmethod
+    def _check(model: PreTrainedModel, data: ClassificationData) -> None:
+        if model.config.num_labels != len(data.labels):
+            raise TanzakuError(
+                f"the model has {model.config.num_labels} labels and the data {len(data.labels)}: "
+                f"load it with num_labels={len(data.labels)}"
+            )
 
-    def _clear(self, job: Job) -> None:
-        if job.name in adapters(self.model):
-            activate(self.model, None)
-            detach(self.model, job.name)
-        self.model.eval()
+
+def _goes_with(lane: Lane, first: Lane) -> bool:
+    """Whether two jobs can be in one pass: autocast and checkpointing are the whole model's."""
+    a, b = lane.job.settings, first.job.settings
+    same = (a.precision, a.gradient_checkpointing) == (b.precision, b.gradient_checkpointing)
+    return same and lane.job.method.shares_batch
+
+
+def _is_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def _line(error: BaseException) -> str:
+    reason = str(error).strip().splitlines()
+    return reason[0] if reason else type(error).__name__
+
+
+def _size(number: float) -> str:
+    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
 
 
 def _labels(split: Split) -> Tensor:

@@ -1,13 +1,19 @@
-"""Peak memory of a stretch of work, in bytes: the device's on CUDA, else the process's resident set."""
+"""Memory: the peak of a stretch of work, what is in use now, and the exact bytes that a step's tensors hold."""
 
 from __future__ import annotations
 
 import contextlib
 import resource
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -22,7 +28,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> int:
-    """Highest use since :func:`reset_peak`, in bytes."""
+    """Highest use since :func:`reset_peak`, in bytes: the device's on CUDA, else the process's resident set."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     with contextlib.suppress(OSError, ValueError, StopIteration):
@@ -30,3 +36,50 @@ def peak(device: torch.device) -> int:
         return int(line.split()[1]) * 1024
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return highest if sys.platform == "darwin" else highest * 1024
+
+
+def in_use(device: torch.device) -> int:
+    """What is in use now, in bytes."""
+    return int(torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss)
+
+
+def bytes_needed(work: Callable[[], None], device: torch.device) -> int:
+    """The most bytes that tensors made by `work` hold at once."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return int(torch.cuda.max_memory_allocated(device)) - int(before)
+    with LiveBytes() as live:
+        work()
+    return int(live.peak)
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within the block, counts storage that operations make until nothing refers to it; buffers inside of kernels and
+    what was there before do not count. Resident memory moves in steps too coarse to tell two ways of work apart."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now, self.peak = 0, 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (key := _key(tensor)) not in self._seen and key not in before:
+                storage = tensor.untyped_storage()
+                self._seen.add(key)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, key, storage.nbytes())
+        return out
+
+    def _gone(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)

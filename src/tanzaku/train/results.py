@@ -1,21 +1,31 @@
-"""What a run reports: plain records, written to results.json."""
+"""What a run is given and what it reports: plain records, written to results.json."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from tanzaku.method import Method
 from tanzaku.train.settings import TrainSettings
 
+if TYPE_CHECKING:
+    from tanzaku.tasks.prepare import ClassificationData
+
 
 @dataclass
 class Job:
-    """One candidate: a method with its settings, and how it is trained. `name` is unique in a run."""
+    """One training run of a candidate. `name` is unique in a run.
+
+    `data` has its own rows, such as a fold's; without it the run's are used. After the epochs in `rungs` it waits to be
+    told whether to go on.
+    """
 
     name: str
     method: Method
     settings: TrainSettings
+    data: ClassificationData | None = None
+    rungs: tuple[int, ...] = ()
+    save: bool = True  # its adapter, where the run has a directory
 
 
 @dataclass
@@ -31,26 +41,29 @@ class EpochRecord:
 
 @dataclass
 class JobResult:
-    """How a candidate ended. `error` says where and why it stopped, in one line."""
+    """How a job ended. `error` says where and why it stopped, in one line."""
 
     name: str
     method: str
     method_settings: dict[str, Any]
     train_settings: dict[str, Any]
-    status: Literal["done", "failed", "interrupted"] = "done"
+    status: Literal["done", "stopped", "failed", "interrupted"] = "done"  # stopped: at a rung, for lagging behind
     error: str | None = None
+    note: str | None = None
     epochs: list[EpochRecord] = field(default_factory=list)
     best_epoch: int | None = None
     restored_epoch: int | None = None
+    valid: dict[str, float] | None = None  # figures of the weights it ended with, on the validation rows
     test: dict[str, float] | None = None
     test_interval: tuple[float, float] | None = None  # of accuracy: Wilson, 95%
     confusion: list[list[int]] | None = None  # of the test split, or else of the validation split; rows are true
-    predictions: list[list[float]] | None = None  # test rows: probabilities of each label
+    predictions: list[list[float]] | None = None  # of the same rows: probabilities of each label
     trainable_parameters: int = 0
     total_parameters: int = 0
     steps: int = 0
-    seconds: float = 0.0  # training and evaluation, loading aside
+    seconds: float = 0.0  # its share, by rows, of the steps it took part in, and its evaluation
     peak_memory_bytes: int = 0  # of the process (CPU) or of the device (CUDA) while the job ran
+    step_bytes: int = 0  # of tensors that a step of it needs beside the base, with gradients and optimizer state; or 0
     adapter: str | None = None  # directory, relative to the run's
 
     def to_json(self) -> dict[str, Any]:

@@ -41,8 +41,8 @@ class PooledOnly:
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         x = args[0]
-        if self._at is None or x.dim() != 3 or x.shape[1] < self._length:
-            return None
+        if self._at is None or x.dim() != 3 or x.shape[1] in (1, *range(self._length)):
+            return None  # one token is nothing to trim; and fewer than there are were trimmed before
         # Virtual tokens lie before the row's own.
         at = self._at + (x.shape[1] - self._length)
         return (x[torch.arange(x.shape[0], device=x.device), at].unsqueeze(1), *args[1:])

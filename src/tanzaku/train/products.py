@@ -1,0 +1,165 @@
+"""Products with the frozen weights, for the tokens that matter.
+
+Nine tenths of a step are products of hidden states with weights that nobody trains. Three things make them cheaper and
+change no result but its rounding:
+
+- Padding is left out: rows of unlike length share a batch, and what stands at padded places is never read.
+- In the backward pass a row is left out below its lowest adapter: nothing there wants a gradient. A row that trains a
+  head alone costs no backward pass, whatever its neighbours need.
+- On CPUs, oneDNN multiplies: for the few dozen tokens of a small batch it is up to 1.5 times as fast as torch's
+  default, forward and backward.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tanzaku.families import Base
+from tanzaku.host import Adapter
+
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+ABOVE = 10**6  # more layers than any model has
+
+
+def layer_of(path: str) -> int | None:
+    """The layer that a module's path names, counted from 0, if it names one."""
+    found = _LAYER.search(f".{path}.")
+    return int(found[1]) if found else None
+
+
+def lowest_layer(adapter: Adapter) -> int:
+    """The lowest layer in which an adapter trains something: -1 for what may lie before all layers."""
+    base = adapter.base
+    if base.encoder_decoder:
+        return -1  # its two stacks count their layers alike
+    trained = [path for path, strip in adapter.at() if any(p.requires_grad for p in strip.parameters())]
+    layers = [layer_of(path) for path in trained if path not in base.head_names()]
+    return min((-1 if layer is None else layer for layer in layers), default=ABOVE)
+
+
+@dataclass
+class Tokens:
+    """Where the tokens of a batch lie: each row has `width` places, of them `lengths` are its own from `starts` on.
+
+    `lowest` is the layer of each row's lowest adapter; below it the row needs no gradient.
+    """
+
+    width: int
+    starts: Sequence[int]
+    lengths: Sequence[int]
+    lowest: Sequence[int]
+    device: torch.device
+    _rows: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+    def places(self, depth: int | None = None) -> Tensor | None:
+        """Numbers of the own places in the flattened batch, of rows that need a gradient at `depth` (None: of all);
+        None where these are all places there are."""
+        key = None if depth is None else max([low for low in self.lowest if low <= depth], default=-2)
+        if key not in self._rows:
+            keep = [depth is None or low <= depth for low in self.lowest]
+            spans = [
+                range(row * self.width + start, row * self.width + start + length)
+                for row, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True))
+                if keep[row]
+            ]
+            places = [place for span in spans for place in span]
+            every = len(places) == self.width * len(self.lengths)
+            self._rows[key] = None if every else torch.tensor(places, dtype=torch.long, device=self.device)
+        return self._rows[key]
+
+
+class FrozenProducts:
+    """While entered, the linear layers of a model's backbone multiply as described above."""
+
+    def __init__(self, base: Base):
+        self.tokens: Tokens | None = None
+        inside = {id(module) for module in base.backbone.modules()}
+        self.layers = [
+            # What lies in no layer may lie behind them all, where every gradient passes.
+            (module, ABOVE if (layer := layer_of(path)) is None else layer)
+            for path, module in base.model.named_modules()
+            # A subclass has its own idea of a product, and a patched layer somebody else's.
+            if type(module) is nn.Linear and id(module) in inside and "forward" not in module.__dict__
+        ]
+
+    def __enter__(self) -> FrozenProducts:
+        for module, depth in self.layers:
+            module.__dict__["forward"] = partial(self._forward, module, depth)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for module, _depth in self.layers:
+            module.__dict__.pop("forward", None)
+
+    @contextmanager
+    def reading(self, tokens: Tokens) -> Iterator[None]:
+        """Within the block, batches have their tokens there. It holds for the backward pass too."""
+        self.tokens = tokens
+        try:
+            yield
+        finally:
+            self.tokens = None
+
+    def _forward(self, module: nn.Linear, depth: int, x: Tensor) -> Tensor:
+        weight, bias, tokens = module.weight, module.bias, self.tokens
+        frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+        if torch.is_autocast_enabled(x.device.type):
+            kind = torch.get_autocast_dtype(x.device.type)
+            frozen = frozen and weight.dtype == kind
+            x = x.to(kind) if frozen else x
+        if tokens is None or not frozen or weight.dtype != x.dtype:
+            return F.linear(x, weight, bias)
+        keep = need = None
+        if x.dim() == 3 and x.shape[:2] == (len(tokens.lengths), tokens.width):
+            keep, need = tokens.places(), tokens.places(depth)
+        return cast(Tensor, _Product.apply(x, weight, bias, keep, need))  # type: ignore[no-untyped-call]
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + b at some places, zero at the others; x (..., in), W (out, in), frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, keep: Any, need: Any) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.need = need
+        return _at(keep, x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (weight,) = ctx.saved_tensors
+        return _at(ctx.need, gradients[0], weight.t(), None), None, None, None, None
+
+
+def _at(places: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if places is None:
+        return _multiply(x, weight, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    out = flat.new_zeros(flat.shape[0], weight.shape[0])
+    if len(places):
+        out.index_copy_(0, places, _multiply(flat.index_select(0, places), weight, bias))
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if _ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
+        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
+    return F.linear(x, weight, bias)
+
+
+# Where it was measured to be faster: x86 processors. Elsewhere torch's own choice stands.
+_ONEDNN = (
+    torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+)

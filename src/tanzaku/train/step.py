@@ -1,0 +1,167 @@
+"""The shared step: rows of several jobs in one pass through the frozen base, and evaluation."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
+
+from tanzaku.families import Base
+from tanzaku.host import host_of
+from tanzaku.noise import Noise, Share
+from tanzaku.routing import Entry, Route
+from tanzaku.tasks.classification import Example, Split, classification_loss, collate
+from tanzaku.train.lane import Lane
+from tanzaku.train.memory import bytes_needed
+from tanzaku.train.products import FrozenProducts, Tokens
+from tanzaku.train.trim import PooledOnly
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class SharedStep:
+    """Forward and backward passes over one model. A context manager: while entered, its frozen products are fast.
+
+    Args:
+        pad_token_id: what short rows are filled with.
+    """
+
+    def __init__(self, model: PreTrainedModel, pad_token_id: int):
+        self.model, self.pad_token_id, self.device = model, pad_token_id, model.device
+        base = Base.of(model)
+        self.pooled, self.products = PooledOnly(base), FrozenProducts(base)
+        takes = inspect.signature(model.forward).parameters
+        self.takes_types = "token_type_ids" in takes
+        # A cache of keys and values is for generation; here it would only be a copy of them a layer.
+        self.options = {"use_cache": False} if "use_cache" in takes else {}
+        self._route: tuple[list[Entry], Route] | None = None
+        self._checkpointed = False
+
+    def __enter__(self) -> SharedStep:
+        self.products.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._checkpoint(False)
+        self.products.__exit__(*error)
+        self._mode(training=False)
+
+    @contextmanager
+    def losses(self, lanes: Sequence[Lane], batches: Sequence[Sequence[Example]]) -> Iterator[list[Tensor]]:
+        """The loss of each job on its batch, its method's penalty included. The backward pass belongs inside of the
+        block, since checkpointed layers run again in it."""
+        examples = [example for batch in batches for example in batch]
+        inputs = self._inputs(collate(examples, self.pad_token_id))
+        labels = inputs.pop("labels")
+        entries: list[Entry] = [lane.job.name for lane, batch in zip(lanes, batches, strict=True) for _ in batch]
+        self._mode(training=True)
+        self._checkpoint(lanes[0].job.settings.gradient_checkpointing)
+        route = self._routed(entries)
+        at, start = [], 0
+        for batch in batches:
+            at.append(slice(start, start + len(batch)))
+            start += len(batch)
+        width = inputs["input_ids"].shape[1]
+        lead = max(lane.virtual for lane in lanes)
+        shares = [
+            Share(rows, lane.virtual, max(len(e.input_ids) for e in batch), lane.noise_seed)
+            for lane, batch, rows in zip(lanes, batches, at, strict=True)
+        ]
+        # The mode costs time at every operation: it is left out where nobody is known to draw.
+        noisy = any(lane.draws is not False for lane in lanes)
+        noise = Noise(route, shares, width, lead) if noisy else nullcontext()
+        with self._reading(inputs["input_ids"], lanes, batches, lead), noise:
+            with self._autocast(lanes[0]):
+                logits = self.model(**inputs, **self.options).logits
+            yield [
+                lane.loss(classification_loss(logits[rows], labels[rows], lane.weights))
+                for lane, rows in zip(lanes, at, strict=True)
+            ]
+        for lane, share in zip(lanes, shares, strict=True):
+            lane.draws = (lane.draws or share.drew) if noisy else lane.draws
+
+    def bytes_of(self, lane: Lane) -> int:
+        """Bytes that a step of this job needs at most, beside the frozen base: its longest rows, alone, with gradients
+        and optimizer state. Takes a step's time and trains nothing."""
+        rows = sorted(lane.data.train.examples, key=lambda e: -len(e.input_ids))[: lane.job.settings.batch_size]
+
+        def work() -> None:
+            with self.losses([lane], [rows]) as losses:
+                torch.autograd.backward(losses)
+
+        kept = lane.gradients()
+        needed = bytes_needed(work, self.device)
+        lane.reset_gradients(kept)
+        return needed + lane.kept_bytes
+
+    @torch.no_grad()
+    def logits(self, lane: Lane, split: Split) -> Tensor:
+        """(rows, labels) in the split's order, fp32 on the CPU. Rows of like length share a batch."""
+        self._mode(training=False)
+        self._routed([lane.job.name])
+        order = sorted(range(len(split)), key=lambda row: len(split.examples[row].input_ids))
+        parts, size = [], lane.job.settings.eval_batch_size
+        for start in range(0, len(order), size):
+            batch = [split.examples[row] for row in order[start : start + size]]
+            inputs = self._inputs(collate(batch, self.pad_token_id, labels=False))
+            with self._autocast(lane), self._reading(inputs["input_ids"], [lane], [batch], lane.virtual):
+                parts.append(self.model(**inputs, **self.options).logits.float().cpu())
+        found = torch.cat(parts)
+        return torch.empty_like(found).index_copy_(0, torch.tensor(order), found)
+
+    @contextmanager
+    def _reading(
+        self, input_ids: Tensor, lanes: Sequence[Lane], batches: Sequence[Sequence[Example]], lead: int
+    ) -> Iterator[None]:
+        rows = [(lane, example) for lane, batch in zip(lanes, batches, strict=True) for example in batch]
+        tokens = Tokens(
+            width=lead + input_ids.shape[1],
+            starts=[lead - lane.virtual for lane, _ in rows],
+            lengths=[lane.virtual + len(example.input_ids) for lane, example in rows],
+            lowest=[lane.lowest for lane, _ in rows],
+            device=self.device,
+        )
+        with self.pooled.reading(input_ids), self.products.reading(tokens):
+            yield
+
+    def _inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self.takes_types:
+            batch.pop("token_type_ids", None)
+        return {key: value.to(self.device) for key, value in batch.items()}
+
+    def _routed(self, entries: list[Entry]) -> Route:
+        """Put the route in force; one that is in force already stays, since hooks take time to hang."""
+        host = host_of(self.model)
+        if len(set(entries)) == 1:
+            entries = entries[:1]
+        if self._route is None or self._route[0] != entries or host.sites.route is not self._route[1]:
+            self._route = (entries, Route.of(entries))
+            host.switch(self._route[1])
+        return self._route[1]
+
+    def _autocast(self, lane: Lane) -> torch.autocast:
+        kind = _AUTOCAST.get(lane.job.settings.precision)
+        return torch.autocast(self.device.type, kind or torch.bfloat16, enabled=kind is not None)
+
+    def _mode(self, *, training: bool) -> None:
+        if self.model.training == training:
+            return
+        self.model.train(training)
+        for module in self.model.modules():
+            # Running statistics are the base's, and the base stays as it is.
+            if isinstance(module, _BatchNorm):
+                module.eval()
+
+    def _checkpoint(self, wanted: bool) -> None:
+        if wanted != self._checkpointed:
+            self._checkpointed, self._route = wanted, None  # a route hangs on the layers as they are
+            if wanted:
+                self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            else:
+                self.model.gradient_checkpointing_disable()

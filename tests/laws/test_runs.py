@@ -1,0 +1,128 @@
+"""Law 1 for whole runs: a job trained among others ends with the weights that it has when it is trained alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from variants import CASES, VARIANTS, all_variants, bamboo, method, sharing
+
+from models import tiny
+from tanzaku.methods import METHODS
+from tanzaku.train.loop import train_jobs
+from tanzaku.train.results import Job
+from tanzaku.train.settings import TrainSettings
+from task_data import task
+
+BASE = {"epochs": 2, "learning_rate": 0.01, "batch_size": 2}
+
+
+def settings(**changes):
+    return TrainSettings(**{**BASE, **changes})
+
+
+def company(variant: int = -1) -> list[Job]:
+    """A job of every method that shares a batch, each with another pace, order and length of its own; of the method's
+    last variant, or of its first, which fits every family."""
+    return [
+        Job(
+            f"other-{number}",
+            method(name, list(VARIANTS[name])[variant]),
+            settings(batch_size=1 + number % 3, epochs=1 + number % 4, seed=number, accumulation=1 + number % 2),
+        )
+        for number, name in enumerate(sharing())
+    ]
+
+
+def weights(model, jobs: list[Job], out: Path, **options) -> dict[str, torch.Tensor]:
+    """The first job's, after all have been trained."""
+    config = model.config
+    end = config.eos_token_id if config.is_encoder_decoder else None
+    data = task((4, 9, 3, 7, 12), train=11, end=end, pad=config.pad_token_id or 0)
+    results = train_jobs(model, data, jobs, out=out, **options)
+    assert [(r.status, r.error) for r in results] == [("done", None)] * len(jobs)
+    return load_file(out / "adapters" / jobs[0].name / "adapter_model.safetensors")
+
+
+def assert_same_run(model_of, job: Job, tmp_path: Path, **options) -> None:
+    alone = weights(model_of(), [job], tmp_path / "alone")
+    variant = -1 if model_of().config.model_type == "llama" else 0
+    among = weights(model_of(), [job, *company(variant)], tmp_path / "among", **options)
+    assert alone.keys() == among.keys()
+    for key, value in alone.items():
+        torch.testing.assert_close(among[key], value, rtol=2e-4, atol=2e-4, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@all_variants
+def test_every_method_among_all_others(name, variant, tmp_path):
+    job = Job("this", method(name, variant), settings())
+    assert_same_run(lambda: bamboo(num_labels=2), job, tmp_path)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("kind", "drop"),
+    [
+        ("bert", {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}),
+        ("gpt2", {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}),
+        ("opt", {"dropout": 0.3, "attention_dropout": 0.3}),
+        ("t5", {"dropout_rate": 0.3}),
+        ("bart", {"dropout": 0.3, "attention_dropout": 0.3, "activation_dropout": 0.3, "classifier_dropout": 0.3}),
+    ],
+)
+def test_a_base_with_dropout(kind, drop, name, tmp_path):
+    """The base draws dropout masks too, for hidden states and attention: each job's are its own."""
+    job = Job("this", method(name), settings(epochs=1))
+    assert_same_run(lambda: tiny(kind, "cls", num_labels=2, **drop), job, tmp_path)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_that_drops(attention, tmp_path):
+    def model_of():
+        return bamboo(num_labels=2, attention_dropout=0.3, attn_implementation=attention)
+
+    for name in ("prefix_tuning", "prompt_tuning", "lora", "llama_adapter"):
+        assert_same_run(model_of, Job("this", method(name), settings(epochs=1)), tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_checkpointing": True},
+        {"accumulation": 3},
+        {"batch_size": 5, "group_by_length": True},
+        {"patience": 1, "restore_best": True, "epochs": 6, "learning_rate": 0.1},
+        {"max_grad_norm": 0.1, "warmup": 0.3, "schedule": "cosine", "class_weights": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("case", [("lora", "dropout"), ("adalora", "default"), ("prompt_tuning", "default")], ids=str)
+def test_settings_of_training(case, changes, tmp_path):
+    job = Job("this", method(*case), settings(**changes))
+    assert_same_run(lambda: bamboo(num_labels=2), job, tmp_path, rows_per_step=7)
+
+
+def test_checkpointed_layers_draw_again_what_they_drew(tmp_path):
+    """Recomputed layers of a base with dropout, beside jobs of the same kind."""
+
+    def model_of():
+        return tiny("bert", "cls", num_labels=2, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
+
+    plain = Job("this", method("lora"), settings())
+    checkpointed = Job("this", method("lora"), settings(gradient_checkpointing=True))
+    expected = weights(model_of(), [plain], tmp_path / "plain")
+    others = [Job(j.name, j.method, j.settings.model_copy(update={"gradient_checkpointing": True})) for j in company(0)]
+    found = weights(model_of(), [checkpointed, *others], tmp_path / "checkpointed")
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("rows_per_step", [1, 4, 1000])
+def test_any_number_of_rows_a_step(rows_per_step, tmp_path):
+    assert_same_run(
+        lambda: bamboo(num_labels=2), Job("this", method("lora"), settings()), tmp_path, rows_per_step=rows_per_step
+    )
+
+
+def test_the_table_of_variants_is_whole():
+    assert {name for name, _ in CASES} == set(METHODS)
