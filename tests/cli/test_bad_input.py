@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from cli_kit import ROWS, Tanzaku, assert_refused, write_tsv
+from cli_kit import Tanzaku, assert_refused, write_tsv
 
 
 def _write(name: str, content: bytes) -> Callable[[Path], object]:
@@ -109,34 +109,3 @@ def test_a_run_is_not_overwritten_unless_asked(work: Path, tanzaku: Tanzaku) -> 
     (work / "mine" / "adapters").write_text("precious", encoding="utf-8")
     assert_refused(tanzaku("train", "recipe.yaml", "--out", "mine", "--overwrite"), "no run")
     assert (work / "mine" / "adapters").is_file()
-
-
-PREDICT = [
-    (["nowhere", "--data", "test.tsv"], ["nowhere"]),
-    (["run/adapters/lora", "--data", "tset.tsv"], ["no file tset.tsv", "did you mean 'test.tsv'"]),
-    (["run/adapters/lora", "--data", "test.tsv", "--text", "txt"], ["no column 'txt'"]),
-    (["run/adapters/lora", "--data", "test.tsv", "--out", "a.csv"], [".tsv or .jsonl"]),
-    (["run/adapters/lora", "--data", "test.tsv", "--out", "no/a.tsv"], ["a directory that exists"]),
-    (["run/adapters/lora", "--data", "test.tsv", "--out", "test.tsv"], ["choose another"]),
-    (["run/adapters/lora", "--data", "test.tsv", "--device", "gpu"], ["'gpu'"]),
-    (["run/adapters/lora", "--data", "test.tsv", "--model", "./gone"], ["no model at './gone'"]),
-    (["run", "--data", "test.tsv"], ["run"]),
-]
-
-
-@pytest.fixture(scope="module")
-def trained(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tanzaku.cli import main
-
-    folder = tmp_path_factory.mktemp("trained")
-    write_tsv(folder / "train.tsv", ROWS)
-    flags = ["--model", str(model_dir), "--train", str(folder / "train.tsv"), "--method", "lora", "--epochs", "1"]
-    assert main(["train", *flags, "--out", str(folder / "run")]) == 0
-    return folder
-
-
-@pytest.mark.parametrize(("args", "says"), PREDICT, ids=[" ".join(args) for args, _ in PREDICT])
-def test_predict_refuses(work: Path, trained: Path, tanzaku: Tanzaku, args: list[str], says: list[str]) -> None:
-    shutil.copytree(trained / "run", work / "run")
-    assert_refused(tanzaku("predict", *args), *says)
-    assert not list(work.glob("*.partial")) and (work / "test.tsv").read_text(encoding="utf-8").count("\n") == 7

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import errno
 import json
 import shutil
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from cli_kit import ROWS, Tanzaku, assert_refused, results_of
+from cli_kit import Tanzaku, assert_refused, results_of
 
 from tanzaku.cli import demo, record
 from tanzaku.cli.display import Display
@@ -114,23 +113,6 @@ def test_cut_texts_are_counted(work: Path, tanzaku: Tanzaku) -> None:
     said = tanzaku("train", "recipe.yaml", "--max-length", "2", "--out", "run")
     assert "2 of 6 training texts were cut at 2 tokens" in said.out
     assert results_of(work / "run")["data"]["truncated"] == {"train": 2, "valid": 2, "test": 2}
-
-
-def test_predict(work: Path, tanzaku: Tanzaku) -> None:
-    tanzaku("train", "recipe.yaml", "--out", "run")
-    expected = results_of(work / "run")["jobs"][0]["predictions"]
-    said = tanzaku("predict", "run/adapters/lora", "--data", "test.tsv")
-    assert (said.code, said.err) == (0, "")
-    rows = list(csv.DictReader(said.out.splitlines(), delimiter="\t"))
-    assert [row["text"] for row in rows] == [text for text, _ in ROWS]
-    for row, probabilities in zip(rows, expected, strict=True):
-        found = [float(row["p_harsh"]), float(row["p_mild"])]
-        assert found == pytest.approx(probabilities, abs=1e-5)
-        assert row["label"] == ["harsh", "mild"][found.index(max(found))]
-    assert tanzaku("predict", "run/adapters/lora", "--data", "test.tsv", "--out", "a.jsonl").code == 0
-    lines = [json.loads(line) for line in (work / "a.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [line["label"] for line in lines] == [row["label"] for row in rows]
-    assert not list(work.glob(".*partial"))
 
 
 def test_methods(tanzaku: Tanzaku) -> None:

@@ -1,81 +1,247 @@
-"""`tanzaku predict`: labels and probabilities of texts, from a trained adapter."""
+"""`tanzaku predict`: labels and probabilities of texts, from one trained adapter or from many in one pass."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tanzaku.errors import TanzakuError, nearest
+from tanzaku.errors import TanzakuError, listed, nearest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tanzaku.tasks.classification import Split
+    from tanzaku.tasks.data import Table
 
 _SUFFIXES = (".tsv", ".jsonl")
 
 
+@dataclass(frozen=True)
+class _Adapter:
+    name: str  # in the output and on the model
+    path: Path
+    meta: dict[str, Any]
+
+
 def predict(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="directory of an adapter, from train or compare")],
     data: Annotated[str, typer.Option(metavar="TEXT", help="rows to label: .tsv, .csv, .jsonl, .parquet or a dataset")],
+    adapters: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="ADAPTER", help="directories of adapters, from train or compare", show_default=False),
+    ] = None,
+    named: Annotated[
+        list[Path] | None, typer.Option("--adapters", metavar="ADAPTER...", help="the same, as in --adapters A B C")
+    ] = None,
     text: Annotated[str | None, typer.Option(metavar="TEXT", help="column of the text (as in training)")] = None,
     text_pair: Annotated[str | None, typer.Option(metavar="TEXT", help="column of a second text")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="a .tsv or .jsonl file (standard output)")] = None,
     model: Annotated[str | None, typer.Option(metavar="TEXT", help="where the base model is now")] = None,
-    batch_size: Annotated[int, typer.Option(metavar="INTEGER", min=1, help="rows a step")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(metavar="INTEGER", min=1, help="texts a step; each goes through every adapter")
+    ] = 8,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|mps", help="where the model runs")] = "auto",
 ) -> None:
-    """Label texts with a trained adapter.
+    """Label texts with trained adapters.
 
-    One line a row: the text, its label and the probability of each label.
+    One line a row: the text, its label and the probability of each label. Several adapters of one base model, of any
+    methods, go through it together; each has columns of its own, label_NAME and p_NAME_LABEL. NAME is the adapter's
+    directory; of two directories with one name, it begins with the nearest folder that tells them apart (a-lora and
+    b-lora for a/adapters/lora and b/adapters/lora), or ends with a number.
     """
+    # The option takes one word; the others fall to the argument.
+    paths = [*(named or []), *(adapters or [])]
+    _check_paths(paths)
     _check_out(out, data)
     if device not in ("auto", "cpu", "cuda", "mps"):
         raise TanzakuError(f"--device is {device!r}, expected auto, cpu, cuda or mps")
     from tanzaku.cli.machine import device_named, quieten
     from tanzaku.models import load_classifier, load_tokenizer
-    from tanzaku.store import load, read_meta
-    from tanzaku.tasks.classification import encode_split
     from tanzaku.tasks.data import read_table
+    from tanzaku.tasks.inference import probabilities
 
     quieten()
-    meta = _checked(read_meta(adapter), adapter)
+    given = [_Adapter(name, path, _meta(path)) for name, path in zip(_names(paths), paths, strict=True)]
+    _check_fit(given, model, text, text_pair)
     place = device_named(device)
+    meta = given[0].meta
     labels: list[str] = meta["labels"]
+    names = [adapter.name for adapter in given]
+    suffix = ".tsv" if out is None else out.suffix
+    head = _head(names, labels, suffix)
     base = model or meta["model"]
-    first, second = text or meta["text"], text_pair or meta["text_pair"]
+    columns = text or meta["text"], text_pair or meta["text_pair"]
     table = read_table(data)
-    for column in (first, second):
+    for column in columns:
         if column is not None:
             table.column(column)
     tokenizer = load_tokenizer(base, on_progress=_note)
-    split = encode_split(table, "data", tokenizer, first, second, None, None, meta["max_length"])
-    if split.truncated:
-        _note(f"{split.truncated} of {len(split)} texts were cut at {meta['max_length']} tokens")
+    splits = _encoded(given, table, tokenizer, *columns)
     classifier = load_classifier(base, len(labels), id2label=dict(enumerate(labels)))
-    load(classifier, adapter)
+    _load(classifier, given)
     classifier.to(place)
-    rows = _probabilities(classifier, split, int(tokenizer.pad_token_id), batch_size)
+    rows = probabilities(classifier, splits, int(tokenizer.pad_token_id), batch_size)
+    texts = splits[names[0]].texts
+    lines = _lines(texts, labels, rows, head)
     if out is None:
-        for line in _lines(split.texts, labels, rows, ".tsv"):
+        for line in lines:
             sys.stdout.write(line)
         sys.stdout.flush()
         return
     beside = out.with_name(f".{out.name}.partial")
     try:
         with beside.open("w", encoding="utf-8", newline="") as file:
-            file.writelines(_lines(split.texts, labels, rows, out.suffix))
+            file.writelines(lines)
         beside.replace(out)
     finally:
         beside.unlink(missing_ok=True)
-    _note(f"{len(split)} rows written to {out}")
+    _note(f"{len(texts)} rows written to {out}")
+
+
+# -- which adapters
+
+
+def _check_paths(paths: Sequence[Path]) -> None:
+    if not paths:
+        raise TanzakuError("no adapter is named; expected directories, as in runs/poems/adapters/lora (predict --help)")
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise TanzakuError(f"there is no adapter {path}{_neighbour(path)}")
+        other = seen.setdefault(path.resolve(), path)
+        if other is not path:
+            again = f"{path} is given twice" if path == other else f"{other} and {path} are one adapter"
+            raise TanzakuError(f"{again}; name each adapter once")
+
+
+def _neighbour(path: Path) -> str:
+    """What is wrong with a path, and the nearest name in the last of its folders that is there."""
+    if path.exists():
+        return ": that is a file; expected an adapter's directory"
+    missing = path
+    while not missing.parent.is_dir():
+        missing = missing.parent
+    folders = sorted(entry.name for entry in missing.parent.iterdir() if entry.is_dir())
+    folder = "" if missing == path else f", nor a folder {missing}"
+    near = nearest(missing.name, folders) or (f"; {missing.parent} has {listed(folders)}" if folders else "")
+    return folder + near
+
+
+def _meta(path: Path) -> dict[str, Any]:
+    from tanzaku.store import META, read_meta
+
+    inside = sorted(str(each.parent) for each in path.glob(f"adapters/*/{META}"))
+    if inside and not (path / META).exists():
+        raise TanzakuError(f"{path} holds a run and is no adapter; its adapters are {listed(inside)}")
+    meta = read_meta(path)
+    wanted = {"labels": list, "model": str, "text": str, "max_length": int}
+    for key, kind in wanted.items():
+        if not isinstance(meta.get(key), kind):
+            raise TanzakuError(
+                f"{path} does not say its {key}; expected an adapter that tanzaku train or compare has written"
+            )
+    return {"text_pair": None, **meta}
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """A name for each directory, as the command's help says; what no adapter's name may hold becomes `-`."""
+    # From the last part up, as typed: a link has the name that it was given.
+    full = [path.resolve() if ".." in path.parts else path.absolute() for path in paths]
+    parts = [[_clean(part) for part in reversed(path.parts[1:])] or ["adapter"] for path in full]
+    shared = Counter(each[0] for each in parts)
+    names: list[str] = []
+    for each in parts:
+        name = each[0]
+        if shared[name] > 1:
+            alike = [other for other in parts if other[0] == name]
+            depths = range(1, min(map(len, alike)))
+            apart = next((d for d in depths if len({other[d] for other in alike}) == len(alike)), None)
+            name = name if apart is None else f"{each[apart]}-{name}"
+        number = next(n for n in range(1, len(paths) + 1) if _numbered(name, n) not in names)
+        names.append(_numbered(name, number))
+    return names
+
+
+def _clean(part: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9_-]+", part):
+        return part
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", part).strip("-") or "adapter"
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}-{number}"
+
+
+def _check_fit(adapters: Sequence[_Adapter], model: str | None, text: str | None, text_pair: str | None) -> None:
+    """Adapters in one pass have one base, one list of labels and the same columns; a flag overrules what they say."""
+    one_by_one = "predict with them one by one"
+    rules = [
+        ("model", model, "base models", f"{one_by_one}, or say with --model where the one base of both is"),
+        ("labels", None, "labels", one_by_one),
+        ("text", text, "text columns", "say with --text which to read"),
+        ("text_pair", text_pair, "columns of a second text", f"{one_by_one}, or say with --text-pair which to read"),
+    ]
+    expected, *others = adapters
+    for adapter in others:
+        for key, flag, what, fix in rules:
+            mine, theirs = expected.meta[key], adapter.meta[key]
+            if flag is None and mine != theirs:
+                found = f"{expected.path} has {_shown(mine)}, {adapter.path} has {_shown(theirs)}"
+                if key == "labels":
+                    odd = sorted({*map(str, mine)} ^ {*map(str, theirs)})
+                    found += f"; they differ in {listed(odd)}" if odd else "; their order differs"
+                raise TanzakuError(f"adapters with different {what}: {found}; {fix}")
+
+
+def _shown(value: Any) -> str:
+    return listed(map(str, value)) if isinstance(value, list) else "none" if value is None else repr(value)
+
+
+# -- what goes in
+
+
+def _encoded(
+    adapters: Sequence[_Adapter],
+    table: Table,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    text_pair: str | None,
+) -> dict[str, Split]:
+    """By adapter, the rows cut at its own length."""
+    from tanzaku.tasks.classification import encode_split
+
+    lengths = list(dict.fromkeys(adapter.meta["max_length"] for adapter in adapters))
+    splits = {length: encode_split(table, "data", tokenizer, text, text_pair, None, None, length) for length in lengths}
+    for length, split in splits.items():
+        if split.truncated:
+            names = [adapter.name for adapter in adapters if adapter.meta["max_length"] == length]
+            whose = f" for {listed(names)}" if len(lengths) > 1 else ""
+            _note(f"{split.truncated} of {len(split)} texts were cut at {length} tokens{whose}")
+    return {adapter.name: splits[adapter.meta["max_length"]] for adapter in adapters}
+
+
+def _load(model: PreTrainedModel, adapters: Sequence[_Adapter]) -> None:
+    """Hang the adapters on the model, and say what is not as one might expect."""
+    from tanzaku.store import load
+
+    for adapter in adapters:
+        method = load(model, adapter.path, adapter.name).method
+        if len(adapters) > 1 and adapter.name != adapter.path.name:
+            _note(f"{adapter.name} is {adapter.path}")
+        if len(adapters) > 1 and not method.shares_batch:
+            _note(f"{adapter.name} ({method.name}) changes every weight: it takes a pass of its own")
+
+
+# -- what comes out
 
 
 def _check_out(out: Path | None, data: str) -> None:
@@ -90,55 +256,50 @@ def _check_out(out: Path | None, data: str) -> None:
         raise TanzakuError(f"--out {out} is the file that --data reads; choose another")
 
 
-def _checked(meta: dict[str, Any], adapter: Path) -> dict[str, Any]:
-    wanted = {"labels": list, "model": str, "text": str, "max_length": int}
-    for key, kind in wanted.items():
-        if not isinstance(meta.get(key), kind):
-            raise TanzakuError(
-                f"{adapter} does not say its {key}; expected an adapter that tanzaku train or compare has written"
-            )
-    return {"text_pair": None, **meta}
+def _head(names: Sequence[str], labels: Sequence[str], suffix: str) -> list[str] | None:
+    """The names of the columns of a TSV; None for JSON lines."""
+    if suffix != ".tsv":
+        return None
+    head = ["text"]
+    for name in names:
+        whose = "" if len(names) == 1 else f"_{name}"
+        head += [f"label{whose}", *(f"p{whose}_{label}" for label in labels)]
+    twice = [column for column, times in Counter(head).items() if times > 1]
+    if twice:
+        raise TanzakuError(f"two columns would be {twice[0]!r}; rename an adapter's directory, or use --out X.jsonl")
+    return head
 
 
-def _probabilities(model: PreTrainedModel, split: Split, pad_token_id: int, batch_size: int) -> Iterator[list[float]]:
-    """Of each label, row by row."""
-    import inspect
+def _lines(
+    texts: Sequence[str],
+    labels: Sequence[str],
+    rows: Iterator[dict[str, list[float]]],
+    head: Sequence[str] | None,
+) -> Iterator[str]:
+    """A header and a line a row in TSV, or, without a header, an object a row in JSON lines."""
 
-    import torch
-
-    from tanzaku.host import activate
-    from tanzaku.tasks.classification import collate
-
-    model.eval()
-    activate(model, "default")
-    takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
-    for start in range(0, len(split), batch_size):
-        batch = collate(split.examples[start : start + batch_size], pad_token_id, labels=False)
-        if not takes_types:
-            batch.pop("token_type_ids", None)
-        with torch.no_grad():
-            logits = model(**{key: value.to(model.device) for key, value in batch.items()}).logits
-        yield from logits.double().softmax(-1).tolist()
-
-
-def _lines(texts: list[str], labels: list[str], rows: Iterator[list[float]], suffix: str) -> Iterator[str]:
-    """A header and a line a row in TSV, or an object a row in JSON lines."""
-
-    def tsv(*cells: str) -> str:
+    def tsv(cells: Sequence[str]) -> str:
         line = io.StringIO()
         csv.writer(line, delimiter="\t", lineterminator="\n").writerow(cells)
         return line.getvalue()
 
-    if suffix == ".tsv":
-        yield tsv("text", "label", *(f"p_{label}" for label in labels))
+    if head is not None:
+        yield tsv(head)
     for text, row in zip(texts, rows, strict=True):
-        label = labels[row.index(max(row))]
-        if suffix == ".tsv":
-            yield tsv(text, label, *(f"{p:.6f}" for p in row))
-        else:
-            probabilities = {name: round(p, 6) for name, p in zip(labels, row, strict=True)}
-            found = {"text": text, "label": label, "probabilities": probabilities}
-            yield json.dumps(found, ensure_ascii=False) + "\n"
+        best = {name: labels[of_one.index(max(of_one))] for name, of_one in row.items()}
+        if head is not None:
+            cells = [[best[name], *(f"{p:.6f}" for p in of_one)] for name, of_one in row.items()]
+            yield tsv([text, *(cell for each in cells for cell in each)])
+            continue
+        found: dict[str, Any] = {
+            name: {
+                "label": best[name],
+                "probabilities": {label: round(p, 6) for label, p in zip(labels, of_one, strict=True)},
+            }
+            for name, of_one in row.items()
+        }
+        one = next(iter(found.values()))
+        yield json.dumps({"text": text, **(one if len(found) == 1 else {"adapters": found})}, ensure_ascii=False) + "\n"
 
 
 def _note(line: str) -> None:

@@ -1,0 +1,139 @@
+"""Probabilities of many adapters in one pass through the frozen base, texts of like length together."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tanzaku.errors import TanzakuError, listed
+from tanzaku.host import Adapter, host_of, route
+from tanzaku.method import AttentionStrip, TokenStrip
+from tanzaku.tasks.classification import Split, collate
+from tanzaku.train.trim import PooledOnly
+
+WINDOW = 256  # rows that are sorted together: little padding, yet the first results come early
+
+
+def probabilities(
+    model: PreTrainedModel, splits: Mapping[str, Split], pad_token_id: int, batch_size: int
+) -> Iterator[dict[str, list[float]]]:
+    """For each row, in the order of the splits: by adapter, the probabilities of each label.
+
+    Results come as they are found, some hundred rows at a time, and each adapter's are those it has alone. Adapters
+    share passes; one whose method shares no batch (full fine-tuning) has passes to itself. The model is put into eval
+    mode; between two rows its route is what it was before.
+
+    Args:
+        model: a classifier with the adapters that `splits` names.
+        splits: the same rows for every adapter, each encoded as that adapter wants them.
+        batch_size: rows of text a step; a pass has so many for each of its adapters.
+
+    Raises:
+        TanzakuError: no adapter, one that is not attached, rows that differ in number, or a batch size below 1.
+    """
+    rows = _number_of_rows(model, splits, batch_size)
+    window = batch_size * max(1, WINDOW // batch_size)
+    parts = (range(start, min(start + window, rows)) for start in range(0, rows, window))
+    return _each(_logits(model, splits, pad_token_id, batch_size, part) for part in parts)
+
+
+def probabilities_of(
+    model: PreTrainedModel, splits: Mapping[str, Split], pad_token_id: int, batch_size: int
+) -> dict[str, Tensor]:
+    """By adapter, :func:`probabilities` of all rows at once: float64 [rows, labels] on the CPU."""
+    found = logits_of(model, splits, pad_token_id, batch_size)
+    return {name: logits.double().softmax(-1) for name, logits in found.items()}
+
+
+def logits_of(
+    model: PreTrainedModel, splits: Mapping[str, Split], pad_token_id: int, batch_size: int
+) -> dict[str, Tensor]:
+    """By adapter, the logits behind :func:`probabilities_of`: float32 [rows, labels] on the CPU, for metrics."""
+    rows = _number_of_rows(model, splits, batch_size)
+    return _logits(model, splits, pad_token_id, batch_size, range(rows))
+
+
+def _number_of_rows(model: PreTrainedModel, splits: Mapping[str, Split], batch_size: int) -> int:
+    if batch_size < 1:
+        raise TanzakuError(f"batch_size is {batch_size}, expected at least 1")
+    if not splits:
+        raise TanzakuError("no adapter to compute with; expected at least one and its rows")
+    for name in splits:
+        host_of(model).get(name)
+    sizes = {name: len(split) for name, split in splits.items()}
+    if len({*sizes.values()}) > 1:
+        found = listed(f"{size} for {name}" for name, size in sizes.items())
+        raise TanzakuError(f"adapters in one pass need the same rows, found {found}")
+    if 0 in sizes.values():
+        raise TanzakuError("there are no rows; expected at least one")
+    return sizes.popitem()[1]
+
+
+def _each(windows: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, list[float]]]:
+    for window in windows:
+        lists = [logits.double().softmax(-1).tolist() for logits in window.values()]
+        for row in zip(*lists, strict=True):
+            yield dict(zip(window, row, strict=True))
+
+
+# On a function and not on a generator: while a caller holds a row, gradients and the route are the caller's.
+@torch.no_grad()
+def _logits(
+    model: PreTrainedModel, splits: Mapping[str, Split], pad_token_id: int, batch_size: int, rows: range
+) -> dict[str, Tensor]:
+    """By adapter, fp32 logits [rows, labels] on the CPU, in the order of `rows`."""
+    model.eval()
+    pooled = PooledOnly(host_of(model).base)
+    takes = inspect.signature(model.forward).parameters
+    # A cache of keys and values is for generation; here it would only be a copy of them a layer.
+    options = {"use_cache": False} if "use_cache" in takes else {}
+    lengths = {name: [len(split.examples[row].input_ids) for row in rows] for name, split in splits.items()}
+    longest = [max(of_row) for of_row in zip(*lengths.values(), strict=True)]
+    order = sorted(range(len(rows)), key=lambda at: longest[at])
+    out: dict[str, Tensor] = {}
+    for names in _passes(model, lengths):
+        # One entry an adapter: a batch of as many rows for each repeats the entries in place, so groups are views.
+        with route(model, names):
+            for start in range(0, len(order), batch_size):
+                at = order[start : start + batch_size]
+                batch = collate([splits[name].examples[rows[i]] for name in names for i in at], pad_token_id, False)
+                if "token_type_ids" not in takes:
+                    batch.pop("token_type_ids", None)
+                batch = {key: value.to(model.device) for key, value in batch.items()}
+                with pooled.reading(batch["input_ids"]):
+                    logits = model(**batch, **options).logits.float().cpu()
+                for name, part in zip(names, logits.split(len(at)), strict=True):
+                    out.setdefault(name, logits.new_empty(len(rows), logits.shape[-1]))[at] = part
+    return {name: out[name] for name in splits}
+
+
+def _passes(model: PreTrainedModel, lengths: Mapping[str, list[int]]) -> Iterator[list[str]]:
+    """Which adapters go through the base together, all that share a batch and have room for one.
+
+    Rows that are cut at different lengths are padded to the longest, and beside another adapter's virtual tokens these
+    may be more than the model has positions for, though each adapter alone has room. Then only adapters with rows of
+    the same lengths go together.
+    """
+    host = host_of(model)
+    room = host.base.max_positions
+    shared = [name for name in lengths if host.get(name).method.shares_batch]
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for name in shared:
+        alike.setdefault(tuple(lengths[name]), []).append(name)
+    if len(alike) > 1:
+        longest, lead = max(map(max, alike)), max(_lead(host.get(name)) for name in shared)
+        if room is None or longest + lead <= room:
+            alike = {(): shared}
+    yield from alike.values()
+    yield from ([name] for name in lengths if name not in shared)
+
+
+def _lead(adapter: Adapter) -> int:
+    """Positions that an adapter takes before a row's first token."""
+    strips = [strip for _, strip in adapter.at()]
+    tokens = sum(strip.num_virtual_tokens for strip in strips if isinstance(strip, TokenStrip))
+    return tokens + max((strip.position_offset for strip in strips if isinstance(strip, AttentionStrip)), default=0)
