@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test check format bench clean
+.PHONY: install demo test chromium check format bench clean
 
 install: $(STAMP)
 
@@ -18,8 +18,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/tanzaku demo $(ARGS)
 
-test: $(STAMP)
+test: $(STAMP) chromium
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# The browser that looks at report.html, where it can be had.
+chromium:
+	@.ci/chromium
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from cli_kit import Tanzaku, assert_refused, results_of
 
-from tanzaku.cli import demo, record
+from tanzaku.cli import demo
 from tanzaku.cli.display import Display
+from tanzaku.files import finite
 from tanzaku.methods import METHODS
 from tanzaku.train import loop
 
@@ -78,22 +77,6 @@ def test_train_from_flags_alone_without_valid_and_test(work: Path, model_dir: Pa
     assert (job["method"], job["test"], job["confusion"], job["train_settings"]["epochs"]) == ("ia3", None, None, 1)
 
 
-def test_compare_ranks_its_candidates(work: Path, tanzaku: Tanzaku) -> None:
-    said = tanzaku("compare", "recipe.yaml", "--method", "lora", "--method", "head", "--out", "run", "--epochs", "1")
-    assert (said.code, said.err) == (0, "")
-    for part in ("lora (1 of 2)", "head (2 of 2)", "(95% interval)", "16.7 points", "One run", "run/results.json"):
-        assert part in said.out
-    assert [job["name"] for job in results_of(work / "run")["jobs"]] == ["lora", "head"]
-
-
-def test_compare_takes_all_small_methods_by_default(work: Path, model_dir: Path, tanzaku: Tanzaku) -> None:
-    flags = ["--train", "train.tsv", "--epochs", "1", "--set", "llama_adapter.adapter_layers=1", "--out", "run"]
-    assert tanzaku("compare", "--model", model_dir, *flags).code == 0
-    found = results_of(work / "run")
-    assert {job["name"] for job in found["jobs"]} == set(METHODS) - {"full"}
-    assert {job["status"] for job in found["jobs"]} == {"done"}
-
-
 def test_a_recipe_in_results_runs_again(work: Path, tanzaku: Tanzaku) -> None:
     tanzaku("train", "recipe.yaml", "--out", "first")
     (work / "again.yaml").write_text(json.dumps(results_of(work / "first")["recipe"]), encoding="utf-8")
@@ -123,24 +106,6 @@ def test_methods(tanzaku: Tanzaku) -> None:
     assert said.code == 0 and all(name in said.out for name in METHODS)
 
 
-def test_demo(work: Path, model_dir: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The demo's own recipe, cut to a few rows and moved to the tiny model.
-    package = work / "package" / "data"
-    shutil.copytree(DATA / "poems", package / "poems")
-    for file in (package / "poems").glob("*.tsv"):
-        file.write_text("".join(file.read_text(encoding="utf-8").splitlines(True)[:25]), encoding="utf-8")
-    bundled = DATA / "demo.yaml"
-    content = yaml.safe_load(bundled.read_text(encoding="utf-8")) | {"model": str(model_dir)}
-    (package / "demo.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    monkeypatch.setattr(demo.resources, "files", lambda _: package.parent)
-    said = tanzaku("demo", "--epochs", "1", "--methods", "lora,head", "--methods", "full")
-    assert (said.code, said.err) == (0, "")
-    assert [job["name"] for job in results_of(work / "runs" / "demo")["jobs"]] == ["lora", "head", "full"]
-    assert tanzaku("demo", "--epochs", "1", "--methods", "head").code == 0  # its own results are replaced
-    assert [path.name for path in (work / "runs" / "demo" / "adapters").iterdir()] == ["head"]
-    assert_refused(tanzaku("demo", "--epochs", "0"), "--epochs is '0'")
-
-
 def test_the_bundled_recipe_is_sound() -> None:
     from tanzaku.recipe import build_recipe, jobs_of
     from tanzaku.tasks.prepare import read_classification
@@ -151,24 +116,6 @@ def test_the_bundled_recipe_is_sound() -> None:
 
 
 # -- stopping and failing
-
-
-def test_interrupted_keeps_what_is_finished(work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
-    epoch_done = Display.epoch_done
-
-    def stop_at_head(self: Display, job: Any, record: Any) -> None:
-        if job.name == "head":
-            raise KeyboardInterrupt
-        epoch_done(self, job, record)
-
-    monkeypatch.setattr(Display, "epoch_done", stop_at_head)
-    flags = ["--method", "lora", "--method", "head", "--method", "ia3"]
-    said = tanzaku("compare", "recipe.yaml", *flags, "--out", "run")
-    assert said.code == 130
-    line = "interrupted; run keeps lora; go on with --method head --method ia3 and another --out"
-    assert said.err == f"tanzaku: {line}\n"
-    assert [job["status"] for job in results_of(work / "run")["jobs"]] == ["done", "interrupted"]
-    assert [path.name for path in (work / "run" / "adapters").iterdir()] == ["lora"]
 
 
 def test_interrupted_early_leaves_nothing(work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,18 +130,6 @@ def test_interrupted_early_leaves_nothing(work: Path, tanzaku: Tanzaku, monkeypa
     said = tanzaku("train", "recipe.yaml", "--out", "run")
     assert (said.code, said.err.count("\n")) == (130, 1) and "run the same command again" in said.err
     assert not (work / "run").exists()
-
-
-def test_one_failed_candidate_does_not_stop_the_others(work: Path, tanzaku: Tanzaku) -> None:
-    recipe = yaml.safe_load((work / "recipe.yaml").read_text(encoding="utf-8"))
-    recipe["methods"] = [{"full": {}, "name": "wild", "train": {"learning_rate": 1e30, "epochs": 3}}, "head"]
-    (work / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    said = tanzaku("compare", "recipe.yaml", "--out", "run")
-    assert said.code == 1
-    assert said.err.count("\n") == 1 and "1 of 2 candidates failed; candidate 'wild' failed" in said.err
-    found = results_of(work / "run")
-    assert [job["status"] for job in found["jobs"]] == ["failed", "done"]
-    assert_refused(tanzaku("train", "recipe.yaml", "--method", "wild", "--out", "other"), "'wild' failed")
 
 
 def test_a_full_disk(work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,5 +160,5 @@ def test_debug_shows_the_traceback(tanzaku: Tanzaku, work: Path) -> None:
 
 
 def test_figures_that_are_no_numbers_are_null_in_json() -> None:
-    found = record.finite({"a": [float("nan"), 1.0], "b": (float("inf"), "x"), "c": 2})
+    found = finite({"a": [float("nan"), 1.0], "b": (float("inf"), "x"), "c": 2})
     assert found == {"a": [None, 1.0], "b": [None, "x"], "c": 2}

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tanzaku.cli import compare, train
 from tanzaku.cli.flags import fields, recipe_flags
+from tanzaku.compare.candidates import expand
+from tanzaku.compare.settings import CompareSettings
 from tanzaku.errors import TanzakuError
-from tanzaku.recipe import MethodEntry, Recipe, build_recipe, jobs_of, load_recipe
+from tanzaku.recipe import SECTIONS, MethodEntry, Recipe, build_recipe, jobs_of, load_recipe
 from tanzaku.train.settings import TrainSettings
 
 BASE = "model: some/model\ndata: {train: train.tsv}\n"
@@ -53,7 +58,12 @@ def test_every_form_of_a_candidate(tmp_path: Path) -> None:
 
 
 def test_a_dumped_recipe_can_be_run_again(tmp_path: Path) -> None:
-    found = recipe(tmp_path, "methods: [lora, lora: {r: 1}, {ia3: {}, name: third, train: {epochs: 1}}]")
+    found = recipe(
+        tmp_path,
+        "compare: {trials: 4, memory: 8GB, folds: 3, rank_by: loss}\n"
+        "methods: [lora, lora: {r: {grid: [1, 4]}}, {ia3: {}, name: third, train: {epochs: 1}}, "
+        "{ia3: {}, train: {learning_rate: {low: 1e-4, high: 1e-2, log: true}}}]",
+    )
     again = recipe(tmp_path, yaml.safe_dump(found.model_dump(mode="json")), base="")
     assert again == found
 
@@ -73,6 +83,29 @@ def test_flags_override_the_file_and_nothing_else(tmp_path: Path) -> None:
     )
     assert (found.model, found.data.text, found.train.epochs, found.train.batch_size) == ("other", "poem", 5, 4)
     assert found.methods[0].settings == {"r": 6, "use_rslora": True}
+
+
+def test_the_compare_section(tmp_path: Path) -> None:
+    assert recipe(tmp_path, "").compare == recipe(tmp_path, "compare:\n").compare == CompareSettings()
+    found = recipe(tmp_path, "compare: {folds: 4, trials: 8, memory: 8 GB}", {"compare": {"trials": "5", "keep": "2"}})
+    assert found.compare == CompareSettings(folds=4, trials=5, keep=2, memory="8 GB")
+
+
+def test_spaces_in_a_recipe_and_in_set(tmp_path: Path) -> None:
+    found = recipe(
+        tmp_path,
+        "methods:\n  - lora: {lora_alpha: {choice: [8, 16]}}\n"
+        "    train: {learning_rate: {low: 1e-4, high: 1e-2, log: true}}\n  - ia3\n",
+        {"set": ["lora.r={grid: [1, 4]}", "lora.lora_dropout={low: 0, high: 1e-1}"]},
+    )
+    candidates, (search,) = expand(found.methods, found.train, found.compare)
+    assert [candidate.name for candidate in candidates] == ["ia3"]
+    assert {key: space.written() for key, space in search.space.items()} == {
+        "lora_alpha": {"choice": [8, 16]},
+        "r": {"choice": [1, 4]},
+        "lora_dropout": {"low": 0, "high": 0.1},
+        "learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
+    }
 
 
 def test_flags_alone_are_a_recipe() -> None:
@@ -128,6 +161,17 @@ REFUSED = [
     ("methods: [lorra]", ["unknown method 'lorra'", "did you mean 'lora'"]),
     ("methods: [lora: {lora_alfa: 1}]", ["no setting 'lora_alfa'", "did you mean 'lora_alpha'"]),
     ("methods: [lora: {r: four}]", ["candidate 'lora'", "r is 'four'", "a valid integer"]),
+    ("methods: [lora: {r: {grid: [1, 4]}}]", ["'lora': r has a grid, and train takes one setting", "tanzaku compare"]),
+    ("methods: [lora: {r: {choice: [1, 4]}}]", ["r has a choice", "tanzaku compare"]),
+    ("methods: [{lora: {}, train: {epochs: {low: 1, high: 4}}}]", ["epochs has a range", "tanzaku compare"]),
+    ("methods: [lora: {r: {low: 1, hi: 4}}]", ["'lora': r: found the key 'hi'", "did you mean 'high'"]),
+    ("methods: [{lora: {}, train: {epoch: {low: 1, high: 4}}}]", ["'epoch'", "did you mean 'epochs'"]),
+    ("train: {epochs: {low: 1, high: 4}}", ["train.epochs is {'low'", "a range stands in a candidate's own train"]),
+    ("compare: {fold: 3}", ["recipe.yaml", "compare has no key 'fold'", "did you mean 'folds'"]),
+    ("compare: {folds: 1}", ["compare.folds is 1", "greater than or equal to 2"]),
+    ("compare: {memory: 8}", ["compare.memory: found '8'", "such as 8GB"]),
+    ("compare: {rank_by: auc}", ["compare.rank_by is 'auc'", "'roc_auc'"]),
+    ("compare: [1]", ["compare is [1]", "a mapping"]),
     ("device: gpu", ["device is 'gpu'", "'cuda'"]),
     ("task: regression", ["task is 'regression'", "'classification'"]),
 ]
@@ -198,6 +242,10 @@ def test_a_bad_flag_is_told_by_its_name(tmp_path: Path) -> None:
     with pytest.raises(TanzakuError) as caught:
         recipe(tmp_path, "train: {epochs: 3}", {"train": {"batch_size": "x"}})
     assert str(caught.value).startswith("--batch-size is 'x', expected")
+    for field, value, says in [("memory", "8", "--memory: found '8'"), ("rank_by", "f1", "--rank-by is 'f1'")]:
+        with pytest.raises(TanzakuError) as caught:
+            recipe(tmp_path, "compare: {folds: 3}", {"compare": {field: value}})
+        assert str(caught.value).startswith(says)
 
 
 def test_every_key_has_a_flag_and_reaches_the_schema() -> None:
@@ -211,6 +259,38 @@ def test_every_key_has_a_flag_and_reaches_the_schema() -> None:
     assert seen[0]["train"] == {name: f"<{name}>" for name in TrainSettings.model_fields}
     assert seen[0]["data"]["train"] == "<train>"
     assert len(given) == len(fields()) + 4
+
+
+def test_a_verb_has_the_sections_and_the_switches_it_asks_for() -> None:
+    seen: list[Any] = []
+    command = recipe_flags(
+        lambda file, flags, overwrite, resume: seen.append((flags, overwrite, resume)),
+        sections=SECTIONS,
+        switches={"resume": "go on"},
+    )
+    given = dict.fromkeys(command.__signature__.parameters)  # type: ignore[attr-defined]
+    assert set(CompareSettings.model_fields) <= set(given) and len(given) == len(fields(SECTIONS)) + 5
+    command(**given | {"folds": "3", "memory": "8GB", "epochs": "2", "resume": True, "overwrite": False})
+    flags = {"methods": [], "set": [], "train": {"epochs": "2"}, "compare": {"folds": "3", "memory": "8GB"}}
+    assert seen == [(flags, False, True)]
+
+
+def test_no_two_keys_are_one_flag() -> None:
+    names = [name for _, name, _ in fields(SECTIONS)]
+    assert len(names) == len({*names, "method", "set", "recipe", "overwrite", "resume"}) - 5
+
+
+def test_flags_of_a_comparison_are_those_of_compare_alone() -> None:
+    shown = {verb: set(verb.__signature__.parameters) for verb in (train.train, compare.compare)}
+    assert shown[compare.compare] - shown[train.train] == set(CompareSettings.model_fields)
+    assert not shown[train.train] - shown[compare.compare]
+
+
+def test_a_recipe_brings_in_nothing_heavy() -> None:
+    heavy = ("torch", "optuna", "numpy", "sqlalchemy", "tanzaku.methods")
+    code = f"import sys, tanzaku.recipe, tanzaku.cli; sys.exit(','.join(m for m in {heavy} if m in sys.modules) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_candidates_can_be_built_in_python() -> None:

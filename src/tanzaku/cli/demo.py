@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from tanzaku.cli.compare import resumed, run_comparison
 from tanzaku.cli.record import command_of
-from tanzaku.cli.run import run
 from tanzaku.recipe import build_recipe
 
 
@@ -20,6 +20,7 @@ def demo(
     ] = None,
     out: Annotated[str, typer.Option(metavar="TEXT", help="directory of the run; replaces a demo")] = "runs/demo",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a run of another command too")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a demo that was cut off")] = False,
 ) -> None:
     """Try every method on bundled poems.
 
@@ -29,5 +30,8 @@ def demo(
     flags: dict[str, Any] = {"out": out, "methods": [name for name in names if name]}
     if epochs is not None:
         flags["train"] = {"epochs": epochs}
-    recipe = build_recipe(Path(str(resources.files("tanzaku"))) / "data" / "demo.yaml", flags)
-    run("demo", recipe, overwrite or command_of(Path(out).expanduser()) == "demo")
+    if resume:
+        recipe = resumed(None, {"out": out})
+    else:
+        recipe = build_recipe(Path(str(resources.files("tanzaku"))) / "data" / "demo.yaml", flags)
+    run_comparison("demo", recipe, overwrite or command_of(Path(out).expanduser()) == "demo", resume)

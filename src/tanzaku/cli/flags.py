@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,41 +15,47 @@ from pydantic.fields import FieldInfo
 from tanzaku.recipe import SECTIONS
 from tanzaku.recipe_errors import flag
 
-Command = Callable[[Path | None, dict[str, Any], bool], None]
-
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
+_TRAIN = ("", "data", "train")  # sections that every verb with a recipe reads
+_NONE: Mapping[str, str] = types.MappingProxyType({})
 
 
-def fields() -> list[tuple[str, str, FieldInfo]]:
-    """(section, name, field) of every recipe key that holds one value."""
+def fields(sections: Collection[str] = _TRAIN) -> list[tuple[str, str, FieldInfo]]:
+    """(section, name, field) of every key of these sections that holds one value."""
     return [
         (section, name, field)
-        for section, schema in SECTIONS.items()
-        for name, field in schema.model_fields.items()
+        for section in sections
+        for name, field in SECTIONS[section].model_fields.items()
         if section or name not in (*SECTIONS, "methods")
     ]
 
 
-def recipe_flags(run: Command) -> Callable[..., None]:
+def recipe_flags(
+    run: Callable[..., None], sections: Collection[str] = _TRAIN, switches: Mapping[str, str] = _NONE
+) -> Callable[..., None]:
     """A command line for `run(recipe file, flags nested as a recipe is, overwrite)`.
 
     Values reach the schema as they were typed, so that a flag and a recipe are checked by one rule and told in one way.
+
+    Args:
+        sections: those of the recipe whose keys are flags.
+        switches: further flags of the verb that are on or off, with their help; `run` gets them by name.
     """
 
     def command(**given: Any) -> None:
         file, overwrite = given.pop("recipe"), given.pop("overwrite")
         flags: dict[str, Any] = {"methods": given.pop("method") or [], "set": given.pop("set") or []}
-        for section, name, _ in fields():
+        for section, name, _ in fields(sections):
             if given[name] is not None:
                 (flags.setdefault(section, {}) if section else flags)[name] = given[name]
-        run(file, flags, overwrite)
+        run(file, flags, overwrite, **{name: given[name] for name in switches})
 
     command.__name__, command.__doc__ = run.__name__, run.__doc__
-    command.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
+    command.__signature__ = inspect.Signature(_parameters(sections, switches))  # type: ignore[attr-defined]
     return command
 
 
-def _parameters() -> list[inspect.Parameter]:
+def _parameters(sections: Collection[str], switches: Mapping[str, str]) -> list[inspect.Parameter]:
     recipe = typer.Argument(metavar="RECIPE", help="a YAML recipe; flags override its keys", show_default=False)
     method = typer.Option(
         "--method", metavar="NAME", help="a method, or a candidate of the recipe by its name (repeatable)"
@@ -57,13 +63,16 @@ def _parameters() -> list[inspect.Parameter]:
     assign = typer.Option(
         "--set", metavar="KEY=VALUE", help="a method's setting: r=1, or lora.r=1 with several (repeatable)"
     )
-    overwrite = typer.Option("--overwrite", help="replace the run that the output directory holds")
+    overwrite = "replace the run that the output directory holds"
     return [
         _parameter("recipe", Path | None, recipe),
         _parameter("method", list[str] | None, method),
         _parameter("set", list[str] | None, assign),
-        *(_flag(name, field) for _, name, field in fields()),
-        _parameter("overwrite", bool, overwrite, False),
+        *(_flag(name, field) for _, name, field in fields(sections)),
+        *(
+            _parameter(name, bool, typer.Option(flag(name), help=about), False)
+            for name, about in {**switches, "overwrite": overwrite}.items()
+        ),
     ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import tempfile
 import time
@@ -12,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from tanzaku import __version__
 from tanzaku.errors import TanzakuError
+from tanzaku.files import finite, written_beside
 
 if TYPE_CHECKING:
     from tanzaku.tasks.prepare import ClassificationData
     from tanzaku.train.results import EpochRecord, Job, JobResult, Observer
 
 RESULTS, ADAPTERS = "results.json", "adapters"
+WRITTEN = (RESULTS, "epochs.parquet", "report.html")
 
 
 def command_of(out: Path) -> str | None:
@@ -52,8 +53,10 @@ def prepare_out(out: Path, overwrite: bool) -> None:
 
 def clear(out: Path) -> None:
     """Remove an earlier run; files of other names stay."""
-    (out / RESULTS).unlink(missing_ok=True)
-    shutil.rmtree(out / ADAPTERS, ignore_errors=True)
+    for name in WRITTEN:
+        (out / name).unlink(missing_ok=True)
+    for folder in (ADAPTERS, "state"):
+        shutil.rmtree(out / folder, ignore_errors=True)
 
 
 def data_record(data: ClassificationData) -> dict[str, Any]:
@@ -65,6 +68,21 @@ def data_record(data: ClassificationData) -> dict[str, Any]:
     }
 
 
+def write_results(out: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Write results.json beside itself, then rename; returns what was written.
+
+    Raises:
+        TanzakuError: it cannot be written; finished adapters are in their folder all the same.
+    """
+    content = {"tanzaku": __version__, **content}
+    try:
+        with written_beside(out / RESULTS) as beside:
+            beside.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    except TanzakuError as error:
+        raise TanzakuError(f"{error}; finished adapters are in {out / ADAPTERS}") from error
+    return content
+
+
 class Record:
     """Listens to a run on behalf of results.json, and passes on what it hears."""
 
@@ -74,25 +92,13 @@ class Record:
         self.stopped = False
 
     def write(self) -> None:
-        """Write results.json beside itself, then rename."""
+        """Write results.json."""
         content = {
-            "tanzaku": __version__,
             **self.about,
             "seconds": round(time.monotonic() - self.began, 3),
             "jobs": [result.to_json() for result in self.results],
         }
-        beside = self.out / f".{RESULTS}.partial"
-        try:
-            text = json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False)
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(self.out / RESULTS)
-        except OSError as error:
-            raise TanzakuError(
-                f"cannot write {self.out / RESULTS}: {error.strerror or error}; "
-                f"finished adapters are in {self.out / ADAPTERS}"
-            ) from error
-        finally:
-            beside.unlink(missing_ok=True)
+        write_results(self.out, finite(content))
 
     def job_started(self, job: Job, result: JobResult, steps: int) -> None:
         self.listener.job_started(job, result, steps)
@@ -108,12 +114,3 @@ class Record:
         self.stopped = self.stopped or result.status == "interrupted"
         self.write()
         self.listener.job_done(job, result)
-
-
-def finite(value: Any) -> Any:
-    """The value with null for every number that JSON has not: nan and the infinities."""
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

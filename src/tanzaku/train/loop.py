@@ -357,7 +357,7 @@ class Pool:
 
     def _keep(self, lane: Lane, split: Split, logits: Tensor) -> None:
         lane.result.confusion = confusion(logits, _labels(split), len(lane.data.labels))
-        lane.result.predictions = [[round(p, 6) for p in row] for row in logits.double().softmax(-1).tolist()]
+        lane.result.predictions = probabilities(logits)
 
     # -- the end of a job
 
@@ -393,6 +393,11 @@ class Pool:
                 f"the model has {model.config.num_labels} labels and the data {len(data.labels)}: "
                 f"load it with num_labels={len(data.labels)}"
             )
+
+
+def probabilities(logits: Tensor) -> list[list[float]]:
+    """Of each label, row by row, to 9 digits: ties among nearly certain rows would be ties in ROC-AUC."""
+    return [[float(f"{p:.9g}") for p in row] for row in logits.double().softmax(-1).tolist()]
 
 
 def _goes_with(lane: Lane, first: Lane) -> bool:

@@ -25,6 +25,12 @@ from tanzaku.train.trim import PooledOnly
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The arithmetic of a forward pass, by the name it has in the settings."""
+    kind = _AUTOCAST.get(precision)
+    return torch.autocast(device.type, kind or torch.bfloat16, enabled=kind is not None)
+
+
 class SharedStep:
     """Forward and backward passes over one model. A context manager: while entered, its frozen products are fast.
 
@@ -77,7 +83,7 @@ class SharedStep:
         noisy = any(lane.draws is not False for lane in lanes)
         noise = Noise(route, shares, width, lead) if noisy else nullcontext()
         with self._reading(inputs["input_ids"], lanes, batches, lead), noise:
-            with self._autocast(lanes[0]):
+            with autocast(self.device, lanes[0].job.settings.precision):
                 logits = self.model(**inputs, **self.options).logits
             yield [
                 lane.loss(classification_loss(logits[rows], labels[rows], lane.weights))
@@ -110,7 +116,10 @@ class SharedStep:
         for start in range(0, len(order), size):
             batch = [split.examples[row] for row in order[start : start + size]]
             inputs = self._inputs(collate(batch, self.pad_token_id, labels=False))
-            with self._autocast(lane), self._reading(inputs["input_ids"], [lane], [batch], lane.virtual):
+            with (
+                autocast(self.device, lane.job.settings.precision),
+                self._reading(inputs["input_ids"], [lane], [batch], lane.virtual),
+            ):
                 parts.append(self.model(**inputs, **self.options).logits.float().cpu())
         found = torch.cat(parts)
         return torch.empty_like(found).index_copy_(0, torch.tensor(order), found)
@@ -144,10 +153,6 @@ class SharedStep:
             self._route = (entries, Route.of(entries))
             host.switch(self._route[1])
         return self._route[1]
-
-    def _autocast(self, lane: Lane) -> torch.autocast:
-        kind = _AUTOCAST.get(lane.job.settings.precision)
-        return torch.autocast(self.device.type, kind or torch.bfloat16, enabled=kind is not None)
 
     def _mode(self, *, training: bool) -> None:
         if self.model.training == training:

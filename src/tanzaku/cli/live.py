@@ -1,0 +1,209 @@
+"""What a comparison shows. A terminal gets a live table below the lines; a file or a pipe gets a line a job."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from rich.live import Live as RichLive
+from rich.table import Table
+from rich.text import Text
+
+from tanzaku.cli.display import Display
+from tanzaku.compare.verdict import METRIC_WORDS
+
+if TYPE_CHECKING:
+    from tanzaku.compare.comparison import Comparison
+    from tanzaku.train.results import EpochRecord, Job, JobResult
+
+_STAGES = {
+    "search": "search: drawn settings, on one split",
+    "measure": "measure: every candidate on every split and seed",
+    "final": "final: the finalists on all rows",
+    "test": "test: the finalists' predictions",
+}
+
+
+@dataclass
+class _Row:
+    """One candidate of the stage under way."""
+
+    done: int = 0
+    failed: int = 0
+    figures: list[float] = field(default_factory=list)
+    running: dict[str, tuple[int, int, float]] = field(default_factory=dict)  # job -> step, steps, loss
+
+
+class Live(Display):
+    """Draws a comparison; it is its watcher. A context manager, for the table."""
+
+    def __init__(self, metric: str):
+        super().__init__()
+        self.metric, self.word = metric, METRIC_WORDS[metric]
+        self.rows: dict[str, _Row] = {}
+        self.total = self.ended = 0
+        self.steps = self.steps_known = self.jobs_known = 0
+        self.stage_began = time.monotonic()
+        self.on_stage: Callable[[], Any] = lambda: None
+        self.comparison: Comparison | None = None
+        self.stage_name = ""
+        self.table_now = RichLive(
+            get_renderable=self._table, console=self.console, refresh_per_second=2, transient=True, screen=False
+        )
+
+    def __enter__(self) -> Live:
+        if self.console.is_terminal:
+            self.table_now.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self.table_now.stop()
+
+    def begin(self, comparison: Comparison, on_stage: Callable[[], Any]) -> None:
+        """Say what will be run; `on_stage` is called whenever a stage begins."""
+        self.comparison, self.on_stage = comparison, on_stage
+        design = comparison.design
+        many = len(comparison.candidates)
+        parts = [f"{many} candidate{'s' if many != 1 else ''}"] if many else []
+        parts += [f"up to {search.total} settings of {search.searched.name}" for search in comparison.searches]
+        if design.folds is None:
+            runs = f"{design.seeds} run{'s' if design.seeds > 1 else ''} each, by seed"
+        else:
+            again = f" {design.repeats} times" if design.repeats > 1 else ""
+            seeds = f", {design.seeds} seeds" if design.seeds > 1 else ""
+            runs = f"{design.folds} folds{again}{seeds}"
+        self.say(f"compare: {', '.join(parts)}; {runs}; ranked by {self.word}")
+
+    # -- the comparison's watcher
+
+    def stage(self, name: str, jobs: int, done: int) -> None:
+        self.on_stage()
+        self.rows, self.total, self.ended = {}, jobs, done
+        self.steps = self.steps_known = self.jobs_known = 0
+        self.stage_began, self.stage_name = time.monotonic(), name
+        kept = f", {done} done before" if done else ""
+        self.say(f"\n{_STAGES[name]}" + (f"; {jobs} runs{kept}" if jobs else ""))
+
+    def job_started(self, job: Job, result: JobResult, steps: int) -> None:
+        self._row(job).running[job.name] = (0, steps, math.nan)
+        self.steps_known += steps
+        self.jobs_known += 1
+        if result.note:
+            self.say(f"{job.name} {result.note}")
+
+    def step_done(self, job: Job, step: int, steps: int, loss: float) -> None:
+        row = self._row(job)
+        self.steps += step - row.running[job.name][0]
+        row.running[job.name] = (step, steps, loss)
+
+    def epoch_done(self, job: Job, record: EpochRecord) -> None:
+        pass
+
+    def job_done(self, job: Job, result: JobResult) -> None:
+        row = self._row(job)
+        step, steps, _ = row.running.pop(job.name, (0, 0, math.nan))
+        self.steps_known -= steps - step
+        self.ended += 1
+        if result.status == "interrupted":
+            return
+        figure = (result.valid or (result.epochs[-1].valid if result.epochs else {})).get(self.metric, math.nan)
+        if result.status == "failed":
+            row.failed += 1
+            outcome = f"failed: {result.error}"
+        else:
+            row.done += 1
+            row.figures += [] if math.isnan(figure) else [figure]
+            stopped = f", stopped after epoch {len(result.epochs)}" if result.status == "stopped" else ""
+            outcome = f"{self.word} {_number(figure)}{stopped}" if not math.isnan(figure) else "done"
+        width = len(str(self.total))
+        self.say(f"[{self.ended:>{width}}/{self.total}] {job.name}: {outcome} ({result.seconds:.1f} s)")
+
+    def _row(self, job: Job) -> _Row:
+        return self.rows.setdefault(job.name.rsplit("--", 1)[0], _Row())
+
+    # -- the live table
+
+    def _left(self) -> str:
+        """Time left in this stage, from the steps so far."""
+        if not self.steps or not self.jobs_known:
+            return "-"
+        waiting = self.total - self.ended - sum(len(row.running) for row in self.rows.values())
+        expected = self.steps_known + waiting * self.steps_known / self.jobs_known
+        seconds = (time.monotonic() - self.stage_began) * max(0.0, expected - self.steps) / self.steps
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+    def _best(self) -> str:
+        means = {name: fmean(row.figures) for name, row in self.rows.items() if row.figures}
+        if not means:
+            return "-"
+        best = (min if self.metric == "loss" else max)(means, key=lambda name: means[name])
+        return f"{best} {_number(means[best])}"
+
+    def _table(self) -> Table:
+        running = sum(len(row.running) for row in self.rows.values())
+        waiting = max(0, self.total - self.ended - running)
+        title = f"{running} running · {waiting} waiting · {self.ended} done · best so far {self._best()} · "
+        table = Table(title=Text(title + f"{self._left()} left"), title_justify="left", box=None, pad_edge=False)
+        table.add_column("candidate", no_wrap=True)
+        for head in ("done", "running", "steps", "loss", self.word):
+            table.add_column(head, justify="right", no_wrap=True)
+        room = max(3, self.console.size.height - 6)
+        order = sorted(self.rows, key=lambda name: (not self.rows[name].running, name))
+        for name in order[:room]:
+            row = self.rows[name]
+            steps = " ".join(f"{100 * step // max(1, of)}%" for step, of, _ in list(row.running.values())[:4])
+            losses = [loss for _, _, loss in row.running.values() if not math.isnan(loss)]
+            table.add_row(
+                Text(name),
+                str(row.done) + (f" ({row.failed} failed)" if row.failed else ""),
+                str(len(row.running) or "-"),
+                steps or "-",
+                _number(fmean(losses)) if losses else "-",
+                _number(fmean(row.figures)) if row.figures else "-",
+            )
+        if len(order) > room:
+            table.add_row(Text(f"and {len(order) - room} more"), "", "", "", "", "")
+        return table
+
+    # -- the end
+
+    def summary(self, results: dict[str, Any], out: Path, report: str) -> None:
+        """The report's path, the ranking and the verdict."""
+        self.say(f"\nreport: {out / report}\n")
+        rows = []
+        for each in results["candidates"]:
+            if each["status"] != "done":
+                continue
+            low, high = each["interval"] or (None, None)
+            span = f" ({_number(low)} to {_number(high)})" if low is not None else ""
+            test = each["test"]["accuracy"] if each["test"] else None
+            rows.append(
+                [
+                    str(each["rank"] or "-"),
+                    each["name"],
+                    _number(each["mean"]) + span,
+                    "-" if test is None else f"{test:.1%}",
+                    f"{each['trainable_parameters']:,}",
+                    f"{(each['peak_memory_bytes'] or 0) / 2**20:,.0f}",
+                    f"{each['seconds']:.1f}",
+                ]
+            )
+        head = ["", "candidate", f"{self.word} (95% interval)", "test accuracy", "trained parameters", "MiB", "seconds"]
+        self.table(head, rows, right=range(2, len(head)))
+        for each in results["candidates"]:
+            if each["status"] != "done":
+                self.say(f"{each['name']} {each['status']}: {each['error'] or 'not all of its runs were done'}")
+        self.say("\n" + "\n".join(results["verdict"]["sentences"]))
+        kept = [each["adapter"] for each in results["candidates"] if each["adapter"]]
+        if kept:
+            self.say(f"\nadapters: {', '.join(str(out / adapter) for adapter in kept)}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.4f}"

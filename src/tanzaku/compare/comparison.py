@@ -1,0 +1,471 @@
+"""A comparison from its candidates to its results: search, measure, judge, and try the finalists on the test rows.
+
+Every job that ends is in the journal before anything is done with it, and what follows hangs on jobs' figures alone. So
+a comparison that is killed and begun again trains what is missing and ends where it would have ended.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import statistics as plain
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from tanzaku import store
+from tanzaku.compare.candidates import Candidate, Searched
+from tanzaku.compare.journal import Journal
+from tanzaku.compare.resamples import Resample, pooled, resamples
+from tanzaku.compare.search import Outcome, Search, rungs, survivors
+from tanzaku.compare.settings import CompareSettings, bytes_of, direction
+from tanzaku.compare.statistics import Design, Ranking, Run, Scored, rank
+from tanzaku.compare.verdict import sentences
+from tanzaku.files import finite
+from tanzaku.host import activate, detach
+from tanzaku.tasks.classification import Split
+from tanzaku.tasks.inference import logits_of
+from tanzaku.tasks.metrics import classification_metrics, confusion, wilson_interval
+from tanzaku.tasks.prepare import ClassificationData
+from tanzaku.train.loop import Pool, probabilities
+from tanzaku.train.results import EpochRecord, Job, JobResult, Observer
+from tanzaku.train.step import autocast
+
+ADAPTERS = "adapters"
+_SEARCH_SEED = 10_000  # added to the seed of trials: the runs that rank a candidate are none that it was chosen by
+
+
+class Interrupted(Exception):
+    """Ctrl-C; what was finished is in the journal."""
+
+
+class Watcher(Observer, Protocol):
+    """Told what happens, as a pool's observer is, and of the stages."""
+
+    def stage(self, name: str, jobs: int, done: int) -> None:
+        """A stage begins: `search`, `measure`, `final` or `test`, of so many jobs, of which some are done already."""
+
+
+@dataclass
+class Comparison:
+    """One comparison on one loaded model.
+
+    Args:
+        model: a classifier on its device; it is left as it was.
+        out: the run's directory. seed: of folds, draws and runs. meta: kept beside each adapter, for prediction.
+    """
+
+    model: PreTrainedModel
+    data: ClassificationData
+    candidates: Sequence[Candidate]
+    searched: Sequence[Searched]
+    settings: CompareSettings
+    seed: int
+    out: Path
+    journal: Journal
+    watcher: Watcher
+    meta: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.design = self.settings.design(self.data.valid is not None)
+        self.resamples = resamples(self.data, self.design, self.seed)
+        self.memory = bytes_of(self.settings.memory) if self.settings.memory else None
+        self.searches = [Search(each, self.journal.search, self.seed, self.settings) for each in self.searched]
+        self.measured: list[Candidate] = []
+        self.ranking: Ranking | None = None
+        self.finalists: list[str] = []
+        self.rows_per_step: int | None = None
+        self.tested: dict[str, Any] = {}
+
+    def run(self) -> None:
+        """All stages. What is in the journal is not done again.
+
+        Raises:
+            Interrupted: Ctrl-C.
+        """
+        while self._wave():
+            pass
+        self.measured = [*self.candidates]
+        for search in self.searches:
+            self.measured += [c for c in search.best(self.settings.keep) if c.name not in self._names()]
+        jobs = [self._measure(candidate, at) for at in self.resamples for candidate in self.measured]
+        self._train("measure", jobs)
+        self.judge()
+        self._finish()
+
+    def _names(self) -> set[str]:
+        return {candidate.name for candidate in self.measured}
+
+    # -- stages
+
+    def _wave(self) -> bool:
+        """The next wave of every search, on the first split; False where none has one."""
+        waves = [(search, trials) for search in self.searches if (trials := search.wave())]
+        if not waves:
+            return False
+        groups, jobs = [], []
+        for _search, trials in waves:
+            group = [_Job(_name(t.name, "search"), t.candidate, "search", self._trial_run()) for t in trials]
+            groups.append([each.name for each in group])
+            jobs += group
+        self._train("search", jobs, groups)
+        for (search, trials), names in zip(waves, groups, strict=True):
+            search.tell({t.name: self._outcome(name) for t, name in zip(trials, names, strict=True)})
+        return True
+
+    def _trial_run(self) -> Resample:
+        return replace(self.resamples[0], seed=self.seed + _SEARCH_SEED)
+
+    def _outcome(self, name: str) -> Outcome:
+        record = self.journal.jobs[name]
+        values = [_figure(epoch["valid"], self.settings.rank_by) for epoch in record["epochs"]]
+        value = None if record["valid"] is None else _figure(record["valid"], self.settings.rank_by)
+        return Outcome(record["status"], values, None if value is None or math.isnan(value) else value)
+
+    def _measure(self, candidate: Candidate, at: Resample) -> _Job:
+        # On one split, the run of the first seed gives the adapter; folds leave rows out, so their runs give none.
+        save = self.design.folds is None and at.seed == self.seed
+        return _Job(_name(candidate.name, at.name), candidate, "measure", at, save)
+
+    def judge(self) -> None:
+        """Rank the candidates all of whose runs are done, and choose the finalists."""
+        scored = [each for each in map(self._scored, self.measured) if each is not None]
+        self.ranking = rank(scored, self._statistics()) if scored else None
+        order = [standing.name for standing in self.ranking.candidates] if self.ranking else []
+        self.finalists = order[: self.settings.finalists]
+
+    def _finish(self) -> None:
+        """The finalists' adapters and predictions."""
+        by_name = {candidate.name: candidate for candidate in self.measured}
+        best = [by_name[name] for name in self.finalists]
+        if self.design.folds is not None:
+            self._train("final", [self._final(candidate) for candidate in best])
+        for candidate in best:
+            self._publish(candidate)
+        self.tested = self.journal.kept("tested") or {}
+        if self.tested.get("finalists") != self.finalists:
+            self.watcher.stage("test", 0, 0)
+            # Written once and read ever after: the test rows are looked at one time.
+            self.tested = {"finalists": self.finalists, **self._test(best)}
+            self.journal.keep_as("tested", self.tested)
+        shutil.rmtree(self.journal.folder / ADAPTERS, ignore_errors=True)
+
+    def _final(self, candidate: Candidate) -> _Job:
+        """A run on all rows, of as many epochs as the folds' runs lasted: no rows are left to stop it by."""
+        records = [self.journal.jobs[_name(candidate.name, at.name)] for at in self.resamples]
+        epochs = round(plain.median(r["restored_epoch"] or len(r["epochs"]) for r in records))
+        changes = {"epochs": max(1, epochs), "patience": None, "restore_best": False}
+        candidate = replace(candidate, settings=candidate.settings.model_copy(update=changes))
+        data = replace(self.data, train=pooled(self.data), valid=None, test=None)
+        return _Job(_name(candidate.name, "final"), candidate, "final", Resample(0, 0, self.seed, data), save=True)
+
+    def _publish(self, candidate: Candidate) -> None:
+        """Move a finalist's adapter out of the journal, under the candidate's own name."""
+        job = _name(candidate.name, self.resamples[0].name if self.design.folds is None else "final")
+        source, target = self.journal.folder / ADAPTERS / job, self.out / ADAPTERS / candidate.name
+        if source.is_dir():
+            target.parent.mkdir(exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            source.rename(target)
+
+    def _test(self, best: Sequence[Candidate]) -> dict[str, Any]:
+        """Predictions of the finalists' adapters: of the test rows, or else of the fixed split's validation rows."""
+        split = self.data.test or (self.data.valid if self.design.folds is None else None)
+        out: dict[str, Any] = {"predictions": {}, "figures": {}}
+        there = [c for c in best if (self.out / ADAPTERS / c.name).is_dir()]
+        if split is None:
+            return out
+        labels = torch.tensor([example.label for example in split.examples])
+        for precision in dict.fromkeys(c.settings.precision for c in there):
+            group = [c for c in there if c.settings.precision == precision]
+            for candidate in group:
+                store.load(self.model, self.out / ADAPTERS / candidate.name, candidate.name)
+            with autocast(self.model.device, precision):
+                found = logits_of(self.model, {c.name: split for c in group}, self.data.pad_token_id, 8)
+            activate(self.model, None)
+            for candidate in group:
+                detach(self.model, candidate.name)
+                logits = found[candidate.name]
+                out["predictions"][candidate.name] = probabilities(logits)
+                figures: dict[str, Any] = {"confusion": confusion(logits, labels, len(self.data.labels))}
+                if self.data.test is not None:
+                    right = int((logits.argmax(-1) == labels).sum())
+                    figures["test"] = classification_metrics(logits, labels)
+                    figures["test_interval"] = wilson_interval(right, len(labels))
+                out["figures"][candidate.name] = figures
+        return out
+
+    # -- training
+
+    def _train(self, stage: str, jobs: Sequence[_Job], groups: Sequence[Sequence[str]] = ()) -> None:
+        """Train what the journal has not, all at once. Of `groups`, those that lag stop at the rungs."""
+        missing = [job for job in jobs if job.name not in self.journal.jobs]
+        self.watcher.stage(stage, len(jobs), len(jobs) - len(missing))
+        if not missing:
+            return
+        keeper = _Keeper(self.journal, {job.name: job for job in jobs}, self.watcher)
+        with Pool(
+            self.model,
+            self.data,
+            out=self.journal.folder,
+            observer=keeper,
+            meta=self.meta,
+            rows_per_step=self.settings.rows_per_step,
+            memory=self.memory,
+            measure=True,
+        ) as pool:
+            self.rows_per_step = pool.rows_per_step
+            pool.add([job.job(self.settings.reduction) for job in missing])
+            while True:
+                pool.run()
+                if pool.interrupted:
+                    raise Interrupted
+                if not any(lane.waiting for lane in pool.lanes.values()):
+                    return
+                pool.proceed(self._lagging(pool, groups))
+
+    def _lagging(self, pool: Pool, groups: Sequence[Sequence[str]]) -> list[str]:
+        """Those of the waiting jobs that successive halving stops. A group is judged when all of it have come to the
+        rung; where memory lets only a part of it come, nobody is stopped."""
+        out: list[str] = []
+        for names in groups:
+            waiting = [name for name in names if name in pool.lanes and pool.lanes[name].waiting]
+            if not waiting or any(job.name in names for job in pool.queue):
+                continue
+            epoch = pool.lanes[waiting[0]].epoch
+            values = {}
+            for name in names:
+                epochs = self._epochs(pool, name)
+                if len(epochs) >= epoch:
+                    values[name] = _figure(epochs[epoch - 1], self.settings.rank_by)
+            on = survivors(values, self.settings.reduction, direction(self.settings.rank_by))
+            out += [name for name in waiting if name not in on]
+        return out
+
+    def _epochs(self, pool: Pool, name: str) -> list[Mapping[str, float]]:
+        """Validation figures by epoch, of a job under way or one that ended, in this sitting or before."""
+        if name in pool.results:
+            return [record.valid for record in pool.results[name].epochs]
+        return [epoch["valid"] for epoch in self.journal.jobs.get(name, {"epochs": []})["epochs"]]
+
+    # -- figures
+
+    def records(self, candidate: Candidate) -> list[dict[str, Any]]:
+        """The journal's records of a candidate's measured runs, in the order of the resamples, where they are."""
+        names = [_name(candidate.name, at.name) for at in self.resamples]
+        return [self.journal.jobs[name] for name in names if name in self.journal.jobs]
+
+    def _scored(self, candidate: Candidate) -> Scored | None:
+        records = self.records(candidate)
+        if len(records) < len(self.resamples) or any(record["status"] != "done" for record in records):
+            return None
+        split = self.design.folds is None
+        runs = [
+            Run(
+                at.repeat,
+                at.fold,
+                at.seed,
+                _figure(record["valid"] or {}, self.settings.rank_by),
+                _array(record["predictions"]) if split else None,
+            )
+            for at, record in zip(self.resamples, records, strict=True)
+        ]
+        return Scored(candidate.name, runs, records[0]["trainable_parameters"])
+
+    def _statistics(self) -> Design:
+        train = plain.fmean(len(at.data.train) for at in self.resamples)
+        valid = [at.data.valid for at in self.resamples if at.data.valid is not None]
+        labels = None
+        if self.design.folds is None:
+            labels = np.array([example.label for example in valid[0].examples])
+        kind: Any = "split" if self.design.folds is None else "folds"
+        return Design(kind, self.settings.rank_by, train, plain.fmean(map(len, valid)), labels)
+
+    def results(self) -> dict[str, Any]:
+        """The part of results.json that the comparison fills, as far as it has come; docs/results.md says what."""
+        design = self._statistics()
+        failed = self._failed()
+        names = [standing.name for standing in self.ranking.candidates] if self.ranking else []
+        order = [*names, *(c.name for c in self.measured or self.candidates if c.name not in names)]
+        by_name = {c.name: c for c in self.measured or self.candidates}
+        done = bool(self.measured)
+        return {
+            "design": {
+                "kind": design.kind,
+                "folds": self.design.folds,
+                "repeats": self.design.repeats,
+                "seeds": sorted({at.seed for at in self.resamples}),
+                "runs": len(self.resamples),
+                "metric": self.settings.rank_by,
+                "train_rows": design.train_rows,
+                "valid_rows": design.valid_rows,
+                "rows_per_step": self.rows_per_step or self.settings.rows_per_step,
+                "memory_limit_bytes": self.memory,
+            },
+            "candidates": [self._candidate(by_name[name]) for name in order],
+            "comparisons": [
+                {
+                    "a": pair.a,
+                    "b": pair.b,
+                    "difference": pair.difference,
+                    "interval": pair.interval,
+                    "p": pair.p,
+                    "p_adjusted": pair.p_adjusted,
+                }
+                for pair in (self.ranking.comparisons if self.ranking else ())
+            ],
+            "verdict": {
+                "sentences": sentences(self.ranking, design, failed) if done else [],
+                "best": self.ranking.best if self.ranking else None,
+                "tied": list(self.ranking.tied) if self.ranking else [],
+                "cheapest": self.ranking.cheapest if self.ranking else None,
+            },
+            "search": [self._searched(search) for search in self.searches],
+            "rows": self._rows(),
+            "jobs": [_job_json(record) for record in sorted(self.journal.jobs.values(), key=_place)],
+        }
+
+    def _failed(self) -> dict[str, str]:
+        out: dict[str, str] = {}
+        for candidate in self.measured:
+            for record in self.records(candidate):
+                if record["status"] == "failed":
+                    out.setdefault(candidate.name, str(record["error"]))
+        return out
+
+    def _candidate(self, candidate: Candidate) -> dict[str, Any]:
+        records = self.records(candidate)
+        first = records[0] if records else {}
+        failed = self._failed().get(candidate.name)
+        whole = len(records) == len(self.resamples) and failed is None
+        standings = {s.name: (place, s) for place, s in enumerate(self.ranking.candidates, 1)} if self.ranking else {}
+        place, standing = standings.get(candidate.name, (None, None))
+        adapter = self.out / ADAPTERS / candidate.name
+        tested = self.tested.get("figures", {}).get(candidate.name, {})
+        metrics = ("loss", "accuracy", "roc_auc", "macro_f1")
+        return {
+            "name": candidate.name,
+            "method": candidate.method.name,
+            "origin": candidate.origin,
+            "method_settings": first.get("method_settings", candidate.method.settings()),
+            "train_settings": candidate.settings.model_dump(),
+            "status": "done" if whole else "failed" if failed else "interrupted",
+            "error": failed,
+            "note": first.get("note"),
+            "trainable_parameters": first.get("trainable_parameters"),
+            "total_parameters": first.get("total_parameters"),
+            "scores": {m: [(record["valid"] or {}).get(m) for record in records] for m in metrics},
+            "mean": standing.mean if standing else None,
+            "interval": standing.interval if standing else None,
+            "rank": place,
+            "seconds": plain.fmean(record["seconds"] for record in records) if records else None,
+            "peak_memory_bytes": first.get("step_bytes") or None,
+            "finalist": candidate.name in self.finalists,
+            "adapter": f"{ADAPTERS}/{candidate.name}" if adapter.is_dir() else None,
+            "test": tested.get("test"),
+            "test_interval": tested.get("test_interval"),
+            "confusion": tested.get("confusion"),
+        }
+
+    def _searched(self, search: Search) -> dict[str, Any]:
+        chosen = {candidate.name for candidate in search.best(self.settings.keep)}
+        return {
+            "entry": search.searched.name,
+            "method": search.searched.method.name,
+            "space": {key: space.written() for key, space in search.searched.space.items()},
+            "trials": [
+                {
+                    "name": told.trial.name,
+                    "settings": {k: v for k, v in told.trial.candidate.drawn.items() if k != "learning_rate"},
+                    "learning_rate": told.trial.candidate.settings.learning_rate,
+                    "value": told.value,
+                    "status": told.status,
+                    "epochs": told.epochs,
+                    "kept": told.trial.candidate.name in chosen,
+                }
+                for told in search.told()
+            ],
+        }
+
+    def _rows(self) -> dict[str, Any] | None:
+        split: Split | None = self.data.test or (self.data.valid if self.design.folds is None else None)
+        if split is None or not self.tested.get("predictions"):
+            return None
+        return {
+            "split": "test" if split is self.data.test else "valid",
+            "texts": split.texts,
+            "labels": [example.label for example in split.examples],
+            "predictions": self.tested["predictions"],
+        }
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A job of a comparison: whose it is, at which stage, on which rows."""
+
+    name: str
+    candidate: Candidate
+    stage: str
+    at: Resample
+    save: bool = False
+
+    def job(self, reduction: int) -> Job:
+        settings = self.candidate.settings.model_copy(update={"seed": self.at.seed})
+        # A full copy of the model waiting at a rung would keep its memory, so what runs alone is never stopped.
+        halved = self.stage == "search" and self.candidate.method.shares_batch
+        stops = tuple(rungs(settings.epochs, reduction)) if halved else ()
+        return Job(self.name, self.candidate.method, settings, self.at.data, stops, self.save)
+
+
+class _Keeper:
+    """Listens to a pool on behalf of the journal, and passes on what it hears."""
+
+    def __init__(self, journal: Journal, jobs: Mapping[str, _Job], watcher: Watcher):
+        self.journal, self.jobs, self.watcher = journal, jobs, watcher
+
+    def job_started(self, job: Job, result: JobResult, steps: int) -> None:
+        self.watcher.job_started(job, result, steps)
+
+    def step_done(self, job: Job, step: int, steps: int, loss: float) -> None:
+        self.watcher.step_done(job, step, steps, loss)
+
+    def epoch_done(self, job: Job, record: EpochRecord) -> None:
+        self.watcher.epoch_done(job, record)
+
+    def job_done(self, job: Job, result: JobResult) -> None:
+        if result.status != "interrupted":
+            own = self.jobs[job.name]
+            about = {"candidate": own.candidate.name, "stage": own.stage}
+            at = {"repeat": own.at.repeat, "fold": own.at.fold, "seed": own.at.seed}
+            self.journal.keep(finite({**result.to_json(), **about, **at}))
+        self.watcher.job_done(job, result)
+
+
+def _name(candidate: str, what: str) -> str:
+    """A job's name: fit for an adapter and a file."""
+    return f"{candidate}--{what}"
+
+
+def _figure(valid: Mapping[str, float | None], metric: str) -> float:
+    value = valid.get(metric)
+    return math.nan if value is None else float(value)
+
+
+def _array(rows: list[list[float | None]]) -> np.ndarray[Any, np.dtype[Any]]:
+    return np.array([[math.nan if p is None else p for p in row] for row in rows], dtype=float)
+
+
+def _place(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Of a job among all, whenever it was trained."""
+    stage = ("search", "measure", "final").index(record["stage"])
+    return stage, record["candidate"], record["repeat"], record["fold"], record["seed"]
+
+
+def _job_json(record: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("name", "candidate", "stage", "repeat", "fold", "seed", "status", "error", "epochs", "best_epoch")
+    return {key: record[key] for key in (*keys, "steps", "seconds")}

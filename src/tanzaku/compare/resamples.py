@@ -1,0 +1,78 @@
+"""The runs that every candidate gets: on repeated stratified folds, or on one split by several seeds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from sklearn.model_selection import StratifiedKFold
+
+from tanzaku.compare.settings import Design
+from tanzaku.errors import TanzakuError
+from tanzaku.tasks.classification import Split
+from tanzaku.tasks.prepare import ClassificationData
+
+
+@dataclass(frozen=True)
+class Resample:
+    """Rows to train on and rows to be measured on, and the seed of the run. There are no test rows in it."""
+
+    repeat: int
+    fold: int
+    seed: int
+    data: ClassificationData
+
+    @property
+    def name(self) -> str:
+        return f"r{self.repeat}-f{self.fold}-s{self.seed}"
+
+
+def resamples(data: ClassificationData, design: Design, seed: int) -> list[Resample]:
+    """What `design` says, folds by repeats by seeds; every candidate gets the same.
+
+    Folds are cut from the training and validation rows together, each with the labels' shares of the whole.
+
+    Raises:
+        TanzakuError: a label has fewer rows than there are folds, or there is no validation split to measure on.
+    """
+    seeds = [seed + number for number in range(design.seeds)]
+    if design.folds is None:
+        if data.valid is None:
+            raise TanzakuError("there are no validation rows to compare on; give --valid, or --folds 5")
+        return [Resample(0, 0, each, replace(data, test=None)) for each in seeds]
+    rows = pooled(data)
+    labels = np.array([example.label for example in rows.examples])
+    few, number = min(Counter(labels.tolist()).items(), key=lambda item: item[1])
+    if number < design.folds:
+        raise TanzakuError(
+            f"label {data.labels.names[few]!r} has {number} rows, too few for {design.folds} folds; "
+            f"use --folds {max(2, number)} or fewer, or add rows"
+        )
+    out = []
+    for repeat in range(design.repeats):
+        cut = StratifiedKFold(design.folds, shuffle=True, random_state=seed + repeat)
+        for fold, (train, valid) in enumerate(cut.split(np.zeros(len(labels)), labels)):
+            part = replace(data, train=subset(rows, train, "train"), valid=subset(rows, valid, "valid"), test=None)
+            out += [Resample(repeat, fold, each, part) for each in seeds]
+    return out
+
+
+def pooled(data: ClassificationData) -> Split:
+    """The training and the validation rows as one split."""
+    if data.valid is None:
+        return data.train
+    first, second = data.train, data.valid
+    return Split(
+        "train",
+        first.examples + second.examples,
+        first.texts + second.texts,
+        first.truncated + second.truncated,
+        f"{first.source} and {second.source}",
+    )
+
+
+def subset(split: Split, rows: Sequence[int], name: str) -> Split:
+    """Some rows of a split, in its order."""
+    return Split(name, [split.examples[r] for r in rows], [split.texts[r] for r in rows], 0, split.source)

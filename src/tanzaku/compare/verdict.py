@@ -1,0 +1,133 @@
+"""What a ranking says, in plain words: a few short sentences, none of which claims more than the data support."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from tanzaku.compare.statistics import LEVEL, Comparison, Design, Interval, Ranking, Standing
+
+METRIC_WORDS = {"loss": "validation loss", "accuracy": "accuracy", "roc_auc": "ROC-AUC", "macro_f1": "macro F1"}
+MORE = "measure with --seeds 3 or --folds 5"
+SHOWN = 6  # names in one sentence
+
+
+def sentences(ranking: Ranking | None, design: Design, failed: Mapping[str, str] | None = None) -> list[str]:
+    """The verdict: which is best, who is tied with it, which of these is cheapest, who is worse, who has no figure.
+
+    Args:
+        ranking: of `statistics.rank` by this design; None where no candidate finished.
+        failed: candidates that are not in it, and why, in one line each.
+    """
+    metric, failures = METRIC_WORDS[design.metric], _failures(failed or {})
+    if ranking is None:
+        return ["No candidate finished, so there is no verdict.", *failures]
+    best, *others = ranking.candidates
+    if math.isnan(best.mean):
+        return [
+            f"No candidate has a figure, so there is no verdict: in a run of each, {metric} is no number.",
+            *failures,
+        ]
+    out = [_best(best, ranking.runs, metric, alone=not others)]
+    pairs = [pair for pair in ranking.comparisons if pair.a == best.name and not math.isnan(pair.difference)]
+    tied = [pair for pair in pairs if pair.b in ranking.tied]
+    worse = [pair for pair in pairs if pair.b not in ranking.tied]
+    only = len(ranking.comparisons) == 1
+    if all(pair.p is None for pair in pairs) and (pairs or ranking.runs == 1):
+        out.append(_too_few(ranking))
+    elif tied:
+        out += [_tied(tied, best.name, not worse, only), _visible(tied, design.metric), _cheapest(ranking)]
+    if worse:
+        out.append(_worse(worse, best.name, not tied, only))
+    if missing := [each.name for each in others if math.isnan(each.mean)]:
+        out.append(f"{_and(missing)} {_are(missing)} ranked last: in a run, {metric} was no number.")
+    return out + failures
+
+
+def _best(best: Standing, runs: int, metric: str, alone: bool) -> str:
+    metric = f"mean {metric}" if runs > 1 else metric
+    interval = f"95% interval {_range(best.interval)}, " if best.interval else ""
+    figure = f"{_number(best.mean)} ({interval}{runs} run{'s' if runs > 1 else ''})"
+    if alone:
+        return f"{best.name} is the only candidate: its {metric} is {figure}."
+    return f"{best.name} has the best {metric}, {figure}."
+
+
+def _too_few(ranking: Ranking) -> str:
+    runs = "Too few runs" if ranking.runs > 1 else "One run each" if len(ranking.candidates) > 1 else "One run"
+    hidden = " and not in the interval" if ranking.candidates[0].interval else ""
+    return f"{runs}: what training anew would change is not known{hidden}, so there is no verdict; {MORE}."
+
+
+def _tied(tied: Sequence[Comparison], best: str, everyone: bool, only: bool) -> str:
+    names = f"any of the other {len(tied)}" if everyone and len(tied) > 2 else _and(pair.b for pair in tied)
+    if len(tied) == 1 and tied[0].p_adjusted is not None:
+        return f"The data cannot tell {best} from {names} ({_p(tied[0].p_adjusted, only)})."
+    return f"The data cannot tell {best} from {names} (each adjusted p is at least {LEVEL})."
+
+
+def _visible(tied: Sequence[Comparison], metric: str) -> str:
+    """The difference that each of these pairs would have been told by: what this much data can see at all."""
+    least = max(pair.visible for pair in tied if pair.visible is not None)
+    if least >= 0.5 and metric != "loss":
+        return "With so few runs, hardly any difference would have shown; more seeds or folds would help."
+    return f"A difference of more than {_number(least)} would have shown."
+
+
+def _cheapest(ranking: Ranking) -> str:
+    parameters = next(each.trainable_parameters for each in ranking.candidates if each.name == ranking.cheapest)
+    also = ", the best, also" if ranking.cheapest == ranking.best else ""
+    return f"Of these, {ranking.cheapest}{also} is the cheapest: it trains {parameters:,} parameters."
+
+
+def _worse(worse: Sequence[Comparison], best: str, everyone: bool, only: bool) -> str:
+    sizes = [abs(pair.difference) for pair in worse]
+    if len(worse) > 1:
+        names = f"All {len(worse)} others" if everyone and len(worse) > 2 else _and(pair.b for pair in worse)
+        by = _range((min(sizes), max(sizes)))
+        return f"{names} are worse than {best}, by {by} (each adjusted p is below {LEVEL})."
+    (pair,) = worse
+    # A pair that is told apart has 0 outside of its interval.
+    interval = pair.interval and (min(map(abs, pair.interval)), max(map(abs, pair.interval)))
+    within = f"{_range(interval)}, " if interval else ""
+    p = _p(pair.p_adjusted or 0.0, only)
+    return f"{pair.b} is worse than {best} by {_number(sizes[0])} ({within}{p})."
+
+
+def _failures(failed: Mapping[str, str]) -> list[str]:
+    if not failed:
+        return []
+    if len(failed) > 2:
+        return [f"{_and(failed)} failed and are not ranked."]
+    whys = _and(f"{name} ({why.strip().rstrip('.')})" for name, why in failed.items())
+    return [f"{whys} failed and {_are(failed)} not ranked."]
+
+
+def _are(names: Sequence[str] | Mapping[str, str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
+def _and(names: Iterable[str]) -> str:
+    every = list(names)
+    if len(every) > SHOWN:
+        every = [*every[: SHOWN - 1], f"{len(every) - SHOWN + 1} more"]
+    return " and ".join(filter(None, [", ".join(every[:-1]), every[-1]]))
+
+
+def _range(interval: Interval) -> str:
+    return f"{_number(interval[0])} to {_number(interval[1])}"
+
+
+def _number(value: float) -> str:
+    """Three decimals, or two digits of what these would not show."""
+    small = 0 < abs(value) < 0.001
+    return f"{value:.{min(9, 1 - math.floor(math.log10(abs(value))))}f}" if small else f"{value:.3f}"
+
+
+def _p(value: float, only: bool) -> str:
+    """`only`: there is one pair, and nothing was adjusted."""
+    name = "p" if only else "adjusted p"
+    if value < 0.001:
+        return f"{name} below 0.001"
+    near = abs(value - LEVEL) < 0.0005  # three decimals would not show the side
+    return f"{name} {value:.{5 if near else 3}f}"

@@ -1,0 +1,266 @@
+"""`tanzaku compare` and `tanzaku demo`: what they write and say, and how they go on after being cut off."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from cli_kit import Tanzaku, assert_refused, results_of
+
+from tanzaku.cli import demo
+from tanzaku.cli.live import Live
+from tanzaku.methods import METHODS
+from tanzaku.train.loop import Pool
+
+WHOLE: dict[str, Any] = {}  # what the run that nobody cuts off ends with
+DATA = Path(demo.__file__).parents[1] / "data"
+ADJECTIVES, NOUNS = ("warm", "cold"), ("spring", "winter", "rain", "wind", "sea", "of", "the", "a")
+
+
+def rows(number: int, seed: int) -> str:
+    draw = random.Random(seed)
+    lines = []
+    for _ in range(number):
+        words = [draw.choice(ADJECTIVES), *(draw.choice(NOUNS) for _ in range(draw.randint(1, 5)))]
+        label = "mild" if words[0] == "warm" else "harsh"
+        lines.append(f"{' '.join(draw.sample(words, len(words)))}\t{label}\n")
+    return "text\tlabel\n" + "".join(lines)
+
+
+@pytest.fixture
+def plenty(work: Path) -> Path:
+    """`work` with rows enough for folds, and a recipe of every kind of entry."""
+    for seed, (name, number) in enumerate({"train": 24, "valid": 12, "test": 10}.items()):
+        (work / f"{name}.tsv").write_text(rows(number, seed), encoding="utf-8")
+    recipe = yaml.safe_load((work / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["methods"] = [
+        {"lora": {"r": {"grid": [1, 2]}}},
+        {"ia3": {}, "train": {"learning_rate": {"low": 1e-3, "high": 1e-1, "log": True}}},
+        "head",
+    ]
+    recipe["compare"] = {"trials": None, "wave": 3, "seeds": 2, "finalists": 2}
+    (work / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return work
+
+
+def told(out: Path) -> dict[str, Any]:
+    """What a comparison found, without what hangs on the clock or on the company that a job had."""
+    found = results_of(out)
+    keep = ("name", "status", "rank", "finalist", "adapter", "scores", "mean", "interval", "test")
+    return {
+        "candidates": [{key: each[key] for key in keep} for each in found["candidates"]],
+        "verdict": found["verdict"],
+        "trials": [(t["name"], t["status"], t["kept"]) for search in found["search"] for t in search["trials"]],
+        "jobs": sorted((job["name"], job["status"], len(job["epochs"])) for job in found["jobs"]),
+        "predictions": found["rows"]["predictions"],
+    }
+
+
+def assert_alike(found: Any, expected: Any) -> None:
+    """Equal, numbers to rounding."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert_alike(found[key], expected[key])
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for a, b in zip(found, expected, strict=True):
+            assert_alike(a, b)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, abs=1e-4)
+    else:
+        assert found == expected
+
+
+def test_a_comparison_of_every_kind_of_entry(plenty: Path, tanzaku: Tanzaku) -> None:
+    said = tanzaku("compare", "recipe.yaml", "--out", "run")
+    assert (said.code, said.err) == (0, "")
+    found = results_of(plenty / "run")
+    assert found["status"] == "done" and found["design"]["runs"] == 2
+    assert [c["rank"] for c in found["candidates"]] == [1, 2, 3, 4]
+    assert {c["origin"] for c in found["candidates"]} == {"grid", "search", "recipe"}
+    means = [c["mean"] for c in found["candidates"]]
+    assert means == sorted(means, reverse=True)
+    assert len(found["search"][0]["trials"]) == 16 and sum(t["kept"] for t in found["search"][0]["trials"]) == 1
+    assert {t["status"] for t in found["search"][0]["trials"]} == {"done", "stopped"}
+    assert len(found["comparisons"]) == 6
+    # The test rows are for the finalists alone, whose adapters are kept and work.
+    finalists = [c["name"] for c in found["candidates"] if c["finalist"]]
+    assert finalists == [c["name"] for c in found["candidates"][:2]]
+    assert [c["name"] for c in found["candidates"] if c["test"]] == finalists == [*found["rows"]["predictions"]]
+    assert sorted(path.name for path in (plenty / "run" / "adapters").iterdir()) == sorted(finalists)
+    for sentence in found["verdict"]["sentences"]:
+        assert sentence in said.out
+    assert said.out.startswith("report: run/report.html") and said.out.count("run/report.html") == 2
+    assert "<title>" in (plenty / "run" / "report.html").read_text(encoding="utf-8")
+    table = pq.read_table(plenty / "run" / "epochs.parquet")
+    assert table.num_rows == sum(len(job["epochs"]) for job in found["jobs"])
+    adapters = [f"run/adapters/{name}" for name in finalists]
+    lines = tanzaku("predict", "--adapters", *adapters, "--data", "test.tsv", "--out", "p.jsonl")
+    assert lines.code == 0
+    for row, line in enumerate((plenty / "p.jsonl").read_text(encoding="utf-8").splitlines()):
+        for name in finalists:
+            expected = found["rows"]["predictions"][name][row]
+            assert list(json.loads(line)["adapters"][name]["probabilities"].values()) == pytest.approx(
+                expected, abs=1e-4
+            )
+
+
+def test_folds(plenty: Path, tanzaku: Tanzaku) -> None:
+    """Every row is held out once a repeat; finalists are trained again on all rows."""
+    flags = ["--folds", "3", "--repeats", "2", "--finalists", "1", "--method", "lora", "--set", "lora.r=2"]
+    recipe = yaml.safe_load((plenty / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["compare"], recipe["methods"] = {}, ["lora", "head"]
+    (plenty / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    said = tanzaku("compare", "recipe.yaml", *flags, "--method", "head", "--out", "run")
+    assert (said.code, said.err) == (0, "")
+    found = results_of(plenty / "run")
+    design = found["design"]
+    assert (design["kind"], design["folds"], design["repeats"], design["runs"]) == ("folds", 3, 2, 6)
+    assert (design["train_rows"], design["valid_rows"]) == (24, 12)
+    stages = [(job["candidate"], job["stage"]) for job in found["jobs"]]
+    best = found["candidates"][0]["name"]
+    assert stages.count((best, "measure")) == 6 and stages.count((best, "final")) == 1
+    assert sum(stage == "final" for _, stage in stages) == 1
+    places = {(job["repeat"], job["fold"]) for job in found["jobs"] if job["stage"] == "measure"}
+    assert places == {(repeat, fold) for repeat in range(2) for fold in range(3)}
+
+
+def test_all_small_methods_by_default(work: Path, model_dir: Path, tanzaku: Tanzaku) -> None:
+    flags = ["--train", "train.tsv", "--epochs", "1", "--set", "llama_adapter.adapter_layers=1", "--folds", "2"]
+    assert tanzaku("compare", "--model", model_dir, *flags, "--out", "run").code == 0
+    found = results_of(work / "run")
+    assert {c["name"] for c in found["candidates"]} == set(METHODS) - {"full"}
+    assert {c["status"] for c in found["candidates"]} == {"done"}
+
+
+def test_one_run_each_gives_no_verdict(work: Path, tanzaku: Tanzaku) -> None:
+    said = tanzaku("compare", "recipe.yaml", "--method", "lora", "--method", "head", "--seeds", "1", "--out", "run")
+    assert said.code == 0 and "One run each" in said.out
+    assert results_of(work / "run")["comparisons"][0]["p"] is None
+
+
+def test_a_memory_limit(work: Path, tanzaku: Tanzaku) -> None:
+    flags = ["--method", "lora", "--method", "head", "--seeds", "1", "--out", "run"]
+    assert_refused(tanzaku("compare", "recipe.yaml", *flags, "--memory", "1MB"), "memory limit", "allow more")
+    assert_refused(tanzaku("compare", "recipe.yaml", *flags, "--memory", "8 apples"), "8 apples", "8GB")
+    assert tanzaku("compare", "recipe.yaml", *flags, "--memory", "64GB", "--overwrite").code == 0
+    assert results_of(work / "run")["design"]["memory_limit_bytes"] == 64 * 10**9
+
+
+def test_bad_designs_are_refused_before_the_model_is_loaded(work: Path, tanzaku: Tanzaku) -> None:
+    assert_refused(tanzaku("compare", "recipe.yaml", "--folds", "1"), "--folds", "2")
+    assert_refused(tanzaku("compare", "recipe.yaml", "--repeats", "2"), "folds")
+    assert_refused(tanzaku("compare", "recipe.yaml", "--folds", "9"), "too few for 9 folds", "--folds 6")
+
+
+def test_demo(work: Path, model_dir: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The demo's own recipe, cut to a few rows and moved to the tiny model.
+    package = work / "package" / "data"
+    shutil.copytree(DATA / "poems", package / "poems")
+    for file in (package / "poems").glob("*.tsv"):
+        file.write_text("".join(file.read_text(encoding="utf-8").splitlines(True)[:25]), encoding="utf-8")
+    content = yaml.safe_load((DATA / "demo.yaml").read_text(encoding="utf-8")) | {"model": str(model_dir)}
+    (package / "demo.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    monkeypatch.setattr(demo.resources, "files", lambda _: package.parent)
+    said = tanzaku("demo", "--epochs", "1", "--methods", "lora,head", "--methods", "full")
+    assert (said.code, said.err) == (0, "")
+    assert said.out.startswith("report: runs/demo/report.html")
+    assert {c["name"] for c in results_of(work / "runs" / "demo")["candidates"]} == {"lora", "head", "full"}
+    assert tanzaku("demo", "--epochs", "1", "--methods", "head").code == 0  # its own results are replaced
+    assert [path.name for path in (work / "runs" / "demo" / "adapters").iterdir()] == ["head"]
+    assert tanzaku("demo", "--resume").code == 0
+    assert_refused(tanzaku("demo", "--epochs", "0"), "--epochs is '0'")
+
+
+# -- stopping and going on
+
+
+def test_one_failed_candidate_does_not_stop_the_others(work: Path, tanzaku: Tanzaku) -> None:
+    recipe = yaml.safe_load((work / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["methods"] = [{"lora": {}, "name": "wild", "train": {"learning_rate": 1e30, "epochs": 3}}, "head"]
+    (work / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    said = tanzaku("compare", "recipe.yaml", "--out", "run", "--seeds", "2")
+    assert said.code == 1
+    assert said.err.count("\n") == 1 and "1 of 2 candidates failed; candidate 'wild' failed" in said.err
+    found = {c["name"]: c for c in results_of(work / "run")["candidates"]}
+    assert (found["wild"]["status"], found["head"]["status"]) == ("failed", "done")
+    assert (found["wild"]["rank"], found["head"]["rank"]) == (None, 1)
+    assert_refused(tanzaku("train", "recipe.yaml", "--method", "wild", "--out", "other"), "'wild' failed")
+
+
+def test_ctrl_c_says_how_to_go_on(plenty: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
+    tanzaku("compare", "recipe.yaml", "--out", "whole")
+    job_done = Live.job_done
+
+    def stop_at_sixth(self: Live, *args: Any) -> None:
+        job_done(self, *args)
+        if self.ended == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Live, "job_done", stop_at_sixth)
+        said = tanzaku("compare", "recipe.yaml", "--out", "run")
+    assert said.code == 130 and "go on with tanzaku compare --resume --out run" in said.err
+    assert results_of(plenty / "run")["status"] == "interrupted"
+    done = len(list((plenty / "run" / "state" / "jobs").iterdir()))
+    assert 0 < done < len(results_of(plenty / "whole")["jobs"])
+    assert tanzaku("compare", "--resume", "--out", "run").code == 0
+    assert_alike(told(plenty / "run"), told(plenty / "whole"))
+
+
+def test_resuming_the_wrong_thing(plenty: Path, tanzaku: Tanzaku) -> None:
+    assert_refused(tanzaku("compare", "--resume"), "no comparison in runs", "--out")
+    assert_refused(tanzaku("compare", "--resume", "--out", "nowhere"), "nowhere holds no comparison")
+    assert tanzaku("compare", "recipe.yaml", "--out", "run").code == 0
+    assert_refused(tanzaku("compare", "--resume", "--out", "run", "--epochs", "3"), "leave --epochs out")
+    assert_refused(
+        tanzaku("compare", "recipe.yaml", "--resume", "--out", "run", "--epochs", "3"), "another train.epochs"
+    )
+    before = results_of(plenty / "run")
+    assert tanzaku("compare", "recipe.yaml", "--resume", "--out", "run").code == 0  # nothing is left to do
+    assert results_of(plenty / "run")["jobs"] == before["jobs"]
+    (plenty / "valid.tsv").write_text(rows(12, 9), encoding="utf-8")
+    assert_refused(tanzaku("compare", "--resume", "--out", "run"), "rows have changed")
+
+
+def test_finished_jobs_are_not_trained_again(plenty: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tanzaku("compare", "recipe.yaml", "--out", "run").code == 0
+    gone = sorted((plenty / "run" / "state" / "jobs").glob("lora-r2--*.json"))[0]
+    gone.unlink()
+    (plenty / "run" / "state" / "tested.json").unlink()
+    begun: list[str] = []
+    add = Pool.add
+    monkeypatch.setattr(Pool, "add", lambda self, jobs: (begun.extend(job.name for job in jobs), add(self, jobs))[1])
+    assert tanzaku("compare", "--resume", "--out", "run").code == 0
+    assert begun == [gone.stem]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [1, 5, 9, 17, 20])
+def test_kill_9(plenty: Path, tanzaku: Tanzaku, moment: int) -> None:
+    """Killed when so many jobs are in the journal, in the search or while measuring, it ends as if it had not been."""
+    command = [sys.executable, "-m", "tanzaku", "compare", "recipe.yaml", "--rows-per-step", "4", "--out"]
+    if not WHOLE:
+        assert tanzaku("compare", "recipe.yaml", "--rows-per-step", "4", "--out", "whole").code == 0
+        WHOLE.update(told(plenty / "whole"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen([*command, "run"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    jobs = plenty / "run" / "state" / "jobs"
+    while running.poll() is None and (not jobs.is_dir() or len(list(jobs.glob("*.json"))) < moment):
+        time.sleep(0.001)
+    running.send_signal(signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    assert tanzaku("compare", "--resume", "--out", "run").code == 0
+    assert_alike(told(plenty / "run"), WHOLE)

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tanzaku.compare.statistics import Comparison, Design, Ranking, Run, Scored, Standing, rank
+from tanzaku.compare.verdict import sentences
+
+FOLDS = Design("folds", "roc_auc", train_rows=400, valid_rows=100)
+NOISE = np.array([0.02, -0.02, 0.01, -0.01, 0.0])
+
+
+def folded(name: str, values: Sequence[float], parameters: int = 24_000) -> Scored:
+    return Scored(name, [Run(0, fold, 0, float(value)) for fold, value in enumerate(values)], parameters)
+
+
+def seeded(name: str, right: Sequence[int], parameters: int = 24_000) -> Scored:
+    """A run for each seed, right in that many of 100 rows."""
+    labels = np.arange(100) % 2
+    runs = []
+    for seed, count in enumerate(right):
+        guess = np.where(np.arange(100) < count, labels, 1 - labels)
+        runs.append(Run(0, 0, seed, count / 100, np.eye(2)[guess] * 0.8 + 0.1))
+    return Scored(name, runs, parameters)
+
+
+SPLIT = Design("split", "accuracy", train_rows=300, valid_rows=100, labels=np.arange(100) % 2)
+
+
+def verdict(scored: Sequence[Scored], design: Design = FOLDS, failed: dict[str, str] | None = None) -> list[str]:
+    return sentences(rank(scored, design), design, failed)
+
+
+LORA = folded("lora", 0.9 + NOISE, 1_500_000)
+IA3 = folded("ia3", 0.89 - NOISE, 24_000)
+ADALORA = folded("adalora", 0.88 + NOISE[::-1], 900_000)
+HEAD = folded("head", 0.55 + NOISE[::-1], 3)
+FULL = folded("full", 0.5 - NOISE, 5)
+BEST = "lora has the best mean ROC-AUC, 0.900 (95% interval 0.871 to 0.929, 5 runs)."
+# 0.02, -0.02, 0.01, -0.01, 0: variance 0.00025; (1/5 + 100/400) of it is a standard error of 0.010607, by 2.776 0.0294.
+
+
+def once(each: Scored) -> Scored:
+    return replace(each, runs=each.runs[:1])
+
+
+def test_tied_cheapest_and_worse() -> None:
+    assert verdict([LORA, IA3, ADALORA, FULL]) == [
+        BEST,
+        "The data cannot tell lora from ia3 and adalora (each adjusted p is at least 0.05).",
+        "A difference of more than 0.103 would have shown.",
+        "Of these, ia3 is the cheapest: it trains 24,000 parameters.",
+        "full is worse than lora by 0.400 (0.341 to 0.459, adjusted p below 0.001).",
+    ]
+
+
+def test_two_that_are_tied() -> None:
+    assert verdict([replace(LORA, trainable_parameters=10), IA3]) == [
+        BEST,
+        "The data cannot tell lora from ia3 (p 0.662).",
+        "A difference of more than 0.059 would have shown.",
+        "Of these, lora, the best, also is the cheapest: it trains 10 parameters.",
+    ]
+
+
+def test_everyone_is_tied() -> None:
+    scored = [folded(f"m{i}", 0.9 - i / 1000 + NOISE * (-1) ** i) for i in range(12)]
+    assert verdict(scored)[1] == "The data cannot tell m0 from any of the other 11 (each adjusted p is at least 0.05)."
+    assert verdict(scored[:3])[1] == "The data cannot tell m0 from m1 and m2 (each adjusted p is at least 0.05)."
+    assert verdict([*scored[:8], FULL])[1].startswith("The data cannot tell m0 from m1, m2, m3, m4, m5 and 2 more (")
+
+
+def test_one_stands_alone() -> None:
+    assert verdict([LORA, FULL]) == [BEST, "full is worse than lora by 0.400 (0.341 to 0.459, p below 0.001)."]
+    assert verdict([LORA, FULL, HEAD]) == [
+        BEST,
+        "head and full are worse than lora, by 0.350 to 0.400 (each adjusted p is below 0.05).",
+    ]
+    third = folded("none", 0.45 + NOISE)
+    assert verdict([LORA, FULL, HEAD, third])[1].startswith("All 3 others are worse than lora, by 0.350 to 0.450 (")
+
+
+def test_less_loss_is_better_in_words_too() -> None:
+    design = replace(FOLDS, metric="loss")
+    loss = [folded("lora", 0.4 + NOISE / 1000), folded("ia3", 0.4003 - NOISE / 1000)]
+    assert verdict(loss, design) == [
+        "lora has the best mean validation loss, 0.400 (95% interval 0.393 to 0.407, 5 runs).",
+        "ia3 is worse than lora by 0.00030 (0.00024 to 0.00036, p below 0.001).",
+    ]
+
+
+def test_one_run_each_is_no_verdict() -> None:
+    assert verdict([once(LORA), once(FULL)]) == [
+        "lora has the best ROC-AUC, 0.920 (1 run).",
+        "One run each: what training anew would change is not known, so there is no verdict; "
+        "measure with --seeds 3 or --folds 5.",
+    ]
+    assert verdict([seeded("lora", [90]), seeded("full", [40])], SPLIT) == [
+        "lora has the best accuracy, 0.900 (95% interval 0.841 to 0.959, 1 run).",
+        "One run each: what training anew would change is not known and not in the interval, so there is no verdict; "
+        "measure with --seeds 3 or --folds 5.",
+    ]
+    one_fold = [Scored(name, [Run(0, 0, seed, 0.5) for seed in range(2)], 1) for name in "ab"]
+    assert verdict(one_fold)[1].startswith("Too few runs: ")
+
+
+def test_one_candidate() -> None:
+    figure = "lora is the only candidate: its mean ROC-AUC is 0.900 (95% interval 0.871 to 0.929, 5 runs)."
+    assert verdict([LORA]) == [figure]
+    assert verdict([LORA], failed={"ia3": "out of memory."}) == [
+        figure,
+        "ia3 (out of memory) failed and is not ranked.",
+    ]
+    first, second = verdict([seeded("lora", [90])], SPLIT)
+    assert first == "lora is the only candidate: its accuracy is 0.900 (95% interval 0.841 to 0.959, 1 run)."
+    assert second.startswith("One run: what training anew would change is not known and not in the interval, ")
+
+
+def test_seeds_that_differ_much_hide_every_difference() -> None:
+    assert verdict([seeded("a", [90, 88]), seeded("b", [80, 40])], SPLIT)[2] == (
+        "With so few runs, hardly any difference would have shown; more seeds or folds would help."
+    )
+
+
+def test_failures() -> None:
+    assert verdict([LORA, FULL], failed={"p": "x", "q": "y"})[-1] == "p (x) and q (y) failed and are not ranked."
+    assert verdict([LORA, FULL], failed=dict.fromkeys("pqr", "x"))[-1] == "p, q and r failed and are not ranked."
+    assert sentences(None, FOLDS, {"lora": "out of memory"}) == [
+        "No candidate finished, so there is no verdict.",
+        "lora (out of memory) failed and is not ranked.",
+    ]
+
+
+def test_no_number() -> None:
+    lost, gone = (folded(name, [math.nan] * 5) for name in ("lost", "gone"))
+    assert verdict([LORA, FULL, lost])[-1] == "lost is ranked last: in a run, ROC-AUC was no number."
+    assert verdict([LORA, lost, gone]) == [BEST, "gone and lost are ranked last: in a run, ROC-AUC was no number."]
+    assert verdict([lost, gone]) == [
+        "No candidate has a figure, so there is no verdict: in a run of each, ROC-AUC is no number."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("p", "words"), [(0.0004, "p below 0.001"), (0.0123, "p 0.012"), (0.04999, "p 0.04999"), (0.05, "p 0.05000")]
+)
+def test_p_shows_its_side_of_the_level(p: float, words: str) -> None:
+    pair = Comparison("a", "b", 0.1, (0.01, 0.19), p, p, 0.1)
+    standings = tuple(Standing(name, mean, None, 7) for name, mean in (("a", 0.9), ("b", 0.8)))
+    tied = ("a",) if pair.told else ("a", "b")
+    text = " ".join(sentences(Ranking(standings, (pair,), "a", tied, "a", 5), FOLDS))
+    assert f"{words})" in text
+    assert ("b is worse than a" in text) == pair.told == ("cannot tell" not in text)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_candidate_is_spoken_of_once(seed: int) -> None:
+    """As tied, worse, ranked last or failed, in a handful of short sentences."""
+    rng = np.random.default_rng(seed)
+    names = ["one", "two", "three", "four", "five"]
+    scored = [folded(name, rng.uniform(0.3, 0.9) + rng.normal(size=5) / 50) for name in names]
+    ranking = rank([*scored, folded("six", [math.nan] * 5)], FOLDS)
+    found = sentences(ranking, FOLDS, {"seven": "out of memory"})
+    assert 2 <= len(found) <= 7
+    assert all(len(sentence) < 160 and sentence.endswith(".") for sentence in found)
+    everyone = "any of the other" in found[1] or any(sentence.startswith("All ") for sentence in found)
+    for name in ["six", "seven", *([] if everyone else set(names) - {ranking.best})]:
+        about = [s for s in found if re.search(rf"\b{name}\b", s) and not s.startswith("Of these")]
+        assert len(about) == 1, name
