@@ -116,10 +116,11 @@ def tanzaku_stepper(model: PreTrainedModel, method: str) -> Stepper:
     return Stepper(forward, [p for _, p in adapter.trained()], lambda n: settings.after_step(adapter, n))
 
 
-def peft_stepper(model: PreTrainedModel, method: str) -> Stepper:
+def peft_stepper(model: PreTrainedModel, method: str, config: Any = None) -> Stepper:
+    """`config` stands in for the method's settings above."""
     import peft
 
-    config = theirs(method)
+    config = config or theirs(method)
     after: Callable[[int], None] = lambda n: None  # noqa: E731
     if config is None:
         for name, parameter in model.named_parameters():

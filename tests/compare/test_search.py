@@ -283,6 +283,23 @@ def test_files_that_are_no_search(tmp_path: Path) -> None:
         opened(tmp_path / "text" / "s.db")
 
 
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optuna.storages._rdb.storage.time.sleep", lambda _: None)  # it tries again for seconds
+    finished(opened(tmp_path / "s.db", entry(trials=3)))
+    before = opened(tmp_path / "s.db").told()
+
+    def small(connection: Any, _: Any) -> None:
+        connection.execute("PRAGMA max_page_count=1")  # as many as it has
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "connect", small)
+    try:
+        with pytest.raises(TanzakuError, match=r"cannot write .*s.db: .*disk is full"):
+            finished(opened(tmp_path / "s.db", entry(trials=10**4), wave=3))
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "connect", small)
+    assert opened(tmp_path / "s.db").told()[:3] == before
+
+
 def test_a_path_may_have_any_characters(tmp_path: Path) -> None:
     path = tmp_path / "100% {sure}? #短冊" / "s.db"
     finished(opened(path))

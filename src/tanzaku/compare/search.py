@@ -11,7 +11,8 @@ import hashlib
 import json
 import math
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,22 +82,25 @@ class Search:
         self.total = int(min(searched.trials, points))
         self._finite = math.isfinite(points)
         self._sign = -1 if direction(settings.rank_by) == "minimize" else 1
-        self._storage = _storage(storage)
-        self._study = _study(direction(settings.rank_by), storage=self._storage, study_name=searched.name)
-        self._check_same(storage)
+        self._path = storage
+        with _opening(storage):
+            self._storage = _storage(storage)
+            self._study = _study(direction(settings.rank_by), storage=self._storage, study_name=searched.name)
+        self._check_same()
 
     def wave(self) -> list[Trial]:
         """The trials to run now, [] once all are told. Until they are told they stay the same, after a kill too."""
-        for trial in self._study.get_trials(deepcopy=False):
-            if not trial.state.is_finished() and _SLOT not in trial.user_attrs:  # a kill came before its slot
-                self._study.tell(trial.number, state=TrialState.FAIL)
         asked = self._asked()
         told = sum(trial.state.is_finished() for trial in asked)
         if told >= self.total:
             return []
         first = told // self.settings.wave * self.settings.wave
-        for slot in range(len(asked), min(first + self.settings.wave, self.total)):
-            self._ask(slot)
+        with _writing(self._path):
+            for trial in self._study.get_trials(deepcopy=False):
+                if not trial.state.is_finished() and _SLOT not in trial.user_attrs:  # a kill came before its slot
+                    self._study.tell(trial.number, state=TrialState.FAIL)
+            for slot in range(len(asked), min(first + self.settings.wave, self.total)):
+                self._ask(slot)
         return [self._trial(frozen) for frozen in self._asked()[first:]]
 
     def tell(self, outcomes: Mapping[str, Outcome]) -> None:
@@ -105,9 +109,10 @@ class Search:
         missing = [name for name, frozen in asked.items() if name not in outcomes and not frozen.state.is_finished()]
         if missing or not outcomes.keys() <= asked.keys():
             raise ValueError(f"told of {sorted(outcomes)}, expected the whole wave: {sorted(asked)}, {missing} missing")
-        for name, frozen in asked.items():
-            if not frozen.state.is_finished():
-                self._tell(frozen, outcomes[name])
+        with _writing(self._path):
+            for name, frozen in asked.items():
+                if not frozen.state.is_finished():
+                    self._tell(frozen, outcomes[name])
 
     def told(self) -> list[Told]:
         """Every trial that has ended, in the order of slots."""
@@ -188,7 +193,7 @@ class Search:
         name = f"{self.searched.name}-s{slot + 1:02}-{slug(drawn, digits=2)}"
         return Trial(name, slot, self.searched.candidate(drawn, name))
 
-    def _check_same(self, storage: Path | None) -> None:
+    def _check_same(self) -> None:
         """Note what the draws rest on, or compare it with what an earlier sitting noted."""
         searched = self.searched
         about = {
@@ -203,11 +208,12 @@ class Search:
         about = json.loads(json.dumps(about, default=str))
         before = self._study.user_attrs.get(_ABOUT)
         if before is None:
-            self._study.set_user_attr(_ABOUT, about)
+            with _writing(self._path):
+                self._study.set_user_attr(_ABOUT, about)
         elif before != about:
             other = next(key for key in about if before.get(key) != about[key])
             raise TanzakuError(
-                f"{storage} holds a search of {searched.name!r} with another {other}: found {before.get(other)}, "
+                f"{self._path} holds a search of {searched.name!r} with another {other}: found {before.get(other)}, "
                 f"expected {about[other]}; go on with the recipe it was begun with, or choose another --out"
             )
 
@@ -312,12 +318,33 @@ def _study(direction: Direction, **options: Any) -> optuna.Study:
 def _storage(path: Path | None) -> optuna.storages.BaseStorage:
     if path is None:
         return optuna.storages.InMemoryStorage()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not by a URL: a path may have characters that mean something in one.
+    return optuna.storages.RDBStorage("sqlite://", {"creator": partial(sqlite3.connect, path)})
+
+
+@contextmanager
+def _opening(path: Path | None) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Not by a URL: a path may have characters that mean something in one.
-        return optuna.storages.RDBStorage("sqlite://", {"creator": partial(sqlite3.connect, path)})
+        yield
     except OSError as error:
         raise TanzakuError(f"cannot write {path}: {error.strerror or error}; choose another --out") from None
     except Exception as error:  # SQLAlchemy's, sqlite's or optuna's own, all of them about the file
-        reason = str(error).strip().splitlines()[0]
-        raise TanzakuError(f"{path} is no search to go on with: {reason}; remove it, or choose another --out") from None
+        raise TanzakuError(
+            f"{path} is no search to go on with: {_reason(error)}; remove it, or choose another --out"
+        ) from error
+
+
+@contextmanager
+def _writing(path: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except optuna.exceptions.StorageInternalError as error:
+        raise TanzakuError(
+            f"cannot write {path}: {_reason(error)}; what it holds already can be gone on with"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Its own words and no SQL: optuna's say only that something went wrong below."""
+    return str(error.__cause__ or error).strip().splitlines()[0]

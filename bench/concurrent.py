@@ -1,0 +1,206 @@
+"""Training many candidates: all at once in Tanzaku, one after another with HF PEFT, on the same rows of the same model.
+
+Both libraries take a batch of one row a step. HF PEFT is driven by a bare loop, which costs it less than Trainer would.
+Loading the model and attaching adapters do not count. Rounds alternate between the two in one process.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+import tanzaku as tz
+from bench.subjects import METHODS, ours, peft_stepper, theirs
+from tanzaku.families import Base
+from tanzaku.tasks.classification import Example, Labels, Split
+from tanzaku.tasks.prepare import ClassificationData
+from tanzaku.train.loop import train_jobs
+from tanzaku.train.memory import LiveBytes
+from tanzaku.train.results import Job
+from tanzaku.train.settings import TrainSettings
+
+BOOK = [name for name in METHODS if name not in ("full", "head")]
+SETTINGS = TrainSettings(epochs=1, batch_size=1, learning_rate=1e-4)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One candidate as each library has it."""
+
+    name: str
+    ours: Callable[[], tz.Method]
+    theirs: Callable[[], Any]
+
+
+def book() -> list[Candidate]:
+    """The book's seven methods with its settings."""
+    return [Candidate(name, lambda n=name: ours(n), lambda n=name: theirs(n)) for name in BOOK]  # type: ignore[misc]
+
+
+def loras(number: int, r: int = 8) -> list[Candidate]:
+    """So many LoRA candidates of one rank."""
+    import peft
+
+    return [
+        Candidate(f"lora-{i}", lambda: tz.LoRA(r=r), lambda: peft.LoraConfig(r=r, task_type="SEQ_CLS"))
+        for i in range(number)
+    ]
+
+
+def poems(number: int) -> ClassificationData:
+    """The first training poems, as the embedded model reads them."""
+    from importlib import resources
+
+    from tanzaku.models import load_tokenizer
+    from tanzaku.recipe import DataSettings
+    from tanzaku.tasks.prepare import prepare_classification
+
+    folder = resources.files("tanzaku") / "data" / "poems"
+    data = prepare_classification(
+        DataSettings(train=str(folder / "train.tsv"), text="poem"), load_tokenizer("embedded"), 200
+    )
+    split = Split("train", data.train.examples[:number], data.train.texts[:number], 0, "")
+    return ClassificationData(split, None, None, data.labels, data.pad_token_id)
+
+
+def equal_rows(number: int, tokens: int, vocabulary: int) -> ClassificationData:
+    """Random rows of one length."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, vocabulary, (number, tokens), generator=generator).tolist()
+    examples = [Example(row, None, at % 2) for at, row in enumerate(ids)]
+    return ClassificationData(Split("train", examples, [""] * number, 0, ""), None, None, Labels(("a", "b")), 0)
+
+
+def peft_seconds(model: PreTrainedModel, candidate: Candidate, data: ClassificationData) -> float:
+    """HF PEFT over all rows, one a step."""
+    # PEFT knows LLaMA-Adapter for Llama alone: there a random Llama of the embedded model's size stands in.
+    fits = candidate.name != "llama_adapter" or model.config.model_type == "llama"
+    stepper = peft_stepper(copy.deepcopy(model) if fits else llama_like(model), candidate.name, candidate.theirs())
+    batches = [
+        {
+            "input_ids": torch.tensor([e.input_ids], device=model.device),
+            "attention_mask": torch.ones(1, len(e.input_ids), dtype=torch.long, device=model.device),
+            "labels": torch.tensor([e.label], device=model.device),
+        }
+        for e in data.train.examples
+    ]
+    stepper.step(batches[0])
+    wait(model)
+    began = time.perf_counter()
+    for batch in batches:
+        stepper.step(batch)
+    wait(model)
+    return time.perf_counter() - began
+
+
+def tanzaku_seconds(model: PreTrainedModel, candidates: Sequence[Candidate], data: ClassificationData) -> float:
+    """Tanzaku over all rows, a row of every candidate in each step."""
+    warm = Split("train", data.train.examples[:1], [""], 0, "")
+    run(model, candidates, ClassificationData(warm, None, None, data.labels, data.pad_token_id))
+    wait(model)
+    began = time.perf_counter()
+    run(model, candidates, data)
+    wait(model)
+    return time.perf_counter() - began
+
+
+def run(model: PreTrainedModel, candidates: Sequence[Candidate], data: ClassificationData) -> None:
+    """Train the candidates together."""
+    jobs = [Job(c.name, c.ours(), SETTINGS.model_copy(update={"seed": i})) for i, c in enumerate(candidates)]
+    results = train_jobs(model, data, jobs, rows_per_step=len(jobs))
+    if failed := [f"{r.name}: {r.error}" for r in results if r.status != "done"]:
+        raise RuntimeError("; ".join(failed))
+
+
+def wait(model: PreTrainedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def llama_like(model: PreTrainedModel) -> PreTrainedModel:
+    """A random Llama of the embedded model's width and depth."""
+    from bench.subjects import model_for
+
+    return model_for("llama_adapter").to(model.device)
+
+
+def race(
+    model: PreTrainedModel, candidates: Sequence[Candidate], data: ClassificationData, rounds: int = 3
+) -> tuple[float, float]:
+    """(HF PEFT's seconds, one candidate after another; Tanzaku's, all at once): medians of rounds in turns."""
+    warnings.filterwarnings("ignore")
+    theirs_, ours_ = [], []
+    for _ in range(rounds):
+        theirs_.append(sum(peft_seconds(model, c, data) for c in candidates))
+        ours_.append(tanzaku_seconds(model, candidates, data))
+    return sorted(theirs_)[rounds // 2], sorted(ours_)[rounds // 2]
+
+
+def peak_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of large square matrix products on this machine: the best of several."""
+    a = torch.randn(2048, 2048, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(10):
+        began = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * 2048**3 / best
+
+
+def flops(model: PreTrainedModel, candidates: int, data: ClassificationData) -> float:
+    """Of the products with frozen weights that the runs cannot do without: forward and backward of every own token."""
+    inner = [m for m in Base.of(model).backbone.modules() if isinstance(m, nn.Linear)]
+    weights = sum(m.weight.numel() for m in inner)
+    return 4.0 * weights * candidates * sum(len(e.input_ids) for e in data.train.examples)
+
+
+def table(rows: int = 24) -> None:
+    """Print the Markdown tables of the concurrent run."""
+    from tanzaku.models import load_classifier
+
+    model = load_classifier("embedded", 2)
+    data = poems(rows)
+    mean = sum(len(e.input_ids) for e in data.train.examples) / rows
+    rate = peak_rate(model.device)
+    print(f"{rows} poems of {mean:.0f} tokens on average; large matrix products: {rate / 1e9:.0f} GFLOP/s\n")
+    print(
+        "| candidates | HF PEFT, one after another | Tanzaku, at once | times faster | products, of the machine's rate |"
+    )
+    print("|---|---|---|---|---|")
+    for name, candidates in (("the book's seven", book()), ("eight LoRA, r=8", loras(8))):
+        peft, own = race(model, candidates, data)
+        share = flops(model, len(candidates), data) / own / rate
+        print(f"| {name} | {peft:.1f} s | {own:.1f} s | {peft / own:.2f} | {share:.0%} |", flush=True)
+
+
+def curve(numbers: Sequence[int] = (1, 2, 4, 8, 16, 32), rows: int = 8) -> None:
+    """Print time and memory a candidate, as their number grows."""
+    from tanzaku.models import load_classifier
+
+    model = load_classifier("embedded", 2)
+    data = poems(rows)
+    print("| LoRA candidates at once | ms a candidate's step | peak MiB of a step | MiB a candidate |")
+    print("|---|---|---|---|")
+    for number in numbers:
+        seconds = tanzaku_seconds(model, loras(number), data)
+        step = peak_bytes(model, loras(number), data) / 2**20
+        each = seconds / rows / number
+        print(f"| {number} | {each * 1e3:.0f} | {step:.0f} | {step / number:.1f} |", flush=True)
+
+
+def peak_bytes(model: PreTrainedModel, candidates: Sequence[Candidate], data: ClassificationData) -> int:
+    """Most bytes that tensors of a whole run hold, beside the model."""
+    short = Split("train", data.train.examples[:2], ["", ""], 0, "")
+    with LiveBytes() as live:
+        run(model, candidates, ClassificationData(short, None, None, data.labels, data.pad_token_id))
+    return live.peak
