@@ -43,6 +43,7 @@ class Lane:
         self.draws: bool | None = None  # whether its forward pass draws random numbers; None: not yet known
         self.trained = [p for _, p in adapter.trained()]
         self.optimizer = _optimizer(adapter, job, self.trained)
+        self.rows = min(s.batch_size, len(data.train))  # of a whole batch
         per_epoch = math.ceil(len(data.train) / s.batch_size)
         self.steps_per_epoch = math.ceil(per_epoch / s.accumulation)
         self.steps = self.steps_per_epoch * s.epochs

@@ -94,6 +94,8 @@ class Pool:
         self.observer: Observer = observer or Silent()
         self.meta = meta or {}
         self.device = model.device
+        if rows_per_step is not None and rows_per_step < 1:
+            raise TanzakuError(f"rows_per_step is {rows_per_step}, expected at least 1")
         self.rows_per_step = rows_per_step or ROWS_PER_STEP.get(self.device.type, 16)
         self.measure = measure or memory is not None
         self.room: float = float("inf")
@@ -170,7 +172,7 @@ class Pool:
             if live and not (job.method.shares_batch and live[0].job.method.shares_batch):
                 return
             # Twice as many rows as fit in a step, so that batches of like length can be found for it.
-            if sum(lane.job.settings.batch_size for lane in live) >= 2 * self.rows_per_step:
+            if sum(lane.rows for lane in live) >= 2 * self.rows_per_step:
                 return
             if not self._begin(job, alone=not live):
                 return
@@ -212,6 +214,9 @@ class Pool:
             self._take_off(job.name)
             self.observer.job_done(job, result)
             return True
+        except BaseException:
+            self._take_off(job.name)  # it is attached, but no lane yet
+            raise
         self.queue.remove(job)
         self.lanes[job.name], self.results[job.name] = lane, result
         self.observer.job_started(job, result, lane.steps)
@@ -256,23 +261,24 @@ class Pool:
     # -- training
 
     def _train(self, lanes: list[Lane]) -> None:
-        """One step of these jobs. Where it fails, halves are tried, down to the job that is to blame."""
+        """One step of these jobs. Where it fails, parts of it are tried, down to the job that is to blame."""
         began = time.monotonic()
         kept = [lane.gradients() for lane in lanes]
         try:
-            trained = self._step(lanes)
+            trained, failure = self._step(lanes), None
         except _FAILURES as error:
+            # Only what it says is kept: the error itself holds the activations of all rows.
+            failure = (_line(error), _is_memory(error))
+        if failure is not None:
             for lane, gradients in zip(lanes, kept, strict=True):
                 lane.reset_gradients(gradients)
             gc.collect()
             if len(lanes) == 1:
-                self._end(lanes[0], "failed", _line(error))
+                self._end(lanes[0], "failed", failure[0])
                 return
-            if _is_memory(error):
-                self.rows_per_step = max(1, sum(len(lane.next_rows or ()) for lane in lanes) // 2)
-            half = len(lanes) // 2
-            self._train(lanes[:half])
-            self._train(lanes[half:])
+            # A job whose loss was no number has ended in the step that failed.
+            for part in self._parts([lane for lane in lanes if lane.job.name in self.lanes], too_large=failure[1]):
+                self._train(part)
             return
         ended = []
         for lane in trained:
@@ -291,6 +297,23 @@ class Pool:
                 self._end_epoch(lane)
             except _FAILURES as error:
                 self._end(lane, "failed", _line(error))
+
+    def _parts(self, lanes: list[Lane], too_large: bool) -> list[list[Lane]]:
+        """What to try of a step that failed: halves, or where memory was short, parts of half the rows at most."""
+        if not too_large:
+            half = len(lanes) // 2
+            return [part for part in (lanes[:half], lanes[half:]) if part]
+        self.rows_per_step = max(1, sum(len(lane.next_rows or ()) for lane in lanes) // 2)
+        parts: list[list[Lane]] = []
+        room = 0
+        for lane in lanes:
+            rows = len(lane.next_rows or ())
+            if rows > room:
+                parts.append([])
+                room = self.rows_per_step
+            parts[-1].append(lane)
+            room -= rows
+        return parts
 
     def _step(self, lanes: list[Lane]) -> list[Lane]:
         """Forward and backward; tells whose loss was a number. The others have ended."""

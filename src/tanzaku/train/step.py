@@ -19,6 +19,7 @@ from tanzaku.routing import Entry, Route
 from tanzaku.tasks.classification import Example, Split, classification_loss, collate
 from tanzaku.train.lane import Lane
 from tanzaku.train.memory import bytes_needed
+from tanzaku.train.norms import FrozenNorms
 from tanzaku.train.products import FrozenProducts, Tokens
 from tanzaku.train.trim import PooledOnly
 
@@ -32,7 +33,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 class SharedStep:
-    """Forward and backward passes over one model. A context manager: while entered, its frozen products are fast.
+    """Forward and backward passes over one model. A context manager: while entered, its frozen modules are fast.
 
     Args:
         pad_token_id: what short rows are filled with.
@@ -41,7 +42,7 @@ class SharedStep:
     def __init__(self, model: PreTrainedModel, pad_token_id: int):
         self.model, self.pad_token_id, self.device = model, pad_token_id, model.device
         base = Base.of(model)
-        self.pooled, self.products = PooledOnly(base), FrozenProducts(base)
+        self.pooled, self.products, self.norms = PooledOnly(base), FrozenProducts(base), FrozenNorms(base)
         takes = inspect.signature(model.forward).parameters
         self.takes_types = "token_type_ids" in takes
         # A cache of keys and values is for generation; here it would only be a copy of them a layer.
@@ -51,11 +52,13 @@ class SharedStep:
 
     def __enter__(self) -> SharedStep:
         self.products.__enter__()
+        self.norms.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._checkpoint(False)
         self.products.__exit__(*error)
+        self.norms.__exit__(*error)
         self._mode(training=False)
 
     @contextmanager
@@ -168,5 +171,8 @@ class SharedStep:
             self._checkpointed, self._route = wanted, None  # a route hangs on the layers as they are
             if wanted:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
+                if hasattr(self.model, "_require_grads_hook"):
+                    # For another kind of checkpointing, every embedded token is made to want a gradient.
+                    self.model.disable_input_require_grads()
             else:
                 self.model.gradient_checkpointing_disable()
