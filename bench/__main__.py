@@ -1,32 +1,37 @@
-"""`python -m bench [steps] [memory] [startup] [quality]`: the tables asked for, all but quality by default."""
+"""`python -m bench [TABLE ...]`: the tables asked for; all but quality and gpu by default."""
 
 from __future__ import annotations
 
 import datetime
+import importlib
 import platform
 import sys
 
 import torch
 
+TABLES = {
+    "steps": ("steps", "table"),
+    "memory": ("memory", "table"),
+    "concurrent": ("concurrent", "table"),
+    "curve": ("concurrent", "curve"),
+    "inference": ("inference", "table"),
+    "startup": ("startup", "table"),
+    "quality": ("quality", "table"),
+    "gpu": ("gpu", "table"),
+}
+
 
 def main() -> None:
-    wanted = sys.argv[1:] or ["steps", "memory", "startup"]
+    wanted = sys.argv[1:] or ["steps", "memory", "concurrent", "curve", "inference", "startup"]
+    if strange := [name for name in wanted if name not in TABLES]:
+        sys.exit(f"bench: found {strange[0]!r}, expected {', '.join(TABLES)}")
     print(
         f"{datetime.date.today()}, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
     )
     for name in wanted:
-        if name == "steps":
-            from bench.steps import table
-        elif name == "memory":
-            from bench.memory import table
-        elif name == "startup":
-            from bench.startup import table
-        elif name == "quality":
-            from bench.quality import table
-        else:
-            sys.exit(f"bench: found {name!r}, expected steps, memory, startup or quality")
+        module, function = TABLES[name]
         print(f"\n## {name}\n", flush=True)
-        table()
+        getattr(importlib.import_module(f"bench.{module}"), function)()
 
 
 if __name__ == "__main__":

@@ -173,9 +173,8 @@ def table(rows: int = 24) -> None:
     mean = sum(len(e.input_ids) for e in data.train.examples) / rows
     rate = peak_rate(model.device)
     print(f"{rows} poems of {mean:.0f} tokens on average; large matrix products: {rate / 1e9:.0f} GFLOP/s\n")
-    print(
-        "| candidates | HF PEFT, one after another | Tanzaku, at once | times faster | products, of the machine's rate |"
-    )
+    head = ("candidates", "HF PEFT, one after another", "Tanzaku, at once", "times faster", "products, of that rate")
+    print(f"| {' | '.join(head)} |")
     print("|---|---|---|---|---|")
     for name, candidates in (("the book's seven", book()), ("eight LoRA, r=8", loras(8))):
         peft, own = race(model, candidates, data)

@@ -13,8 +13,11 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 import tanzaku as tz
 from tanzaku.families import Base
 from tanzaku.host import host_of
+from tanzaku.method import TokenStrip
 from tanzaku.models import load_classifier
 from tanzaku.routing import Route
+from tanzaku.train.norms import FrozenNorms
+from tanzaku.train.products import FrozenProducts, Tokens, lowest_layer
 from tanzaku.train.trim import PooledOnly
 
 TOKENS = 32
@@ -101,12 +104,20 @@ def tanzaku_stepper(model: PreTrainedModel, method: str) -> Stepper:
     adapter = tz.attach(model, ours(method), "bench", seed=0)
     settings = adapter.method
     settings.prepare(adapter, STEPS)
-    pooled = PooledOnly(Base.of(model))
+    base = Base.of(model)
+    pooled, products, norms = PooledOnly(base), FrozenProducts(base), FrozenNorms(base)
+    products.__enter__()
+    norms.__enter__()
+    virtual = sum(s.num_virtual_tokens for _, s in adapter.at() if isinstance(s, TokenStrip))
+    lowest = lowest_layer(adapter)
     model.train()
+    host_of(model).switch(Route.everywhere("bench"))
 
     def forward(batch: dict[str, Tensor]) -> Tensor:
-        host_of(model).switch(Route.everywhere("bench"))
-        with pooled.reading(batch["input_ids"]):
+        rows, length = batch["input_ids"].shape
+        width = virtual + length
+        tokens = Tokens(width, [0] * rows, [width] * rows, [lowest] * rows, batch["input_ids"].device)
+        with pooled.reading(batch["input_ids"]), products.reading(tokens):
             inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
             logits = model(**inputs, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits, batch["labels"])

@@ -32,7 +32,9 @@ SIX = replace(task((5, 7, 4), train=6), valid=None)
 Weights = dict[str, dict[str, Tensor]]
 
 
-def job(name: str, method: Method | None = None, *, rungs: tuple[int, ...] = (), data: Any = None, **changes: Any) -> Job:
+def job(
+    name: str, method: Method | None = None, *, rungs: tuple[int, ...] = (), data: Any = None, **changes: Any
+) -> Job:
     # A seed of its own: jobs that do the same would not show that one's place is taken by another.
     settings = FAST.model_copy(update={"seed": sum(map(ord, name)), **changes})
     return Job(name, method or tz.LoRA(r=2), settings, data, rungs)
@@ -200,7 +202,7 @@ def test_an_error_that_nobody_foresaw_is_not_hidden() -> None:
 
 
 def test_the_batch_stays_full_while_jobs_come_and_go() -> None:
-    """As jobs finish, fail or are stopped, others take their places: a step has three rows while three jobs are left."""
+    """As jobs finish, fail or are stopped, others take their places: three rows a step while three jobs are left."""
     jobs = [job(name, epochs=1 + at % 3) for at, name in enumerate("abcdefgh")]
     jobs[2] = job("c", Faulty(where="after_step"), epochs=3)
     jobs[4] = job("e", epochs=3, rungs=(1,))
@@ -550,7 +552,7 @@ def test_names_must_differ_from_all_that_came_before() -> None:
     with Watched(tiny("llama", num_labels=2), SIX) as pool:
         pool.add([job("a")])
         for again in ([job("a")], [job("b"), job("b")]):
-            with pytest.raises(tz.TanzakuError, match="job names must differ, found [ab] twice"):
+            with pytest.raises(tz.TanzakuError, match=r"job names must differ, found [ab] twice"):
                 pool.add(again)
         pool.run()
         with pytest.raises(tz.TanzakuError, match="must differ"):

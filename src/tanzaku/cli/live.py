@@ -29,6 +29,9 @@ _STAGES = {
 }
 
 
+_QUIET = 30  # seconds after which a file or a pipe is told how things stand
+
+
 @dataclass
 class _Row:
     """One candidate of the stage under way."""
@@ -51,7 +54,7 @@ class Live(Display):
         self.stage_began = time.monotonic()
         self.on_stage: Callable[[], Any] = lambda: None
         self.comparison: Comparison | None = None
-        self.stage_name = ""
+        self._said = time.monotonic()
         self.table_now = RichLive(
             get_renderable=self._table, console=self.console, refresh_per_second=2, transient=True, screen=False
         )
@@ -86,7 +89,7 @@ class Live(Display):
         self.on_stage()
         self.rows, self.total, self.ended = {}, jobs, done
         self.steps = self.steps_known = self.jobs_known = 0
-        self.stage_began, self.stage_name = time.monotonic(), name
+        self.stage_began = self._said = time.monotonic()
         kept = f", {done} done before" if done else ""
         self.say(f"\n{_STAGES[name]}" + (f"; {jobs} runs{kept}" if jobs else ""))
 
@@ -101,12 +104,16 @@ class Live(Display):
         row = self._row(job)
         self.steps += step - row.running[job.name][0]
         row.running[job.name] = (step, steps, loss)
+        if not self.console.is_terminal and time.monotonic() - self._said > _QUIET:
+            self._said = time.monotonic()
+            self.say(self._state())
 
     def epoch_done(self, job: Job, record: EpochRecord) -> None:
         pass
 
     def job_done(self, job: Job, result: JobResult) -> None:
         row = self._row(job)
+        self._said = time.monotonic()
         step, steps, _ = row.running.pop(job.name, (0, 0, math.nan))
         self.steps_known -= steps - step
         self.ended += 1
@@ -145,11 +152,14 @@ class Live(Display):
         best = (min if self.metric == "loss" else max)(means, key=lambda name: means[name])
         return f"{best} {_number(means[best])}"
 
-    def _table(self) -> Table:
+    def _state(self) -> str:
         running = sum(len(row.running) for row in self.rows.values())
         waiting = max(0, self.total - self.ended - running)
-        title = f"{running} running · {waiting} waiting · {self.ended} done · best so far {self._best()} · "
-        table = Table(title=Text(title + f"{self._left()} left"), title_justify="left", box=None, pad_edge=False)
+        jobs = f"{running} running · {waiting} waiting · {self.ended} done"
+        return f"{jobs} · best so far {self._best()} · {self._left()} left"
+
+    def _table(self) -> Table:
+        table = Table(title=Text(self._state()), title_justify="left", box=None, pad_edge=False)
         table.add_column("candidate", no_wrap=True)
         for head in ("done", "running", "steps", "loss", self.word):
             table.add_column(head, justify="right", no_wrap=True)

@@ -23,10 +23,11 @@ class Resample:
     fold: int
     seed: int
     data: ClassificationData
+    folded: bool = True
 
     @property
     def name(self) -> str:
-        return f"r{self.repeat}-f{self.fold}-s{self.seed}"
+        return f"r{self.repeat}-f{self.fold}-s{self.seed}" if self.folded else f"s{self.seed}"
 
 
 def resamples(data: ClassificationData, design: Design, seed: int) -> list[Resample]:
@@ -41,7 +42,7 @@ def resamples(data: ClassificationData, design: Design, seed: int) -> list[Resam
     if design.folds is None:
         if data.valid is None:
             raise TanzakuError("there are no validation rows to compare on; give --valid, or --folds 5")
-        return [Resample(0, 0, each, replace(data, test=None)) for each in seeds]
+        return [Resample(0, 0, each, replace(data, test=None), folded=False) for each in seeds]
     rows = pooled(data)
     labels = np.array([example.label for example in rows.examples])
     few, number = min(Counter(labels.tolist()).items(), key=lambda item: item[1])

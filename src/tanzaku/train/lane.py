@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from tanzaku.host import Adapter
 from tanzaku.method import TokenStrip
 from tanzaku.tasks.classification import Example, class_weights, epoch_batches
 from tanzaku.tasks.prepare import ClassificationData
+from tanzaku.train.memory import Need
 from tanzaku.train.products import lowest_layer
 from tanzaku.train.results import EpochRecord, Job, JobResult
 
@@ -38,10 +39,13 @@ class Lane:
         s = job.settings
         self.virtual = sum(s.num_virtual_tokens for _, s in adapter.at() if isinstance(s, TokenStrip))
         self.lowest = lowest_layer(adapter)
-        moments = 2 * sum(p.numel() * p.element_size() for p in (p for _, p in adapter.trained()))
-        self.kept_bytes = moments + sum(p.numel() * p.element_size() for _, p in adapter.named_parameters())
         self.draws: bool | None = None  # whether its forward pass draws random numbers; None: not yet known
         self.trained = [p for _, p in adapter.trained()]
+        # Between its steps: weights, two moments, gradients that are not complete and their copies, and the best
+        # weights, which are on the CPU.
+        copies = 2 + 2 * (s.accumulation > 1) + (s.restore_best and device.type == "cpu")
+        self.kept_bytes = copies * _bytes(self.trained) + _bytes(p for _, p in adapter.named_parameters())
+        self.need: Need | None = None  # of a step; None where nobody asks
         self.optimizer = _optimizer(adapter, job, self.trained)
         self.rows = min(s.batch_size, len(data.train))  # of a whole batch
         per_epoch = math.ceil(len(data.train) / s.batch_size)
@@ -220,6 +224,10 @@ class Lane:
                 parameter.copy_(self.best[name])
             self.result.restored_epoch = self.result.best_epoch
             self.logits = None
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _optimizer(adapter: Adapter, job: Job, trained: list[nn.Parameter]) -> torch.optim.AdamW:

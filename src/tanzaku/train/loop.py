@@ -22,7 +22,7 @@ from tanzaku.tasks.classification import Split
 from tanzaku.tasks.metrics import classification_metrics, confusion, wilson_interval
 from tanzaku.tasks.prepare import ClassificationData
 from tanzaku.train.lane import Diverged, Lane
-from tanzaku.train.memory import in_use, peak, reset_peak
+from tanzaku.train.memory import Need, in_use, peak, reset_peak
 from tanzaku.train.results import EpochRecord, Job, JobResult, Observer
 from tanzaku.train.step import SharedStep
 
@@ -111,7 +111,9 @@ class Pool:
         self.lanes: dict[str, Lane] = {}
         self.results: dict[str, JobResult] = {}
         self.interrupted = False
-        self._measured: dict[str, int] = {}
+        self._measured: dict[str, Need] = {}
+        self._virtual = self._longest = 0  # tokens, of any job
+        self._full = False  # no room for the next in the queue, until another leaves
         self._trackers: dict[str, Accelerator] = {}
 
     def __enter__(self) -> Pool:
@@ -134,7 +136,11 @@ class Pool:
             raise TanzakuError(f"job names must differ, found {', '.join(twice)} twice")
         for job in jobs:
             self._check(self.model, job.data or self.data)
-        self.queue.extend(job for job in jobs)
+        for job in jobs:
+            self._virtual = max(self._virtual, getattr(job.method, "num_virtual_tokens", 0))
+            self._longest = max(self._longest, _longest((job.data or self.data).train))
+        self.queue.extend(jobs)
+        self._full = False
 
     def run(self) -> None:
         """Train until every job has ended or waits at a rung."""
@@ -165,7 +171,7 @@ class Pool:
 
     def _admit(self) -> None:
         """Begin queued jobs while there is room for them."""
-        while self.queue:
+        while self.queue and not self._full:
             live = [lane for lane in self.lanes.values() if not lane.waiting]
             sharing = [job for job in self.queue if job.method.shares_batch]
             job = sharing[0] if sharing else self.queue[0]
@@ -196,14 +202,19 @@ class Pool:
             result.trainable_parameters, result.total_parameters = numbers.trainable, numbers.total
             lane = Lane(job, adapter, job.data or self.data, result, self.device)
             if self.measure:
-                result.step_bytes = self._bytes_of(lane)
-                if not self._fits([*self.lanes.values(), lane], [lane]):
+                lane.need = self._need_of(lane)
+                result.step_bytes = lane.need.step + lane.kept_bytes
+                attached = [*self.lanes.values(), lane]
+                # What it keeps may leave too little room for a step of one that is there already.
+                if not all(self._fits(attached, [each]) for each in attached):
                     if not alone or len(self.lanes):
                         self._take_off(job.name)
+                        self._full = True
                         return False
                     raise TanzakuError(
-                        f"a step needs {_size(result.step_bytes)} beside the model and {_size(max(0, self.room))} are "
-                        "left of the memory limit: use gradient_checkpointing, a smaller batch_size or max_length"
+                        f"a step needs {_size(lane.kept_bytes + lane.need.alone)} beside the model and "
+                        f"{_size(self.room)} are left of the memory limit: use gradient_checkpointing, or a smaller "
+                        "batch_size, eval_batch_size or max_length"
                     )
             if job.settings.tracker:
                 self._trackers[job.name] = self._tracker(job)
@@ -222,21 +233,32 @@ class Pool:
         self.observer.job_started(job, result, lane.steps)
         return True
 
-    def _bytes_of(self, lane: Lane) -> int:
+    def _need_of(self, lane: Lane) -> Need:
         # Folds and seeds of one candidate need the same.
-        s = lane.job.settings
-        longest = max(len(e.input_ids) for e in lane.data.train.examples)
+        s, method = lane.job.settings, lane.job.method
+        longest = [_longest(split) for split in lane.data.splits()]
         key = json.dumps(
-            [lane.job.method.name, lane.job.method.settings(), s.batch_size, s.precision, longest], default=str
+            [
+                *(method.name, method.settings(), lane.rows, longest),
+                *(s.precision, s.gradient_checkpointing, s.accumulation, s.eval_batch_size),
+            ],
+            default=str,
         )
         if key not in self._measured:
-            self._measured[key] = self.step.bytes_of(lane)
+            shares = method.shares_batch and self.room < float("inf")
+            self._measured[key] = self.step.need_of(lane, self._virtual + self._longest if shares else 0)
         return self._measured[key]
 
     def _fits(self, attached: Sequence[Lane], stepping: Sequence[Lane]) -> bool:
+        if self.room == float("inf"):
+            return True
         # What an adapter and its optimizer keep stays while others step; activations and gradients do not.
         state = sum(lane.kept_bytes for lane in attached)
-        work = sum(lane.result.step_bytes - lane.kept_bytes for lane in stepping)
+        needs = [(lane, lane.need) for lane in stepping if lane.need is not None]
+        if len(needs) == 1:
+            return state + needs[0][1].alone <= self.room
+        width = max(lane.virtual for lane in stepping) + max(lane.next_length - lane.virtual for lane in stepping)
+        work = sum(need.beside(len(lane.next_rows or ()), width) for lane, need in needs)
         return state + _SPARE * work <= self.room
 
     def _picked(self) -> list[Lane]:
@@ -272,13 +294,14 @@ class Pool:
         if failure is not None:
             for lane, gradients in zip(lanes, kept, strict=True):
                 lane.reset_gradients(gradients)
-            gc.collect()
-            if len(lanes) == 1:
-                self._end(lanes[0], "failed", failure[0])
-                return
             # A job whose loss was no number has ended in the step that failed.
-            for part in self._parts([lane for lane in lanes if lane.job.name in self.lanes], too_large=failure[1]):
-                self._train(part)
+            left = [lane for lane in lanes if lane.job.name in self.lanes]
+            reason, too_large = failure
+            if len(lanes) == 1 and left:
+                self._end(left[0], "failed", reason)
+            elif left:
+                for part in self._parts(left, too_large):
+                    self._train(part)
             return
         ended = []
         for lane in trained:
@@ -303,6 +326,7 @@ class Pool:
         if not too_large:
             half = len(lanes) // 2
             return [part for part in (lanes[:half], lanes[half:]) if part]
+        gc.collect()
         self.rows_per_step = max(1, sum(len(lane.next_rows or ()) for lane in lanes) // 2)
         parts: list[list[Lane]] = []
         room = 0
@@ -393,6 +417,7 @@ class Pool:
 
     def _take_off(self, name: str) -> None:
         self.lanes.pop(name, None)
+        self._full = False
         if name in self._trackers:
             self._trackers.pop(name).end_training()
         if name in adapters(self.model):
@@ -441,6 +466,10 @@ def _line(error: BaseException) -> str:
 
 def _size(number: float) -> str:
     return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
+def _longest(split: Split) -> int:
+    return max((len(e.input_ids) for e in split.examples), default=0)
 
 
 def _labels(split: Split) -> Tensor:

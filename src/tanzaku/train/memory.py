@@ -7,6 +7,7 @@ import resource
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def in_use(device: torch.device) -> int:
     return int(torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss)
 
 
-def bytes_needed(work: Callable[[], None], device: torch.device) -> int:
+def bytes_needed(work: Callable[[], object], device: torch.device) -> int:
     """The most bytes that tensors made by `work` hold at once."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -53,6 +54,35 @@ def bytes_needed(work: Callable[[], None], device: torch.device) -> int:
     with LiveBytes() as live:
         work()
     return int(live.peak)
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a step of one job needs, beside the frozen base and what the job keeps between steps.
+
+    Args:
+        step: a step by itself, on its longest rows. alone: that, or an evaluation, whichever needs more.
+        points: two pairs of tokens a row and bytes of one row in a shared step, the narrower first.
+        once: bytes in a shared step that do not hang on the rows.
+    """
+
+    step: int
+    alone: int
+    points: tuple[tuple[int, int], tuple[int, int]]
+    once: int
+
+    def beside(self, rows: int, width: int) -> float:
+        """At most, for `rows` in a step whose rows are all padded to `width` tokens."""
+        (narrow, less), (wide, more) = self.points
+        # Bytes are a sum of powers of the width, so they lie below the line between two points, and beyond the second
+        # grow no faster than the square.
+        if width <= narrow:
+            one = float(less)
+        elif width <= wide:
+            one = less + (more - less) * (width - narrow) / (wide - narrow)
+        else:
+            one = more * (width / wide) ** 2
+        return self.once + rows * one
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -8,7 +8,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
@@ -18,7 +19,7 @@ from tanzaku.noise import Noise, Share
 from tanzaku.routing import Entry, Route
 from tanzaku.tasks.classification import Example, Split, classification_loss, collate
 from tanzaku.train.lane import Lane
-from tanzaku.train.memory import bytes_needed
+from tanzaku.train.memory import Need, bytes_needed
 from tanzaku.train.norms import FrozenNorms
 from tanzaku.train.products import FrozenProducts, Tokens
 from tanzaku.train.trim import PooledOnly
@@ -62,11 +63,13 @@ class SharedStep:
         self._mode(training=False)
 
     @contextmanager
-    def losses(self, lanes: Sequence[Lane], batches: Sequence[Sequence[Example]]) -> Iterator[list[Tensor]]:
+    def losses(
+        self, lanes: Sequence[Lane], batches: Sequence[Sequence[Example]], width: int = 0
+    ) -> Iterator[list[Tensor]]:
         """The loss of each job on its batch, its method's penalty included. The backward pass belongs inside of the
-        block, since checkpointed layers run again in it."""
+        block, since checkpointed layers run again in it. Rows are padded to `width` tokens at least."""
         examples = [example for batch in batches for example in batch]
-        inputs = self._inputs(collate(examples, self.pad_token_id))
+        inputs = self._inputs(collate(examples, self.pad_token_id), width)
         labels = inputs.pop("labels")
         entries: list[Entry] = [lane.job.name for lane, batch in zip(lanes, batches, strict=True) for _ in batch]
         self._mode(training=True)
@@ -95,37 +98,81 @@ class SharedStep:
         for lane, share in zip(lanes, shares, strict=True):
             lane.draws = (lane.draws or share.drew) if noisy else lane.draws
 
-    def bytes_of(self, lane: Lane) -> int:
-        """Bytes that a step of this job needs at most, beside the frozen base: its longest rows, alone, with gradients
-        and optimizer state. Takes a step's time and trains nothing."""
-        rows = sorted(lane.data.train.examples, key=lambda e: -len(e.input_ids))[: lane.job.settings.batch_size]
+    def need_of(self, lane: Lane, widest: int) -> Need:
+        """What a step of this job needs. It takes the time of a few steps and trains nothing.
+
+        Args:
+            widest: tokens of the longest rows of any job, virtual ones included; 0 where this one never shares a step.
+        """
+        s = lane.job.settings
+        rows = sorted(lane.data.train.examples, key=_length)[-lane.rows :]
+        splits = [split for split in (lane.data.valid, lane.data.test) if split is not None]
+        judged = sorted((e for split in splits for e in split.examples), key=_length)[-s.eval_batch_size :]
+        step = self._bytes(lane, rows)
+        judging = bytes_needed(lambda: self._evaluate(lane, [judged]), self.device) if judged else 0
+        own = lane.virtual + _length(rows[-1])
+        if not widest:
+            return Need(step, max(step, judging), ((own, step), (own, step)), 0)
+        # One more than the row has: in a shared step most rows are padded. Positions end somewhere.
+        limit = Base.of(self.model).max_positions or widest
+        narrow, wide = min(own + 1, limit), min(max(own + 1, widest), limit)
+        less = self._bytes(lane, rows[-1:], narrow)
+        more = self._bytes(lane, rows[-1:], wide) if wide > narrow else less
+        # Gradients; and adapters that are computed together are put together first.
+        once = 2 * sum(p.numel() * p.element_size() for p in lane.trained)
+        return Need(step, max(step, judging), ((narrow, less), (wide, more)), once)
+
+    def _bytes(self, lane: Lane, rows: Sequence[Example], width: int | None = None) -> int:
+        """Bytes of a step on these rows: alone, or as a part of a batch of `width` tokens a row, in which others train
+        something in every layer. Gradients are there already then, and do not count."""
 
         def work() -> None:
-            with self.losses([lane], [rows]) as losses:
-                torch.autograd.backward(losses)
+            with self.losses([lane], [rows], (width or 0) - lane.virtual) as losses:
+                torch.autograd.backward([lane.scaled(loss) for loss in losses])
 
         kept = lane.gradients()
-        needed = bytes_needed(work, self.device)
+        if width is None:
+            lane.reset_gradients(None)
+        else:
+            lane.reset_gradients([torch.zeros_like(p) for p in lane.trained])
+        with nullcontext() if width is None else self._wanting():
+            needed = bytes_needed(work, self.device)
         lane.reset_gradients(kept)
-        return needed + lane.kept_bytes
+        return needed
 
-    @torch.no_grad()
+    @contextmanager
+    def _wanting(self) -> Iterator[None]:
+        """Within the block, gradients are wanted from the embedded tokens on: whatever autograd may keep, it keeps."""
+        size = Base.of(self.model).vocab_size
+        tables = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == size]
+        handles = [m.register_forward_hook(lambda _m, _args, out: out.requires_grad_()) for m in tables]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def logits(self, lane: Lane, split: Split) -> Tensor:
         """(rows, labels) in the split's order, fp32 on the CPU. Rows of like length share a batch."""
+        order = sorted(range(len(split)), key=lambda row: _length(split.examples[row]))
+        size = lane.job.settings.eval_batch_size
+        batches = [[split.examples[row] for row in order[start : start + size]] for start in range(0, len(order), size)]
+        found = self._evaluate(lane, batches)
+        return torch.empty_like(found).index_copy_(0, torch.tensor(order), found)
+
+    @torch.no_grad()
+    def _evaluate(self, lane: Lane, batches: Sequence[Sequence[Example]]) -> Tensor:
         self._mode(training=False)
         self._routed([lane.job.name])
-        order = sorted(range(len(split)), key=lambda row: len(split.examples[row].input_ids))
-        parts, size = [], lane.job.settings.eval_batch_size
-        for start in range(0, len(order), size):
-            batch = [split.examples[row] for row in order[start : start + size]]
+        parts = []
+        for batch in batches:
             inputs = self._inputs(collate(batch, self.pad_token_id, labels=False))
             with (
                 autocast(self.device, lane.job.settings.precision),
                 self._reading(inputs["input_ids"], [lane], [batch], lane.virtual),
             ):
                 parts.append(self.model(**inputs, **self.options).logits.float().cpu())
-        found = torch.cat(parts)
-        return torch.empty_like(found).index_copy_(0, torch.tensor(order), found)
+        return torch.cat(parts)
 
     @contextmanager
     def _reading(
@@ -142,9 +189,12 @@ class SharedStep:
         with self.pooled.reading(input_ids), self.products.reading(tokens):
             yield
 
-    def _inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _inputs(self, batch: dict[str, Tensor], width: int = 0) -> dict[str, Tensor]:
         if not self.takes_types:
             batch.pop("token_type_ids", None)
+        if (more := width - batch["input_ids"].shape[1]) > 0:
+            for key in batch.keys() - {"labels"}:
+                batch[key] = F.pad(batch[key], (0, more), value=self.pad_token_id if key == "input_ids" else 0)
         return {key: value.to(self.device) for key, value in batch.items()}
 
     def _routed(self, entries: list[Entry]) -> Route:
@@ -176,3 +226,7 @@ class SharedStep:
                     self.model.disable_input_require_grads()
             else:
                 self.model.gradient_checkpointing_disable()
+
+
+def _length(example: Example) -> int:
+    return len(example.input_ids)
