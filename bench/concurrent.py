@@ -164,7 +164,7 @@ def flops(model: PreTrainedModel, candidates: int, data: ClassificationData) -> 
     return 4.0 * weights * candidates * sum(len(e.input_ids) for e in data.train.examples)
 
 
-def table(rows: int = 24) -> None:
+def table(rows: int = 20) -> None:
     """Print the Markdown tables of the concurrent run."""
     from tanzaku.models import load_classifier
 

@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
+from transformers.pytorch_utils import Conv1D
 
 from tanzaku.errors import TanzakuError
+from tanzaku.families import features
 from tanzaku.host import Adapter
-from tanzaku.method import TokenStrip
+from tanzaku.method import AttentionStrip, Method, TokenStrip
 from tanzaku.tasks.classification import Example, class_weights, epoch_batches
 from tanzaku.tasks.prepare import ClassificationData
 from tanzaku.train.memory import Need
 from tanzaku.train.products import lowest_layer
 from tanzaku.train.results import EpochRecord, Job, JobResult
+from tanzaku.weights import BiasStrip
 
 # What transformers' Trainer spares from weight decay, by the parameter's name.
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
@@ -38,14 +41,20 @@ class Lane:
         self.job, self.adapter, self.data, self.result = job, adapter, data, result
         s = job.settings
         self.virtual = sum(s.num_virtual_tokens for _, s in adapter.at() if isinstance(s, TokenStrip))
+        # Positions before a row's own first token.
+        self.before = self.virtual + max((getattr(s, "position_offset", 0) for _, s in adapter.at()), default=0)
         self.lowest = lowest_layer(adapter)
         self.draws: bool | None = None  # whether its forward pass draws random numbers; None: not yet known
         self.trained = [p for _, p in adapter.trained()]
         # Between its steps: weights, two moments, gradients that are not complete and their copies, and the best
-        # weights, which are on the CPU.
+        # weights, which are on the CPU. A method that looks at each step keeps two figures of each number (AdaLoRA).
         copies = 2 + 2 * (s.accumulation > 1) + (s.restore_best and device.type == "cpu")
+        copies += 2 * (type(job.method).after_step is not Method.after_step)
         self.kept_bytes = copies * _bytes(self.trained) + _bytes(p for _, p in adapter.named_parameters())
         self.need: Need | None = None  # of a step; None where nobody asks
+        self.held = _held(adapter)
+        changed = {path for path, strip in adapter.at() if isinstance(strip, AttentionStrip)}
+        self.twice = sum(self.held[path] for path in changed)
         self.optimizer = _optimizer(adapter, job, self.trained)
         self.rows = min(s.batch_size, len(data.train))  # of a whole batch
         per_epoch = math.ceil(len(data.train) / s.batch_size)
@@ -101,9 +110,9 @@ class Lane:
         return [self.data.train.examples[row] for row in self.next_rows or ()]
 
     @property
-    def next_length(self) -> int:
-        """Tokens of the longest of them, virtual ones included."""
-        return self.virtual + max(len(example.input_ids) for example in self.examples())
+    def length(self) -> int:
+        """Own tokens of the longest of them."""
+        return max(len(example.input_ids) for example in self.examples())
 
     @property
     def batches_left(self) -> int:
@@ -224,6 +233,20 @@ class Lane:
                 parameter.copy_(self.best[name])
             self.result.restored_epoch = self.result.best_epoch
             self.logits = None
+
+
+def _held(adapter: Adapter) -> dict[str, int]:
+    """Bytes a token, by module, of what an adapter makes autograd keep: inputs and outputs of the modules it is hung
+    on. They are parts of tensors that hold all rows of a batch, so it makes autograd keep those of others too."""
+    held: dict[str, int] = {}
+    for path, strip in adapter.at():
+        module = adapter.base.model.get_submodule(path)
+        if isinstance(strip, AttentionStrip):
+            held[path] = 4 * adapter.base.hidden_size  # the base's own result, beside the strip's
+        elif not isinstance(strip, TokenStrip | BiasStrip) and path:
+            sizes = [features(m) for m in module.modules() if hasattr(m, "in_features") or isinstance(m, Conv1D)]
+            held[path] = 4 * sum(n_in + n_out for n_in, n_out in sizes)
+    return held
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

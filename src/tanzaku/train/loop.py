@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tanzaku.tasks.metrics import classification_metrics, confusion, wilson_inte
 from tanzaku.tasks.prepare import ClassificationData
 from tanzaku.train.lane import Diverged, Lane
 from tanzaku.train.memory import Need, in_use, peak, reset_peak
+from tanzaku.train.products import layer_of
 from tanzaku.train.results import EpochRecord, Job, JobResult, Observer
 from tanzaku.train.step import SharedStep
 
@@ -257,8 +258,10 @@ class Pool:
         needs = [(lane, lane.need) for lane in stepping if lane.need is not None]
         if len(needs) == 1:
             return state + needs[0][1].alone <= self.room
-        width = max(lane.virtual for lane in stepping) + max(lane.next_length - lane.virtual for lane in stepping)
-        work = sum(need.beside(len(lane.next_rows or ()), width) for lane, need in needs)
+        rows = {lane.job.name: len(lane.next_rows or ()) for lane in stepping}
+        width = max(lane.virtual for lane in stepping) + max(lane.length for lane in stepping)
+        work = sum(need.beside(rows[lane.job.name], width) for lane, need in needs)
+        work += width * sum(rows[lane.job.name] * _held_for_others(lane, stepping) for lane in stepping)
         return state + _SPARE * work <= self.room
 
     def _picked(self) -> list[Lane]:
@@ -269,16 +272,23 @@ class Pool:
         first = max(ready, key=lambda lane: lane.batches_left)
         if not first.job.method.shares_batch:
             return [first]
-        length = first.next_length
+        length = first.virtual + first.length
         others = [lane for lane in ready if lane is not first and _goes_with(lane, first)]
         picked, rows = [first], len(first.next_rows or ())
-        for lane in sorted(others, key=lambda lane: abs(lane.next_length - length)):
-            more = len(lane.next_rows or ())
-            if rows + more <= self.rows_per_step and self._fits(list(self.lanes.values()), [*picked, lane]):
-                picked.append(lane)
+        for lane in sorted(others, key=lambda lane: abs(lane.virtual + lane.length - length)):
+            more, together = len(lane.next_rows or ()), [*picked, lane]
+            if rows + more > self.rows_per_step or not self._has_positions(together):
+                continue
+            if self._fits(list(self.lanes.values()), together):
+                picked = together
                 rows += more
         # Neighbours of one kind are computed together.
         return sorted(picked, key=lambda lane: (lane.job.method.name, len(lane.next_rows or ()), lane.job.name))
+
+    def _has_positions(self, stepping: Sequence[Lane]) -> bool:
+        """Whether the longest prompt and the longest text, which may be different jobs', have room in one batch."""
+        before, limit = max(lane.before for lane in stepping), self.step.max_positions
+        return before == 0 or limit is None or before + max(lane.length for lane in stepping) <= limit
 
     # -- training
 
@@ -446,6 +456,16 @@ class Pool:
 def probabilities(logits: Tensor) -> list[list[float]]:
     """Of each label, row by row, to 9 digits: ties among nearly certain rows would be ties in ROC-AUC."""
     return [[float(f"{p:.9g}") for p in row] for row in logits.double().softmax(-1).tolist()]
+
+
+def _held_for_others(lane: Lane, stepping: Sequence[Lane]) -> int:
+    """Bytes a token of this job's rows that autograd keeps for the sake of other jobs in the step."""
+    held = {path: size for other in stepping for path, size in other.held.items() if path not in lane.held}
+    layers: Counter[int | None] = Counter()
+    for path, size in held.items():
+        layers[layer_of(path)] += size
+    # Of checkpointed layers, one at a time is computed again.
+    return max(layers.values(), default=0) if lane.job.settings.gradient_checkpointing else layers.total()
 
 
 def _goes_with(lane: Lane, first: Lane) -> bool:

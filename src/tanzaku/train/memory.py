@@ -6,7 +6,7 @@ import contextlib
 import resource
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -95,10 +94,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and (key := _key(tensor)) not in self._seen and key not in before:
+        kwargs = kwargs or {}
+        before = {_key(tensor) for tensor in _tensors((args, *kwargs.values()))}
+        out = func(*args, **kwargs)
+        for tensor in _tensors((out,)):
+            if (key := _key(tensor)) not in self._seen and key not in before:
                 storage = tensor.untyped_storage()
                 self._seen.add(key)
                 self.now += storage.nbytes()
@@ -109,6 +109,15 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _gone(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.now -= size
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Those among the arguments or results of an operation, which may be lists of tensors."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
 
 
 def _key(tensor: torch.Tensor) -> int:

@@ -43,6 +43,7 @@ class SharedStep:
     def __init__(self, model: PreTrainedModel, pad_token_id: int):
         self.model, self.pad_token_id, self.device = model, pad_token_id, model.device
         base = Base.of(model)
+        self.max_positions = base.max_positions
         self.pooled, self.products, self.norms = PooledOnly(base), FrozenProducts(base), FrozenNorms(base)
         takes = inspect.signature(model.forward).parameters
         self.takes_types = "token_type_ids" in takes
@@ -105,16 +106,16 @@ class SharedStep:
             widest: tokens of the longest rows of any job, virtual ones included; 0 where this one never shares a step.
         """
         s = lane.job.settings
-        rows = sorted(lane.data.train.examples, key=_length)[-lane.rows :]
+        rows = _demanding(lane.data.train.examples, lane.rows)
         splits = [split for split in (lane.data.valid, lane.data.test) if split is not None]
-        judged = sorted((e for split in splits for e in split.examples), key=_length)[-s.eval_batch_size :]
+        judged = _demanding([e for split in splits for e in split.examples], s.eval_batch_size)
         step = self._bytes(lane, rows)
         judging = bytes_needed(lambda: self._evaluate(lane, [judged]), self.device) if judged else 0
         own = lane.virtual + _length(rows[-1])
         if not widest:
             return Need(step, max(step, judging), ((own, step), (own, step)), 0)
         # One more than the row has: in a shared step most rows are padded. Positions end somewhere.
-        limit = Base.of(self.model).max_positions or widest
+        limit = (self.max_positions or widest) - (lane.before - lane.virtual)
         narrow, wide = min(own + 1, limit), min(max(own + 1, widest), limit)
         less = self._bytes(lane, rows[-1:], narrow)
         more = self._bytes(lane, rows[-1:], wide) if wide > narrow else less
@@ -138,7 +139,8 @@ class SharedStep:
         with nullcontext() if width is None else self._wanting():
             needed = bytes_needed(work, self.device)
         lane.reset_gradients(kept)
-        return needed
+        # In a shared step attention is computed for all rows, and once more for those whose adapter changes it.
+        return needed + (0 if width is None else lane.twice * width)
 
     @contextmanager
     def _wanting(self) -> Iterator[None]:
@@ -230,3 +232,13 @@ class SharedStep:
 
 def _length(example: Example) -> int:
     return len(example.input_ids)
+
+
+def _demanding(examples: Sequence[Example], size: int) -> list[Example]:
+    """The rows of a batch that needs the most: the longest, but not all of one length, since padding needs more."""
+    order = sorted(examples, key=_length)
+    rows = order[-size:]
+    if size > 1 and rows and _length(rows[0]) == _length(rows[-1]):
+        shorter = [example for example in order if _length(example) < _length(rows[0])]
+        rows = [*shorter[-1:], *rows[-size + 1 :]] if shorter else rows
+    return rows
