@@ -179,12 +179,20 @@ def _grid(columns: Sequence[Sequence[int]], device: torch.device) -> tuple[Any, 
 _Replacement = Callable[..., Any]
 
 
-def _dropout(noise: Noise, func: Any, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-    return noise.dropped(x, p) if training and p > 0 else func(x, p, training)
+def _dropout(
+    noise: Noise, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Any:
+    if not training or p == 0:
+        return input
+    return input.copy_(noise.dropped(input, p)) if inplace else noise.dropped(input, p)
 
 
-def _dropout_(noise: Noise, func: Any, x: Tensor, p: float, train: bool) -> Any:
-    return x.copy_(noise.dropped(x, p)) if train and p > 0 else x
+def _torch_dropout(noise: Noise, func: Any, input: Tensor, p: float, train: bool) -> Any:
+    return _dropout(noise, func, input, p, train)
+
+
+def _torch_dropout_(noise: Noise, func: Any, input: Tensor, p: float, train: bool) -> Any:
+    return _dropout(noise, func, input, p, train, inplace=True)
 
 
 def _attention(
@@ -208,10 +216,14 @@ def _attention(
     if is_causal:
         ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(ahead, -math.inf)
-    if attn_mask is not None:
-        boolean = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, -math.inf) if boolean else scores + attn_mask
-    return noise.dropped(scores.softmax(-1).nan_to_num(0.0), dropout_p) @ value
+    if attn_mask is None:
+        return noise.dropped(scores.softmax(-1), dropout_p) @ value
+    boolean = attn_mask.dtype == torch.bool
+    scores = scores.masked_fill(~attn_mask, -math.inf) if boolean else scores + attn_mask
+    # A query that may attend to nothing gets nothing, and no gradient.
+    nothing = (scores == -math.inf).all(-1, keepdim=True)
+    weights = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
+    return noise.dropped(weights, dropout_p) @ value
 
 
 def _lstm(noise: Noise, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -235,8 +247,8 @@ def _refused(noise: Noise, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 _REPLACED: dict[Any, _Replacement] = {
     F.dropout: _dropout,
-    torch.dropout: _dropout,
-    torch.dropout_: _dropout_,
+    torch.dropout: _torch_dropout,
+    torch.dropout_: _torch_dropout_,
     F.scaled_dot_product_attention: _attention,
     torch.lstm: _lstm,
     **dict.fromkeys((F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout), _refused),

@@ -1,135 +1,573 @@
-"""Dropout by job: what a mask hangs on, and what it does not."""
+"""Dropout of rows that share a batch: each job's masks are its own, whoever is beside it, whenever they are drawn."""
 
 from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tanzaku as tz
-from tanzaku import noise
-from tanzaku.noise import Noise, Share
+from models import tiny
+from tanzaku import noise as module
+from tanzaku.method import Method
+from tanzaku.methods.lora import LoraStrip
+from tanzaku.noise import Noise, Share, again, mark, rewind
 from tanzaku.routing import Route
+from tanzaku.train.lane import Lane
+from tanzaku.train.loop import Pool
+from tanzaku.train.results import Job
+from tanzaku.train.settings import TrainSettings
+from task_data import task
+
+DATA = replace(task((5, 8, 3), train=6), valid=None)
+FAST = TrainSettings(epochs=1, learning_rate=0.02, adam_epsilon=1e-3)
 
 
-def noises(*shares: Share, width: int, lead: int = 0) -> Noise:
-    names = [f"j{number}" for number in range(len(shares))]
-    entries: list[Any] = [n for n, s in zip(names, shares, strict=True) for _ in range(s.rows.stop - s.rows.start)]
-    return Noise(Route.of(entries), shares, width, lead)
+@dataclass
+class Part:
+    """What one job brings to a batch: rows, own tokens of the longest, virtual tokens, and its seed."""
+
+    rows: int = 2
+    tokens: int = 6
+    virtual: int = 0
+    seed: int = 1
 
 
-def masks(x: Tensor, *shares: Share, width: int, lead: int = 0, p: float = 0.4, calls: int = 1) -> list[Tensor]:
-    with noises(*shares, width=width, lead=lead):
-        return [F.dropout(x, p) for _ in range(calls)]
+def noise_of(*parts: Part, width: int | None = None, lead: int | None = None) -> Noise:
+    shares, start = [], 0
+    for part in parts:
+        shares.append(Share(slice(start, start + part.rows), part.virtual, part.tokens, part.seed))
+        start += part.rows
+    route = Route.of([f"job-{n}" for n, part in enumerate(parts) for _ in range(part.rows)])
+    width = max(p.tokens for p in parts) if width is None else width
+    return Noise(route, shares, width, max(p.virtual for p in parts) if lead is None else lead)
 
 
-def test_a_job_loses_the_same_numbers_in_any_company() -> None:
-    """Alone; beside rows before and after; padded further; shifted by other jobs' virtual tokens."""
-    [alone] = masks(torch.ones(2, 5, 3), Share(slice(0, 2), 1, 4, seed=7), width=4, lead=1)
-    beside = [Share(slice(0, 3), 3, 9, seed=1), Share(slice(3, 5), 1, 4, seed=7), Share(slice(5, 6), 0, 6, seed=2)]
-    [among] = masks(torch.ones(6, 12, 3), *beside, width=9, lead=3)
-    assert torch.equal(among[3:5, 2:7], alone)
-    assert not (alone == 1).any(), "a number is lost or scaled up; virtual tokens' numbers too"
-    assert not torch.equal(among[0, 2:7], alone[0])
+def drawn(*parts: Part, p: float = 0.5, calls: int = 1, features: int = 4, **sizes: int) -> list[list[Tensor]]:
+    """Masks of hidden states, for each call those of each part, at its own places."""
+    noise = noise_of(*parts, **sizes)
+    x = torch.ones(noise.rows, noise.lead + noise.width, features)
+    out = []
+    with noise:
+        for _ in range(calls):
+            y = F.dropout(x, p)
+            out.append([y[s.rows, noise.lead - s.virtual : noise.lead + s.tokens] for s in noise.shares])
+    return out
 
 
-def test_batches_calls_and_seeds_differ() -> None:
-    one, two = masks(torch.ones(1, 8, 8), Share(slice(0, 1), 0, 8, seed=7), width=8, calls=2)
-    [other] = masks(torch.ones(1, 8, 8), Share(slice(0, 1), 0, 8, seed=8), width=8)
-    assert not torch.equal(one, two) and not torch.equal(one, other)
-    [again] = masks(torch.ones(1, 8, 8), Share(slice(0, 1), 0, 8, seed=7), width=8)
-    assert torch.equal(one, again)
+# -- whose masks they are
+
+parts = st.builds(Part, st.integers(1, 3), st.integers(1, 7), st.integers(0, 3), st.integers(0, 2**63 - 1))
 
 
-def test_the_share_of_zeros_and_the_scale() -> None:
-    [kept] = masks(torch.ones(4, 50, 50), Share(slice(0, 4), 0, 50, seed=3), width=50, p=0.25)
-    assert kept.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
-    assert (kept == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
-    [nothing] = masks(torch.ones(1, 4, 4), Share(slice(0, 1), 0, 4, seed=3), width=4, p=1.0)
-    [everything] = masks(torch.ones(1, 4, 4), Share(slice(0, 1), 0, 4, seed=3), width=4, p=0.0)
-    assert not nothing.any() and everything.all()
+@given(st.lists(parts, min_size=1, max_size=4), st.integers(0, 3), st.integers(0, 2))
+def test_a_mask_hangs_on_the_job_and_the_call_alone(batch: list[Part], padding: int, fillers: int) -> None:
+    """Whoever shares the batch, however wide it is, and at whichever end of it the job stands."""
+    width, lead = max(p.tokens for p in batch) + padding, max(p.virtual for p in batch) + fillers
+    together = drawn(*batch, calls=2, width=width, lead=lead)
+    for number, part in enumerate(batch):
+        alone = drawn(part, calls=2)
+        for call in range(2):
+            assert torch.equal(together[call][number], alone[call][0])
 
 
-def test_torchs_own_generator_is_left_alone_and_nothing_stays_in_force() -> None:
-    before = torch.get_rng_state()
-    masks(torch.ones(1, 4, 4), Share(slice(0, 1), 0, 4, seed=3), width=4)
-    assert torch.equal(torch.get_rng_state(), before)
-    with pytest.raises(RuntimeError, match="on the way"), noises(Share(slice(0, 1), 0, 4, seed=3), width=4):
-        raise RuntimeError("on the way")
-    assert noise.mark() is None
-    F.dropout(torch.ones(1, 4, 4))
-    assert not torch.equal(torch.get_rng_state(), before)
+@given(parts, st.integers(1, 3), st.booleans())
+def test_a_mask_of_attention_hangs_on_the_job_alone_too(part: Part, heads: int, decoder: bool) -> None:
+    """Queries and keys are both tokens; beside an encoder that has the virtual tokens, a decoder has none."""
+    other = Part(rows=2, tokens=9, virtual=2, seed=5)
+
+    def draw(*batch: Part) -> Tensor:
+        noise = noise_of(*batch)
+        queries = noise.width if decoder else noise.lead + noise.width
+        share = noise.shares[-1]
+        with noise:
+            y = F.dropout(torch.ones(noise.rows, heads, queries, noise.lead + noise.width), 0.5)
+        own = slice(noise.lead - share.virtual, noise.lead + share.tokens)
+        return y[share.rows, :, slice(share.tokens) if decoder else own, own]
+
+    assert torch.equal(draw(other, part), draw(part))
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"is_causal": True}, {"scale": 0.3}, {"mask": "bool"}, {"mask": "float"}], ids=str
-)
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_attention_that_drops_is_attention(options: dict[str, Any], kv_heads: int) -> None:
-    """With a probability that drops nothing, the written-out attention is torch's own."""
-    torch.manual_seed(0)
-    query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, kv_heads, 5, 8), torch.randn(2, kv_heads, 5, 8)
-    kind = options.pop("mask", None) if "mask" in options else None
-    mask = None
-    if kind:
-        seen = torch.ones(5, 5, dtype=torch.bool).tril()
-        mask = seen if kind == "bool" else torch.zeros(5, 5).masked_fill(~seen, -math.inf)
-    given: dict[str, Any] = {"attn_mask": mask, "enable_gqa": kv_heads < 4, **options}
-    expected = F.scaled_dot_product_attention(query, key, value, **given)
-    with noises(Share(slice(0, 2), 0, 5, seed=1), width=5):
-        found = F.scaled_dot_product_attention(query, key, value, dropout_p=1e-9, **given)
-        dropped = F.scaled_dot_product_attention(query, key, value, dropout_p=0.5, **given)
-    torch.testing.assert_close(found, expected)
-    assert not torch.allclose(dropped, expected)
+def test_a_row_of_features_has_no_tokens() -> None:
+    """A pooled row is dropped by row and feature, even where it has as many features as there are tokens."""
+
+    def draw(*batch: Part) -> Tensor:
+        noise = noise_of(*batch)
+        with noise:
+            return F.dropout(torch.ones(noise.rows, 10), 0.5)[noise.shares[-1].rows]
+
+    part = Part(rows=3, tokens=4)
+    assert torch.equal(draw(part), draw(Part(tokens=10, seed=9), part)) and 0 < (draw(part) == 0).sum() < 30
 
 
-def test_layers_that_run_again_draw_again_what_they_drew() -> None:
-    """In the same thread and in another, as a GPU's backward pass is."""
+def test_masks_differ_between_jobs_calls_and_batches() -> None:
+    rows = Part(rows=3, tokens=20)
+    [first, second] = drawn(rows, replace(rows, seed=2), calls=2)
+    every = [*first, *second]
+    assert not any(torch.equal(a, b) for n, a in enumerate(every) for b in every[:n])
+    seen = set()
+    with pool_of([job("a"), job("b", seed=1)]) as pool:
+        pool._admit()
+        for lane in pool.lanes.values():
+            for _ in range(6):
+                seen.add(lane.noise_seed)
+                lane.batch += 1
+    assert len(seen) == 12 and all(0 <= seed < 2**63 for seed in seen)
 
-    def run(x: Tensor) -> Tensor:
-        return F.dropout(x * 2, 0.5)
 
-    for threaded in (False, True):
-        x = torch.ones(1, 6, 6, requires_grad=True)
-        with noises(Share(slice(0, 1), 0, 6, seed=5), width=6):
-            y = checkpoint(noise.again(run), x, use_reentrant=False, preserve_rng_state=False)
-            later = F.dropout(torch.ones(1, 6, 6), 0.5)
-            if threaded:
-                thread = threading.Thread(target=y.sum().backward)
-                thread.start()
-                thread.join()
+@settings(max_examples=20)
+@given(st.floats(0.05, 0.95), st.integers(0, 10**6))
+def test_a_share_of_numbers_is_lost_and_the_rest_scaled_up(p: float, seed: int) -> None:
+    [[mask]] = drawn(Part(rows=4, tokens=25, seed=seed), p=p, features=50)
+    lost = float((mask == 0).float().mean())
+    assert abs(lost - p) < 6 * math.sqrt(p * (1 - p) / mask.numel())
+    assert torch.allclose(mask[mask != 0], torch.tensor(1 / (1 - p)))
+
+
+def test_rows_of_a_job_differ_from_each_other() -> None:
+    [[mask]] = drawn(Part(rows=3, tokens=10))
+    assert not torch.equal(mask[0], mask[1]) and not torch.equal(mask[:, 0], mask[:, 1])
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_nothing_or_everything(p: float) -> None:
+    x = torch.randn(2, 6, 4, requires_grad=True)
+    with noise_of(Part()) as noise:
+        y = F.dropout(x, p)
+    assert torch.equal(y, x if p == 0 else torch.zeros_like(x))
+    assert noise.shares[0].drew == (p > 0)
+    y.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, torch.full_like(x, 1 - p))
+
+
+def test_evaluation_loses_nothing() -> None:
+    x = torch.randn(2, 6, 4)
+    with noise_of(Part()) as noise:
+        for y in (F.dropout(x, 0.5, training=False), nn.Dropout(0.5).eval()(x), torch.dropout(x, 0.5, False)):
+            assert torch.equal(y, x)
+        attended = F.scaled_dot_product_attention(*(torch.randn(2, 2, 6, 4),) * 3, dropout_p=0.0)
+    assert attended.shape == (2, 2, 6, 4) and not noise.shares[0].drew
+
+
+def test_every_way_to_call_dropout_draws_the_same() -> None:
+    x = torch.randn(2, 6, 4)
+    ways = {
+        "function": lambda x: F.dropout(x, 0.5),
+        "named": lambda x: F.dropout(input=x, p=0.5, training=True),
+        "in place": lambda x: F.dropout(x, 0.5, True, True),
+        "module": nn.Dropout(0.5),
+        "module in place": nn.Dropout(0.5, inplace=True),
+        "torch": lambda x: torch.dropout(x, 0.5, True),
+        "torch, named": lambda x: torch.dropout(x, p=0.5, train=True),
+        "torch, in place": lambda x: torch.dropout_(x, 0.5, True),
+        "torch, in place, named": lambda x: torch.dropout_(x, p=0.5, train=True),
+    }
+    results = {}
+    for name, way in ways.items():
+        with noise_of(Part()):
+            given_x = x.clone()
+            results[name] = way(given_x)
+            if "in place" in name:
+                assert results[name] is given_x, name
             else:
-                y.sum().backward()
-            after = F.dropout(torch.ones(1, 6, 6), 0.5)
-        assert x.grad is not None and torch.equal(x.grad, y.detach())
-        assert not torch.equal(later, after)  # the count goes on where it was
+                assert torch.equal(given_x, x), name
+    assert all(torch.equal(y, results["function"]) for y in results.values())
+    assert 0 < (results["function"] == 0).sum() < x.numel()
 
 
-def test_lstms_draw_for_the_job_they_belong_to() -> None:
-    torch.manual_seed(0)
-    layer = nn.LSTM(4, 4, 2, dropout=0.5, batch_first=True)
-    x = torch.randn(1, 3, 4)
+def test_gradients_go_where_numbers_went() -> None:
+    x = torch.randn(2, 6, 4, requires_grad=True)
+    with noise_of(Part()):
+        y = F.dropout(x, 0.25)
+    y.sum().backward()
+    assert x.grad is not None and torch.equal(y.detach(), x.detach() * x.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_mask_has_the_type_of_what_it_masks(dtype: torch.dtype) -> None:
+    with noise_of(Part()):
+        y = F.dropout(torch.ones(2, 6, 4, dtype=dtype), 0.5)
+    assert y.dtype == dtype and set(y.flatten().tolist()) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 4), (5, 4), (3, 6, 4)], ids=str)
+def test_what_belongs_to_no_job_loses_nothing(shape: tuple[int, ...]) -> None:
+    """A table that rows share, such as relative positions: a mask of it would be one for all jobs."""
+    x = torch.randn(*shape)
+    with noise_of(Part(rows=1), Part(rows=1)) as noise:
+        assert torch.equal(F.dropout(x, 0.5), x)
+    with noise_of(Part(rows=1)) as noise:
+        if shape[0] == 1:
+            assert torch.equal(F.dropout(x, 0.5), x)
+            assert not torch.equal(F.dropout(x[:, :1], 0.9), x[:, :1]), "a pooled row is the job's own"
+    assert noise.rows == 1
+
+
+def test_an_adapter_draws_for_its_own_rows() -> None:
+    """While a stack's strips run, what they drop is one job's, by its own count of calls."""
+    part = Part(rows=2, tokens=6, seed=7)
+    [[_], [expected]] = drawn(part, calls=2)
+    with noise_of(Part(rows=3, seed=2), part) as noise:
+        F.dropout(torch.ones(5, 6, 4), 0.5)
+        noise.route.at = 1
+        found = F.dropout(torch.ones(2, 6, 4), 0.5)
+        noise.route.at = None
+    assert torch.equal(found, expected)
+    assert [share.calls for share in noise.shares] == [1, 2]
+
+
+def test_keys_of_an_adapter_stand_before_the_layers_own() -> None:
+    """A prefix's keys are dropped too; the rest of the mask lies at the job's own tokens, whatever the padding."""
+
+    def draw(tokens: int, *others: Part) -> Tensor:
+        part = Part(rows=2, tokens=4, virtual=1, seed=3)
+        noise = noise_of(part, *others)
+        keys = noise.lead + noise.width
+        with noise:
+            noise.route.at, noise.route.keys = 0, keys
+            y = F.dropout(torch.ones(2, 2, keys, tokens + keys), 0.5)
+            noise.route.at = noise.route.keys = None
+        own = range(noise.lead - 1, noise.lead + 4)
+        return y[:, :, list(own)][..., [*range(tokens), *(tokens + at for at in own)]]
+
+    alone = draw(3)
+    assert alone.shape == (2, 2, 5, 8)
+    assert torch.equal(alone, draw(3, Part(tokens=9, virtual=2, seed=4)))
+
+
+def test_what_was_drawn_in_vain_is_drawn_again() -> None:
+    x = torch.ones(4, 6, 4)
+    with noise_of(Part(seed=1), Part(seed=2)):
+        before = mark()
+        first = F.dropout(x, 0.5)
+        rewind(before, 1)
+        second = F.dropout(x, 0.5)
+    assert torch.equal(first[2:], second[2:]) and not torch.equal(first[:2], second[:2])
+    rewind(before, 0)
+    assert mark() is None
+
+
+# -- attention
+
+
+def explicit(q: Tensor, k: Tensor, v: Tensor, added: Tensor, scale: float, mask: Tensor) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    attends = added > -math.inf
+    scores = q @ k.transpose(-2, -1) * scale + added.where(attends, 0.0)
+    return scores.where(attends, -1e9).softmax(-1) * attends * mask @ v
+
+
+ATTENTION: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "boolean": {"attn_mask": "boolean"},
+    "float": {"attn_mask": "float"},
+    "scaled": {"scale": 0.3},
+    "grouped": {"enable_gqa": True},
+    "all": {"attn_mask": "boolean", "scale": 0.3, "enable_gqa": True},
+}
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_attention_that_drops_is_attention_with_a_mask(kind: str) -> None:
+    options = dict(ATTENTION[kind])
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    rows, heads, tokens = 3, 4, 6
+    kv_heads = 2 if options.get("enable_gqa") else heads
+    q, k, v = random(rows, heads, tokens, 8), random(rows, kv_heads, tokens, 8), random(rows, kv_heads, tokens, 8)
+    added = torch.zeros(rows, 1, tokens, tokens)
+    if options.get("is_causal"):
+        added.masked_fill_(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), -math.inf)
+    match options.get("attn_mask"):
+        case "boolean":
+            attends = random(rows, 1, tokens, tokens) > -0.5
+            attends[0, :, 0] = False  # a token that attends to nothing, such as padding on the left
+            added = torch.zeros_like(added).masked_fill(~attends, -math.inf)
+            options["attn_mask"] = attends
+        case "float":
+            added = random(rows, 1, tokens, tokens)
+            added[0, :, 0] = added[1, :, :, 2:] = -math.inf
+            options["attn_mask"] = added
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    part = Part(rows=rows, tokens=tokens)
+    with noise_of(part):
+        mask = F.dropout(torch.ones(rows, heads, tokens, tokens), 0.4)
+    with noise_of(part):
+        found = F.scaled_dot_product_attention(*inputs, dropout_p=0.4, **options)
+    expected = explicit(q, k, v, added, options.get("scale", 8**-0.5), mask)
+    torch.testing.assert_close(found, expected)
+    weights = random(*found.shape)
+    gradients = [torch.autograd.grad((y * weights).sum(), inputs, retain_graph=True) for y in (found, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+        assert one.isfinite().all()
+    # With next to nothing lost it is torch's own.
+    with noise_of(part):
+        nearly = F.scaled_dot_product_attention(*inputs, dropout_p=1e-9, **options)
+    plain = F.scaled_dot_product_attention(*inputs, **options)
+    torch.testing.assert_close(nearly, plain, rtol=1e-5, atol=1e-5)
+    with noise_of(part):
+        assert torch.equal(F.scaled_dot_product_attention(*inputs, **options), plain), "nothing to drop"
+
+
+def test_attention_that_drops_is_plain_attention_on_average() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 5, 4, generator=generator) for _ in range(3))
+    total = torch.zeros(1, 2, 5, 4)
+    with noise_of(Part(rows=1, tokens=5)):
+        for _ in range(600):
+            total += F.scaled_dot_product_attention(q, k, v, dropout_p=0.3)
+    torch.testing.assert_close(total / 600, F.scaled_dot_product_attention(q, k, v), atol=0.12, rtol=0)
+
+
+# -- layers that run again
+
+
+def layer(x: Tensor) -> Tensor:
+    return F.dropout(F.dropout(x.tanh(), 0.5).exp(), 0.3)
+
+
+@pytest.mark.parametrize("thread", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputed_layer_draws_again_what_it_drew(thread: bool, reentrant: bool) -> None:
+    """In the thread of the forward pass or, as on a GPU, in one in which the mode is not in force."""
+
+    def run(checkpointed: bool) -> list[Tensor]:
+        x = torch.linspace(-1, 1, 48).view(2, 6, 4).requires_grad_()
+        with noise_of(Part()) as noise:
+            if checkpointed:
+                # Two layers run again, the last one first, with calls between and behind them.
+                y = F.dropout(checkpoint(again(layer), x, use_reentrant=reentrant), 0.1)
+                y = checkpoint(again(layer), y, use_reentrant=reentrant)
+            else:
+                y = layer(F.dropout(layer(x), 0.1))
+            loss = F.dropout(y, 0.1).sum()
+            counts = [share.calls for share in noise.shares]
+            if thread:
+                failures: list[BaseException] = []
+
+                def backward() -> None:
+                    try:
+                        loss.backward()
+                        assert not torch._C._len_torch_function_stack()
+                    except BaseException as error:
+                        failures.append(error)
+
+                other = threading.Thread(target=backward)
+                other.start()
+                other.join()
+                assert not failures
+            else:
+                loss.backward()
+            assert [share.calls for share in noise.shares] == counts
+            assert module._current is noise
+            after = F.dropout(torch.ones(2, 6, 4), 0.5)
+        assert x.grad is not None
+        return [loss.detach(), x.grad, after]
+
+    for one, other in zip(run(True), run(False), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_layer_that_runs_again_elsewhere_is_left_alone_without_noise() -> None:
+    assert again(layer) is layer
+
+
+@pytest.mark.parametrize("method", [tz.LoRA(r=2, lora_dropout=0.4), tz.PrefixTuning(num_virtual_tokens=2)])
+def test_a_model_that_is_recomputed_in_another_thread(method: Method) -> None:
+    """Gradients of a shared step are those without checkpointing."""
     found = []
-    for other in (1, 2):
-        mode = noises(Share(slice(0, 1), 0, 3, seed=other), Share(slice(1, 2), 0, 3, seed=9), width=3)
-        with mode:
-            mode.route.at = 1
-            found.append(layer(x)[0])
-            mode.route.at = None
-    assert torch.equal(found[0], found[1])
+    for checkpointing in (False, True):
+        model = tiny("llama", num_labels=2, attention_dropout=0.3)
+        jobs = [job("a", method), job("b", tz.IA3()), job("c", tz.PromptTuning(num_virtual_tokens=2), batch_size=2)]
+        jobs = [
+            replace(j, settings=j.settings.model_copy(update={"gradient_checkpointing": checkpointing})) for j in jobs
+        ]
+        with pool_of(jobs, model) as pool:
+            pool._admit()
+            lanes = list(pool.lanes.values())
+            with pool.step.losses(lanes, [lane.examples() for lane in lanes]) as losses:
+                other = threading.Thread(target=sum(losses[1:], losses[0]).backward)
+                other.start()
+                other.join()
+            found.append([p.grad for lane in lanes for p in lane.trained])
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-6)
 
 
-def test_what_cannot_be_shared_is_refused() -> None:
-    with noises(Share(slice(0, 1), 0, 4, seed=3), width=4), pytest.raises(tz.TanzakuError, match="dropout2d"):
-        F.dropout2d(torch.ones(1, 4, 4, 4), training=True)
+# -- whole runs
 
 
-def test_tables_that_all_rows_share_belong_to_no_job() -> None:
-    [table] = masks(torch.ones(1, 11, 3), Share(slice(0, 2), 0, 4, seed=3), width=4)
-    assert table.all()
+def job(name: str, method: Method | None = None, **changes: Any) -> Job:
+    options = {"seed": sum(map(ord, name)), **changes}
+    return Job(name, method or tz.LoRA(r=2), FAST.model_copy(update=options))
+
+
+def pool_of(jobs: Sequence[Job], model: Any = None, **options: Any) -> Pool:
+    pool = Pool(tiny("llama", num_labels=2) if model is None else model, DATA, **options)
+    pool.add(jobs)
+    return pool
+
+
+def weights(jobs: Sequence[Job], model: Any = None, **options: Any) -> dict[str, list[Tensor]]:
+    lanes: dict[str, Lane] = {}
+    with pool_of(jobs, model, **options) as pool:
+        pool._admit()
+        lanes.update(pool.lanes)
+        pool.run()
+        assert [(r.status, r.error) for r in pool.results.values()] == [("done", None)] * len(jobs)
+    return {name: [p.detach() for p in lane.trained] for name, lane in lanes.items()}
+
+
+def test_a_prompt_encoder_that_drops_between_its_layers_draws_for_itself() -> None:
+    def prompt(dropout: float) -> Job:
+        encoder = {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 8, "encoder_num_layers": 3}
+        return job("p", tz.PTuning(num_virtual_tokens=3, encoder_dropout=dropout, **encoder))
+
+    others = [job("a", tz.LoRA(r=2, lora_dropout=0.3)), job("b", tz.PromptTuning(num_virtual_tokens=5), batch_size=2)]
+    alone = weights([prompt(0.4)])["p"]
+    torch.manual_seed(1234)
+    among = weights([*others, prompt(0.4)])["p"]
+    for one, other in zip(alone, among, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
+    without = weights([prompt(0.0)])["p"]
+    assert max(float((a - b).abs().max()) for a, b in zip(alone, without, strict=True)) > 1e-2
+
+
+def test_an_encoder_draws_for_the_job_whose_strips_run() -> None:
+    torch.manual_seed(0)
+    encoder = nn.LSTM(4, 4, 2, dropout=0.5, batch_first=True)
+    x = torch.randn(1, 3, 4)
+
+    def encoded(*seeds: int) -> Tensor:
+        with noise_of(*(Part(rows=1, seed=seed) for seed in seeds)) as noise:
+            noise.route.at = len(seeds) - 1
+            out: Tensor = encoder(x)[0]
+            noise.route.at = None
+        assert noise.shares[-1].calls == 1 and not any(share.calls for share in noise.shares[:-1])
+        return out
+
+    assert torch.equal(encoded(1, 9), encoded(2, 3, 9)) and not torch.equal(encoded(1, 9), encoded(1, 8))
+
+
+def dropping() -> list[Job]:
+    lstm = {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 8, "encoder_dropout": 0.3}
+    return [
+        job("a", tz.LoRA(r=2, lora_dropout=0.3)),
+        job("b", tz.AdaLoRA(init_r=2, target_r=1, lora_dropout=0.3)),
+        job("p", tz.PTuning(num_virtual_tokens=3, **lstm)),
+        job("f", tz.PrefixTuning(num_virtual_tokens=3)),
+        job("full", tz.Full(), learning_rate=1e-4),
+    ]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_torchs_own_numbers_are_left_alone(checkpointing: bool) -> None:
+    """A run draws nothing from the global generator, and what is drawn from it changes no run."""
+    jobs = [
+        replace(j, settings=j.settings.model_copy(update={"gradient_checkpointing": checkpointing})) for j in dropping()
+    ]
+    runs = []
+    for seed in (1, 2):
+        model = tiny("llama", num_labels=2, attention_dropout=0.2)
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        with pool_of(jobs, model) as pool:
+            pool.run()
+            lost = [r.epochs[0].train_loss for r in pool.results.values()]
+        assert torch.equal(torch.get_rng_state(), state)
+        runs.append(lost)
+    assert runs[0] == runs[1]
+
+
+def test_the_mode_is_left_out_where_nobody_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs time at every operation. A job that draws turns it on for all in its step."""
+    entered: list[int] = []
+    enter = Noise.__enter__
+    monkeypatch.setattr(Noise, "__enter__", lambda self: (entered.append(len(self.shares)), enter(self))[1])
+    weights([job("a"), job("b", tz.IA3())])
+    assert entered == [2], "once, to see"
+    entered.clear()
+    weights([job("a"), job("b", tz.LoRA(r=2, lora_dropout=0.1))])
+    assert entered == [2] * 6
+
+
+# -- what cannot be shared
+
+REFUSED = {
+    "dropout1d": lambda x, on: F.dropout1d(x, 0.5, on),
+    "dropout2d": lambda x, on: nn.Dropout2d(0.5).train(on)(x[:, None]),
+    "dropout3d": lambda x, on: F.dropout3d(x[:, None, None], p=0.5, training=on),
+    "alpha_dropout": lambda x, on: nn.AlphaDropout(0.5).train(on)(x),
+    "feature_alpha_dropout": lambda x, on: F.feature_alpha_dropout(x, 0.5, training=on),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_other_kinds_of_dropout_are_refused(kind: str) -> None:
+    x = torch.randn(2, 6, 4)
+    with noise_of(Part()):
+        with pytest.raises(tz.TanzakuError, match=f"^{kind} draws random numbers that jobs in one batch cannot share"):
+            REFUSED[kind](x, True)
+        assert REFUSED[kind](x, False).numel() == x.numel()
+    assert REFUSED[kind](x, True).numel() == x.numel(), "elsewhere they are what they were"
+
+
+@dataclass
+class Channels(tz.LoRA):
+    """LoRA that drops whole features."""
+
+    def strip(self, module: nn.Module, path: str, r: int, scaling: float) -> LoraStrip:
+        return ChannelStrip(module, r, scaling, 0.0, True)
+
+
+class ChannelStrip(LoraStrip):
+    def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return super().outputs(module, F.dropout1d(x, 0.5, module.training), y)
+
+    def alike(self, module: nn.Module) -> None:
+        return None
+
+
+def test_nothing_of_the_mode_is_left_after_a_failure() -> None:
+    with pool_of([job("a", tz.LoRA(r=2, lora_dropout=0.1)), job("bad", Channels(r=2))]) as pool:
+        pool.run()
+        assert pool.results["a"].status == "done"
+        assert pool.results["bad"].status == "failed" and str(pool.results["bad"].error).startswith("dropout1d draws")
+    assert torch._C._len_torch_function_stack() == 0 and mark() is None
+    route = Route.of(["a", "b"])
+    with (
+        pytest.raises(ZeroDivisionError),
+        Noise(route, [Share(slice(0, 1), 0, 3, 1), Share(slice(1, 2), 0, 3, 2)], 3, 0),
+    ):
+        assert mark() == [0, 0]
+        raise ZeroDivisionError
+    assert torch._C._len_torch_function_stack() == 0 and mark() is None
+    torch.manual_seed(0)
+    expected = torch.nn.functional.dropout(torch.ones(1000), 0.5)
+    torch.manual_seed(0)
+    assert torch.equal(F.dropout(torch.ones(1000), 0.5), expected) and 0 < expected.sum() < 2000
+
+
+def test_a_block_within_a_block_gives_way_to_it_again() -> None:
+    with noise_of(Part()) as outer:
+        with noise_of(Part()) as inner:
+            assert module._current is inner and inner.in_force() and outer.in_force()
+            F.dropout(torch.ones(2, 6, 4))
+        assert module._current is outer and not inner.in_force()
+    assert (inner.shares[0].calls, outer.shares[0].calls) == (1, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,15 +11,20 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import tanzaku as tz
 from models import batch, tiny
 from tanzaku.families import Base
 from tanzaku.host import host_of
+from tanzaku.method import Method
 from tanzaku.train import products
+from tanzaku.train.loop import Pool
 from tanzaku.train.norms import FrozenNorms
-from tanzaku.train.products import ABOVE, FrozenProducts, Tokens, lowest_layer
+from tanzaku.train.products import ABOVE, FrozenProducts, Tokens, layer_of, lowest_layer
+from tanzaku.train.results import Job
+from tanzaku.train.settings import TrainSettings
+from task_data import task
 
 CPU = torch.device("cpu")
 
@@ -119,6 +126,226 @@ def test_only_plain_linear_layers_are_touched() -> None:
     paths = {id(module) for module, _ in FrozenProducts(Base.of(model)).layers}
     assert id(model.model.layers[0].mlp.up_proj) not in paths and id(model.score) not in paths
     assert id(model.model.layers[0].mlp.down_proj) in paths
+
+
+def test_a_weight_of_another_kind_is_left_alone() -> None:
+    """A quantised weight in a plain layer multiplies in its own way."""
+
+    class Packed(Tensor):
+        pass
+
+    model = tiny("llama").requires_grad_(False)
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.data.as_subclass(Packed), requires_grad=False)
+    fast = FrozenProducts(Base.of(model))
+    assert id(layer) not in {id(module) for module, _ in fast.layers} and fast.layers
+    with fast:
+        assert "forward" not in layer.__dict__
+
+
+def test_somebody_elses_patch_stays() -> None:
+    model = tiny("llama").requires_grad_(False)
+    layer = model.model.layers[0].mlp.up_proj
+    patch = layer.__dict__["forward"] = lambda x: F.linear(x, layer.weight) + 1
+    with FrozenProducts(Base.of(model)):
+        assert layer.forward is patch
+    assert layer.forward is patch
+
+
+def fast_layer(weight: Tensor, bias: Tensor | None = None, depth: int = 0) -> tuple[nn.Linear, FrozenProducts]:
+    """A linear layer of a model whose products are frozen ones."""
+    model = tiny("llama").requires_grad_(False)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    model.model.layers[depth].mlp.up_proj = layer
+    return layer, FrozenProducts(Base.of(model))
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("shape", [(2, 5, 6), (2, 1, 6), (3, 5, 6), (2, 6), (1, 5, 6), (2, 3, 5, 6)], ids=str)
+def test_tensors_of_other_shapes_are_multiplied_whole(
+    shape: tuple[int, ...], onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only (rows, width, ...) of the batch is known to be its tokens: pooled ones, queries and tables are not."""
+    monkeypatch.setattr(products, "_ONEDNN", onednn and products._ONEDNN)
+    torch.manual_seed(0)
+    layer, fast = fast_layer(torch.randn(4, 6), torch.randn(4))
+    x = torch.randn(*shape, requires_grad=True)
+    expected = F.linear(x, layer.weight, layer.bias)
+    gradient = torch.randn_like(expected)
+    own = torch.ones(shape[:-1])
+    needed = own.clone()
+    if shape == (2, 5, 6):
+        own[1, 2:] = needed[1, 2:] = needed[0] = 0
+    with fast, fast.reading(Tokens(5, [0, 0], [5, 2], [1, 0], CPU)):
+        y = layer(x)
+        (found,) = torch.autograd.grad(y, x, gradient)
+    torch.testing.assert_close(y, expected * own.unsqueeze(-1))
+    torch.testing.assert_close(found, gradient @ layer.weight * needed.unsqueeze(-1))
+
+
+@pytest.mark.parametrize("trains", ["weight", "bias"])
+def test_what_is_trained_gets_its_gradient(trains: str) -> None:
+    layer, fast = fast_layer(torch.randn(4, 6), torch.randn(4))
+    parameter = layer.get_parameter(trains).requires_grad_()
+    x = torch.randn(2, 5, 6)
+    with fast, fast.reading(Tokens(5, [0, 0], [5, 2], [ABOVE, ABOVE], CPU)):
+        layer(x).sum().backward()
+    assert parameter.grad is not None
+    expected = torch.full((4,), 10.0) if trains == "bias" else x.sum((0, 1)).expand(4, 6)
+    torch.testing.assert_close(parameter.grad, expected)
+
+
+def test_outside_of_a_block_products_are_whole() -> None:
+    layer, fast = fast_layer(torch.randn(4, 6))
+    x = torch.randn(2, 5, 6)
+    with fast:
+        with fast.reading(Tokens(5, [0, 0], [5, 2], [0, 0], CPU)):
+            assert not layer(x)[1, 2:].any() and torch.equal(layer(input=x), layer(x))
+        assert layer(x)[1, 2:].all()
+        with pytest.raises(RuntimeError, match="on the way"), fast.reading(Tokens(5, [0, 0], [5, 2], [0, 0], CPU)):
+            raise RuntimeError("on the way")
+        assert torch.equal(layer(x), F.linear(x, layer.weight))
+    assert "forward" not in layer.__dict__
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cast", [False, True])
+def test_half_precision_is_that_of_the_plain_layer(base: torch.dtype, cast: bool) -> None:
+    torch.manual_seed(0)
+    layer, fast = fast_layer(torch.randn(4, 6).to(base), torch.randn(4).to(base))
+    x = torch.randn(2, 5, 6, dtype=torch.float32 if cast else base, requires_grad=True)
+    gradients = []
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        expected = layer(x)
+    with fast, fast.reading(Tokens(5, [0, 0], [5, 2], [0, 0], CPU)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            y = layer(x)
+        assert y.dtype == expected.dtype == (torch.bfloat16 if cast else base)
+        for out in (y, expected):
+            (gradient,) = torch.autograd.grad(out[:, :2].float().square().sum(), x)
+            gradients.append(gradient)
+    tolerance = 2e-2 if expected.dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(y[:, :2], expected[:, :2], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
+    if base == torch.bfloat16 or not cast:
+        assert not y[1, 2:].any(), "padding is left out"
+
+
+def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Notes the tokens of every frozen product."""
+    tokens: list[int] = []
+    multiply = products._multiply
+
+    def spy(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        tokens.append(x.numel() // x.shape[-1])
+        return multiply(x, weight, bias)
+
+    monkeypatch.setattr(products, "_multiply", spy)
+    return tokens
+
+
+def test_padding_and_rows_that_need_no_gradient_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, fast = fast_layer(torch.randn(4, 6), depth=1)
+    tokens = multiplied(monkeypatch)
+    x = torch.randn(4, 5, 6, requires_grad=True)
+    with fast, fast.reading(Tokens(5, [0, 1, 0, 2], [5, 2, 1, 3], [ABOVE, 0, 2, 1], CPU)):
+        layer(x).sum().backward()
+        assert tokens == [5 + 2 + 1 + 3, 2 + 3]
+        tokens.clear()
+        fast.tokens = Tokens(5, [0, 0], [5, 5], [0, 0], CPU)
+        layer(x[:2]).sum().backward()
+        assert tokens == [10, 10]
+        tokens.clear()
+        fast.tokens = Tokens(5, [0, 0], [5, 5], [ABOVE, 2], CPU)
+        layer(x[:2]).sum().backward()
+        assert tokens == [10], "no row needs one"
+
+
+def test_layers_are_told_by_their_paths() -> None:
+    assert [layer_of(p) for p in ("model.layers.11.mlp", "encoder.layer.3", "3.block.5.x", "score", "layer4.x")] == [
+        *(11, 3, 3),
+        *(None, None),
+    ]
+    model = tiny("llama")
+
+    def lowest(method: Method, name: str) -> int:
+        return lowest_layer(tz.attach(model, method, name, seed=0))
+
+    assert lowest(tz.LlamaAdapter(adapter_layers=1, adapter_len=2), "top") == 1
+    assert lowest(tz.PrefixTuning(num_virtual_tokens=2), "prefix") == 0
+    assert lowest(tz.LoRA(r=2, target_modules=["embed_tokens", "v_proj"]), "embedding") == -1
+    assert lowest(tz.LoRA(r=2, layers_to_transform=[1], modules_to_save=["score"]), "saved") == 1
+    assert lowest(tz.Full(), "full") == -1
+    assert lowest_layer(tz.attach(tiny("t5", "cls"), tz.Head(), "head")) == -1, "two stacks count alike"
+
+
+METHODS: dict[str, Callable[[], Method]] = {
+    "top": lambda: tz.LoRA(r=2, layers_to_transform=[1]),
+    "head": tz.Head,
+    "all": lambda: tz.LoRA(r=2, target_modules="all-linear"),
+    "prompt": lambda: tz.PromptTuning(num_virtual_tokens=3),
+    "prefix": lambda: tz.PrefixTuning(num_virtual_tokens=2),
+    "ia3": tz.IA3,
+}
+
+
+def gradients_of_a_step(kind: str, fast: bool, **changes: Any) -> dict[str, Tensor]:
+    """Of all that a shared step trains, with and without what makes it fast."""
+    model = tiny(kind, "cls", num_labels=2)
+    precision = torch.bfloat16 if changes.get("precision") == "bf16" else torch.float32
+    end = model.config.eos_token_id if model.config.is_encoder_decoder else None
+    data = replace(task((5, 9, 3), train=6, end=end, pad=model.config.pad_token_id), valid=None)
+    jobs = []
+    for number, (name, method) in enumerate(METHODS.items()):
+        settings = TrainSettings(batch_size=1 + number % 2, seed=number, **changes)
+        jobs.append(Job(name, method(), settings))
+    if kind == "llama":
+        jobs.append(Job("saved", tz.LoRA(r=2, modules_to_save=["score", "down_proj"]), TrainSettings(**changes)))
+    with Pool(model.to(precision), data, rows_per_step=50) as pool:
+        if not fast:
+            pool.step.products.__exit__()
+            pool.step.norms.__exit__()
+        pool.add(jobs)
+        pool._admit()
+        lanes = pool._picked()
+        assert len(lanes) == len(jobs), [r.error for r in pool.results.values()]
+        for lane in lanes:
+            for parameter in lane.trained:  # what starts at zero lets no gradient through
+                with torch.random.fork_rng(), torch.no_grad():
+                    torch.manual_seed(parameter.numel())
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        assert pool._step(lanes) == lanes
+        return {
+            f"{lane.job.name}: {name}": torch.zeros_like(p) if p.grad is None else p.grad
+            for lane in lanes
+            for name, p in lane.adapter.trained()
+        }
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "bert", "gpt2", "t5", "bart", "opt"])
+def test_a_step_of_many_jobs_has_the_gradients_of_the_plain_model(kind: str) -> None:
+    found, expected = (gradients_of_a_step(kind, fast) for fast in (True, False))
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.any() or "bias" in name, name
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"gradient of {n}: {m}"
+        )
+
+
+def test_and_when_layers_are_recomputed() -> None:
+    found, expected = (gradients_of_a_step("llama", fast, gradient_checkpointing=True) for fast in (True, False))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_and_in_half_precision() -> None:
+    """Alike up to what half precision rounds: by direction and size, since single numbers are noise."""
+    found, expected = (gradients_of_a_step("llama", fast, precision="bf16") for fast in (True, False))
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).norm()) < 0.1 * float(gradient.norm()), name
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])

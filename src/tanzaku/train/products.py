@@ -89,8 +89,9 @@ class FrozenProducts:
             # What lies in no layer may lie behind them all, where every gradient passes.
             (module, ABOVE if (layer := layer_of(path)) is None else layer)
             for path, module in base.model.named_modules()
-            # A subclass has its own idea of a product, and a patched layer somebody else's.
-            if type(module) is nn.Linear and id(module) in inside and "forward" not in module.__dict__
+            # A subclass has its own idea of a product, as a quantised weight has, and a patched layer somebody else's.
+            if type(module) is nn.Linear and type(module.weight) is nn.Parameter
+            if id(module) in inside and "forward" not in module.__dict__
         ]
 
     def __enter__(self) -> FrozenProducts:
@@ -111,8 +112,8 @@ class FrozenProducts:
         finally:
             self.tokens = None
 
-    def _forward(self, module: nn.Linear, depth: int, x: Tensor) -> Tensor:
-        weight, bias, tokens = module.weight, module.bias, self.tokens
+    def _forward(self, module: nn.Linear, depth: int, input: Tensor) -> Tensor:
+        x, weight, bias, tokens = input, module.weight, module.bias, self.tokens
         frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
         if torch.is_autocast_enabled(x.device.type):
             kind = torch.get_autocast_dtype(x.device.type)
