@@ -12,6 +12,8 @@ import yaml
 
 import tanzaku as tz
 from models import batch, tiny
+from tanzaku.compare.candidates import expand
+from tanzaku.recipe import build_recipe
 
 ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.ja.md"]
@@ -45,6 +47,13 @@ def test_the_python_block_runs(readme: str, tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("readme", READMES)
-def test_the_recipe_is_the_examples(readme: str) -> None:
-    [shown] = blocks(readme, "yaml")
+def test_the_recipes(readme: str, tmp_path: Path) -> None:
+    """One compares grids and a search, and names candidates that can be trained; the other is the example."""
+    comparison, shown = blocks(readme, "yaml")
+    (tmp_path / "recipe.yaml").write_text(comparison, encoding="utf-8")
+    recipe = build_recipe(tmp_path / "recipe.yaml", {})
+    candidates, searched = expand(recipe.methods, recipe.train, recipe.compare)
+    assert [c.name for c in candidates] == ["ia3", "lora-r1", "lora-r4", "lora-r16"]
+    assert [(s.name, s.trials) for s in searched] == [("prompt_tuning", 16)]
+    assert recipe.compare.design(valid_rows=True).runs == 10
     assert yaml.safe_load(shown) == yaml.safe_load((ROOT / "examples/book.yaml").read_text(encoding="utf-8"))

@@ -436,6 +436,7 @@ def test_jobs_wait_at_rungs_and_end_as_without_them() -> None:
         tried = len(pool.steps)
         pool.run()
         assert len(pool.steps) == tried, "who waits takes no step"
+        assert not pool.model.training, "between two runs the model is as it is used elsewhere"
         pool.proceed(["b"])
         assert list(pool.lanes) == ["a", "c"]
         pool.run()
@@ -450,6 +451,14 @@ def test_jobs_wait_at_rungs_and_end_as_without_them() -> None:
     assert_same_weights(pool.weights, unpaused.weights, "ac")
     for name in "ac":
         assert len(pool.results[name].epochs) == len(unpaused.results[name].epochs)
+
+
+def test_full_fine_tuning_is_alone_behind_a_rung_too() -> None:
+    jobs = [job("full", tz.Full(), epochs=3, rungs=(1,)), job("a", epochs=2, rungs=(1,)), job("b", epochs=2)]
+    pool = train(jobs)
+    assert {r.status for r in pool.results.values()} == {"done"}
+    assert all(len(step) == 1 for step in pool.steps if "full" in step)
+    assert len(pool.steps) == 18 + 12 + 6, "nothing was tried in vain"
 
 
 def test_who_waits_makes_room_for_others_and_proceed_touches_nobody_else() -> None:
@@ -530,7 +539,9 @@ def test_the_model_is_left_as_it_was(kind: str) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     data = task((5, 7), train=4, end=model.config.eos_token_id if kind == "t5" else None)
     jobs = [job("a"), job("b", tz.PrefixTuning(num_virtual_tokens=2)), job("c", tz.PromptTuning(num_virtual_tokens=2))]
-    jobs += [job("d", gradient_checkpointing=True), job("e", tz.Full()), job("f", tz.LoRA(target_modules=["no"]))]
+    # The last step is one of checkpointed layers.
+    jobs += [job("d", gradient_checkpointing=True), job("e", tz.Full(), gradient_checkpointing=True)]
+    jobs.append(job("f", tz.LoRA(target_modules=["no"])))
     pool = train(jobs, data, model)
     assert [r.status for r in pool.results.values()].count("done") == 5
     assert_left_as_it_was(model, before)
