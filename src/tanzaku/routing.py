@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class Route:
     at: int | None = field(default=None, compare=False)  # the stack whose strips run just now; None: the base
     keys: int | None = field(default=None, compare=False)  # of the attention that they change: its own, without theirs
     _groups: dict[int, list[tuple[int, Rows]]] = field(default_factory=dict)
+    _unrolled: int | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, entries: Sequence[Entry]) -> Route:
@@ -70,7 +72,18 @@ class Route:
                 f"route has {len(self.index)} entries and the batch {rows} rows; "
                 "expected as many rows as entries, or a whole multiple"
             )
-        expanded = torch.tensor(self.index).repeat_interleave(rows // len(self.index))
+        return self._groups_of(torch.tensor(self.index).repeat_interleave(rows // len(self.index)))
+
+    def unroll(self, tokens: Sequence[int]) -> None:
+        """Until the next call, a batch of sum(`tokens`) rows is one of single tokens: so many of each row, in order."""
+        if self.uniform:
+            return
+        if self._unrolled is not None:
+            self._groups.pop(self._unrolled, None)
+        self._unrolled = sum(tokens)
+        self._groups[self._unrolled] = self._groups_of(torch.tensor(self.index).repeat_interleave(torch.tensor(tokens)))
+
+    def _groups_of(self, expanded: Tensor) -> list[tuple[int, Rows]]:
         groups: list[tuple[int, Rows]] = []
         for number in range(len(self.stacks)):
             at = (expanded == number).nonzero().flatten()
@@ -92,6 +105,28 @@ def take(x: Tensor, rows: Rows) -> Tensor:
     if rows is None:
         return x
     return x[rows] if isinstance(rows, slice) else x.index_select(0, rows.to(x.device))
+
+
+def take_all(x: Tensor, parts: Sequence[Rows]) -> list[Tensor]:
+    """The rows of several groups."""
+    if len(parts) < 2 or not all(isinstance(rows, slice) for rows in parts):
+        return [take(x, rows) for rows in parts]
+    # One split: its backward pass writes one gradient, where that of each view would write one of the whole tensor.
+    order = sorted(range(len(parts)), key=lambda i: parts[i].start)  # type: ignore[union-attr]
+    sizes, found, at = [], [], 0
+    for i in order:
+        rows = parts[i]
+        assert isinstance(rows, slice)
+        if rows.start > at:
+            sizes.append(rows.start - at)
+        found.append(len(sizes))
+        sizes.append(rows.stop - rows.start)
+        at = rows.stop
+    if at < x.shape[0]:
+        sizes.append(x.shape[0] - at)
+    pieces = torch.split(x, sizes)
+    out = {i: pieces[number] for i, number in zip(order, found, strict=True)}
+    return [out[i] for i in range(len(parts))]
 
 
 def put(base: Tensor, parts: list[tuple[Rows, Tensor]]) -> Tensor:
@@ -116,3 +151,64 @@ def put(base: Tensor, parts: list[tuple[Rows, Tensor]]) -> Tensor:
         assert where is not None
         base = base.index_copy(0, where.to(base.device), part.to(base.dtype))
     return base
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of unlike length, as tokens one after another and as a padded batch: (tokens, ...) and (rows * width, ...).
+
+    `places` (tokens,) are those of the tokens in the batch; `sources` (rows * width,) the tokens that stand at its
+    places, a row's own at padded places too.
+    """
+
+    places: Tensor
+    sources: Tensor
+
+    @classmethod
+    def of(cls, width: int, starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> Ragged:
+        """Rows of `width` places, of which `lengths` hold tokens from `starts` on."""
+        places: list[int] = []
+        sources: list[int] = []
+        token = 0
+        for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            places += range(row * width + start, row * width + start + length)
+            own = range(token, token + length)
+            sources += [own[0]] * start + [*own] + [own[-1]] * (width - start - length)
+            token += length
+        return cls(torch.tensor(places, device=device), torch.tensor(sources, device=device))
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(tokens, ...) as (rows * width, ...)."""
+        return cast(Tensor, _Pad.apply(x, self.places, self.sources))  # type: ignore[no-untyped-call]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(rows * width, ...) as (tokens, ...)."""
+        return cast(Tensor, _Pack.apply(x, self.places))  # type: ignore[no-untyped-call]
+
+
+# Indexing's own backward pass adds up what was taken twice, which takes far longer than to copy. Here each token is
+# read at its own place alone: what stands at padded places is never packed again, and gets no gradient.
+
+
+class _Pad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, sources: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return x.index_select(0, sources)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0].index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Pack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.size = x.shape[0]
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0]
+        return gradient.new_zeros(ctx.size, *gradient.shape[1:]).index_copy_(0, ctx.saved_tensors[0], gradient), None

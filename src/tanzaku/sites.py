@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from typing import Any, cast
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from tanzaku import noise
 from tanzaku.errors import TanzakuError
 from tanzaku.families import Base
 from tanzaku.method import AttentionCall, AttentionStrip, ModuleStrip, Strip, TokenStrip
-from tanzaku.routing import Route, put, take
+from tanzaku.routing import Ragged, Route, put, take, take_all
 from tanzaku.tokens import VirtualTokens
 from tanzaku.weights import WeightStrip, as_used
 
@@ -48,6 +48,15 @@ class _Running:
 
     def __exit__(self, *_: object) -> None:
         self.route.at = self.route.keys = None
+
+
+class _Span(NamedTuple):
+    """Strips that one after another change these rows; `number` None: each changes its own, so many `sizes` of them."""
+
+    number: int | None
+    rows: Any
+    strips: list[Any]
+    sizes: tuple[int, ...] = ()
 
 
 @contextmanager
@@ -101,10 +110,11 @@ class Sites:
                     continue
                 kind = next(k for k in by_kind if isinstance(strip, k))
                 by_kind[kind].setdefault(path, [[] for _ in self.stacks])[number].append(strip)
-        for path, plan in by_kind[ModuleStrip].items():
-            self._hang_module(self.base.model.get_submodule(path), plan)
+        # A module's own weights first: what other strips do at the same module is done to what it computes with them.
         for path, plan in by_kind[WeightStrip].items():
             self._hang_weights(path, plan)
+        for path, plan in by_kind[ModuleStrip].items():
+            self._hang_module(self.base.model.get_submodule(path), plan)
         if by_kind[AttentionStrip]:
             self._hang_attention(by_kind[AttentionStrip])
         offsets = [_offset(stack) for stack in self.stacks]
@@ -127,15 +137,16 @@ class Sites:
             return None
         x = args[0]
         parts = []
-        for number, rows, strips in self._spans(plan, x.shape[0], module, "edits_input"):
-            part = take(x, rows)
-            if number is None:
-                part = type(strips[0]).inputs_together(strips, module, part)
+        spans = self._spans(plan, x.shape[0], module, "edits_input")
+        for span, part in zip(spans, take_all(x, [span.rows for span in spans]), strict=True):
+            if span.number is None:
+                together = partial(type(span.strips[0]).inputs_together, span.strips, module)
+                part = _in_equal_shares(span.sizes, together, part)
             else:
-                with self._running(number):
-                    for strip in strips:
+                with self._running(span.number):
+                    for strip in span.strips:
                         part = strip.inputs(module, part)
-            parts.append((rows, part))
+            parts.append((span.rows, part))
         return (put(x, parts), *args[1:])
 
     def _after(self, plan: Plan, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -143,32 +154,35 @@ class Sites:
             return None
         x, y = args[0], output
         parts = []
-        for number, rows, strips in self._spans(plan, y.shape[0], module, "edits_output"):
-            x_part, part = take(x, rows), take(y, rows)
-            if number is None:
-                part = type(strips[0]).outputs_together(strips, module, x_part, part)
+        spans = self._spans(plan, y.shape[0], module, "edits_output")
+        at = [span.rows for span in spans]
+        for span, x_part, part in zip(spans, take_all(x, at), take_all(y, at), strict=True):
+            if span.number is None:
+                together = partial(type(span.strips[0]).outputs_together, span.strips, module)
+                part = _in_equal_shares(span.sizes, together, x_part, part)
             else:
-                with self._running(number):
-                    for strip in strips:
+                with self._running(span.number):
+                    for strip in span.strips:
                         part = strip.outputs(module, x_part, part)
-            parts.append((rows, part))
+            parts.append((span.rows, part))
         return put(y, parts)
 
-    def _spans(self, plan: Plan, rows: int, module: nn.Module, edits: str) -> list[tuple[int | None, Any, list[Any]]]:
-        """(stack number, its rows, its strips), or (None, rows, strips) for neighbours that are computed together: a
-        strip each, of one kind and shape, with as many rows each."""
-        spans: list[tuple[int | None, Any, list[Any]]] = []
+    def _spans(self, plan: Plan, rows: int, module: nn.Module, edits: str) -> list[_Span]:
+        """Which strips work on which rows. Neighbours with a strip each, of one kind and shape, are one span."""
+        spans: list[_Span] = []
         last: Any = None
         for number, at in self._groups(rows):
             strips = [s for s in plan[number] if getattr(s, edits)]
             if not strips:
                 continue
             shape = strips[0].alike(module) if len(strips) == 1 and isinstance(at, slice) else None
-            kind = None if shape is None else (type(strips[0]), shape, at.stop - at.start)
-            if kind is not None and kind == last and spans[-1][1].stop == at.start:
-                spans[-1] = (None, slice(spans[-1][1].start, at.stop), [*spans[-1][2], *strips])
+            kind = None if shape is None else (type(strips[0]), shape)
+            if kind is not None and kind == last and spans[-1].rows.stop == at.start:
+                before = spans[-1]
+                sizes = (*(before.sizes or [before.rows.stop - before.rows.start]), at.stop - at.start)
+                spans[-1] = _Span(None, slice(before.rows.start, at.stop), [*before.strips, *strips], sizes)
             else:
-                spans.append((number, at, strips))
+                spans.append(_Span(number, at, strips))
             last = kind
         return spans
 
@@ -273,15 +287,17 @@ class Sites:
                 return (_stacked(plan[0], call).run(), None) if plan[0] else call.base_result()
         bare, weights = None, None
         mark = noise.mark()
-        if not all(plan[number] for number, _ in groups):
+        if not all(self.stacks[number] for number, _ in groups) or (mark is not None and not all(plan)):
             # The base's own call over the whole batch keeps bare rows bit for bit what they are without adapters.
             bare, weights = call.base_result()
         parts = []
-        for number, rows in groups:
+        for number, rows in groups if bare is not None else _joined(groups, plan):
             if plan[number]:
                 noise.rewind(mark, number)
                 with self._running(number, call.key.shape[2]):
                     parts.append((rows, _stacked(plan[number], _rows_of(call, rows)).run()))
+            elif bare is None:
+                parts.append((rows, _rows_of(call, rows).run()))
         if bare is None:
             bare = call.query.new_empty(call.query.shape[0], *parts[0][1].shape[1:])
         return put(bare, parts), weights
@@ -346,7 +362,9 @@ def _put_back(module: nn.Module, kept: Any, checkpoint: Any) -> None:
 # -- transformers' attention interface
 
 PREFIX = "tanzaku_"
+PACKING = "_tanzaku_packing"  # gives attention its rows back where a batch holds single tokens (see train/packing.py)
 _ATTEND = "_tanzaku_attend"
+_Result = tuple[Tensor, Tensor | None]
 
 
 def register(own: str) -> None:
@@ -367,12 +385,21 @@ def _attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
+    packing = module.__dict__.get(PACKING)
+    if packing is not None and packing.tokens is not None:
+        return cast(_Result, packing.attend(own, partial(_attend, own), module, query, key, value, options))
+    return _attend(own, module, query, key, value, attention_mask, **options)
+
+
+def _attend(
+    own: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> _Result:
     base = _function(own, module)
     attend = module.__dict__.get(_ATTEND)
     if attend is None or _quiet:
-        return cast(tuple[Tensor, Tensor | None], base(module, query, key, value, attention_mask, **options))
-    call = AttentionCall(module, query, key, value, attention_mask, options, base, own)
-    return cast(tuple[Tensor, Tensor | None], attend(call))
+        return cast(_Result, base(module, query, key, value, mask, **options))
+    call = AttentionCall(module, query, key, value, mask, options, base, own)
+    return cast(_Result, attend(call))
 
 
 def _function(own: str, module: nn.Module) -> Callable[..., Any]:
@@ -393,6 +420,19 @@ def _rows_of(call: AttentionCall, rows: Any) -> AttentionCall:
         mask = take(mask, rows)
     query, key, value = (take(x, rows) for x in (call.query, call.key, call.value))
     return replace(call, query=query, key=key, value=value, mask=mask)
+
+
+def _joined(groups: list[tuple[int, Any]], plan: Plan) -> list[tuple[int, Any]]:
+    """Groups whose attention nothing changes are one group where they are neighbours."""
+    out: list[tuple[int, Any]] = []
+    for number, rows in groups:
+        last, before = out[-1] if out else (number, None)
+        plain = not plan[number] and not plan[last]
+        if plain and isinstance(rows, slice) and isinstance(before, slice) and before.stop == rows.start:
+            out[-1] = (number, slice(before.start, rows.stop))
+        else:
+            out.append((number, rows))
+    return out
 
 
 def _stacked(strips: Sequence[AttentionStrip], call: AttentionCall) -> AttentionCall:
@@ -418,6 +458,19 @@ def _through(
 
 def _shares(strip: AttentionStrip) -> bool:
     return type(strip).refresh is not AttentionStrip.refresh
+
+
+def _in_equal_shares(sizes: tuple[int, ...], together: Callable[..., Tensor], *parts: Tensor) -> Tensor:
+    """What strips compute together; where one has fewer rows than another, its share is filled up for the while."""
+    if min(sizes) == max(sizes):
+        return together(*parts)
+    ragged = _ragged(sizes, parts[0].device)
+    return ragged.pack(together(*(ragged.pad(part) for part in parts)))
+
+
+@lru_cache(maxsize=64)
+def _ragged(sizes: tuple[int, ...], device: torch.device) -> Ragged:
+    return Ragged.of(max(sizes), [0] * len(sizes), sizes, device)
 
 
 def _offset(stack: list[tuple[str, Strip]]) -> int:

@@ -501,6 +501,11 @@ def test_the_mode_is_left_out_where_nobody_draws(monkeypatch: pytest.MonkeyPatch
     enter = Noise.__enter__
     monkeypatch.setattr(Noise, "__enter__", lambda self: (entered.append(len(self.shares)), enter(self))[1])
     weights([job("a"), job("b", tz.IA3())])
+    assert entered == [], "settings tell that nothing is dropped"
+    weights(
+        [job("a"), job("b", tz.IA3())],
+        tiny("bert", num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+    )
     assert entered == [2], "once, to see"
     entered.clear()
     weights([job("a"), job("b", tz.LoRA(r=2, lora_dropout=0.1))])

@@ -15,12 +15,14 @@ from transformers import PreTrainedModel
 
 from tanzaku.families import Base
 from tanzaku.host import host_of
+from tanzaku.methods import METHODS
 from tanzaku.noise import Noise, Share
 from tanzaku.routing import Entry, Route
 from tanzaku.tasks.classification import Example, Split, classification_loss, collate
 from tanzaku.train.lane import Lane
 from tanzaku.train.memory import Need, bytes_needed
 from tanzaku.train.norms import FrozenNorms
+from tanzaku.train.packing import Packing
 from tanzaku.train.products import FrozenProducts, Tokens
 from tanzaku.train.trim import PooledOnly
 
@@ -43,8 +45,9 @@ class SharedStep:
     def __init__(self, model: PreTrainedModel, pad_token_id: int):
         self.model, self.pad_token_id, self.device = model, pad_token_id, model.device
         base = Base.of(model)
-        self.max_positions = base.max_positions
-        self.pooled, self.products, self.norms = PooledOnly(base), FrozenProducts(base), FrozenNorms(base)
+        self.max_positions, self.settings = base.max_positions, base.config.to_dict()
+        self.pooled, self.packing = PooledOnly(base), Packing(base)
+        self.products, self.norms = FrozenProducts(base), FrozenNorms(base)
         takes = inspect.signature(model.forward).parameters
         self.takes_types = "token_type_ids" in takes
         # A cache of keys and values is for generation; here it would only be a copy of them a layer.
@@ -53,24 +56,28 @@ class SharedStep:
         self._checkpointed = False
 
     def __enter__(self) -> SharedStep:
+        self.packing.__enter__()
         self.products.__enter__()
         self.norms.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._checkpoint(False)
+        self.packing.__exit__(*error)
         self.products.__exit__(*error)
         self.norms.__exit__(*error)
         self._mode(training=False)
 
     @contextmanager
     def losses(
-        self, lanes: Sequence[Lane], batches: Sequence[Sequence[Example]], width: int = 0
+        self, lanes: Sequence[Lane], batches: Sequence[Sequence[Example]], width: int | None = None
     ) -> Iterator[list[Tensor]]:
         """The loss of each job on its batch, its method's penalty included. The backward pass belongs inside of the
-        block, since checkpointed layers run again in it. Rows are padded to `width` tokens at least."""
+        block, since checkpointed layers run again in it. With a `width`, rows are padded to so many tokens at least,
+        and nothing is packed."""
         examples = [example for batch in batches for example in batch]
-        inputs = self._inputs(collate(examples, self.pad_token_id), width)
+        padded = width is not None
+        inputs = self._inputs(collate(examples, self.pad_token_id), width or 0)
         labels = inputs.pop("labels")
         entries: list[Entry] = [lane.job.name for lane, batch in zip(lanes, batches, strict=True) for _ in batch]
         self._mode(training=True)
@@ -86,10 +93,17 @@ class SharedStep:
             Share(rows, lane.virtual, max(len(e.input_ids) for e in batch), lane.noise_seed)
             for lane, batch, rows in zip(lanes, batches, at, strict=True)
         ]
+        for lane in lanes:
+            if lane.draws is None and self.packing.possible:  # a kind of model whose settings tell
+                method = lane.job.method
+                known = type(method) in METHODS.values() and not _drops(method.settings())
+                lane.draws = False if known and not _drops(self.settings) else None
         # The mode costs time at every operation: it is left out where nobody is known to draw.
         noisy = any(lane.draws is not False for lane in lanes)
         noise = Noise(route, shares, width, lead) if noisy else nullcontext()
-        with self._reading(inputs["input_ids"], lanes, batches, lead), noise:
+        # Dropout tells jobs apart by rows.
+        packed = self.packing.possible and not noisy and not padded
+        with self._reading(inputs["input_ids"], lanes, batches, lead, packed), noise:
             with autocast(self.device, lanes[0].job.settings.precision):
                 logits = self.model(**inputs, **self.options).logits
             yield [
@@ -106,9 +120,9 @@ class SharedStep:
             widest: tokens of the longest rows of any job, virtual ones included; 0 where this one never shares a step.
         """
         s = lane.job.settings
-        rows = _demanding(lane.data.train.examples, lane.rows)
+        rows = self._demanding(lane.data.train.examples, lane.rows)
         splits = [split for split in (lane.data.valid, lane.data.test) if split is not None]
-        judged = _demanding([e for split in splits for e in split.examples], s.eval_batch_size)
+        judged = self._demanding([e for split in splits for e in split.examples], s.eval_batch_size)
         step = self._bytes(lane, rows)
         judging = bytes_needed(lambda: self._evaluate(lane, [judged]), self.device) if judged else 0
         own = lane.virtual + _length(rows[-1])
@@ -128,7 +142,8 @@ class SharedStep:
         something in every layer. Gradients are there already then, and do not count."""
 
         def work() -> None:
-            with self.losses([lane], [rows], (width or 0) - lane.virtual) as losses:
+            # A neighbour that drops out has all rows padded.
+            with self.losses([lane], [rows], None if width is None else width - lane.virtual) as losses:
                 torch.autograd.backward([lane.scaled(loss) for loss in losses])
 
         kept = lane.gradients()
@@ -141,6 +156,15 @@ class SharedStep:
         lane.reset_gradients(kept)
         # In a shared step attention is computed for all rows, and once more for those whose adapter changes it.
         return needed + (0 if width is None else lane.twice * width)
+
+    def _demanding(self, examples: Sequence[Example], size: int) -> list[Example]:
+        """The rows of a batch that needs the most: the longest, but where padding counts not all of one length."""
+        order = sorted(examples, key=_length)
+        rows = order[-size:]
+        if size > 1 and rows and not self.packing.possible and _length(rows[0]) == _length(rows[-1]):
+            shorter = [example for example in order if _length(example) < _length(rows[0])]
+            rows = [*shorter[-1:], *rows[-size + 1 :]] if shorter else rows
+        return rows
 
     @contextmanager
     def _wanting(self) -> Iterator[None]:
@@ -171,14 +195,14 @@ class SharedStep:
             inputs = self._inputs(collate(batch, self.pad_token_id, labels=False))
             with (
                 autocast(self.device, lane.job.settings.precision),
-                self._reading(inputs["input_ids"], [lane], [batch], lane.virtual),
+                self._reading(inputs["input_ids"], [lane], [batch], lane.virtual, self.packing.possible),
             ):
                 parts.append(self.model(**inputs, **self.options).logits.float().cpu())
         return torch.cat(parts)
 
     @contextmanager
     def _reading(
-        self, input_ids: Tensor, lanes: Sequence[Lane], batches: Sequence[Sequence[Example]], lead: int
+        self, input_ids: Tensor, lanes: Sequence[Lane], batches: Sequence[Sequence[Example]], lead: int, packed: bool
     ) -> Iterator[None]:
         rows = [(lane, example) for lane, batch in zip(lanes, batches, strict=True) for example in batch]
         tokens = Tokens(
@@ -187,8 +211,11 @@ class SharedStep:
             lengths=[lane.virtual + len(example.input_ids) for lane, example in rows],
             lowest=[lane.lowest for lane, _ in rows],
             device=self.device,
+            packed=packed,
         )
-        with self.pooled.reading(input_ids), self.products.reading(tokens):
+        assert self._route is not None
+        short = self.packing.reading(tokens, self._route[1]) if packed else self.pooled.reading(input_ids)
+        with short, self.products.reading(tokens):
             yield
 
     def _inputs(self, batch: dict[str, Tensor], width: int = 0) -> dict[str, Tensor]:
@@ -230,15 +257,10 @@ class SharedStep:
                 self.model.gradient_checkpointing_disable()
 
 
+def _drops(settings: dict[str, Any]) -> bool:
+    """Whether some rate of dropout is set."""
+    return any("drop" in key and isinstance(value, float | int) and value > 0 for key, value in settings.items())
+
+
 def _length(example: Example) -> int:
     return len(example.input_ids)
-
-
-def _demanding(examples: Sequence[Example], size: int) -> list[Example]:
-    """The rows of a batch that needs the most: the longest, but not all of one length, since padding needs more."""
-    order = sorted(examples, key=_length)
-    rows = order[-size:]
-    if size > 1 and rows and _length(rows[0]) == _length(rows[-1]):
-        shorter = [example for example in order if _length(example) < _length(rows[0])]
-        rows = [*shorter[-1:], *rows[-size + 1 :]] if shorter else rows
-    return rows

@@ -1,0 +1,151 @@
+"""Rows without padding: a decoder's layers see the own tokens of all rows, one after another, and nothing else.
+
+Rows of unlike length share a batch, and most of what a model does to padding is never read: its norms, activations and
+rotary embeddings cost as much there as anywhere. Here the batch is packed where it enters the backbone and unpacked
+where it leaves. In between each token is a row of its own, hidden states being (tokens, 1, hidden): what works on
+single tokens, which is all of a layer but its attention, needs to know nothing of it, and a route counts tokens where
+it counted rows. Attention gets its rows back: queries, keys and values are padded for it, and its result is packed
+again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tanzaku.families import Base
+from tanzaku.routing import Route
+from tanzaku.sites import PACKING, PREFIX, register
+from tanzaku.train.products import Tokens
+from tanzaku.train.trim import last_layer_modules
+
+_KNOWN = ("sdpa", "eager")
+
+
+class Packing:
+    """While entered, batches of one model can be packed; `possible` tells whether its kind is known to allow it."""
+
+    def __init__(self, base: Base):
+        self.base = base
+        self.tokens: Tokens | None = None
+        self.layers: list[nn.Module] = []
+        if base.family is None or base.family.positions != "column" or not last_layer_modules(base):
+            return
+        layers = [module for _, module in base.attention()]
+        same = getattr(base.backbone, "embed_tokens", None) is base.model.get_input_embeddings()  # type: ignore[operator]
+        if same and all(getattr(m, "is_causal", False) is True and hasattr(m, "config") for m in layers):
+            self.layers = layers
+            self.names = list(inspect.signature(base.backbone.forward).parameters)
+
+    @property
+    def possible(self) -> bool:
+        own = {str(m.config._attn_implementation).removeprefix(PREFIX) for m in self.layers}  # type: ignore[union-attr]
+        return bool(own) and own <= set(_KNOWN)
+
+    def __enter__(self) -> Packing:
+        for module in self.layers:
+            module.__dict__[PACKING] = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for module in self.layers:
+            module.__dict__.pop(PACKING, None)
+
+    @contextmanager
+    def reading(self, tokens: Tokens, route: Route) -> Iterator[None]:
+        """Within the block, which holds the backward pass too, the model's batches have their tokens there."""
+        route.unroll(tokens.lengths)
+        hooks = [
+            # Behind the virtual tokens on the way in, before them on the way out.
+            self.base.backbone.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self.base.backbone.register_forward_hook(self._leave, prepend=True),
+        ]
+        configs = {id(m.config): cast(Any, m.config) for m in self.layers}
+        own = {key: config._attn_implementation for key, config in configs.items()}
+        self.tokens = tokens
+        try:
+            for key, name in own.items():
+                if not name.startswith(PREFIX):
+                    register(name)
+                    configs[key]._attn_implementation_internal = PREFIX + name
+            yield
+        finally:
+            self.tokens = None
+            for key, name in own.items():
+                configs[key]._attn_implementation_internal = name
+            for hook in hooks:
+                hook.remove()
+
+    # -- the backbone
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tokens = self.tokens
+        assert tokens is not None
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        embeds = given.get("inputs_embeds")
+        if embeds is None:
+            embeds = self.base.embedding(given["input_ids"])
+        positions = given.get("position_ids")
+        if positions is None:
+            positions = torch.arange(tokens.width, device=embeds.device)[None]
+        positions = positions.expand(len(tokens.lengths), -1).flatten().index_select(0, tokens.rows.places)
+        given |= {
+            "input_ids": None,
+            "inputs_embeds": tokens.rows.pack(embeds.flatten(0, 1)).unsqueeze(1),
+            "position_ids": positions.unsqueeze(1),
+            "attention_mask": None,
+        }
+        return (), given
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        tokens = self.tokens
+        assert tokens is not None
+        hidden = tokens.rows.pad(output["last_hidden_state"].squeeze(1))
+        output["last_hidden_state"] = hidden.view(len(tokens.lengths), tokens.width, -1)
+        return output
+
+    # -- attention
+
+    def attend(
+        self,
+        implementation: str,
+        run: Callable[..., tuple[Tensor, Tensor | None]],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """`run` on rows again. query, key and value are (tokens, heads, 1, head_dim), the result (tokens, 1, heads,
+        head_dim)."""
+        tokens = self.tokens
+        assert tokens is not None
+        ragged, shape = tokens.short_rows, (len(tokens.lengths), tokens.longest)
+
+        def padded(x: Tensor) -> Tensor:
+            rows = ragged.pad(x.squeeze(2))
+            return rows.view(*shape, *rows.shape[1:]).transpose(1, 2)
+
+        mask = self._mask(implementation, tokens.longest, options.get("sliding_window"), query)
+        out, weights = run(module, padded(query), padded(key), padded(value), mask, **options)
+        return ragged.pack(out.flatten(0, 1)).unsqueeze(1), weights
+
+    def _mask(self, implementation: str, width: int, window: int | None, like: Tensor) -> Tensor | None:
+        """(1, 1, width, width), or None where the attention masks what lies ahead by itself. What is padded lies behind
+        a row's own tokens, which look back only."""
+        windowed = window is not None and width > window
+        if implementation == "sdpa" and not windowed:
+            return None
+        seen = torch.ones(width, width, dtype=torch.bool, device=like.device).tril()
+        if windowed:
+            assert window is not None
+            seen = seen.triu(1 - window)
+        if implementation == "sdpa":
+            return seen[None, None]
+        hidden = torch.zeros(width, width, dtype=like.dtype, device=like.device)
+        return hidden.masked_fill(~seen, torch.finfo(like.dtype).min)[None, None]

@@ -1,0 +1,154 @@
+"""Packed batches: the numbers of the plain, padded model, and nothing left behind."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+import tanzaku as tz
+from models import batch, tiny
+from tanzaku.families import Base
+from tanzaku.host import host_of
+from tanzaku.routing import Ragged
+from tanzaku.train.packing import Packing
+from tanzaku.train.products import ABOVE, FrozenProducts, Tokens, lowest_layer
+
+CPU = torch.device("cpu")
+HUNG = {
+    "lora": (tz.LoRA(r=2, target_modules="all-linear"), 0),
+    "more lora": (tz.LoRA(r=2, target_modules="all-linear"), 0),
+    "ia3": (tz.IA3(), 0),
+    "prompt": (tz.PromptTuning(num_virtual_tokens=3), 3),
+    "prefix": (tz.PrefixTuning(num_virtual_tokens=2), 0),
+    "gated": (tz.LlamaAdapter(adapter_layers=1, adapter_len=3), 0),
+    "head": (tz.Head(), 0),
+}
+
+
+def hung(model: PreTrainedModel, names: list[str]) -> list[Any]:
+    adapters = [tz.attach(model, HUNG[name][0], name.replace(" ", "-"), seed=n) for n, name in enumerate(names)]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for adapter in adapters:
+            for _, parameter in adapter.trained():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return adapters
+
+
+def both(model: PreTrainedModel, names: list[str], rows: list[int]) -> tuple[list[Any], list[Any], list[int]]:
+    """Logits and gradients of rows routed to these adapters, by the plain model and packed; and how many rows each
+    layer's norm saw."""
+    adapters = hung(model, names)
+    inputs = batch(model, rows=len(rows))
+    entries = [adapters[row].name for row in rows]
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    virtual = [HUNG[names[row]][1] for row in rows]
+    lead = max(virtual)
+    base = Base.of(model)
+    low = [lowest_layer(adapter) for adapter in adapters]
+    tokens = Tokens(
+        lead + inputs["input_ids"].shape[1],
+        [lead - v for v in virtual],
+        [v + length for v, length in zip(virtual, lengths, strict=True)],
+        [low[row] for row in rows],
+        CPU,
+        packed=True,
+    )
+    trained = [p for adapter in adapters for _, p in adapter.trained()]
+    seen: list[int] = []
+    found = []
+    for packed in (False, True):
+        handle = base.attention()[0][1].register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append(kwargs["hidden_states"].shape[0]), with_kwargs=True
+        )
+        with ExitStack() as stack:
+            stack.enter_context(tz.route(model, entries))
+            if packed:
+                packing, products = stack.enter_context(Packing(base)), stack.enter_context(FrozenProducts(base))
+                route = host_of(model).sites.route
+                assert packing.possible and route is not None
+                stack.enter_context(packing.reading(tokens, route))
+                stack.enter_context(products.reading(tokens))
+            logits = model(**inputs, use_cache=False).logits
+            gradients = torch.autograd.grad(logits.square().sum(), trained, allow_unused=True)
+        handle.remove()
+        found.append(
+            [logits, *(torch.zeros_like(p) if g is None else g for p, g in zip(trained, gradients, strict=True))]
+        )
+    assert seen == [len(rows), sum(tokens.lengths)]
+    return found[0], found[1], seen
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen2", "mistral"])
+def test_logits_and_gradients_are_those_of_the_padded_batch(kind: str, attention: str) -> None:
+    model = tiny(kind, attn_implementation=attention)
+    expected, found, _ = both(model, list(HUNG), [0, 0, 1, 2, 3, 4, 5, 6])
+    assert any(g.any() for g in expected[1:])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["lora", "prompt", "prefix", "gated"])
+def test_a_window_that_is_shorter_than_the_rows(name: str, attention: str) -> None:
+    model = tiny("mistral", sliding_window=3, attn_implementation=attention)
+    expected, found, _ = both(model, [name, "ia3"], [0, 1, 0])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    wide = both(tiny("mistral", sliding_window=50, attn_implementation=attention), [name, "ia3"], [0, 1, 0])[0]
+    assert not torch.allclose(wide[0], expected[0])
+
+
+def test_one_adapter_for_all_rows_and_rows_that_are_scattered() -> None:
+    for rows in ([0, 0, 0], [0, 1, 0, 1]):
+        expected, found, _ = both(tiny("llama"), ["lora", "prompt"][: max(rows) + 1], rows)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny("llama")
+    before = {path: dict(module.__dict__) for path, module in model.named_modules()}
+    both(model, ["lora"], [0, 0])
+    tz.detach(model, "lora")
+    for path, module in model.named_modules():
+        assert module.__dict__.keys() == before[path].keys(), path
+        assert not module._forward_hooks and not module._forward_pre_hooks
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("kind", "head"), [("bert", "cls"), ("gpt2", "cls"), ("llama", "lm"), ("t5", "cls")])
+def test_other_models_are_not_packed(kind: str, head: str) -> None:
+    assert not Packing(Base.of(tiny(kind, head))).possible
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5)), min_size=1, max_size=5), st.integers(0, 3))
+def test_ragged_rows_come_back_with_their_gradients(rows: list[tuple[int, int]], more: int) -> None:
+    starts, lengths = [s for s, _ in rows], [n for _, n in rows]
+    width = max(s + n for s, n in rows) + more
+    ragged = Ragged.of(width, starts, lengths, CPU)
+    x = torch.randn(sum(lengths), 2, requires_grad=True)
+    padded = ragged.pad(x)
+    token = 0
+    for row, (start, length) in enumerate(rows):
+        torch.testing.assert_close(padded[row * width + start :][:length], x[token : token + length])
+        token += length
+    weights = torch.randn_like(x)
+    (gradient,) = torch.autograd.grad((ragged.pack(padded * 2) * weights).sum(), x)
+    torch.testing.assert_close(gradient, 2 * weights)
+
+
+def test_lowest_layers_make_slices_where_rows_are_sorted_by_them() -> None:
+    tokens = Tokens(4, [0, 0, 0], [3, 4, 2], [0, 1, ABOVE], CPU, packed=True)
+    assert tokens.places() is None
+    assert tokens.places(0) == slice(0, 3) and tokens.places(1) == slice(0, 7)
+    last = tokens.places(1, last=True)
+    assert isinstance(last, torch.Tensor) and last.tolist() == [2, 6]
