@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
 class TanzakuError(ValueError):
-    """Bad input. The command line prints it as one line and leaves with exit code 2."""
+    """Bad input. The command line prints it as one line and leaves with exit code 2.
+
+    A message quotes what it found, which may be anything: characters that are no text are escaped, and what is very
+    long is cut.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        text = text if len(text) <= _LONG else f"{text[: _LONG // 2]} [...] {text[-_LONG // 2 :]}"
+        return "".join(
+            c if unicodedata.category(c)[0] != "C" and c not in "\u2028\u2029" else ascii(c)[1:-1] for c in text
+        )
+
+
+_LONG = 1000
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,10 +1,16 @@
-"""Writing files that are never half, and numbers as JSON has them."""
+"""Writing files and directories that are never half, and numbers as JSON has them."""
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import math
+import os
+import re
+import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +19,8 @@ from tanzaku.errors import TanzakuError
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A path to write to, renamed to `path` at the end: a reader finds the old file or the new one, never a half.
+    """A path to write to, brought to the disk and renamed to `path` at the end: a reader finds the old file or the new
+    one, never a half.
 
     Raises:
         TanzakuError: the file cannot be written.
@@ -21,11 +28,102 @@ def written_beside(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.partial")
     try:
         yield beside
+        to_disk(beside)
         beside.replace(path)
     except OSError as error:
         raise TanzakuError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+_NEW, _OLD = ".saving", ".old"
+
+
+@contextmanager
+def directory_beside(target: Path) -> Iterator[Path]:
+    """An empty directory to fill, which takes the place of the directory `target` at the end, whatever that held: at
+    any moment there is the old one or the new one, whole. What a kill has left beside it is cleared away.
+
+    Raises:
+        OSError: it cannot be written; what is there stays as it is.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    recover(target)
+    _clear(target)
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_NEW, dir=target.parent))
+    handle = os.open(beside, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)  # as long as this process lives, nobody clears it away
+        yield beside
+        for path in beside.rglob("*"):
+            to_disk(path)
+        to_disk(beside)
+        beside.chmod(0o755)
+        replace_directory(beside, target)
+        to_disk(target.parent)
+    finally:
+        os.close(handle)
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def replace_directory(new: Path, target: Path) -> None:
+    """Put directory `new` in the place of `target`; the old one is at `new` then, or gone."""
+    if not target.exists():
+        new.rename(target)
+        return
+    exchange, here = 2, -100
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None and not renameat2(here, os.fsencode(new), here, os.fsencode(target), exchange):
+        return
+    # Where the system cannot exchange two names, there is a moment without the target: see `recover`.
+    old = new.with_suffix(_OLD)
+    target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(target: Path) -> None:
+    """Put back the directory that a kill left under another name, in the middle of :func:`replace_directory`."""
+    if not target.exists():
+        for old in _left(target, _OLD):
+            old.rename(target)
+            return
+
+
+def _clear(target: Path) -> None:
+    """Remove what killed processes have left beside the directory."""
+    for old in _left(target, _OLD):
+        shutil.rmtree(old, ignore_errors=True)
+    for new in _left(target, _NEW):
+        with suppress(OSError):  # somebody is still writing it, or has just renamed it
+            handle = os.open(new, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(new, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
+def _left(target: Path, suffix: str) -> list[Path]:
+    """Directories that were made beside the target, under the names that tempfile gives."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}{re.escape(suffix)}")
+    with suppress(OSError):
+        return [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
+    return []
+
+
+def to_disk(path: Path) -> None:
+    """Bring what was written to a file, or the names in a directory, to the disk: renaming may overtake it else."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def finite(value: Any) -> Any:

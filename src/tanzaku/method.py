@@ -15,8 +15,10 @@ devices and data types are written once, elsewhere.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 import torch
@@ -44,7 +46,10 @@ class Strip(nn.Module):
 
 
 class ModuleStrip(Strip):
-    """Changes a submodule's input or output, for the rows routed to it. Rows are the first dimension."""
+    """Changes a submodule's input or output, for the rows routed to it. Rows are the first dimension.
+
+    In training a decoder's rows may come as single tokens, (tokens, 1, features): a strip treats each token by itself.
+    """
 
     edits_input: ClassVar[bool] = False
     edits_output: ClassVar[bool] = True
@@ -72,7 +77,10 @@ class ModuleStrip(Strip):
         raise TypeError(f"{type(strips[0]).__name__} defines no outputs_together()")
 
     def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
-        """The module's tensors with this strip folded in, or None where the mathematics does not allow it."""
+        """The module's tensors with this strip folded in, or None where the mathematics does not allow it.
+
+        They are in full precision (`quantize.full_weight` reads the module's own): merging rounds them once.
+        """
         return None
 
 
@@ -159,6 +167,13 @@ class Method:
     def after_step(self, adapter: Adapter, step: int) -> None:
         """Called after optimizer step number `step` (from 1), while the gradients are still there."""
 
+    def training_state(self, adapter: Adapter) -> dict[str, Tensor]:
+        """What training has made beside the trained parameters and goes on from, such as running means."""
+        return {}
+
+    def resume(self, adapter: Adapter, state: dict[str, Tensor]) -> None:
+        """Take back what :meth:`training_state` gave, after :meth:`prepare`."""
+
     @classmethod
     def open_space(cls, given: Mapping[str, Any]) -> dict[str, Choice | Range]:
         """What a search draws where `given` says nothing. Keys are the method's settings, or `learning_rate`.
@@ -173,10 +188,10 @@ class Method:
     def from_settings(cls, settings: dict[str, Any]) -> Method:
         """Build from plain settings; an unknown name or a value of a wrong type is an error that says what fits."""
         known = cls.check_names(settings)
-        types = get_type_hints(cls)
+        checks = _checks(cls)  # type: ignore[arg-type]  # a class can be hashed, though its instances cannot
         for key, value in settings.items():
             try:
-                TypeAdapter(types[key]).validate_python(value, strict=True)
+                checks[key].validate_python(value, strict=True)
             except ValidationError:
                 raise TanzakuError(f"method {cls.name!r}: {key} is {value!r}, expected {known[key]}") from None
         return cls(**settings)
@@ -197,10 +212,24 @@ class Method:
         """Plain settings, as :meth:`from_settings` reads them."""
         return dataclasses.asdict(self)
 
+    def check_finite(self) -> None:
+        """Raise a clear error where a setting is nan or infinite: whatever hung on it would be, too."""
+        for key, value in self.settings().items():
+            for number in value.values() if isinstance(value, dict) else [value]:
+                finite = not isinstance(number, float) or math.isfinite(number)
+                self.require(finite, f"{key}={value}", "a finite number")
+
     def require(self, ok: bool, found: str, expected: str) -> None:
         """Raise a clear error unless `ok`."""
         if not ok:
             raise TanzakuError(f"{self.name}: found {found}, expected {expected}")
+
+
+@cache
+def _checks(cls: Any) -> dict[str, TypeAdapter[Any]]:
+    """What tells whether a setting has its type: made once, since making takes longer than asking."""
+    types = get_type_hints(cls)
+    return {f.name: TypeAdapter(types[f.name]) for f in dataclasses.fields(cls)}
 
 
 def trainable(*size: int, like: Tensor, fill: Callable[[Tensor], Any] | None = None) -> nn.Parameter:

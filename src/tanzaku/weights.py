@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tanzaku.errors import TanzakuError
 from tanzaku.method import ModuleStrip, Strip, trainable
+from tanzaku.quantize import plain
 
 
 class WeightStrip(Strip):
@@ -67,8 +68,8 @@ def copy_of(module: nn.Module) -> WeightStrip:
     copies: dict[int, nn.Parameter] = {}
     own = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        if not parameter.is_floating_point():
-            raise TanzakuError(f"cannot copy {name!r}: it holds quantised values of type {parameter.dtype}")
+        if not plain(parameter):
+            raise TanzakuError(f"cannot copy {name!r}: it holds quantised values ({type(parameter).__name__})")
         if id(parameter) not in copies:
             # As in `trainable`: half precision trains badly, so the copy is in full.
             full = parameter.dtype if parameter.dtype == torch.float64 else torch.float32

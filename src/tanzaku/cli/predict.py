@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tanzaku.errors import TanzakuError, listed, nearest
+from tanzaku.files import recover, written_beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -97,13 +98,8 @@ def predict(
             sys.stdout.write(line)
         sys.stdout.flush()
         return
-    beside = out.with_name(f".{out.name}.partial")
-    try:
-        with beside.open("w", encoding="utf-8", newline="") as file:
-            file.writelines(lines)
-        beside.replace(out)
-    finally:
-        beside.unlink(missing_ok=True)
+    with written_beside(out) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+        file.writelines(lines)
     _note(f"{len(texts)} rows written to {out}")
 
 
@@ -115,6 +111,7 @@ def _check_paths(paths: Sequence[Path]) -> None:
         raise TanzakuError("no adapter is named; expected directories, as in runs/poems/adapters/lora (predict --help)")
     seen: dict[Path, Path] = {}
     for path in paths:
+        recover(path)
         if not path.is_dir():
             raise TanzakuError(f"there is no adapter {path}{_neighbour(path)}")
         other = seen.setdefault(path.resolve(), path)

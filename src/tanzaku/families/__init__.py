@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tanzaku.errors import TanzakuError, listed, nearest
+from tanzaku.patterns import groups_of
 
 Targets = list[str] | str | None
 
@@ -145,8 +145,6 @@ class Base:
             names = self._linear(skipped)
         wanted = [names] if isinstance(names, str) else list(names or [])
         matches = _regex if isinstance(names, str) else _suffix
-        if isinstance(names, str):
-            _check_regex(names)
         out_of = _regex if isinstance(exclude, str) else _suffix
         excluded = [exclude] if isinstance(exclude, str) else list(exclude or [])
         found = [
@@ -186,8 +184,8 @@ class Base:
         def number(path: str) -> int | None:
             # PEFT's own rule: the number after the named list of layers, or else after any part of the path.
             for p in patterns or ["[^.]*"]:
-                if match := re.match(rf"(?:^|.*\.){p}\.(\d+)\.", path):
-                    return int(match.group(1))
+                if groups := groups_of(p, path, r"(?:|.*\.){}\.(\d+)\..*"):
+                    return int(groups[-1] or 0)
             return None
 
         numbers = sorted({n for path, _ in found if (n := number(path)) is not None})
@@ -241,7 +239,7 @@ def _text(config: Any) -> Any:
 
 
 def _regex(pattern: str, path: str) -> bool:
-    return re.fullmatch(pattern, path) is not None
+    return groups_of(pattern, path) is not None
 
 
 def _suffix(name: str, path: str) -> bool:
@@ -250,10 +248,3 @@ def _suffix(name: str, path: str) -> bool:
 
 def _inside(path: str, name: str) -> bool:
     return f".{name}." in f".{path}."
-
-
-def _check_regex(pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise TanzakuError(f"target_modules: {pattern!r} is no regular expression ({error})") from None

@@ -8,7 +8,6 @@ Hu et al. 2021, arXiv 2106.09685. rsLoRA scales by alpha / sqrt(r): Kalajdzievsk
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -21,6 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from tanzaku.errors import TanzakuError
 from tanzaku.families import Base, features, weight_of
 from tanzaku.method import Method, ModuleStrip, Strip, trainable
+from tanzaku.patterns import groups_of
+from tanzaku.quantize import full_weight
 from tanzaku.space import Choice, Range, ends, spaces
 from tanzaku.weights import BiasStrip
 
@@ -78,9 +79,9 @@ class LoraStrip(ModuleStrip):
         return self.lora_B.weight @ self.lora_A.weight * self.scaling
 
     def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
-        weight = weight_of(module)
+        weight = full_weight(module)
         delta = self.delta().t() if isinstance(module, Conv1D) else self.delta()
-        return {"weight": (weight.to(delta.dtype) + delta.view(weight.shape)).to(weight.dtype)}
+        return {"weight": weight + delta.reshape(weight.shape)}
 
 
 class LoraConv2d(LoraStrip):
@@ -144,10 +145,12 @@ class LoraEmbedding(ModuleStrip):
         change = h @ self.lora_embedding_B.t() * self.scaling
         return (y + (change if scale is None else change * scale)).to(y.dtype)
 
+    def delta(self) -> Tensor:
+        """The change of the table, transposed: (embedding_dim, tokens)."""
+        return self.lora_embedding_B @ self.lora_embedding_A * self.scaling
+
     def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
-        weight = weight_of(module)
-        delta = (self.lora_embedding_B @ self.lora_embedding_A).t() * self.scaling
-        return {"weight": (weight.to(delta.dtype) + delta).to(weight.dtype)}
+        return {"weight": full_weight(module) + self.delta().t()}
 
 
 @dataclass
@@ -252,7 +255,7 @@ class LoRA(Method):
 
 def matches(key: str, path: str) -> bool:
     """PEFT's rule for rank_pattern and alpha_pattern: a regular expression for the end of the path."""
-    return re.match(rf"(.*\.)?({key})$", path) is not None
+    return groups_of(key, path, r"(.*\.)?({})") is not None
 
 
 def pattern(values: dict[str, Any], path: str, default: Any) -> Any:
