@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -20,6 +22,7 @@ from cli_kit import Tanzaku, assert_refused, results_of
 
 from tanzaku.cli import demo
 from tanzaku.cli.live import Live
+from tanzaku.compare.comparison import Comparison
 from tanzaku.methods import METHODS
 from tanzaku.train.loop import Pool
 
@@ -221,8 +224,8 @@ def test_ctrl_c_says_how_to_go_on(plenty: Path, tanzaku: Tanzaku, monkeypatch: p
 
 
 def test_resuming_the_wrong_thing(plenty: Path, tanzaku: Tanzaku) -> None:
-    assert_refused(tanzaku("compare", "--resume"), "no comparison in runs", "--out")
-    assert_refused(tanzaku("compare", "--resume", "--out", "nowhere"), "nowhere holds no comparison")
+    assert_refused(tanzaku("compare", "--resume"), "no run of tanzaku compare in runs", "--out")
+    assert_refused(tanzaku("compare", "--resume", "--out", "nowhere"), "nowhere holds no run")
     assert tanzaku("compare", "recipe.yaml", "--out", "run").code == 0
     assert_refused(tanzaku("compare", "--resume", "--out", "run", "--epochs", "3"), "leave --epochs out")
     assert_refused(
@@ -247,14 +250,58 @@ def test_finished_jobs_are_not_trained_again(plenty: Path, tanzaku: Tanzaku, mon
     assert begun == [gone.stem]
 
 
+@pytest.mark.parametrize("moment", [2, 17, 25, 43])
+def test_jobs_under_way_go_on_from_their_last_epoch(
+    plenty: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    """Cut off when so many epochs are over, at a rung, behind one, or while measuring: none is trained again."""
+    if "epochs" not in WHOLE:
+        assert tanzaku("compare", "recipe.yaml", "--epochs", "4", "--out", "whole").code == 0
+        WHOLE["epochs"] = told(plenty / "whole")
+    over: list[tuple[str, int]] = []
+
+    def note(_: Live, job: Any, record: Any) -> None:
+        over.append((job.name, record.epoch))
+        if len(over) == moment:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Live, "epoch_done", note)
+    assert tanzaku("compare", "recipe.yaml", "--epochs", "4", "--out", "run").code == 130
+    assert any((plenty / "run" / "state" / "under_way").iterdir())
+    assert tanzaku("compare", "--resume", "--out", "run").code == 0
+    assert not (plenty / "run" / "state" / "under_way").exists()
+    assert len(over) == len(set(over)) == sum(epochs for _, _, epochs in WHOLE["epochs"]["jobs"])
+    assert_alike(told(plenty / "run"), WHOLE["epochs"])
+
+
+def test_a_job_a_rung_ahead_waits_for_the_others() -> None:
+    """After a kill one may be at its third epoch and another at its first: each is judged at its own rung, by all."""
+
+    def at(*losses: float) -> Any:
+        return SimpleNamespace(epochs=[SimpleNamespace(valid={"loss": loss}) for loss in losses])
+
+    def judged(**epochs: int) -> tuple[list[str], list[str]]:
+        lanes = {name: SimpleNamespace(waiting=True, epoch=epoch) for name, epoch in epochs.items()}
+        pool: Any = SimpleNamespace(lanes=lanes, results=results, queue=[])
+        return Comparison._halved(comparison, pool, [["a", "b", "c", "d"]])
+
+    comparison: Any = SimpleNamespace(settings=SimpleNamespace(rank_by="loss", reduction=2))
+    comparison._epochs = partial(Comparison._epochs, comparison)
+    results = {"a": at(0.3, 0.2, 0.1), "b": at(0.4), "c": at(0.5), "d": at(0.6)}
+    assert judged(a=3, b=1) == ([], ["a"])
+    assert judged(a=3, b=1, c=1) == (["c"], ["a"])
+    results["b"] = at(0.4, 0.3, 0.2)
+    assert judged(a=3, b=3) == (["b"], [])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", [1, 5, 9, 17, 20])
 def test_kill_9(plenty: Path, tanzaku: Tanzaku, moment: int) -> None:
     """Killed when so many jobs are in the journal, in the search or while measuring, it ends as if it had not been."""
     command = [sys.executable, "-m", "tanzaku", "compare", "recipe.yaml", "--rows-per-step", "4", "--out"]
-    if not WHOLE:
+    if "jobs" not in WHOLE:
         assert tanzaku("compare", "recipe.yaml", "--rows-per-step", "4", "--out", "whole").code == 0
-        WHOLE.update(told(plenty / "whole"))
+        WHOLE["jobs"] = told(plenty / "whole")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = subprocess.Popen([*command, "run"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     jobs = plenty / "run" / "state" / "jobs"
@@ -263,4 +310,4 @@ def test_kill_9(plenty: Path, tanzaku: Tanzaku, moment: int) -> None:
     running.send_signal(signal.SIGKILL)
     assert running.wait() == -signal.SIGKILL, "it ended before it could be killed"
     assert tanzaku("compare", "--resume", "--out", "run").code == 0
-    assert_alike(told(plenty / "run"), WHOLE)
+    assert_alike(told(plenty / "run"), WHOLE["jobs"])

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from tanzaku.cli.compare import resumed, run_comparison
+from tanzaku.cli.compare import run_comparison
 from tanzaku.cli.record import command_of
+from tanzaku.cli.resume import resumed
 from tanzaku.recipe import build_recipe
 
 
@@ -31,7 +32,7 @@ def demo(
     if epochs is not None:
         flags["train"] = {"epochs": epochs}
     if resume:
-        recipe = resumed(None, {"out": out})
+        recipe = resumed("demo", None, {"out": out})
     else:
         recipe = build_recipe(Path(str(resources.files("tanzaku"))) / "data" / "demo.yaml", flags)
     run_comparison("demo", recipe, overwrite or command_of(Path(out).expanduser()) == "demo", resume)

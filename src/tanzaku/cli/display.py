@@ -64,10 +64,11 @@ class Display:
     def job_started(self, job: Job, result: JobResult, steps: int) -> None:
         self.started += 1
         number = f" ({self.started} of {self.jobs})" if self.jobs > 1 else ""
-        self.say(f"\n{job.name}{number}: {result.trainable_parameters:,} trained parameters, {steps} steps")
+        before = f", going on after epoch {len(result.epochs)}" if result.epochs else ""
+        self.say(f"\n{job.name}{number}: {result.trainable_parameters:,} trained parameters, {steps} steps{before}")
         self.say("  ".join(_EPOCHS))
         self._drop_task()
-        self.task = self.bar.add_task(job.name, total=steps, loss="-", pace="-")
+        self.task = self.bar.add_task(job.name, total=steps, completed=result.steps, loss="-", pace="-")
 
     def step_done(self, job: Job, step: int, steps: int, loss: float) -> None:
         if self.task is not None:

@@ -94,8 +94,8 @@ class Live(Display):
         self.say(f"\n{_STAGES[name]}" + (f"; {jobs} runs{kept}" if jobs else ""))
 
     def job_started(self, job: Job, result: JobResult, steps: int) -> None:
-        self._row(job).running[job.name] = (0, steps, math.nan)
-        self.steps_known += steps
+        self._row(job).running[job.name] = (result.steps, steps, math.nan)
+        self.steps_known += steps - result.steps
         self.jobs_known += 1
         if result.note:
             self.say(f"{job.name} {result.note}")

@@ -101,6 +101,7 @@ class Record:
         write_results(self.out, finite(content))
 
     def job_started(self, job: Job, result: JobResult, steps: int) -> None:
+        self.began -= result.seconds  # of earlier sittings
         self.listener.job_started(job, result, steps)
 
     def step_done(self, job: Job, step: int, steps: int, loss: float) -> None:

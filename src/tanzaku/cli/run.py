@@ -86,6 +86,11 @@ class Sitting:
             "text": self.recipe.data.text,
             "text_pair": self.recipe.data.text_pair,
             "max_length": self.recipe.train.max_length,
+            "files": {
+                split: Path(source).name
+                for split in ("train", "valid", "test")
+                if (source := getattr(self.recipe.data, split)) is not None
+            },
         }
 
 

@@ -2,45 +2,54 @@
 
 from __future__ import annotations
 
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tanzaku.cli.flags import recipe_flags
+from tanzaku.cli.resume import begin, resumed, switch
 from tanzaku.cli.run import Interrupted, sitting
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.recipe import build_recipe, jobs_of
 
 
-@recipe_flags
-def train(file: Path | None, flags: dict[str, Any], overwrite: bool) -> None:
+@partial(recipe_flags, switches={"resume": switch("a run")})
+def train(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: bool) -> None:
     """Train one adapter.
 
-    Shows figures after each epoch and a confusion matrix; the adapter goes into the run's directory.
+    Shows figures after each epoch and a confusion matrix; the adapter goes into the run's directory. A run that is cut
+    off goes on after its last epoch.
     """
-    recipe = build_recipe(file, flags)
+    recipe = resumed("train", file, flags) if resume else build_recipe(file, flags)
     if len(recipe.methods) != 1:
         found = listed(str(entry.name) for entry in recipe.methods) or "no method"
         raise TanzakuError(f"train takes one method, found {found}; name one with --method, or use tanzaku compare")
     [job] = jobs_of(recipe)
     methods = [(job.name, job.method, job.settings)]
-    with sitting("train", recipe, methods, overwrite, resume=False) as run:
+    with sitting("train", recipe, methods, overwrite, resume) as run:
         from tanzaku.cli.display import Display
         from tanzaku.cli.record import Record, clear
+        from tanzaku.compare.journal import Journal
         from tanzaku.train.loop import train_jobs
 
         display = Display()
         model, data = run.load(display, methods)
-        clear(run.out)
-        record = Record(run.out, run.about(data), run.clock, display)
+        journal = Journal(run.out)
+        record = Record(run.out, begin(run, journal, model, data, resume), run.clock, display)
         record.write()
         with display:
-            train_jobs(model, data, [job], out=run.out, observer=record, meta=run.meta(data))
+            train_jobs(model, data, [job], out=run.out, observer=record, meta=run.meta(data), states=journal.states)
         record.write()
         [result] = record.results
+        if result.status == "interrupted":
+            if not any(journal.states.glob("*")):
+                clear(run.out)
+                raise Interrupted("interrupted before the end of an epoch; nothing is kept, run the same command again")
+            epochs = len(result.epochs)
+            raise Interrupted(f"interrupted after epoch {epochs}; go on with tanzaku train --resume --out {run.out}")
+        shutil.rmtree(journal.folder)
         if result.status == "done":
             display.adapter(result, data, run.out)
-        elif result.status == "interrupted":
-            clear(run.out)
-            raise Interrupted("interrupted before the end of training; nothing is kept, so run the same command again")
         else:
             raise TanzakuError(f"candidate {job.name!r} failed: {result.error}")

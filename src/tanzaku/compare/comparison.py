@@ -153,7 +153,8 @@ class Comparison:
             # Written once and read ever after: the test rows are looked at one time.
             self.tested = {"finalists": self.finalists, **self._test(best)}
             self.journal.keep_as("tested", self.tested)
-        shutil.rmtree(self.journal.folder / ADAPTERS, ignore_errors=True)
+        for done in (self.journal.folder / ADAPTERS, self.journal.states):
+            shutil.rmtree(done, ignore_errors=True)
 
     def _final(self, candidate: Candidate) -> _Job:
         """A run on all rows, of as many epochs as the folds' runs lasted: no rows are left to stop it by."""
@@ -218,6 +219,7 @@ class Comparison:
             rows_per_step=self.settings.rows_per_step,
             memory=self.memory,
             measure=True,
+            states=self.journal.states,
         ) as pool:
             self.rows_per_step = pool.rows_per_step
             pool.add([job.job(self.settings.reduction) for job in missing])
@@ -227,25 +229,29 @@ class Comparison:
                     raise Interrupted
                 if not any(lane.waiting for lane in pool.lanes.values()):
                     return
-                pool.proceed(self._lagging(pool, groups))
+                pool.proceed(*self._halved(pool, groups))
 
-    def _lagging(self, pool: Pool, groups: Sequence[Sequence[str]]) -> list[str]:
-        """Those of the waiting jobs that successive halving stops. A group is judged when all of it have come to the
-        rung; where memory lets only a part of it come, nobody is stopped."""
-        out: list[str] = []
+    def _halved(self, pool: Pool, groups: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:
+        """Those of the waiting jobs that successive halving stops, and those that wait on. A group is judged when all
+        of it have come to the rung; where memory lets only a part of it come, nobody is stopped. Those that are a rung
+        ahead, after a kill, wait for the others."""
+        stopped: list[str] = []
+        ahead: list[str] = []
         for names in groups:
-            waiting = [name for name in names if name in pool.lanes and pool.lanes[name].waiting]
-            if not waiting or any(job.name in names for job in pool.queue):
+            all_waiting = [name for name in names if name in pool.lanes and pool.lanes[name].waiting]
+            if not all_waiting or any(job.name in names for job in pool.queue):
                 continue
-            epoch = pool.lanes[waiting[0]].epoch
+            epoch = min(pool.lanes[name].epoch for name in all_waiting)
+            waiting = [name for name in all_waiting if pool.lanes[name].epoch == epoch]
+            ahead += [name for name in all_waiting if name not in waiting]
             values = {}
             for name in names:
                 epochs = self._epochs(pool, name)
                 if len(epochs) >= epoch:
                     values[name] = _figure(epochs[epoch - 1], self.settings.rank_by)
             on = survivors(values, self.settings.reduction, direction(self.settings.rank_by))
-            out += [name for name in waiting if name not in on]
-        return out
+            stopped += [name for name in waiting if name not in on]
+        return stopped, ahead
 
     def _epochs(self, pool: Pool, name: str) -> list[Mapping[str, float]]:
         """Validation figures by epoch, of a job under way or one that ended, in this sitting or before."""

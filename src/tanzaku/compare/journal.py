@@ -1,4 +1,4 @@
-"""What a comparison has finished, on disk: a kill at any moment loses nothing that is here, and leaves nothing half.
+"""What a run has finished, on disk: a kill at any moment loses nothing that is here, and leaves nothing half.
 
 Every file is written beside, brought to the disk and renamed. A job's adapter is there before its record is, so a
 record vouches for all that it names.
@@ -7,16 +7,14 @@ record vouches for all that it names.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
+from tanzaku import __version__
 from tanzaku.errors import TanzakuError
 from tanzaku.files import written_beside
-from tanzaku.tasks.prepare import ClassificationData
 
 STATE = "state"
 
@@ -27,6 +25,7 @@ class Journal:
     def __init__(self, out: Path):
         self.folder = out / STATE
         self.search = self.folder / "search.db"
+        self.states = self.folder / "under_way"  # of jobs that have not ended
         self.jobs: dict[str, dict[str, Any]] = {}
         self.spent = 0.0  # seconds of earlier sittings
         self._began = time.monotonic()
@@ -37,19 +36,24 @@ class Journal:
         return self.spent + time.monotonic() - self._began
 
     def begin(self, about: dict[str, Any]) -> None:
-        """Write down what the run is: its recipe and a checksum of its rows."""
+        """Write down what the run is: its command and recipe, checksums of its rows and base."""
         (self.folder / "jobs").mkdir(parents=True, exist_ok=True)
-        _write(self.folder / "run.json", about)
+        _write(self.folder / "run.json", {"tanzaku": __version__, **about})
 
     def about(self) -> dict[str, Any]:
         """What the run is, as it was begun.
 
         Raises:
-            TanzakuError: the folder holds no run that could go on.
+            TanzakuError: the folder holds no run that could go on, or one of another version.
         """
-        found = _read(self.folder / "run.json")
+        found, out = _read(self.folder / "run.json"), self.folder.parent
         if found is None:
-            raise TanzakuError(f"{self.folder.parent} holds no comparison to resume; leave --resume out to begin one")
+            raise TanzakuError(f"{out} holds no run to resume; leave --resume out to begin one")
+        if (begun := found.get("tanzaku")) != __version__:
+            raise TanzakuError(
+                f"--resume: {out} was begun with tanzaku {begun}, and this is {__version__}: go on with that version, "
+                "or begin anew with --overwrite"
+            )
         return found
 
     def go_on(self) -> None:
@@ -76,23 +80,9 @@ class Journal:
         _write(self.folder / f"{name}.json", content)
 
 
-def checksum(data: ClassificationData) -> str:
-    """Of all rows as they were encoded, and the labels: other rows or another tokenizer give another."""
-    digest = hashlib.sha256(repr(data.labels.names).encode())
-    for split in data.splits():
-        digest.update(split.name.encode())
-        for example in split.examples:
-            digest.update(repr((example.input_ids, example.token_type_ids, example.label)).encode())
-    return digest.hexdigest()
-
-
 def _write(path: Path, content: dict[str, Any]) -> None:
     with written_beside(path) as beside:
-        text = json.dumps(content, ensure_ascii=False)
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        beside.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def _read(path: Path) -> dict[str, Any] | None:

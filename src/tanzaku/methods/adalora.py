@@ -23,6 +23,7 @@ from tanzaku.families import Base, features, weight_of
 from tanzaku.host import Adapter
 from tanzaku.method import ModuleStrip, Strip, trainable
 from tanzaku.methods.lora import LoRA, low_rank
+from tanzaku.quantize import full_weight
 from tanzaku.space import Choice, Range, ends, spaces
 
 
@@ -64,10 +65,8 @@ class SvdStrip(ModuleStrip):
         return low_rank(x.to(a.dtype), y, a, b, strips[0].factor, e.squeeze(-1))
 
     def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
-        weight = weight_of(module)
         delta = self.lora_B @ (self.lora_A * self.lora_E) * self.factor
-        delta = delta.t() if isinstance(module, Conv1D) else delta
-        return {"weight": (weight.to(delta.dtype) + delta).to(weight.dtype)}
+        return {"weight": full_weight(module) + (delta.t() if isinstance(module, Conv1D) else delta)}
 
     def export(self) -> dict[str, Tensor]:
         # A pruned value is zero: what is left of the matrices is what the rank pattern keeps.
@@ -160,6 +159,21 @@ class AdaLoRA(LoRA):
         self._sensitivity: list[Tensor] = []
         self._uncertainty: list[Tensor] = []
 
+    def training_state(self, adapter: Adapter) -> dict[str, Tensor]:
+        kinds = {"sensitivity": self._sensitivity, "uncertainty": self._uncertainty}
+        out = {f"{kind}.{i}": tensor for kind, tensors in kinds.items() for i, tensor in enumerate(tensors)}
+        return out | {f"kept.{path}": strip.kept() for path, strip in _at(adapter) if self.rank_pattern}
+
+    def resume(self, adapter: Adapter, state: dict[str, Tensor]) -> None:
+        def all_of(kind: str) -> list[Tensor]:
+            number = sum(key.startswith(f"{kind}.") for key in state)
+            return [state[f"{kind}.{i}"].to(_strips(adapter)[0].lora_A.device, copy=True) for i in range(number)]
+
+        self._sensitivity, self._uncertainty = all_of("sensitivity"), all_of("uncertainty")
+        for path, strip in _at(adapter):
+            if (kept := state.get(f"kept.{path}")) is not None:
+                self._set_kept(path, strip, kept.to(strip.lora_E.device))
+
     def penalty(self, adapter: Adapter) -> Tensor | None:
         """orth_reg_weight times the mean of ||A A^T - I|| and ||B^T B - I|| over the matrices."""
         strips = _strips(adapter)
@@ -223,12 +237,13 @@ class AdaLoRA(LoRA):
         if cut <= 0:
             return
         threshold = torch.kthvalue(torch.cat(triplets).cpu(), cut)[0].item()
-        pattern = {}
-        for (path, _), strip, values in zip(_at(adapter), strips, triplets, strict=True):
-            strip.mask = values > threshold
-            strip.lora_E[~strip.mask] = 0.0
-            pattern[f"{path}.lora_E"] = strip.mask.tolist()
-        self.rank_pattern = pattern
+        for (path, strip), values in zip(_at(adapter), triplets, strict=True):
+            self._set_kept(path, strip, values > threshold)
+            strip.lora_E[~strip.kept()] = 0.0
+
+    def _set_kept(self, path: str, strip: SvdStrip, kept: Tensor) -> None:
+        strip.mask = kept
+        self.rank_pattern = {**(self.rank_pattern or {}), f"{path}.lora_E": kept.tolist()}
 
 
 def _at(adapter: Adapter) -> list[tuple[str, SvdStrip]]:

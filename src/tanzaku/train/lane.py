@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ class Lane:
         copies += 2 * (type(job.method).after_step is not Method.after_step)
         self.kept_bytes = copies * _bytes(self.trained) + _bytes(p for _, p in adapter.named_parameters())
         self.need: Need | None = None  # of a step; None where nobody asks
+        self.about: dict[str, Any] | None = None  # what its state belongs to, once asked for
         self.held = _held(adapter)
         changed = {path for path, strip in adapter.at() if isinstance(strip, AttentionStrip)}
         self.twice = sum(self.held[path] for path in changed)
@@ -87,7 +89,7 @@ class Lane:
         """(rows of a batch, batches that share its optimizer step, whether the epoch ends), to the last epoch."""
         s = self.job.settings
         lengths = [len(e.input_ids) for e in self.data.train.examples]
-        for epoch in range(s.epochs):
+        for epoch in range(self.epoch, s.epochs):
             # Seeding by epoch makes the order of any epoch independent of what came before it.
             self.generator.manual_seed(s.seed + epoch)
             batches = epoch_batches(
@@ -224,6 +226,59 @@ class Lane:
     def finished(self) -> bool:
         s = self.job.settings
         return self.epoch >= s.epochs or (s.patience is not None and self._waited >= s.patience)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """At the end of an epoch, all that the rest of the run hangs on: tensors, and figures fit for JSON.
+
+        Random numbers hang on the seed, the epoch and the batch alone, and an epoch leaves no gradient behind.
+        """
+        tensors = {f"method.{key}": t for key, t in self.adapter.method.training_state(self.adapter).items()}
+        tensors |= {f"best.{name}": t for name, t in (self.best or {}).items()}
+        for name, parameter in self.adapter.trained():
+            tensors[f"weights.{name}"] = parameter.detach()
+            moments = self.optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer.{key}.{name}": t for key, t in moments.items()}
+        figures = {
+            "epochs": [asdict(record) for record in self.result.epochs],
+            "best_epoch": self.result.best_epoch,
+            "waited": self._waited,
+            "step": self.step,
+            "seconds": self.result.seconds,
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        return tensors, figures
+
+    @torch.no_grad()
+    def resume(self, tensors: dict[str, Tensor], figures: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` gave. This job must be as new."""
+
+        def those(kind: str) -> dict[str, Tensor]:
+            start = f"{kind}."
+            return {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
+
+        weights, moments = those("weights"), those("optimizer")
+        for name, parameter in self.adapter.trained():
+            parameter.copy_(weights[name])
+            ends = {key: t for key, t in moments.items() if key.partition(".")[2] == name}
+            self.optimizer.state[parameter] = {
+                key.partition(".")[0]: t.to(parameter.device, copy=True) for key, t in ends.items()
+            }
+        self.best = {name: t.clone() for name, t in those("best").items()} or None
+        self.adapter.method.resume(self.adapter, those("method"))
+        self.schedule.load_state_dict(figures["schedule"])
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
+        self.scaler.load_state_dict(figures["scaler"])
+        self.result.epochs = [EpochRecord(**record) for record in figures["epochs"]]
+        self.result.best_epoch, self._waited = figures["best_epoch"], figures["waited"]
+        self.result.seconds = figures["seconds"]
+        self.epoch = len(self.result.epochs)
+        self.step = self.result.steps = figures["step"]
+        self.batch = self.batches // self.job.settings.epochs * self.epoch
+        self.waiting = self.epoch in self.job.rungs
+        self._order = self._epochs()
+        self._advance()
 
     @torch.no_grad()
     def restore_best(self) -> None:

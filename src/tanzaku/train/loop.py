@@ -6,7 +6,7 @@ import gc
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from tanzaku import store
 from tanzaku.errors import TanzakuError
+from tanzaku.export.card import training_record
 from tanzaku.host import activate, adapters, attach, count, detach
 from tanzaku.tasks.classification import Split
 from tanzaku.tasks.metrics import classification_metrics, confusion, wilson_interval
@@ -25,6 +26,7 @@ from tanzaku.train.lane import Diverged, Lane
 from tanzaku.train.memory import Need, in_use, peak, reset_peak
 from tanzaku.train.products import layer_of
 from tanzaku.train.results import EpochRecord, Job, JobResult, Observer
+from tanzaku.train.state import States
 from tanzaku.train.step import SharedStep
 
 ROWS_PER_STEP = {"cuda": 32}  # where nothing is said; the processors of a PC are busy with half of that
@@ -54,6 +56,7 @@ def train_jobs(
     meta: dict[str, Any] | None = None,
     rows_per_step: int | None = None,
     memory: int | None = None,
+    states: Path | None = None,
 ) -> list[JobResult]:
     """Train every job on the frozen `model`, which is left as it was; one result a job, in their order.
 
@@ -65,8 +68,19 @@ def train_jobs(
         out: a directory; each finished adapter is saved below its `adapters`, with `meta` beside it.
         rows_per_step: most rows of all jobs in one step; None: 16, on a GPU 32. A job's batch is never split.
         memory: most bytes that the process (on CUDA, torch on the device) may use; None: no limit.
+        states: a directory for the state of jobs under way, written after each epoch. A job that has one there goes on
+            from it; the state of another job of that name is an error.
     """
-    with Pool(model, data, out=out, observer=observer, meta=meta, rows_per_step=rows_per_step, memory=memory) as pool:
+    with Pool(
+        model,
+        data,
+        out=out,
+        observer=observer,
+        meta=meta,
+        rows_per_step=rows_per_step,
+        memory=memory,
+        states=states,
+    ) as pool:
         pool.add(jobs)
         pool.run()
         return [pool.results[job.name] for job in jobs if job.name in pool.results]
@@ -89,6 +103,7 @@ class Pool:
         rows_per_step: int | None = None,
         memory: int | None = None,
         measure: bool = False,
+        states: Path | None = None,
     ):
         self._check(model, data)
         self.model, self.data, self.out = model, data, out
@@ -99,6 +114,7 @@ class Pool:
             raise TanzakuError(f"rows_per_step is {rows_per_step}, expected at least 1")
         self.rows_per_step = rows_per_step or ROWS_PER_STEP.get(self.device.type, 16)
         self.measure = measure or memory is not None
+        self.states = None if states is None else States(states)
         self.room: float = float("inf")
         if memory is not None:
             self.room = memory - in_use(self.device)
@@ -159,10 +175,10 @@ class Pool:
         finally:
             self.model.eval()
 
-    def proceed(self, stopped: Sequence[str] = ()) -> None:
-        """Let the jobs that wait at a rung go on, but for those `stopped`, which end there."""
+    def proceed(self, stopped: Sequence[str] = (), waiting: Sequence[str] = ()) -> None:
+        """Let the jobs at a rung go on, but for those `stopped`, which end there, and those still `waiting`."""
         for name, lane in list(self.lanes.items()):
-            if lane.waiting:
+            if lane.waiting and name not in waiting:
                 lane.waiting = False
                 if name in stopped:
                     lane.result.predictions = None
@@ -229,9 +245,18 @@ class Pool:
         except BaseException:
             self._take_off(job.name)  # it is attached, but no lane yet
             raise
+        try:
+            if self.states is not None:
+                self.states.restore(lane)
+        except BaseException:
+            # No failure of the job: whoever runs it shall choose what becomes of the state.
+            self._take_off(job.name)
+            raise
         self.queue.remove(job)
         self.lanes[job.name], self.results[job.name] = lane, result
         self.observer.job_started(job, result, lane.steps)
+        if lane.finished:  # it was cut off between its last epoch and its end
+            self._guarded(self._finish, lane)
         return True
 
     def _need_of(self, lane: Lane) -> Need:
@@ -282,8 +307,10 @@ class Pool:
             if self._fits(list(self.lanes.values()), together):
                 picked = together
                 rows += more
-        # Neighbours of one kind are computed together.
-        return sorted(picked, key=lambda lane: (lane.job.method.name, len(lane.next_rows or ()), lane.job.name))
+        # Neighbours of one kind are computed together, and rows that need no gradient in low layers lie side by side.
+        return sorted(
+            picked, key=lambda lane: (lane.lowest, lane.job.method.name, len(lane.next_rows or ()), lane.job.name)
+        )
 
     def _has_positions(self, stepping: Sequence[Lane]) -> bool:
         """Whether the longest prompt and the longest text, which may be different jobs', have room in one batch."""
@@ -326,10 +353,14 @@ class Pool:
             if lane.job.name in self.lanes:
                 self.observer.step_done(lane.job, lane.step, lane.steps, lane.last_loss)
         for lane in ended:
-            try:
-                self._end_epoch(lane)
-            except _FAILURES as error:
-                self._end(lane, "failed", _line(error))
+            self._guarded(self._end_epoch, lane)
+
+    def _guarded(self, work: Callable[[Lane], None], lane: Lane) -> None:
+        """Where the work fails, the job ends."""
+        try:
+            work(lane)
+        except _FAILURES as error:
+            self._end(lane, "failed", _line(error))
 
     def _parts(self, lanes: list[Lane], too_large: bool) -> list[list[Lane]]:
         """What to try of a step that failed: halves, or where memory was short, parts of half the rows at most."""
@@ -384,17 +415,25 @@ class Pool:
             self._trackers[lane.job.name].log(
                 {"train/loss": record.train_loss, "learning_rate": record.learning_rate, **figures}, step=lane.step
             )
+        if self.states is not None:
+            self.states.keep(lane)
         self.observer.epoch_done(lane.job, record)
         if lane.finished:
-            began = time.monotonic()
-            lane.restore_best()
-            self._judge(lane)
-            lane.spend(time.monotonic() - began)
-            if self.out is not None and lane.job.save:
-                where = Path("adapters") / lane.job.name
-                store.save(self.model, lane.job.name, self.out / where, meta=self.meta)
-                lane.result.adapter = where.as_posix()
-            self._end(lane, "done")
+            self._finish(lane)
+
+    def _finish(self, lane: Lane) -> None:
+        """The figures and the adapter of a job that has done its epochs."""
+        began = time.monotonic()
+        lane.restore_best()
+        self._judge(lane)
+        lane.spend(time.monotonic() - began)
+        if self.out is not None and lane.job.save:
+            where = Path("adapters") / lane.job.name
+            rows = {split.name: len(split) for split in lane.data.splits()}
+            record = training_record(lane.result, rows, self.meta.get("files", {}))
+            store.save(self.model, lane.job.name, self.out / where, meta=self.meta, training=record)
+            lane.result.adapter = where.as_posix()
+        self._end(lane, "done")
 
     def _judge(self, lane: Lane) -> None:
         """Final figures of the weights as they are: the validation rows', and the test rows' where there are some."""
@@ -424,6 +463,8 @@ class Pool:
         result.peak_memory_bytes = peak(self.device)
         self._take_off(name)
         self.observer.job_done(lane.job, result)
+        if self.states is not None and status != "interrupted":
+            self.states.forget(name)  # only now: who listens may have written the result down
 
     def _take_off(self, name: str) -> None:
         self.lanes.pop(name, None)

@@ -1,0 +1,122 @@
+"""`--resume`: which run goes on, and whether it is still the same run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tanzaku.cli.run import portable
+from tanzaku.errors import TanzakuError
+from tanzaku.recipe import Recipe, build_recipe
+from tanzaku.recipe_errors import flag
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tanzaku.cli.run import Sitting
+    from tanzaku.compare.journal import Journal
+    from tanzaku.tasks.prepare import ClassificationData
+
+
+def switch(what: str) -> str:
+    """The help of a verb's flag."""
+    return f"go on with {what} that was cut off: the one in --out, or else the newest in runs"
+
+
+def resumed(command: str, file: Path | None, flags: dict[str, Any], default_methods: Sequence[str] = ()) -> Recipe:
+    """The recipe of a run that was cut off. One that is given again must say the same.
+
+    Raises:
+        TanzakuError: there is no such run, or the recipe is another.
+    """
+    from tanzaku.compare.journal import Journal
+
+    out = Path(flags["out"]).expanduser() if flags.get("out") else _newest(command)
+    about = Journal(out).about()
+    begun = about["command"]
+    if (begun == "train") != (command == "train"):
+        raise TanzakuError(f"{out} holds a run of tanzaku {begun}; go on with tanzaku {begun} --resume --out {out}")
+    kept = about["recipe"]
+    given = {key: value for key, value in flags.items() if value and key != "out"}
+    if file is None and given:
+        raise TanzakuError(
+            f"--resume goes on with the recipe that {out} was begun with; leave {flag(next(iter(_flat(given))))} out"
+        )
+    if file is not None:
+        now = json.loads(json.dumps(_anywhere(build_recipe(file, flags, default_methods))))
+        for key, value in kept.items():
+            if key != "out" and now.get(key) != value:
+                part = key
+                if isinstance(value, dict):
+                    part += "." + next(k for k in value if value[k] != now[key].get(k))
+                fix = "leave recipe and flags out, or choose another --out"
+                raise TanzakuError(f"--resume: {out} was begun with another {part}; {fix}")
+    return Recipe.model_validate({**kept, "out": str(out)})
+
+
+def begin(
+    run: Sitting, journal: Journal, model: PreTrainedModel, data: ClassificationData, resume: bool
+) -> dict[str, Any]:
+    """Begin a run in its directory, or go on with the one there; what results.json says of the run itself.
+
+    Raises:
+        TanzakuError: rows or base model are others than those that the run was begun with.
+    """
+    from tanzaku.cli.record import clear
+    from tanzaku.train.state import base_checksum, checksum
+
+    about = run.about(data)
+    now = {"rows": checksum(data), "base model": base_checksum(model)}
+    if not resume:
+        clear(run.out)
+        recipe = {"command": run.command, "recipe": _anywhere(run.recipe), "started": about["started"]}
+        journal.begin({**recipe, **now})
+        return about
+    kept = journal.about()
+    for what, value in now.items():
+        if kept[what] != value:
+            changed = "the rows have" if what == "rows" else f"the {what} has"
+            raise TanzakuError(f"--resume: {changed} changed since {run.out} was begun; begin anew with --overwrite")
+    journal.go_on()
+    return {**about, "started": kept["started"]}
+
+
+def _flat(flags: dict[str, Any]) -> list[str]:
+    """The names of all flags."""
+    return [name for key, value in flags.items() for name in (value if isinstance(value, dict) else [key])]
+
+
+def _newest(command: str) -> Path:
+    """The newest run of the command in runs that is not done."""
+    found = []
+    for path in Path("runs").glob("*/state/run.json"):
+        out = path.parent.parent
+        if (_read(path).get("command") == "train") == (command == "train") and _read(out / "results.json").get(
+            "status"
+        ) != "done":
+            found.append((path.stat().st_mtime, out))
+    if not found:
+        raise TanzakuError(
+            f"--resume: found no run of tanzaku {command} in runs that was cut off; name its directory with --out"
+        )
+    return max(found)[1]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _anywhere(recipe: Recipe) -> dict[str, Any]:
+    """The recipe with paths that hold in any directory."""
+    raw = recipe.model_dump(mode="json")
+    raw["model"] = portable(recipe.model)
+    for key in ("train", "valid", "test"):
+        if raw["data"][key] and Path(raw["data"][key]).exists():
+            raw["data"][key] = str(Path(raw["data"][key]).resolve())
+    return raw

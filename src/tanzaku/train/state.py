@@ -1,0 +1,164 @@
+"""The state of a job under way, on disk after each of its epochs: what a run that was cut off goes on from.
+
+One safetensors file a job, its figures as JSON in the header; it is written beside and renamed, so that there is always
+one that is whole. A job that goes on ends with the weights of one that nobody cut off: the file has all that they hang
+on but for random numbers, which hang on the seed, the epoch and the batch alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tanzaku import __version__
+from tanzaku.errors import TanzakuError
+from tanzaku.files import written_beside
+from tanzaku.tasks.prepare import ClassificationData
+from tanzaku.train.lane import Lane
+
+SUFFIX = ".safetensors"
+_HEADER = "tanzaku"
+_SHARE = 10  # training takes at least so many times as long as writing states does
+
+
+class States:
+    """The folder of a run's states, one file a job.
+
+    Small states are written after every epoch. Writing a large one (of full fine-tuning, three times the model) takes a
+    tenth of the time at most: epochs that come sooner are left out. Where the disk has no room, none is written, and
+    the job's note says so.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._next: dict[str, float] = {}  # when writing a job's state pays again
+
+    def keep(self, lane: Lane) -> None:
+        """Write the state of a job that has just closed an epoch, unless that costs too much."""
+        name, began = lane.job.name, time.monotonic()
+        if began < self._next.get(name, 0.0):
+            return
+        try:
+            save_state(lane, self.folder)
+        except TanzakuError as error:
+            # What is lost is the way back to this epoch; the job itself is well.
+            lane.result.note = "; ".join(filter(None, [lane.result.note, f"cannot be resumed: {error}"]))
+            self._next[name] = float("inf")
+            return
+        took = time.monotonic() - began
+        if took > 1:
+            self._next[name] = began + took + _SHARE * took
+
+    def restore(self, lane: Lane) -> bool:
+        """See :func:`restore_state`."""
+        return restore_state(lane, self.folder)
+
+    def forget(self, name: str) -> None:
+        """Remove the state of a job that has ended."""
+        _path(self.folder, name).unlink(missing_ok=True)
+
+
+def save_state(lane: Lane, folder: Path) -> Path:
+    """Write the state of a job that has just closed an epoch, in place of its last one.
+
+    Raises:
+        TanzakuError: the disk has no room for it, or cannot be written; the last one stays.
+    """
+    path = _path(folder, lane.job.name)
+    tensors, figures = lane.state()
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        # The adapter comes after it, and must not find a full disk.
+        if free < 2 * size:
+            raise TanzakuError(f"its state takes {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free in {folder}")
+        with written_beside(path) as beside:
+            save_file(tensors, beside, metadata={_HEADER: json.dumps({"of": _about(lane), "figures": figures})})
+    except (OSError, SafetensorError) as error:
+        raise TanzakuError(f"cannot write {path}: {error}") from None
+    return path
+
+
+def restore_state(lane: Lane, folder: Path) -> bool:
+    """Let a new job go on from its state in the folder; False where there is none.
+
+    Raises:
+        TanzakuError: the file is damaged, or is the state of another job: other settings, rows, base or version.
+    """
+    path = _path(folder, lane.job.name)
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})[_HEADER])
+            of, figures = header["of"], header["figures"]
+            _check_same(path, of, _about(lane))
+            tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        lane.resume(tensors, figures)
+    except TanzakuError:
+        raise
+    except (SafetensorError, OSError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise TanzakuError(f"{path} is damaged ({reason[0]}); remove it to train {lane.job.name!r} anew") from None
+    return True
+
+
+def checksum(data: ClassificationData) -> str:
+    """Of all rows as they were encoded, and the labels: other rows or another tokenizer give another."""
+    digest = hashlib.sha256(repr(data.labels.names).encode())
+    for split in data.splits():
+        digest.update(split.name.encode())
+        for example in split.examples:
+            digest.update(repr((example.input_ids, example.token_type_ids, example.label)).encode())
+    return digest.hexdigest()
+
+
+def base_checksum(model: nn.Module) -> str:
+    """Of the model's class, and of up to 64 numbers of each of its weights: another base gives another."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    # The class's own method: an active adapter's parameters are no part of the base.
+    for name, parameter in type(model).named_parameters(model):
+        digest.update(repr((name, tuple(parameter.shape), str(parameter.dtype))).encode())
+        numbers = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]
+        digest.update(repr(numbers.tolist()).encode())
+    return digest.hexdigest()
+
+
+def _about(lane: Lane) -> dict[str, Any]:
+    """What a state belongs to, by the words that a refusal uses; read once a job."""
+    if lane.about is None:
+        job = lane.job
+        about = {
+            "version of tanzaku": __version__,
+            "method": job.method.name,
+            **job.settings.model_dump(),
+            **{f"{job.method.name}.{key}": value for key, value in job.method.settings().items()},
+            "base model": base_checksum(lane.adapter.base.model),
+            "data": checksum(lane.data),
+        }
+        lane.about = json.loads(json.dumps(about, default=str))
+    return lane.about
+
+
+def _check_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for key in (*expected, *found):
+        if found.get(key) != expected.get(key):
+            shown = f" ({found.get(key)!r}, now {expected.get(key)!r})" if key not in ("base model", "data") else ""
+            raise TanzakuError(
+                f"{path} is the state of a run with another {key}{shown}; go on with what it was begun with, or remove "
+                "it to begin anew"
+            )
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / (name + SUFFIX)

@@ -1,0 +1,178 @@
+"""`tanzaku train --resume`: cut off anywhere, a run ends with the adapter of one that nobody cut off."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_kit import Tanzaku, assert_refused, results_of
+
+from tanzaku.cli.display import Display
+
+TENSORS = "adapter_model.safetensors"
+
+
+class Kill(BaseException):
+    """As good as a kill: nothing catches it on its way out, and nothing is written down."""
+
+
+def told(out: Path) -> dict[str, Any]:
+    """What a run found, without what hangs on the clock."""
+    (job,) = results_of(out)["jobs"]
+    for each in (job, *job["epochs"]):
+        each.pop("seconds")
+    job.pop("peak_memory_bytes")
+    return job
+
+
+def adapter(out: Path) -> bytes:
+    (path,) = out.glob(f"adapters/*/{TENSORS}")
+    return path.read_bytes()
+
+
+def stop(monkeypatch: pytest.MonkeyPatch, epoch: int, error: type[BaseException]) -> None:
+    """Raise the error in the first step after an epoch."""
+    seen = [0]
+    epoch_done = Display.epoch_done
+
+    def note(self: Display, job: Any, record: Any) -> None:
+        seen[0] = record.epoch
+        epoch_done(self, job, record)
+
+    def step_done(self: Display, *_: Any) -> None:
+        if seen[0] == epoch:
+            raise error
+
+    monkeypatch.setattr(Display, "epoch_done", note)
+    monkeypatch.setattr(Display, "step_done", step_done)
+
+
+@pytest.fixture
+def whole(work: Path, tanzaku: Tanzaku) -> Path:
+    """A run of 4 epochs that nobody cut off; its recipe makes the learning rate fall and dropout draw."""
+    text = (work / "recipe.yaml").read_text(encoding="utf-8").replace("epochs: 2", "epochs: 4")
+    (work / "recipe.yaml").write_text(text.replace("{r: 2}", "{r: 2, lora_dropout: 0.3}"), encoding="utf-8")
+    assert tanzaku("train", "recipe.yaml", "--out", "whole").code == 0
+    return work / "whole"
+
+
+def test_ctrl_c_says_how_to_go_on(work: Path, whole: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop(patch, 1, KeyboardInterrupt)
+        said = tanzaku("train", "recipe.yaml", "--out", "run")
+    assert (said.code, said.err.count("\n")) == (130, 1)
+    assert "interrupted after epoch 1; go on with tanzaku train --resume --out run" in said.err
+    with monkeypatch.context() as patch:
+        stop(patch, 3, KeyboardInterrupt)
+        said = tanzaku("train", "--resume", "--out", "run")
+    assert said.code == 130 and "after epoch 3" in said.err
+    said = tanzaku("train", "recipe.yaml", "--resume", "--out", "run")
+    assert (said.code, said.err) == (0, "")
+    assert "steps, going on after epoch 3" in said.out
+    assert told(work / "run") == told(whole)
+    assert adapter(work / "run") == adapter(whole)
+    assert sorted(path.name for path in (work / "run").iterdir()) == ["adapters", "results.json"]
+    assert_refused(tanzaku("train", "--resume", "--out", "run"), "run holds no run to resume")
+
+
+def test_the_newest_run_goes_on(work: Path, whole: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop(patch, 2, KeyboardInterrupt)
+        assert tanzaku("train", "recipe.yaml").code == 130
+    said = tanzaku("train", "--resume")
+    assert said.code == 0
+    (out,) = (work / "runs").iterdir()
+    assert adapter(out) == adapter(whole)
+    assert_refused(tanzaku("train", "--resume"), "found no run of tanzaku train in runs", "--out")
+
+
+def test_resuming_the_wrong_thing(work: Path, whole: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = pytest.MonkeyPatch()
+    stop(stopped, 2, KeyboardInterrupt)
+    assert tanzaku("train", "recipe.yaml", "--out", "run").code == 130
+    stopped.undo()
+    assert_refused(tanzaku("train", "--resume", "--out", "run", "--epochs", "9"), "leave --epochs out")
+    assert_refused(tanzaku("train", "recipe.yaml", "--resume", "--out", "run", "--seed", "9"), "another train.seed")
+    assert_refused(tanzaku("compare", "--resume", "--out", "run"), "a run of tanzaku train", "tanzaku train --resume")
+    about = json.loads((work / "run" / "state" / "run.json").read_text(encoding="utf-8"))
+    with monkeypatch.context() as patch:
+        patch.setattr("tanzaku.compare.journal.__version__", "9.9")
+        assert_refused(tanzaku("train", "--resume", "--out", "run"), f"tanzaku {about['tanzaku']}", "this is 9.9")
+    rows = (work / "train.tsv").read_text(encoding="utf-8")
+    (work / "train.tsv").write_text(rows.replace("sea", "rain"), encoding="utf-8")
+    assert_refused(tanzaku("train", "--resume", "--out", "run"), "the rows have changed")
+    (work / "train.tsv").write_text(rows, encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr("tanzaku.train.state.base_checksum", lambda _: "another")
+        assert_refused(tanzaku("train", "--resume", "--out", "run"), "the base model has changed")
+    state = work / "run" / "state" / "under_way" / "lora.safetensors"
+    kept = state.read_bytes()
+    state.write_bytes(kept[:50])
+    assert_refused(tanzaku("train", "--resume", "--out", "run"), "is damaged", "remove it to train 'lora' anew")
+    state.unlink()
+    assert tanzaku("train", "--resume", "--out", "run").code == 0
+    assert adapter(work / "run") == adapter(whole)
+
+
+def test_cut_off_between_the_last_epoch_and_the_end(
+    work: Path, whole: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is trained again: the test rows are predicted, and the adapter is written."""
+
+    def never(*_: Any) -> None:
+        raise AssertionError("a step was trained")
+
+    for place in ("tanzaku.store.save", "tanzaku.cli.record.write_results", "shutil.rmtree"):
+        shutil.rmtree(work / "run", ignore_errors=True)
+        with monkeypatch.context() as patch:
+            calls = [0]
+
+            def kill(*args: Any, place: str = place, calls: list[int] = calls, **_: Any) -> None:
+                calls[0] += 1
+                # Results are written at the beginning; the state goes at the end, other folders before.
+                if place.endswith("save") or calls[0] == (2 if "write" in place else 3):
+                    raise Kill
+
+            patch.setattr(place, kill)
+            with pytest.raises(Kill):
+                tanzaku("train", "recipe.yaml", "--out", "run")
+        with monkeypatch.context() as patch:
+            patch.setattr(Display, "step_done", never)
+            assert tanzaku("train", "--resume", "--out", "run").code == 0, place
+        assert told(work / "run") == told(whole)
+        assert adapter(work / "run") == adapter(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.004, 0.02, 0.05])
+def test_kill_9(work: Path, whole: Path, tanzaku: Tanzaku, delay: float) -> None:
+    """Killed a while after an epoch, twice over, it ends as if it had not been."""
+    command = [sys.executable, "-m", "tanzaku", "train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    state = work / "run" / "state" / "under_way" / "lora.safetensors"
+    for flags in (["recipe.yaml"], ["--resume"]):
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        running = subprocess.Popen(
+            [*command, *flags, "--out", "run"],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while running.poll() is None and (not state.exists() or state.stat().st_mtime_ns == before):
+            time.sleep(0.0005)
+        time.sleep(delay)
+        running.send_signal(signal.SIGKILL)
+        if running.wait() == 0:
+            break  # it was faster
+    if (work / "run" / "state" / "run.json").exists():
+        assert tanzaku("train", "--resume", "--out", "run").code == 0
+    assert told(work / "run") == told(whole)
+    assert adapter(work / "run") == adapter(whole)
