@@ -31,6 +31,7 @@ class Adapter(nn.Module):
         self.name, self.method, self.base = name, method, base
         self.paths = [path for path, _ in strips]
         self.strips = nn.ModuleList([strip for _, strip in strips])
+        self.followed: torch.device | None = None  # where the model was when the strips were last moved to their sites
 
     def at(self) -> Iterator[tuple[str, Strip]]:
         """(path, strip) in the order they were hung."""
@@ -92,6 +93,10 @@ class Host:
 
     def _follow_device(self, adapter: Adapter) -> None:
         # The model may have moved since the adapter was attached; an adapter follows its site.
+        here = _device(self.model)
+        if here is not None and adapter.followed == here:
+            return
+        adapter.followed = here
         for path, strip in adapter.at():
             there = _device(self.model.get_submodule(path) if path else self.model)
             if there is not None and any(p.device != there for p in strip.parameters()):
@@ -134,6 +139,7 @@ def attach(model: nn.Module, method: Method, name: str = "default", *, seed: int
         raise TanzakuError(f"an adapter named {name!r} is attached already; detach it first or choose another name")
     # Building notes the family's defaults in the settings: the caller's own object may go to another model yet.
     method = copy.deepcopy(method)
+    method.check_finite()
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
@@ -217,19 +223,25 @@ def _show_parameters(host: Host) -> None:
     names = [host.active] if isinstance(host.active, str) else list(host.active or ())
     if not names:
         return
-    shown = nn.ModuleDict({name: _Shown(host.adapters[name]) for name in names})
+    shown: list[nn.Module] = []
+
+    def tree() -> nn.Module:
+        # Made when it is first asked for: switching between adapters to predict asks for nothing.
+        if not shown:
+            shown.append(nn.ModuleDict({name: _Shown(host.adapters[name]) for name in names}))
+        return shown[0]
 
     def named_parameters(
         self: nn.Module, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
         yield from type(self).named_parameters(self, prefix, recurse, remove_duplicate)
         if recurse:
-            for name, parameter in shown.named_parameters():
+            for name, parameter in tree().named_parameters():
                 yield f"{prefix}.{_SHOWN}.{name}" if prefix else f"{_SHOWN}.{name}", parameter
 
     def named_children(self: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield from type(self).named_children(self)
-        yield _SHOWN, shown
+        yield _SHOWN, tree()
 
     model.__dict__["named_parameters"] = types.MethodType(named_parameters, model)
     model.__dict__["named_children"] = types.MethodType(named_children, model)

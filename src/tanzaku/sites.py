@@ -8,7 +8,7 @@ site that no routed adapter uses has no hook.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast
@@ -79,12 +79,23 @@ class Sites:
         self._handles: list[RemovableHandle] = []
         self._undo: list[Callable[[], None]] = []
         self._whole: list[WeightStrip] = []
+        self._plans: dict[tuple[type[Strip], str], Plan] = {}
+        self._shape: list[Any] | None = None
         self.stacks: list[list[tuple[str, Strip]]] = []
 
     def on(self, route: Route, stacks: list[list[tuple[str, Strip]]]) -> None:
         """Hang `stacks` (for each stack of the route: (path, strip) in stacking order)."""
+        shape = _shape(stacks[0]) if route.uniform else None
+        if self.route is not None and shape is not None and shape == self._shape:
+            # The same hooks with other strips: switching between adapters of one kind costs no walk over the model.
+            self.route, self.stacks = route, stacks
+            for plan in self._plans.values():
+                plan[0].clear()
+            for path, strip in stacks[0]:
+                self._plans[_kind(strip), path][0].append(strip)
+            return
         self.off()
-        self.route, self.stacks = route, stacks
+        self.route, self.stacks, self._shape = route, stacks, shape
         try:
             self._hang()
         except BaseException:
@@ -98,18 +109,19 @@ class Sites:
         for undo in reversed(self._undo):
             undo()
         self._handles, self._undo, self._whole, self.route, self.stacks = [], [], [], None, []
+        self._plans, self._shape = {}, None
 
     def _hang(self) -> None:
         assert self.route is not None
-        by_kind: dict[type[Strip], dict[str, Plan]] = {k: {} for k in (ModuleStrip, WeightStrip, AttentionStrip)}
         tokens: Plan = [[] for _ in self.stacks]
         for number, stack in enumerate(self.stacks):
             for path, strip in stack:
                 if isinstance(strip, TokenStrip):
                     tokens[number].append(strip)
-                    continue
-                kind = next(k for k in by_kind if isinstance(strip, k))
-                by_kind[kind].setdefault(path, [[] for _ in self.stacks])[number].append(strip)
+                else:
+                    plan = self._plans.setdefault((_kind(strip), path), [[] for _ in self.stacks])
+                    plan[number].append(strip)
+        by_kind = {k: {path: plan for (kind, path), plan in self._plans.items() if kind is k} for k in _KINDS}
         # A module's own weights first: what other strips do at the same module is done to what it computes with them.
         for path, plan in by_kind[WeightStrip].items():
             self._hang_weights(path, plan)
@@ -206,18 +218,17 @@ class Sites:
             self._handles.append(module.register_forward_pre_hook(lambda *_: marks.append(noise.mark())))
             self._handles.append(module.register_forward_hook(partial(self._rerun, plan, marks), with_kwargs=True))
             return
-        strip = plan[0][-1]
         # Parts of a model are also called by themselves (an encoder, in generate()), so each is an entrance.
         entrances = [module] if path else [m for m in module.modules() if isinstance(m, PreTrainedModel)] or [module]
         if not path:
-            self._whole.append(strip)
+            self._whole.append(plan[0][-1])
         open_: list[Any] = []
         depth = [0]
 
         def enter(_module: nn.Module, _args: Any) -> None:
             depth[0] += 1
             if depth[0] == 1:
-                open_.append(strip.swapped(module))
+                open_.append(plan[0][-1].swapped(module))
                 open_[-1].__enter__()
 
         def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
@@ -306,20 +317,18 @@ class Sites:
 
     def _keep_route_in_checkpoints(self) -> None:
         """A checkpointed layer runs again in the backward pass, when the route may be another: it keeps its own."""
-        route, stacks, whole = self.route, self.stacks, self._whole
 
-        def replay(function: Callable[..., Any], *args: Any) -> Any:
-            if self.route is route and not whole:
+        def replay(
+            route: Route, stacks: list[list[tuple[str, Strip]]], whole: WeightStrip | None, function: Any, *args: Any
+        ) -> Any:
+            if self.route is route and whole is None:
                 return function(*args)
             before = (self.route, self.stacks)
             if self.route is not route:
-                assert route is not None
                 self.on(route, stacks)
             try:
-                if whole:
-                    with whole[-1].swapped(self.base.model):
-                        return function(*args)
-                return function(*args)
+                with nullcontext() if whole is None else whole.swapped(self.base.model):
+                    return function(*args)
             finally:
                 if before[0] is None:
                     self.off()
@@ -344,13 +353,34 @@ class Sites:
             if checkpoint is not None and getattr(module, "gradient_checkpointing", False):
 
                 def kept(function: Callable[..., Any], *args: Any, checkpoint: Any = checkpoint) -> Any:
-                    return checkpoint(partial(replay, noise.again(function)), *args)
+                    whole = self._whole[-1] if self._whole else None
+                    return checkpoint(partial(replay, self.route, self.stacks, whole, noise.again(function)), *args)
 
                 module.__dict__[_CHECKPOINT] = kept
                 self._undo.append(partial(_put_back, module, kept, checkpoint))
 
 
 _CHECKPOINT = "_gradient_checkpointing_func"
+
+
+_KINDS: tuple[type[Strip], ...] = (ModuleStrip, WeightStrip, AttentionStrip)
+
+
+def _kind(strip: Strip) -> type[Strip]:
+    return next(kind for kind in _KINDS if isinstance(strip, kind))
+
+
+def _shape(stack: list[tuple[str, Strip]]) -> list[Any] | None:
+    """What hooks a stack needs, where they are all at modules and hang on nothing else."""
+    shape: list[Any] = []
+    for path, strip in stack:
+        if isinstance(strip, ModuleStrip):
+            shape.append((path, strip.edits_input, strip.edits_output))
+        elif isinstance(strip, WeightStrip) and path:
+            shape.append((path, None, None))
+        else:
+            return None
+    return shape
 
 
 def _put_back(module: nn.Module, kept: Any, checkpoint: Any) -> None:

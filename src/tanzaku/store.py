@@ -5,14 +5,12 @@ Beside them lies tanzaku.json: what the adapter was made for, so that a wrong ba
 
 from __future__ import annotations
 
-import ctypes
+import copy
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from tanzaku.errors import TanzakuError, listed
+from tanzaku.export.card import CARD, card, digest_of, kept
+from tanzaku.families import Base
+from tanzaku.files import directory_beside, recover
+from tanzaku.files import replace_directory as _replace  # noqa: F401
 from tanzaku.host import Adapter, Host, attach, detach, host_of
+from tanzaku.merging import before_merging
 from tanzaku.method import Method, Strip
 from tanzaku.methods import METHODS
-from tanzaku.weights import BiasStrip, WeightStrip
+from tanzaku.untrusted import Allowance, from_file
+from tanzaku.weights import BiasStrip, WeightStrip, copy_of
 
 CONFIG, TENSORS, META = "adapter_config.json", "adapter_model.safetensors", "tanzaku.json"
 
@@ -36,14 +41,24 @@ _TASKS = {
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
+    "Model": "FEATURE_EXTRACTION",
 }
 
 
-def save(model: nn.Module, name: str, path: str | Path, *, meta: dict[str, Any] | None = None) -> Path:
-    """Write adapter `name` into the directory `path`, whole or not at all.
+def save(
+    model: nn.Module,
+    name: str,
+    path: str | Path,
+    *,
+    meta: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+) -> Path:
+    """Write adapter `name` into the directory `path`, whole or not at all. A model card (README.md) that somebody
+    changed there stays as it is.
 
     Args:
         meta: what the adapter's user needs to know (labels, columns); goes to tanzaku.json.
+        training: what the model card tells of the run; see :func:`tanzaku.export.card.training_record`.
 
     Raises:
         TanzakuError: `path` is a file, or cannot be written.
@@ -53,54 +68,69 @@ def save(model: nn.Module, name: str, path: str | Path, *, meta: dict[str, Any] 
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise TanzakuError(f"{target} is a file; expected a directory to save the adapter in")
-    tensors = {key: t.contiguous().cpu() for key, (t, _) in entries(adapter).items()}
+    # Where the path is a link, the directory that it names is replaced, not the link.
+    target = target.resolve() if target.is_symlink() else target
+    tensors = _apart({**_resized_embeddings(host, adapter), **{k: t for k, (t, _) in entries(adapter).items()}})
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise TanzakuError(f"cannot write {target}: {error.strerror}; choose another directory") from None
-    try:
-        save_file(tensors, beside / TENSORS, metadata={"format": "pt"})
-        about = {
-            "format": 1,
-            "base": describe(host),
-            "sha256": _sha256(beside / TENSORS),
-            "meta": meta or {},
-        }
-        (beside / CONFIG).write_text(_json(config_of(host, adapter)), encoding="utf-8")
-        (beside / META).write_text(_json(about), encoding="utf-8")
-        beside.chmod(0o755)
-        _replace(beside, target)
+        with directory_beside(target) as beside:
+            save_file(tensors, beside / TENSORS, metadata={"format": "pt"})
+            about = {
+                "format": 2,
+                "base": describe(host.base, adapter),
+                "sha256": _sha256(beside / TENSORS),
+                "meta": meta or {},
+            }
+            config = config_of(host, adapter)
+            text = card(adapter.method, config, meta or {}, training or {}, tensors)
+            about["card"] = digest_of(text)
+            (beside / CONFIG).write_text(_json(config), encoding="utf-8")
+            (beside / META).write_text(_json(about), encoding="utf-8")
+            (beside / CARD).write_text(kept(target) or text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise TanzakuError(f"cannot write {target}: {reason}; nothing there was changed") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return target
+    return Path(path)
 
 
-def load(model: nn.Module, path: str | Path, name: str = "default", *, strict: bool = True) -> Adapter:
+def load(
+    model: nn.Module, path: str | Path, name: str = "default", *, strict: bool = True, method: Method | None = None
+) -> Adapter:
     """Attach the adapter saved in the directory `path`, by Tanzaku or by HF PEFT.
 
     Args:
-        strict: missing, unexpected or mis-shaped tensors and another base are errors; otherwise warnings.
+        strict: missing, unexpected, mis-shaped or non-finite tensors and another base are errors; otherwise warnings,
+            and the adapter keeps its initial values where the file has none that fit.
+        method: take these settings instead of the file's.
 
     Raises:
         TanzakuError: no adapter there, a damaged file, another base, or settings this version does not know.
     """
     folder = Path(path)
+    with from_file(folder):
+        return _load(model, folder, name, strict, method)
+
+
+def _load(model: nn.Module, folder: Path, name: str, strict: bool, method: Method | None) -> Adapter:
     config = _read_config(folder)
     tensors = _read_tensors(folder)
     about = _read_about(folder)
-    method = method_of(config)
+    method = method_of(config) if method is None else copy.deepcopy(method)
     if about is not None:
         if about.get("sha256") not in (None, _sha256(folder / TENSORS)):
             raise TanzakuError(f"{folder / TENSORS} is damaged: its checksum is not the one written beside it")
         _check_base(model, about.get("base") or {}, folder, strict)
     method.modules_to_save = _ending(model, method.modules_to_save)
-    adapter = attach(model, method, name)
+    if about is None:
+        _drop_strangers(model, method)
+    # What a file holds is past its beginning: no initial text is read, and an MLP that wrote the tensors is gone.
+    method.inference_mode = True
+    # Initial values are drawn by a seed, so that loading leaves torch's global generator alone.
+    numbers = [*tensors.values(), *type(model).parameters(model)]
+    with Allowance(sum(tensor.numel() for tensor in numbers)):
+        adapter = attach(model, method, name, seed=0)
     try:
-        _fill(model, adapter, tensors, folder, strict)
+        _own_embeddings(model, adapter, tensors)
+        _fill(model, adapter, tensors, folder, about, strict)
     except BaseException:
         detach(model, name)
         raise
@@ -109,6 +139,7 @@ def load(model: nn.Module, path: str | Path, name: str = "default", *, strict: b
 
 def read_meta(path: str | Path) -> dict[str, Any]:
     """What :func:`save` was given as `meta`; an error where the directory holds no tanzaku.json."""
+    recover(Path(path))
     about = _read_about(Path(path))
     if about is None:
         raise TanzakuError(f"{path} has no {META}; expected an adapter directory written by tanzaku")
@@ -121,13 +152,27 @@ def read_meta(path: str | Path) -> dict[str, Any]:
 
 def entries(adapter: Adapter) -> dict[str, tuple[Tensor, Strip]]:
     """Every tensor of the adapter by its key in the file, with the strip it belongs to."""
+    return {key: (tensor, strip) for key, _, tensor, strip in _entries(adapter)}
+
+
+def _entries(adapter: Adapter) -> Iterator[tuple[str, str, Tensor, Strip]]:
+    """(key in the file, name in the strip, tensor, strip) of every tensor."""
     targets = {path for path, s in adapter.at() if not isinstance(s, BiasStrip | WeightStrip)}
-    out = {}
     for path, strip in adapter.at():
+        # Where PEFT keeps what it wrapped.
+        wrapped = "base_layer." if path and path in targets and isinstance(strip, BiasStrip | WeightStrip) else ""
         for name, tensor in strip.export().items():
-            if isinstance(strip, BiasStrip) and path in targets:
-                name = f"base_layer.{name}"  # where PEFT keeps what it wrapped
-            out[_key(adapter.method, path, name)] = (tensor, strip)
+            yield _key(adapter.method, path, wrapped + name), name, tensor, strip
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, none of them in the memory of another, as safetensors has it."""
+    seen: set[int] = set()
+    out = {}
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().contiguous().cpu()
+        out[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
     return out
 
 
@@ -148,15 +193,111 @@ def _ending(model: nn.Module, names: list[str] | None) -> list[str] | None:
     return list(dict.fromkeys(known))
 
 
-def _beside(model: nn.Module, method: Method, key: str, tensors: dict[str, Tensor]) -> bool:
+def _drop_strangers(model: nn.Module, method: Method) -> None:
+    """Leave out targets that are no modules here: in a model of several adapters PEFT's "all-linear" lists wrappers of
+    its own, too. Nothing is lost by it: a tensor without a place is an error."""
+    targets = getattr(method, "target_modules", None)
+    if isinstance(targets, list):
+        paths = [path.split(".") for path, _ in model.named_modules()]
+        ends = {".".join(path[at:]) for path in paths for at in range(len(path))}
+        method.target_modules = [name for name in targets if name in ends] or targets  # type: ignore[attr-defined]
+
+
+# -- embeddings of a base whose vocabulary was resized
+
+
+def _resized_embeddings(host: Host, adapter: Adapter) -> dict[str, Tensor]:
+    """The base's embeddings by their keys in the file, where its vocabulary is not that of its own configuration: the
+    vectors of new tokens are drawn at random, and without them the adapter could not be used again. PEFT does alike.
+    """
+    model, config = host.model, getattr(host.model, "config", None)
+    if config is None or not (name := getattr(model, "name_or_path", "")):
+        return {}
+    try:
+        first = type(config).from_dict(PretrainedConfig.get_config_dict(name, local_files_only=True)[0])
+    except (OSError, ValueError):
+        return {}
+    sizes = [getattr(each.get_text_config(), "vocab_size", None) for each in (first, config)]
+    if sizes[0] == sizes[1]:
+        return {}
+    targets = {path for path, s in adapter.at() if not isinstance(s, WeightStrip)}
+    embeddings = _embeddings(model)
+    return {
+        _key(adapter.method, path, f"base_layer.{name}" if path in targets else name): parameter
+        for path, module in model.named_modules()
+        if id(module) in embeddings
+        for name, parameter in module.named_parameters()
+    }
+
+
+def _embeddings(model: nn.Module) -> set[int]:
+    """Ids of the modules at the vocabulary's two ends."""
+    ends = (getattr(model, f"get_{end}_embeddings", lambda: None) for end in ("input", "output"))
+    try:
+        return {id(get()) for get in ends} - {id(None)}
+    except NotImplementedError:  # a model that reads no token ids
+        return set()
+
+
+def _own_embeddings(model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor]) -> None:
+    """Give the adapter its own copy of an embedding that the file has with other vectors for its last tokens.
+
+    Those are new tokens, which PEFT writes with the whole embedding. The base keeps its own: other adapters of the same
+    base may have others. Tensors of weights that are tied to such an embedding are added to `tensors`.
+    """
+    expected = entries(adapter)
+    found = {_base_name(adapter.method, key): key for key in tensors if key not in expected}
+    if not found:
+        return
+    embeddings = _embeddings(model)
+    tied: dict[int, list[str]] = {}
+    at: dict[str, nn.Parameter] = {}
+    for name, parameter in type(model).named_parameters(model, remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
+        at[name] = parameter
+    copies: dict[str, dict[str, nn.Parameter]] = {}
+    for name, key in found.items():
+        path = name.rpartition(".")[0]
+        if name not in at or path in copies or id(model.get_submodule(path)) not in embeddings:
+            continue
+        if not _new_rows(at[name].detach().cpu(), tensors[key]):
+            continue
+        own = copy_of(model.get_submodule(path)).requires_grad_(False).own
+        for other in tied[id(at[name])]:
+            there, _, last = other.rpartition(".")
+            copies.setdefault(there, {})[last] = own[name.rpartition(".")[2]]
+            tensors.setdefault(found.get(other, _key(adapter.method, there, last)), tensors[key])
+    for path, weights in copies.items():
+        # First, so that what the adapter does to the embedding is done to its own copy.
+        adapter.paths.insert(0, path)
+        adapter.strips.insert(0, WeightStrip(weights))
+
+
+def _new_rows(base: Tensor, file: Tensor) -> bool:
+    """Whether the first half of the rows at least is the base's, and a later one is not."""
+    if base.shape != file.shape or not file.is_floating_point():
+        return False
+    same = torch.isclose(base.float(), file.float(), rtol=0.02, atol=1e-4).view(len(base), -1).all(dim=1)
+    return not same.all() and int((~same).int().argmax()) >= len(base) / 2
+
+
+# -- filling an adapter from a file
+
+
+def _base_name(method: Method, key: str) -> str:
+    """The base's own name of what a file's key may name."""
+    return key.removeprefix(method.file_prefix).replace("base_layer.", "")
+
+
+def _beside(method: Method, key: str, tensors: dict[str, Tensor], base: dict[str, nn.Parameter]) -> bool:
     """Whether `key` is one of those that PEFT writes beside an adapter's own, with nothing new in it."""
     if ".original_module." in key:  # under a module that is trained whole: never used
         return True
     if ".modules_to_save." in key:  # the bias of such a module, a second time
         first = tensors.get(key.replace(".modules_to_save.", "."))
         return first is not None and torch.equal(first, tensors[key])
-    # A targeted embedding is written with the base's own weight.
-    own = dict(type(model).named_parameters(model)).get(key.removeprefix(method.file_prefix).replace("base_layer.", ""))
+    # An embedding that is targeted, or was resized, is written with the base's own weight.
+    own = base.get(_base_name(method, key))
     return own is not None and _alike(own.detach().cpu(), tensors[key])
 
 
@@ -165,47 +306,81 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=0.02, atol=1e-4)
 
 
-def _fill(model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor], folder: Path, strict: bool) -> None:
-    expected = entries(adapter)
+def _strange(model: nn.Module, method: Method, keys: list[str], tensors: dict[str, Tensor]) -> Iterator[str]:
+    """What is wrong with the keys that the adapter has no place for."""
+    base = dict(type(model).named_parameters(model, remove_duplicate=False)) if keys else {}
+    unexpected = []
+    for key in keys:
+        if _beside(method, key, tensors, base):
+            continue
+        own = base.get(_base_name(method, key))
+        if own is None:
+            unexpected.append(key)
+        elif own.shape == tensors[key].shape:
+            yield f"{key} is the weight of another base"
+        else:
+            found, here = tuple(tensors[key].shape), tuple(own.shape)
+            resize = id(model.get_submodule(_base_name(method, key).rpartition(".")[0])) in _embeddings(model)
+            fix = f" (resize it first: model.resize_token_embeddings({found[0]}))" if resize and found else ""
+            yield f"{key} is {found}, and the model's {here}{fix}"
+    if unexpected:
+        yield f"unexpected {listed(unexpected, 3)}"
+
+
+def _fill(
+    model: nn.Module,
+    adapter: Adapter,
+    tensors: dict[str, Tensor],
+    folder: Path,
+    about: dict[str, Any] | None,
+    strict: bool,
+) -> None:
+    expected = list(_entries(adapter))
+    keys = {key for key, *_ in expected}
     problems = []
-    optional = {
-        key
-        for key, (_, s) in expected.items()
-        if isinstance(s, WeightStrip) and not any(p.requires_grad for p in s.parameters())
-    }
-    missing = [key for key in expected if key not in tensors]
-    if kept := [key for key in missing if key in optional]:
+    missing = [(key, strip) for key, _, _, strip in expected if key not in tensors]
+    if kept := [key for key, strip in missing if _frozen_copy(strip)]:
         warnings.warn(f"{folder} holds no {listed(kept)}: the model's own is used", stacklevel=3)
-    if missing := [key for key in missing if key not in optional]:
-        problems.append(f"missing {listed(missing, 3)}")
-    unexpected = [key for key in tensors if key not in expected]
-    if unexpected := [key for key in unexpected if not _beside(model, adapter.method, key, tensors)]:
-        problems.append(f"unexpected {listed(unexpected, 3)}")
-    shaped = {}
-    for key, (tensor, strip) in expected.items():
+    if lost := [key for key, strip in missing if not _frozen_copy(strip)]:
+        problems.append(f"missing {listed(lost, 3)}")
+    problems += _strange(model, adapter.method, [key for key in tensors if key not in keys], tensors)
+    local: dict[Strip, dict[str, Tensor]] = {}
+    for key, name, tensor, strip in expected:
+        here = local.setdefault(strip, {})
+        here[name] = tensor
         if key not in tensors:
             continue
-        found = tensors[key].shape
-        fits = found == tensor.shape or (
-            key == "prompt_embeddings" and found[1:] == tensor.shape[1:] and found[0] == 2 * tensor.shape[0]
-        )
-        if not fits:
-            problems.append(f"{key} is {tuple(found)}, expected {tuple(tensor.shape)}")
+        found = tensors[key]
+        # PEFT writes a second set of an encoder-decoder's vectors, which nothing reads.
+        twice = key == "prompt_embeddings" and found.shape[1:] == tensor.shape[1:] and len(found) == 2 * len(tensor)
+        if found.shape != tensor.shape and not twice:
+            problems.append(f"{key} is {tuple(found.shape)}, expected {tuple(tensor.shape)}")
+        elif not found.is_floating_point():
+            problems.append(f"{key} is {str(found.dtype).removeprefix('torch.')}, expected floating point numbers")
         else:
-            shaped[key] = strip
+            here[name] = found
+            if not found.float().isfinite().all():
+                problems.append(f"{key} holds numbers that are not finite")
     if problems:
-        message = f"{folder} does not fit this model and method: {'; '.join(problems[:4])}"
+        then = ((about or {}).get("base") or {}).get("architecture")
+        own = type(model).__name__
+        other = f" (it was made for {then}, and this is {own})" if then not in (None, own) else ""
+        message = f"{folder} does not fit this model and method: {listed(problems, 4)}{other}"
         if strict:
             raise TanzakuError(message)
-        warnings.warn(message, stacklevel=3)
-    for path, strip in adapter.at():
-        local = {}
-        for name, tensor in strip.export().items():
-            keys = [_key(adapter.method, path, n) for n in (name, f"base_layer.{name}")]
-            found_key = next((k for k in keys if k in shaped), None)
-            local[name] = tensor if found_key is None else tensors[found_key]
-        if local:
-            strip.restore(local)
+        warnings.warn(f"{message}; what does not fit keeps its initial value", stacklevel=3)
+    for strip, named in local.items():
+        if type(strip).restore is Strip.restore:
+            # What such a strip exports are its own tensors: filling them at once spares a walk for each strip.
+            for name, tensor in strip.export().items():
+                tensor.copy_(named[name])
+        elif named:
+            strip.restore(named)
+
+
+def _frozen_copy(strip: Strip) -> bool:
+    """Whether the strip is a copy of the base's weights that is not trained, such as a head's."""
+    return isinstance(strip, WeightStrip) and not any(p.requires_grad for p in strip.parameters())
 
 
 def method_of(config: dict[str, Any]) -> Method:
@@ -242,7 +417,9 @@ def config_of(host: Host, adapter: Adapter) -> dict[str, Any]:
     """The adapter_config.json of an adapter."""
     method = adapter.method
     own = type(host.model).__name__
-    task = method.task_type or next((t for end, t in _TASKS.items() if own.endswith(end)), None)
+    task = method.task_type
+    if task is None and isinstance(host.model, PreTrainedModel):
+        task = next((t for end, t in _TASKS.items() if own.endswith(end)), None)
     settings = method.settings()
     # Whole paths: of a mere name PEFT takes all that ends with it, "norm" for "input_layernorm" too.
     copies = {path: s for path, s in adapter.at() if isinstance(s, WeightStrip)}
@@ -252,6 +429,9 @@ def config_of(host: Host, adapter: Adapter) -> dict[str, Any]:
     if task in _NEEDS_HEAD and method.trains_head and method.file_prefix == Method.file_prefix:
         # By these tasks PEFT takes the head from the file, and cannot read one without; by none it leaves the base's.
         task = task if any(path.endswith(_HEADS) for path in copies) else None
+    if task is None and isinstance(host.model, PreTrainedModel):
+        # Where the task does not tell, PEFT's AutoPeftModel reads the base's class here.
+        settings["auto_mapping"] = {"base_model_class": own, "parent_library": type(host.model).__module__}
     settings.update(
         peft_type=method.file_type(host.base),
         task_type=task,
@@ -278,40 +458,54 @@ _NEEDS_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 # -- the base an adapter was made for
 
 
-def describe(host: Host) -> dict[str, Any]:
-    """Architecture, and some numbers read off the base's weights: enough to tell another base from this one."""
-    sample = {}
-    if all(p.device.type != "meta" for p in host.model.parameters()):
-        sample = _sample(host)
-    return {"model_type": host.base.kind, "architecture": type(host.model).__name__, "sample": sample}
+def describe(base: Base, adapter: Adapter) -> dict[str, Any]:
+    """Architecture, and some numbers read off each of the base's weights: enough to tell another base from this one.
+
+    Weights that the adapter has its own copy of are left out, as is a classifier's head: it is drawn anew each time.
+    """
+    carried = [path for path, s in adapter.at() if path and isinstance(s, WeightStrip)]
+    weights = _sample(base, [*base.head_names(), *carried])
+    return {"model_type": base.kind, "architecture": type(base.model).__name__, "weights": weights}
 
 
-def _sample(host: Host) -> dict[str, list[float]]:
-    heads = tuple(f"{name}." for name in host.base.head_names())
-    weights = [
-        (name, p)
-        for name, p in type(host.model).named_parameters(host.model)
-        if p.is_floating_point() and p.dim() == 2 and not name.startswith(heads or ("\0",))
-    ]
-    chosen = weights[:: max(1, len(weights) // 6)][:6]
-    return {name: [float(x) for x in p.detach().flatten()[:: max(1, p.numel() // 8)][:8]] for name, p in chosen}
+# Where numbers are read in a flat weight. The places hang not on its size, so that rows added for new tokens move none.
+_PLACES = [5 * 8**k for k in range(14)]
+_READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def _check_base(model: nn.Module, base: dict[str, Any], folder: Path, strict: bool) -> None:
-    fresh = model.__dict__.get("_tanzaku_host") or Host(model)
-    mine = describe(fresh)
+def _sample(base: Base, left_out: list[str], names: set[str] | None = None) -> dict[str, str]:
+    """For each weight its shape and a few numbers, such as "48x32: 0.125 -0.5". Quantised weights, those of other
+    processes and those not in memory tell nothing, and are left out."""
+    outside = tuple(f"{path}." for path in left_out) or ("\0",)
+    merged = before_merging(base.model)
+    picked: dict[Any, list[tuple[str, Tensor, Tensor]]] = {}
+    places: dict[Any, Tensor] = {}
+    for name, parameter in type(base.model).named_parameters(base.model):
+        kind, size = (parameter.device, parameter.dtype), parameter.numel()
+        plain = type(parameter) is nn.Parameter and parameter.dtype in _READABLE and parameter.device.type != "meta"
+        if not plain or size <= _PLACES[0] or name.startswith(outside) or (names is not None and name not in names):
+            continue
+        count = sum(place < size for place in _PLACES)
+        if (count, kind) not in places:
+            places[count, kind] = torch.tensor(_PLACES[:count], device=parameter.device)
+        weight = merged.get(name, parameter).detach()
+        picked.setdefault(kind, []).append((name, weight, weight.take(places[count, kind])))
+    out = {}
+    for each in picked.values():
+        numbers = iter(torch.cat([values for _, _, values in each]).float().tolist())  # one transfer a device
+        for name, weight, values in each:
+            read = " ".join([f"{next(numbers):.9g}" for _ in range(len(values))])
+            out[name] = f"{'x'.join(map(str, weight.shape))}: {read}"
+    return out
+
+
+def _check_base(model: nn.Module, described: dict[str, Any], folder: Path, strict: bool) -> None:
+    base = Base.of(model)
     problem = None
-    if base.get("model_type") != mine["model_type"]:
-        problem = f"a {base.get('model_type')!r} model, and this one is {mine['model_type']!r}"
+    if described.get("model_type") != base.kind:
+        problem = f"a {described.get('model_type')!r} model, and this one is {base.kind!r}"
     else:
-        theirs, ours = base.get("sample") or {}, mine["sample"]
-        for name in theirs.keys() & ours.keys():
-            a, b = torch.tensor(theirs[name]), torch.tensor(ours[name])
-            if not _alike(a, b):
-                problem = f"a base with other weights (they differ at {name})"
-                break
-        if problem is None and theirs and ours and not theirs.keys() & ours.keys():
-            problem = "a base with other layers"
+        problem = _other_weights(base, described.get("weights") or {}, folder)
     if problem:
         message = f"{folder} was made for {problem}"
         if strict:
@@ -319,10 +513,55 @@ def _check_base(model: nn.Module, base: dict[str, Any], folder: Path, strict: bo
         warnings.warn(message, stacklevel=3)
 
 
+def _other_weights(base: Base, theirs: dict[str, str], folder: Path) -> str | None:
+    """How the base that a file describes differs from this one, or None."""
+    damaged = TanzakuError(f"{folder / META} is damaged: its weights are no shapes and numbers")
+    if not isinstance(theirs, dict):
+        raise damaged
+    ours = _sample(base, [], set(theirs))
+    if theirs and not ours:
+        # No weight of that name; where none can be read at all, there is nothing to tell.
+        return "a base with other layers" if _sample(base, base.head_names()) else None
+    try:
+        changed = {name: (_parsed(theirs[name]), _parsed(mine)) for name, mine in ours.items() if theirs[name] != mine}
+    except (ValueError, AttributeError):
+        raise damaged from None
+    embeddings = _embeddings(base.model) if changed else set()
+    for name, ((shape, _), (here, _)) in changed.items():
+        # Rows of an embedding are tokens: their number may have changed.
+        tokens = id(base.model.get_submodule(name.rpartition(".")[0])) in embeddings
+        if shape != here and not (tokens and shape[1:] == here[1:]):
+            return f"a base with other layers ({name} was {shape}, and is {here} here)"
+    differing = _differing({name: (a, b) for name, ((_, a), (_, b)) in changed.items()})
+    return f"a base with other weights (they differ at {listed(differing, 3)})" if differing else None
+
+
+def _parsed(text: str) -> tuple[tuple[int, ...], list[float]]:
+    shape, _, numbers = text.partition(":")
+    return tuple(int(n) for n in shape.split("x")), [float(n) for n in numbers.split()]
+
+
+def _differing(pairs: dict[str, tuple[list[float], list[float]]]) -> list[str]:
+    """Names of the weights whose numbers are others, by more than the rounding of one of them to half precision."""
+    common = [(a[: len(b)], b[: len(a)]) for a, b in pairs.values()]
+    weight = torch.tensor([i for i, (a, _) in enumerate(common) for _ in a], dtype=torch.long)
+    a, b = (torch.tensor([x for pair in common for x in pair[side]]) for side in (0, 1))
+
+    def some(where: Tensor) -> Tensor:  # for each weight, whether it is so of any of its numbers
+        return torch.zeros(len(common)).index_add_(0, weight, where.float()) > 0
+
+    same = torch.isclose(a, b, rtol=1e-6, atol=0, equal_nan=True)
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = some(a != a.to(dtype)) != some(b != b.to(dtype))
+        same |= rounded[weight] & torch.isclose(a, b, rtol=torch.finfo(dtype).eps, atol=1e-7, equal_nan=True)
+    return [name for name, other in zip(pairs, some(~same).tolist(), strict=True) if other]
+
+
 # -- files
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    recover(folder)
     if not folder.is_dir():
         raise TanzakuError(f"{folder} is no directory; expected an adapter's, with {CONFIG} and {TENSORS}")
     if not (folder / CONFIG).is_file():
@@ -336,12 +575,20 @@ def _read_about(folder: Path) -> dict[str, Any] | None:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
     except (OSError, ValueError, RecursionError) as error:
         raise TanzakuError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
     if not isinstance(value, dict):
         raise TanzakuError(f"{path} is damaged: found a {type(value).__name__}, expected an object")
     return value
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -365,17 +612,3 @@ def _sha256(path: Path) -> str:
 
 def _json(value: dict[str, Any]) -> str:
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-
-
-def _replace(new: Path, target: Path) -> None:
-    """Put directory `new` in the place of `target` at one instant, where the system can exchange two names."""
-    if not target.exists():
-        new.rename(target)
-        return
-    exchange, here = 2, -100
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None or renameat2(here, os.fsencode(new), here, os.fsencode(target), exchange):
-        old = new.with_name(new.name + ".old")
-        target.rename(old)
-        new.rename(target)
-        shutil.rmtree(old, ignore_errors=True)

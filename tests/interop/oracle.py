@@ -64,7 +64,9 @@ def method(name: str, settings: dict[str, Any]) -> tz.Method:
 
 def in_peft(model: PreTrainedModel, name: str, settings: dict[str, Any]) -> peft.PeftModel:
     """A PEFT adapter on its own copy of `model`; what it trains is moved away from where it starts."""
-    wrapped = peft.get_peft_model(copy.deepcopy(model), config(model, name, settings)).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        wrapped = peft.get_peft_model(copy.deepcopy(model), config(model, name, settings)).eval()
     scatter([p for p in wrapped.parameters() if p.requires_grad])
     return wrapped
 

@@ -88,6 +88,7 @@ def test_saving_what_was_loaded_gives_the_same_file(name, variant, tmp_path):
     tz.load(other, tmp_path / "a", "b")
     tz.save(other, "b", tmp_path / "b", meta=read_meta(tmp_path / "a"))
     assert {p.name for p in (tmp_path / "a").iterdir()} == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "tanzaku.json",
