@@ -13,7 +13,9 @@ __version__ = "0.1.0"
 _HOME = {
     **dict.fromkeys(("Adapter", "Count", "activate", "adapters", "attach", "count", "detach", "route"), "tanzaku.host"),
     **dict.fromkeys(("load", "save"), "tanzaku.store"),
-    **dict.fromkeys(("merge", "unmerge"), "tanzaku.merging"),
+    **dict.fromkeys(("merge", "rounding", "unmerge"), "tanzaku.merging"),
+    "combine": "tanzaku.combining",
+    **dict.fromkeys(("export_adapter", "export_model"), "tanzaku.export.gguf"),
     **dict.fromkeys(
         (
             "METHODS",
@@ -51,19 +53,25 @@ __all__ = [
     "activate",
     "adapters",
     "attach",
+    "combine",
     "count",
     "detach",
+    "export_adapter",
+    "export_model",
     "load",
     "merge",
+    "rounding",
     "route",
     "save",
     "unmerge",
 ]
 
 if TYPE_CHECKING:
+    from tanzaku.combining import combine
     from tanzaku.errors import TanzakuError
+    from tanzaku.export.gguf import export_adapter, export_model
     from tanzaku.host import Adapter, Count, activate, adapters, attach, count, detach, route
-    from tanzaku.merging import merge, unmerge
+    from tanzaku.merging import merge, rounding, unmerge
     from tanzaku.method import Method
     from tanzaku.methods import (
         IA3,

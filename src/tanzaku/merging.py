@@ -2,87 +2,255 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from tanzaku.errors import TanzakuError, listed
-from tanzaku.host import activate, host_of
+from tanzaku.host import Adapter, activate, detach, host_of
 from tanzaku.method import ModuleStrip
+from tanzaku.quantize import check_readable, drop_traces, full_weight, plain, plain_module, quantised
 from tanzaku.weights import WeightStrip
 
 _MERGED = "_tanzaku_merged"
+_NOTEWORTHY = 0.01
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding to the base's types took from an adapter's change: for each tensor that it changes, the norm of
+    (stored - exact) over the norm of (exact - base).
+
+    Args:
+        mean: over the tensors. worst: the greatest, of the tensor `at`. dtype: the type that took it.
+    """
+
+    mean: float
+    worst: float
+    at: str
+    dtype: str
+
+    def __str__(self) -> str:
+        if self.worst == 0:
+            return "nothing of the change was lost to rounding"
+        return (
+            f"rounding to {self.dtype} lost {self.mean:.2%} of the change of a tensor (at most {self.worst:.2%}, of "
+            f"{self.at})"
+        )
+
+
+@dataclass
+class _Merged:
+    name: str
+    rounding: Rounding
+    undo: list[Callable[[], None]] | None = field(repr=False)  # None: merged for good
 
 
 @torch.no_grad()
-def merge(model: nn.Module, name: str = "default") -> nn.Module:
+def merge(model: nn.Module, name: str = "default", *, dequantize: bool = False, keep: bool = True) -> nn.Module:
     """Fold adapter `name` into the base's weights, in place, until :func:`unmerge`.
 
     The model then computes for every row, without hooks, what rows routed to the adapter computed; a route in force
-    ends, or the adapter would count twice.
+    ends, or the adapter would count twice. Sums are in fp32 and are rounded once, to the type of the base's weight;
+    :func:`rounding` tells what that took, and more than a hundredth of the change is a warning.
+
+    Args:
+        dequantize: of a base that is quantised by bitsandbytes or torchao, make a plain one, in the type of its other
+            weights: a change as small as an adapter's would be lost in the steps of quantised weights.
+        keep: hold the weights that change, for :func:`unmerge`. Without them the merge is for good: no second copy is
+            held, and the adapter is detached.
 
     Raises:
-        TanzakuError: the method is no change of weights, an adapter is merged already, or a changed weight is tied to
-            another that the adapter leaves alone.
+        TanzakuError: the method is no change of weights, an adapter is merged already, a changed weight is quantised
+            or tied to another that the adapter leaves alone, or a value is out of its type's range. Nothing has
+            changed then.
     """
     host = host_of(model)
     adapter = host.get(name)
     if not adapter.method.mergeable:
-        raise TanzakuError(f"{adapter.method.name} is no change of weights, so {name!r} cannot be merged")
-    if _MERGED in model.__dict__:
-        raise TanzakuError(f"{model.__dict__[_MERGED][0]!r} is merged already; unmerge it first")
+        raise TanzakuError(
+            f"{adapter.method.name} is no change of weights, so {name!r} cannot be merged; keep it as an adapter "
+            "(tanzaku predict, tz.load)"
+        )
+    if (record := _record(model)) is not None and record.undo is not None:
+        raise TanzakuError(f"{record.name!r} is merged already; unmerge it first")
     if host.sites.route is not None:
         activate(model, None)
-    names = _names_by_tensor(model)
-    before: dict[str, Tensor] = {}
-    for path, strip in adapter.at():
-        module = model.get_submodule(path)
-        if isinstance(strip, WeightStrip):
-            new: dict[str, Tensor] = {key: p.detach() for key, p in strip.own.items()}
-        elif isinstance(strip, ModuleStrip) and not _quantised(module) and (merged := strip.merged(module)):
-            new = merged
-        else:
-            _restore(model, before)
-            raise TanzakuError(f"{adapter.method.name}: {path} ({type(module).__name__}) cannot be merged")
-        changed = {f"{path}.{key}" if path else key: value for key, value in new.items()}
-        for full, value in changed.items():
+    dtype = _dtype(model) if dequantize else None
+    if dequantize:
+        check_readable(model)
+    if not keep:
+        # Nothing can be taken back, so all of it is seen to be possible before any of it is done.
+        for _ in _changes(model, adapter, dtype):
+            pass
+    undo: list[Callable[[], None]] = []
+    lost: dict[str, float] = {}
+    types = set()
+    try:
+        for full, value in _changes(model, adapter, dtype):
+            path, _, key = full.rpartition(".")
+            module = model.get_submodule(path)
+            before = full_weight(module, path) if key == "weight" else model.get_parameter(full).float()
+            if dtype is not None and quantised(module):
+                undo.append(_replace(model, path, dtype))
             parameter = model.get_parameter(full)
-            tied = names[id(parameter)]
-            if left := [other for other in tied if other not in changed]:
-                _restore(model, before)
-                raise TanzakuError(
-                    f"{adapter.method.name}: {full} is tied to {listed(left)}, which {name!r} leaves as it is, so it "
-                    "cannot be merged; untie them first (tie_word_embeddings=False)"
-                )
-            # Under one of its names, or a tied weight would be noted again when it is changed already.
-            before.setdefault(tied[0], parameter.detach().clone())
-            parameter.copy_(value.view(parameter.shape))
-    model.__dict__[_MERGED] = (name, before)
-    return model
-
-
-def unmerge(model: nn.Module) -> nn.Module:
-    """Give the base back its own weights, bit for bit."""
-    if _MERGED not in model.__dict__:
-        raise TanzakuError(f"no adapter is merged into this {type(model).__name__}")
-    _restore(model, model.__dict__.pop(_MERGED)[1])
+            if keep:
+                undo.append(partial(_put, model, full, parameter.detach().clone()))
+            value = value.view(parameter.shape)
+            lost[full] = _lost(before, value, value.to(parameter.dtype))
+            types |= {parameter.dtype} if lost[full] else set()
+            parameter.copy_(value)
+            if not keep:
+                undo.clear()
+        if dtype is not None:
+            for path in [path for path, module in model.named_modules() if quantised(module)]:
+                back = _replace(model, path, dtype)
+                undo += [back] if keep else []
+            undo.append(drop_traces(model))
+    except BaseException:
+        _back(undo)
+        raise
+    at = max(lost, key=lost.__getitem__)
+    names = ", ".join(sorted(str(t).removeprefix("torch.") for t in types))
+    taken = Rounding(sum(lost.values()) / len(lost), lost[at], at, names)
+    model.__dict__[_MERGED] = _Merged(name, taken, undo if keep else None)
+    if taken.mean > _NOTEWORTHY:
+        warnings.warn(f"merging {name!r}: {taken}; load the base in float32 to keep it", stacklevel=2)
+    if not keep:
+        detach(model, name)
     return model
 
 
 @torch.no_grad()
-def _restore(model: nn.Module, before: dict[str, Tensor]) -> None:
-    for key, value in before.items():
-        model.get_parameter(key).copy_(value)
+def unmerge(model: nn.Module) -> nn.Module:
+    """Give the base back its own weights, bit for bit, quantised ones too.
+
+    Raises:
+        TanzakuError: no adapter is merged, or it was merged with `keep=False`.
+    """
+    record = _record(model)
+    if record is None:
+        raise TanzakuError(f"no adapter is merged into this {type(model).__name__}")
+    if record.undo is None:
+        raise TanzakuError(f"{record.name!r} was merged for good (keep=False); load the base again")
+    _back(record.undo)
+    del model.__dict__[_MERGED]
+    return model
 
 
-def _names_by_tensor(model: nn.Module) -> dict[int, list[str]]:
-    """All names of each parameter, by its id: several where weights are tied."""
+def rounding(model: nn.Module) -> Rounding:
+    """What rounding took from the change that was merged last.
+
+    Raises:
+        TanzakuError: no adapter is merged.
+    """
+    record = _record(model)
+    if record is None:
+        raise TanzakuError(f"no adapter is merged into this {type(model).__name__}")
+    return record.rounding
+
+
+def _changes(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """(name, value in full precision) of every tensor that the adapter changes, computed one by one.
+
+    Args:
+        dtype: of what takes the place of quantised weights; None: they are an error.
+    """
+    tied = _names_of_one_tensor(model)
+    own = {_full(path, key): p for path, s in adapter.at() if isinstance(s, WeightStrip) for key, p in s.own.items()}
+    done: set[int] = set()
+    for path, strip in adapter.at():
+        module = model.get_submodule(path)
+        new: dict[str, Tensor] | None = None
+        if isinstance(strip, WeightStrip):
+            new = dict(strip.own)
+        elif isinstance(strip, ModuleStrip):
+            new = strip.merged(module)
+        if not new:
+            raise TanzakuError(f"{adapter.method.name}: {path} ({type(module).__name__}) cannot be merged")
+        if dtype is None and "weight" in new and quantised(module):
+            raise TanzakuError(
+                f"{adapter.method.name}: {path} is quantised ({type(cast(Tensor, module.weight)).__name__}), so a "
+                "change would be lost in its steps; merge into a plain base with merge(..., dequantize=True)"
+            )
+        for key, value in new.items():
+            full = _full(path, key)
+            whole = isinstance(strip, WeightStrip)
+            # Tied weights stay one tensor only where the adapter's own copies of them are one, too.
+            others = [name for name in tied[full] if name != full and not (whole and own.get(name) is value)]
+            if others:
+                raise TanzakuError(
+                    f"{adapter.method.name}: {full} is tied to {listed(others)}, which {adapter.name!r} leaves as it "
+                    "is, so it cannot be merged; untie them first (tie_word_embeddings=False)"
+                )
+            if whole and id(value) in done:  # the same tensor under its second name
+                continue
+            done.add(id(value))
+            parameter = model.get_parameter(full)
+            kind = parameter.dtype if plain(parameter) else cast(torch.dtype, dtype)
+            most = float(value.abs().max()) if value.numel() else 0.0
+            if not most <= torch.finfo(kind).max:
+                raise TanzakuError(
+                    f"{adapter.method.name}: {full} would hold {most:.3g}, expected at most "
+                    f"{torch.finfo(kind).max:.3g} in {kind}; load the base in float32 or bfloat16"
+                )
+            yield full, value.detach()
+
+
+def _full(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _lost(before: Tensor, exact: Tensor, stored: Tensor) -> float:
+    if stored.dtype == exact.dtype:
+        return 0.0
+    change = (exact - before.view(exact.shape)).norm()
+    missed = (stored.to(exact.dtype) - exact).norm()
+    return float(missed / change) if change else float(bool(missed))
+
+
+def _replace(model: nn.Module, path: str, dtype: torch.dtype) -> Callable[[], None]:
+    """Put a plain module in the place of a quantised one; returns what takes that back."""
+    parent, _, last = path.rpartition(".")
+    owner, old = model.get_submodule(parent), model.get_submodule(path)
+    setattr(owner, last, plain_module(old, dtype, path))
+    return partial(setattr, owner, last, old)
+
+
+def before_merging(model: nn.Module) -> dict[str, Tensor]:
+    """The base's own tensors that a merged adapter has changed, by name."""
+    record = _record(model)
+    steps = (record.undo or []) if record is not None else []
+    return {step.args[1]: step.args[2] for step in steps if isinstance(step, partial) and step.func is _put}
+
+
+def _put(model: nn.Module, key: str, value: Tensor) -> None:
+    model.get_parameter(key).copy_(value)
+
+
+def _back(undo: list[Callable[[], None]]) -> None:
+    for step in reversed(undo):
+        step()
+
+
+def _record(model: nn.Module) -> _Merged | None:
+    return cast("_Merged | None", model.__dict__.get(_MERGED))
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The type of a quantised model's other weights."""
+    return next((p.dtype for _, p in type(model).named_parameters(model) if plain(p)), torch.float32)
+
+
+def _names_of_one_tensor(model: nn.Module) -> dict[str, list[str]]:
+    """Name of each parameter -> all names of that tensor: several where weights are tied."""
     names: dict[int, list[str]] = {}
     # The class's own method: an active adapter's parameters are no part of the base.
     for name, parameter in type(model).named_parameters(model, remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    return names
-
-
-def _quantised(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return not (isinstance(weight, Tensor) and weight.is_floating_point())
+    return {name: same for same in names.values() for name in same}

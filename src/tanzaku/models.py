@@ -114,8 +114,52 @@ def load_pair(
             output_loading_info=True,
         )
     _check_backbone(name, model.base_model_prefix, info)
-    _agree_on_padding(name, model, tokenizer)
+    agree_on_padding(name, model, tokenizer)
     return model, tokenizer
+
+
+def load_base(
+    name: str, auto: Any, *, dtype: torch.dtype | str = "auto", on_progress: Progress = None, **settings: Any
+) -> tuple[PreTrainedModel, list[str]]:
+    """A pretrained model of any class, on the CPU and in evaluation mode, and the weights that its checkpoint lacks.
+
+    Args:
+        name: a model on the Hugging Face Hub, a directory, a ``.gguf`` file, or ``embedded``.
+        auto: one of transformers' classes that have ``from_pretrained``, ``AutoModelForCausalLM`` say.
+        dtype: of all weights; ``"auto"`` keeps what they are stored as.
+        settings: of the config, in place of the checkpoint's own, such as ``num_labels``.
+
+    Raises:
+        TanzakuError: there is no such model, or a part of it other than a head is missing or damaged.
+    """
+    where = _locate(name, ("config", "weights"), on_progress)
+    with _loading(f"the config of {name!r}"):
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **settings)
+    what = f"{name!r} ({config.model_type}) as {auto.__name__}"
+    with _loading(what), torch.random.fork_rng(devices=[]):
+        model, info = auto.from_pretrained(
+            where,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    _check_backbone(name, model.base_model_prefix, info)
+    fresh = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
+    return model.eval(), sorted(key for key in fresh if ".pooler." not in f".{key}")
+
+
+def read_config(name: str, *, on_progress: Progress = None) -> Any:
+    """The config of a model, wherever it is."""
+    where = _locate(name, ("config",), on_progress)
+    with _loading(f"the config of {name!r}"):
+        return AutoConfig.from_pretrained(where, trust_remote_code=False)
+
+
+def read_tokenizer(name: str, *, on_progress: Progress = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model as it is, without a pad token where it has none."""
+    return _vocabulary(name, _locate(name, ("tokenizer",), on_progress), False)
 
 
 def _labels(num_labels: int, id2label: dict[int, str] | None) -> dict[str, Any]:
@@ -195,6 +239,18 @@ def _loading(what: str) -> Iterator[None]:
 
 
 def _tokenizer(name: str, where: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    tokenizer = _vocabulary(name, where, trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise TanzakuError(
+                f"the tokenizer of {name!r} has no pad token and no eos token to pad with: "
+                "set tokenizer.pad_token and save it again"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _vocabulary(name: str, where: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     with _loading(f"the tokenizer of {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
     # Without a vocabulary file transformers makes up a tokenizer that knows nothing but its special tokens.
@@ -203,13 +259,6 @@ def _tokenizer(name: str, where: str, trust_remote_code: bool) -> PreTrainedToke
             f"the tokenizer of {name!r} has no vocabulary, only {len(tokenizer)} special tokens: "
             "expected tokenizer.json or another vocabulary file beside its config"
         )
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise TanzakuError(
-                f"the tokenizer of {name!r} has no pad token and no eos token to pad with: "
-                "set tokenizer.pad_token and save it again"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -227,7 +276,8 @@ def _check_backbone(name: str, prefix: str, info: dict[str, Any]) -> None:
         raise TanzakuError(f"{len(wrong)} {asked} have another shape: {first}; use the config it was saved with")
 
 
-def _agree_on_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def agree_on_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell a model the tokenizer's pad token; an error where the model does not know it."""
     pad = tokenizer.pad_token_id
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     if vocabulary is not None and pad >= vocabulary:

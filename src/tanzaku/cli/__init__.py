@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from tanzaku import __version__
-from tanzaku.cli import compare, demo, methods, predict, train
+from tanzaku.cli import compare, demo, export, merge, methods, predict, train
 from tanzaku.cli.run import Interrupted
 from tanzaku.errors import TanzakuError
 
@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich cuts long flags short in a narrow terminal, and takes its time
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _verb in (demo.demo, train.train, compare.compare, predict.predict, methods.methods):
+for _verb in (demo.demo, train.train, compare.compare, predict.predict, merge.merge, export.export, methods.methods):
     app.command()(_verb)
 
 

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tanzaku.families import Base, features, weight_of
 from tanzaku.method import Method, ModuleStrip, Strip, trainable
+from tanzaku.quantize import full_weight
 from tanzaku.space import Range, spaces
 
 
@@ -55,14 +56,13 @@ class ScaleStrip(ModuleStrip):
         return ScaleStrip.inputs_together(strips, module, y)
 
     def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
-        weight = weight_of(module)
         factor: Any = self.ia3_l
         if isinstance(module, nn.Conv2d) and not self.edits_input:
             factor = factor.transpose(0, 1)
-        out = {"weight": (weight * (factor.t() if isinstance(module, Conv1D) else factor)).to(weight.dtype)}
+        out = {"weight": full_weight(module) * (factor.t() if isinstance(module, Conv1D) else factor)}
         bias = module._parameters.get("bias")
         if bias is not None and self.edits_output:
-            out["bias"] = (bias * self.ia3_l.flatten()).to(bias.dtype)
+            out["bias"] = bias * self.ia3_l.flatten()
         return out
 
 

@@ -1,0 +1,370 @@
+"""`tanzaku merge`: an adapter, or several combined, folded into its base: a plain model directory."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tanzaku.cli.predict import _check_paths, _names, _note
+from tanzaku.errors import TanzakuError, listed, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tanzaku.method import Method
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_AUTO = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+_HEADS = re.compile(r"(^|\.)(score|classifier|classification_head)\.")
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """What an adapter's directory says of the model it was made for."""
+
+    name: str
+    path: Path
+    method: Method
+    base: str | None
+    kind: str | None  # the model's class, or one of transformers' Auto classes
+    labels: tuple[str, ...] | None
+    num_labels: int | None = field(default=None)
+
+
+def merge(
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="ADAPTER", help="directories of adapters, Tanzaku's or HF PEFT's", show_default=False),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="the directory to write")] = None,
+    model: Annotated[str | None, typer.Option(metavar="TEXT", help="where the base model is now")] = None,
+    dtype: Annotated[str, typer.Option(metavar="|".join(_DTYPES), help="of the weights; auto: the base's")] = "auto",
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="of one file of weights")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a model that is there")] = False,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NUMBER...", help="of several adapters, as in 0.7 0.3, or with a comma; equal by default"),
+    ] = None,
+    combine: Annotated[
+        str | None, typer.Option(metavar="HOW", help="linear, cat, svd, ties, dare_ties, ...: see docs/merging.md")
+    ] = None,
+    density: Annotated[float | None, typer.Option(metavar="SHARE", help="of values kept, for ties and dare")] = None,
+    majority_sign_method: Annotated[str, typer.Option(metavar="total|frequency", help="for ties")] = "total",
+    svd_rank: Annotated[int | None, typer.Option(metavar="INTEGER", help="of the combined change")] = None,
+    copies: Annotated[
+        str | None, typer.Option(metavar="NAME|mean", help="whose head the combined model has, or their mean")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="INTEGER", help="of what dare drops")] = 0,
+) -> None:
+    """Fold adapters into their base model.
+
+    Writes sharded safetensors, config (with the labels' names) and tokenizer, which transformers loads by itself.
+    Several adapters are combined first. A quantised base becomes a plain one.
+    """
+    words, numbers = _split(list(adapters or []), list(weights or []))
+    paths = [Path(word) for word in words]
+    _check_paths(paths)
+    if out is None:
+        raise TanzakuError("merge needs --out, the directory to write the model to")
+    _check_flags(dtype, max_shard_size)
+    from tanzaku.cli.machine import quieten
+
+    quieten()
+    given = [_read(name, path) for name, path in zip(_names(paths), paths, strict=True)]
+    base = model or _same(given, "base", "base models", "say with --model where the one base of all is")
+    if base is None:
+        raise TanzakuError(f"{given[0].path} does not name its base model; say with --model where it is")
+    _check_out(out, overwrite, [*paths, Path(base).expanduser()])
+    for each in given:
+        _check_mergeable(each)
+    asked = {"how": combine, "density": density, "svd_rank": svd_rank, "copies": copies}
+    options = {key: value for key, value in asked.items() if value is not None}
+    loaded, tokenizer = _base(base, given, dtype)
+    _check_room(loaded, out)
+    name = _hang(loaded, given)
+    if len(given) > 1 or numbers is not None or options:
+        name = _combined(loaded, given, numbers, options, majority_sign_method, seed)
+    _fold(loaded, name)
+    _check_room(loaded, out)
+    _write(loaded, tokenizer, base, out, max_shard_size)
+    files = sorted(out.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    kind = str(loaded.dtype).removeprefix("torch.")
+    many = f"{len(files)} files" if len(files) > 1 else "1 file"
+    _note(f"{listed(each.name for each in given)} merged into {base}: {out}, {_gb(size)} in {many}, {kind}")
+
+
+# -- what was asked for
+
+
+def _split(words: list[str], weights: list[str]) -> tuple[list[str], list[float] | None]:
+    """Adapters and weights: the option takes one word, and the numbers behind it fall to the adapters."""
+    if not weights:
+        return words, None
+    while words and _number(words[-1]) is not None and not Path(words[-1]).is_dir():
+        weights.insert(1, words.pop())
+    numbers = []
+    for word in (part for each in weights for part in each.split(",")):
+        number = _number(word)
+        if number is None:
+            raise TanzakuError(f"--weights has {word!r}, expected numbers, as in --weights 0.7 0.3 or --weights=1,-0.5")
+        numbers.append(number)
+    return words, numbers
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def _check_flags(dtype: str, shard: str) -> None:
+    if dtype not in _DTYPES:
+        raise TanzakuError(f"--dtype is {dtype!r}{nearest(dtype, _DTYPES)}, expected {', '.join(_DTYPES)}")
+    if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMGT]i?B", shard, re.IGNORECASE):
+        raise TanzakuError(f"--max-shard-size is {shard!r}, expected a size such as 5GB or 500MB")
+
+
+def _check_out(out: Path, overwrite: bool, others: Sequence[Path]) -> None:
+    if out.exists() and not out.is_dir():
+        raise TanzakuError(f"--out {out} is a file; expected a directory to write the model to")
+    here = out.resolve()
+    for other in others:
+        there = other.resolve()
+        if other.exists() and (here == there or here in there.parents):
+            raise TanzakuError(f"--out {out} holds {other}, which it would replace; choose another directory")
+    held = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
+    if held and not overwrite:
+        raise TanzakuError(f"--out {out} is there already, with {listed(held, 4)}; choose another, or give --overwrite")
+    if held and "config.json" not in held:
+        raise TanzakuError(f"--out {out} holds no model but {listed(held, 4)}; --overwrite replaces models alone")
+
+
+# -- the adapters and their base
+
+
+def _read(name: str, path: Path) -> _Adapter:
+    from tanzaku.store import TENSORS, _read_about, _read_config, method_of
+
+    config, about = _read_config(path), _read_about(path) or {}
+    meta, base = (found if isinstance(found := about.get(key), dict) else {} for key in ("meta", "base"))
+    labels = meta.get("labels")
+    task = config.get("task_type")
+    kind = base.get("architecture") or _AUTO.get(str(task))
+    named = meta.get("model") or config.get("base_model_name_or_path")
+    return _Adapter(
+        name=name,
+        path=path,
+        method=method_of(config),
+        base=named if isinstance(named, str) and named else None,
+        kind=kind if isinstance(kind, str) else None,
+        labels=tuple(map(str, labels)) if isinstance(labels, list) else None,
+        num_labels=len(labels) if isinstance(labels, list) else _width(path / TENSORS),
+    )
+
+
+def _width(tensors: Path) -> int | None:
+    """How many labels the classifier's head in a file tells apart: the fewest rows of a matrix in it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(tensors, framework="pt") as file:
+            shapes = [file.get_slice(key).get_shape() for key in file.keys() if _HEADS.search(key)]  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None  # what ails the file is told where it is loaded
+    return min((shape[0] for shape in shapes if len(shape) == 2), default=None)
+
+
+def _same(given: Sequence[_Adapter], key: str, what: str, fix: str) -> Any:
+    """What all adapters say; an error where they differ. Those that say nothing follow the others."""
+    said = [(each, getattr(each, key)) for each in given if getattr(each, key) is not None]
+    for each, value in said[1:]:
+        if value != said[0][1]:
+            raise TanzakuError(
+                f"adapters with different {what}: {said[0][0].path} has {_shown(said[0][1])}, {each.path} has "
+                f"{_shown(value)}; {fix}"
+            )
+    return said[0][1] if said else None
+
+
+def _shown(value: Any) -> str:
+    return listed(value) if isinstance(value, tuple) else repr(value)
+
+
+def _check_mergeable(adapter: _Adapter) -> None:
+    if not adapter.method.mergeable:
+        from tanzaku.methods import METHODS
+
+        able = listed(name for name, method in METHODS.items() if method.mergeable)
+        raise TanzakuError(
+            f"{adapter.path}: {adapter.method.name} is no change of weights, so it cannot be merged; use it as an "
+            f"adapter (tanzaku predict), or train one of {able}"
+        )
+
+
+def _base(name: str, given: Sequence[_Adapter], dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The base model in the class that the adapters were made for, with their labels, and its tokenizer."""
+    import transformers
+
+    from tanzaku.models import agree_on_padding, load_base, load_tokenizer
+
+    one_by_one = "merge them one by one"
+    kind = _same(given, "kind", "kinds of model", one_by_one)
+    labels = _same(given, "labels", "labels", one_by_one)
+    width = _same(given, "num_labels", "numbers of labels", one_by_one)
+    auto = getattr(transformers, kind or "", None) or _own_class(name, given[0])
+    settings: dict[str, Any] = {}
+    if labels is not None:
+        settings = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        settings["problem_type"] = "single_label_classification"
+    elif width is not None:
+        settings = _labels_of(name, width)
+    model, fresh = load_base(name, auto, dtype=dtype, on_progress=_note, **settings)
+    model.__dict__["_tanzaku_fresh"] = fresh
+    tokenizer: PreTrainedTokenizerBase | None = None
+    if model.main_input_name == "input_ids":
+        if type(model).__name__.endswith("ForSequenceClassification"):
+            tokenizer = load_tokenizer(name, on_progress=_note)
+            agree_on_padding(name, model, tokenizer)
+        else:
+            tokenizer = _plain_tokenizer(name)
+    return model, tokenizer
+
+
+def _own_class(name: str, adapter: _Adapter) -> Any:
+    """The class that the base's own config names, where the adapter names none."""
+    import transformers
+
+    from tanzaku.models import read_config
+
+    found = (read_config(name, on_progress=_note).architectures or [None])[0]
+    auto = getattr(transformers, found or "", None)
+    if auto is None:
+        raise TanzakuError(
+            f"{adapter.path} names no task_type, and {name!r} no architecture that transformers has ({found}); "
+            f"expected a task_type in adapter_config.json, one of {listed(_AUTO)}"
+        )
+    return auto
+
+
+def _labels_of(name: str, width: int) -> dict[str, Any]:
+    """The base's own labels where it has as many, else numbered ones."""
+    from tanzaku.models import read_config
+
+    own = read_config(name, on_progress=_note).id2label or {}
+    return {} if len(own) == width else {"num_labels": width}
+
+
+def _plain_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    """The base's tokenizer as it is; none where it has none."""
+    from tanzaku.models import read_tokenizer
+
+    try:
+        return read_tokenizer(name, on_progress=_note)
+    except TanzakuError as error:
+        _note(f"no tokenizer is written: {error}")
+        return None
+
+
+def _hang(model: PreTrainedModel, given: Sequence[_Adapter]) -> str:
+    """Attach the adapters. What the checkpoint lacks must come from one of them."""
+    import tanzaku as tz
+    from tanzaku.host import host_of
+    from tanzaku.weights import WeightStrip
+
+    for each in given:
+        tz.load(model, each.path, each.name)
+    host = host_of(model)
+    covered = {path for each in given for path, s in host.get(each.name).at() if isinstance(s, WeightStrip)}
+    lacking = [key for key in model.__dict__.pop("_tanzaku_fresh") if not any(_below(key, path) for path in covered)]
+    if lacking:
+        raise TanzakuError(
+            f"neither the base nor {given[0].path} has {listed(lacking, 3)} of a {type(model).__name__}, which would "
+            "stay random; expected the model that the adapter was trained on (--model)"
+        )
+    return given[0].name
+
+
+def _below(key: str, path: str) -> bool:
+    return not path or key.startswith(f"{path}.")
+
+
+# -- combining, merging, writing
+
+
+def _combined(
+    model: PreTrainedModel,
+    given: Sequence[_Adapter],
+    weights: list[float] | None,
+    options: dict[str, Any],
+    sign: str,
+    seed: int,
+) -> str:
+    import tanzaku as tz
+
+    # The sum side by side is exact, and in merged weights its rank costs nothing.
+    how = options.pop("how", "cat" if given[0].method.name == "lora" else "linear")
+    names = [each.name for each in given]
+    new = next(name for name in ("combined", *(f"combined-{n}" for n in range(2, 99))) if name not in names)
+    tz.combine(model, names, new, weights=weights, how=how, majority_sign_method=sign, seed=seed, **options)
+    for name in names:
+        tz.detach(model, name)
+    return new
+
+
+def _fold(model: PreTrainedModel, name: str) -> None:
+    import tanzaku as tz
+    from tanzaku.quantize import quantised
+
+    packed = any(quantised(module) for module in model.modules())
+    tz.merge(model, name, dequantize=packed, keep=False)
+    lost = tz.rounding(model)
+    if lost.worst:
+        _note(f"{lost}; --dtype float32 keeps it")
+
+
+def _check_room(model: PreTrainedModel, out: Path) -> None:
+    """An error unless the disk has room for the model's weights, and a little more."""
+    needed = int(1.01 * sum(p.numel() * p.element_size() for p in model.parameters())) + (64 << 20)
+    folder = out.absolute().parent
+    while not folder.is_dir():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise TanzakuError(
+            f"--out {out} needs {_gb(needed)} and {folder} has {_gb(free)} free; free some space or choose another"
+        )
+
+
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, base: str, out: Path, shard: str) -> None:
+    """Write the directory beside and rename it: whatever happens, the old model is there or the new one."""
+    from transformers.utils import cached_file
+
+    from tanzaku.files import directory_beside
+
+    with directory_beside(out.resolve() if out.is_symlink() else out) as beside:
+        model.save_pretrained(beside, max_shard_size=shard)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(beside)
+        if model.main_input_name != "input_ids":
+            found = cached_file(base, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+            if found is not None:
+                shutil.copyfile(found, beside / "preprocessor_config.json")
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
