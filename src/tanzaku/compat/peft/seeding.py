@@ -1,0 +1,68 @@
+"""Initial weights as HF PEFT draws them, so that one seed gives one adapter.
+
+PEFT builds LoRA's matrices as layers, which draw weights that are then drawn anew, and it does so on the CPU wherever
+the model is. The draws are the same ones here; what the other methods draw, they draw alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from tanzaku.host import Adapter
+from tanzaku.methods.adalora import SvdStrip
+from tanzaku.methods.ia3 import ScaleStrip
+from tanzaku.methods.lora import LoraConv2d, LoraEmbedding, LoraStrip, initialise
+from tanzaku.weights import BiasStrip, WeightStrip
+
+
+@torch.no_grad()
+def draw_as_peft(adapter: Adapter, before: Tensor) -> None:
+    """Draw initial weights anew as PEFT does, from the generator's state `before`."""
+    kinds = (LoraStrip, LoraConv2d, LoraEmbedding, SvdStrip, ScaleStrip, BiasStrip, WeightStrip)
+    on_meta = any(p.device.type == "meta" for _, p in adapter.named_parameters())
+    # Only what is known to begin as PEFT's own does; what is left draws alike, on one device.
+    if on_meta or not all(type(strip) in kinds for _, strip in adapter.at()):
+        return
+    torch.set_rng_state(before)
+    init = getattr(adapter.method, "init_lora_weights", getattr(adapter.method, "init_ia3_weights", True))
+    for path, strip in adapter.at():
+        if isinstance(strip, BiasStrip | WeightStrip):
+            continue
+        fresh = copy.deepcopy(strip).cpu()
+        if isinstance(fresh, ScaleStrip):
+            start = torch.randn(fresh.ia3_l.shape)
+            fresh.ia3_l.fill_(1.0) if init else fresh.ia3_l.copy_(start)
+        elif isinstance(fresh, SvdStrip):
+            _svd(fresh, bool(init))
+        elif isinstance(fresh, LoraEmbedding):
+            _embedding(fresh, init)
+        else:
+            assert isinstance(fresh, LoraStrip)
+            for low in (fresh.lora_A, fresh.lora_B):
+                nn.init.kaiming_uniform_(low.weight, a=math.sqrt(5))
+            if init is not False:
+                fresh.lora_B.weight.zero_()
+                initialise(fresh, adapter.base.model.get_submodule(path), init)
+        strip.load_state_dict(fresh.state_dict())
+
+
+def _svd(strip: SvdStrip, small: bool) -> None:
+    for parameter in (strip.lora_A, strip.lora_E, strip.lora_B):
+        parameter.normal_()
+    torch.randn(1)  # the rank's, which is then set
+    if small:
+        strip.lora_E.zero_()
+        strip.lora_A.normal_(std=0.02)
+        strip.lora_B.normal_(std=0.02)
+
+
+def _embedding(strip: LoraEmbedding, init: bool | str) -> None:
+    strip.lora_embedding_A.normal_()
+    strip.lora_embedding_B.normal_()
+    if init is not False:
+        strip.lora_embedding_A.zero_()
+        strip.lora_embedding_B.normal_()

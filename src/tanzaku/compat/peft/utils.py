@@ -1,0 +1,104 @@
+"""An adapter's tensors by the names that PEFT's files and PEFT's models have for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys
+
+from tanzaku.compat.peft.config import PeftType, TaskType
+from tanzaku.errors import TanzakuError, listed
+from tanzaku.host import Adapter
+from tanzaku.method import AttentionStrip, Strip
+from tanzaku.methods.adalora import SvdStrip
+from tanzaku.methods.prompt_tuning import PromptLearning
+from tanzaku.store import _read_tensors, entries
+from tanzaku.weights import WeightStrip
+
+if TYPE_CHECKING:
+    from tanzaku.compat.peft.peft_model import PeftModel
+
+__all__ = [
+    "PeftType",
+    "TaskType",
+    "get_peft_model_state_dict",
+    "in_peft",
+    "load_peft_weights",
+    "set_peft_model_state_dict",
+]
+
+
+def in_peft(adapter: Adapter, path: str, strip: Strip, name: str) -> str:
+    """The name that a parameter of a strip has in a PEFT model."""
+    prompt = isinstance(adapter.method, PromptLearning)
+    root = "base_model." if prompt else "base_model.model."
+    if isinstance(strip, WeightStrip):
+        return f"{root}{path}.modules_to_save.{adapter.name}.{name}"
+    if prompt:
+        return f"prompt_encoder.{adapter.name}.{'embedding.weight' if name == 'prompt_embeddings' else name}"
+    if isinstance(strip, AttentionStrip):
+        # PEFT keeps one LLaMA-Adapter in a model at a time, and its name out of the parameters'.
+        return f"{root}{path}." + ("" if adapter.name == "default" else f"{adapter.name}.") + name
+    first, _, rest = name.partition(".")
+    return f"{root}{path}.{first}.{adapter.name}" + (f".{rest}" if rest else "")
+
+
+def get_peft_model_state_dict(
+    model: PeftModel, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default"
+) -> dict[str, Tensor]:
+    """The tensors of an adapter by their keys in a file.
+
+    Args:
+        state_dict: must be the model's own.
+    """
+    model._check_same(state_dict or {})
+    return {key: tensor for key, (tensor, _) in entries(model._host.get(adapter_name)).items()}
+
+
+@torch.no_grad()
+def set_peft_model_state_dict(
+    model: PeftModel, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
+) -> Any:
+    """Give an adapter the tensors of a file, by its keys.
+
+    Raises:
+        TanzakuError: a tensor is missing, unexpected or of another shape, or a network writes the prompt.
+    """
+    adapter = model._host.get(adapter_name)
+    given, own = dict(peft_model_state_dict), entries(adapter)
+    config = model.peft_config[adapter_name]
+    if config.peft_type == PeftType.P_TUNING or getattr(config, "prefix_projection", False):
+        raise TanzakuError(
+            f"{adapter_name!r}: the file holds the vectors that a network wrote, and not the network; load it with "
+            "load_adapter()"
+        )
+    for what, keys in {
+        "missing": [key for key in own if key not in given],
+        "unexpected": [key for key in given if key not in own],
+        "of another shape": [key for key in own if key in given and own[key][0].shape != given[key].shape],
+    }.items():
+        if keys:
+            raise TanzakuError(f"{adapter_name!r}: {what} are {listed(keys, 3)}; expected the tensors of its file")
+    pruned: dict[SvdStrip, dict[str, Tensor]] = {}
+    for key, (tensor, strip) in own.items():
+        if isinstance(strip, SvdStrip):
+            pruned.setdefault(strip, {})[key.rpartition(".")[2]] = given[key]
+        else:
+            tensor.copy_(given[key])  # a view of the parameter
+    for strip, tensors in pruned.items():
+        strip.restore(tensors)
+    return _IncompatibleKeys([], [])
+
+
+def load_peft_weights(model_id: str | Path, device: str | None = None) -> dict[str, Tensor]:
+    """The tensors of an adapter's directory.
+
+    Args:
+        device: where they shall be; None: the CPU.
+    """
+    tensors = _read_tensors(Path(model_id))
+    return tensors if device is None else {key: tensor.to(device) for key, tensor in tensors.items()}
