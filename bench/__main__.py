@@ -15,6 +15,7 @@ TABLES = {
     "concurrent": ("concurrent", "table"),
     "curve": ("concurrent", "curve"),
     "inference": ("inference", "table"),
+    "files": ("files", "table"),
     "startup": ("startup", "table"),
     "quality": ("quality", "table"),
     "gpu": ("gpu", "table"),
@@ -22,7 +23,7 @@ TABLES = {
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or ["steps", "memory", "concurrent", "curve", "inference", "startup"]
+    wanted = sys.argv[1:] or ["steps", "memory", "concurrent", "curve", "inference", "files", "startup"]
     if strange := [name for name in wanted if name not in TABLES]:
         sys.exit(f"bench: found {strange[0]!r}, expected {', '.join(TABLES)}")
     print(

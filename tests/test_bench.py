@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bench import concurrent, gpu
+from bench import concurrent, files, gpu
 
 SMALL = {
     "hidden_size": 32,
@@ -34,3 +34,12 @@ def test_both_libraries_train_every_candidate() -> None:
     theirs, ours = concurrent.race(model, concurrent.loras(2, r=2), data, rounds=1)
     assert theirs > 0 and ours > 0
     assert concurrent.flops(model, 2, data) == 4 * 2 * 2 * 5 * 2 * (4 * 32 * 32 + 3 * 32 * 64)
+
+
+def test_the_table_of_files_on_a_small_model(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MANY", 5)
+    files.compare(gpu.model_of(torch.float32, "cpu", **SMALL).eval(), rounds=1)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines[2:]] == list(files.WHAT.values())
