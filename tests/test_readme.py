@@ -25,7 +25,8 @@ def blocks(readme: str, language: str) -> list[str]:
 
 @pytest.mark.parametrize("readme", READMES)
 def test_the_python_block_runs(readme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [code] = blocks(readme, "python")
+    imports, code = blocks(readme, "python")
+    exec(imports, {})
     model = tiny("llama", num_labels=2)
 
     class AutoModelForSequenceClassification:
