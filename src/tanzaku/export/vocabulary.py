@@ -154,7 +154,7 @@ def _sentencepiece_bpe(spec: dict[str, Any]) -> Vocabulary:
     place: dict[str, int] = {}
     for rank, pair in enumerate(model["merges"]):
         place.setdefault("".join(_pair(pair)), rank)
-    scores = [float(place[token]) if token in place else _NEVER for token in tokens]
+    scores = [float(-place[token]) if token in place else _NEVER for token in tokens]
     return Vocabulary("llama", "default", tokens, _with_bytes(tokens), scores, space_prefix=_prefixed(spec))
 
 
