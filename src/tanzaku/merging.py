@@ -99,13 +99,16 @@ def merge(model: nn.Module, name: str = "default", *, dequantize: bool = False, 
             if dtype is not None and quantised(module):
                 undo.append(_replace(model, path, dtype))
             parameter = model.get_parameter(full)
-            if keep:
-                undo.append(partial(_put, model, full, parameter.detach().clone()))
             value = value.view(parameter.shape)
-            lost[full] = _lost(before, value, value.to(parameter.dtype))
+            stored = value.to(parameter.dtype)
+            lost[full] = _lost(before, value, stored)
             types |= {parameter.dtype} if lost[full] else set()
-            parameter.copy_(value)
-            if not keep:
+            if keep:
+                # The old tensor is put aside and not copied: both ways are an exchange.
+                undo.append(partial(_put, model, full, parameter.data))
+                parameter.data = stored
+            else:
+                parameter.copy_(stored)
                 undo.clear()
         if dtype is not None:
             for path in [path for path, module in model.named_modules() if quantised(module)]:
@@ -193,13 +196,14 @@ def _changes(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None) -> I
             done.add(id(value))
             parameter = model.get_parameter(full)
             kind = parameter.dtype if plain(parameter) else cast(torch.dtype, dtype)
-            most = float(value.abs().max()) if value.numel() else 0.0
+            most = max(map(abs, torch.stack(torch.aminmax(value)).tolist())) if value.numel() else 0.0
             if not most <= torch.finfo(kind).max:
                 raise TanzakuError(
                     f"{adapter.method.name}: {full} would hold {most:.3g}, expected at most "
                     f"{torch.finfo(kind).max:.3g} in {kind}; load the base in float32 or bfloat16"
                 )
-            yield full, value.detach()
+            # A strip's own weights stay its own, and may be trained on.
+            yield full, value.detach().clone() if whole else value.detach()
 
 
 def _full(path: str, key: str) -> str:
@@ -230,7 +234,7 @@ def before_merging(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _put(model: nn.Module, key: str, value: Tensor) -> None:
-    model.get_parameter(key).copy_(value)
+    model.get_parameter(key).data = value
 
 
 def _back(undo: list[Callable[[], None]]) -> None:

@@ -369,11 +369,12 @@ def _fill(
         if strict:
             raise TanzakuError(message)
         warnings.warn(f"{message}; what does not fit keeps its initial value", stacklevel=3)
+    exported = {(id(strip), name): tensor for _, name, tensor, strip in expected}
     for strip, named in local.items():
         if type(strip).restore is Strip.restore:
             # What such a strip exports are its own tensors: filling them at once spares a walk for each strip.
-            for name, tensor in strip.export().items():
-                tensor.copy_(named[name])
+            for name, tensor in named.items():
+                exported[id(strip), name].copy_(tensor)
         elif named:
             strip.restore(named)
 

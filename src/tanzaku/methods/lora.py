@@ -80,8 +80,10 @@ class LoraStrip(ModuleStrip):
 
     def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
         weight = full_weight(module)
-        delta = self.delta().t() if isinstance(module, Conv1D) else self.delta()
-        return {"weight": weight + delta.reshape(weight.shape)}
+        a, b = (low.weight.to(weight.dtype) for low in (self.lora_A, self.lora_B))
+        left, right = (a.t(), b.t()) if isinstance(module, Conv1D) else (b, a)
+        # One fused product reads the weight once and writes the sum.
+        return {"weight": torch.addmm(weight, left, right, alpha=self.scaling)}
 
 
 class LoraConv2d(LoraStrip):
@@ -110,6 +112,10 @@ class LoraConv2d(LoraStrip):
         groups = self.r // b.shape[1]
         parts = b.view(groups, -1, b.shape[1]) @ a.view(groups, b.shape[1], -1)
         return parts.flatten(0, 1) * self.scaling
+
+    def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
+        weight = full_weight(module)
+        return {"weight": weight + self.delta().view(weight.shape)}
 
 
 def low_rank(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scaling: float, middle: Tensor | None = None) -> Tensor:
@@ -244,6 +250,8 @@ class LoRA(Method):
 
     def biases(self, base: Base, targets: list[str]) -> Iterator[tuple[str, Strip]]:
         """Strips for the biases that `bias` names. A module that is copied whole has its bias in the copy."""
+        if self.bias == "none":
+            return
         whole = [*base.head_names(), *(self.modules_to_save or [])]
         for path, module in base.model.named_modules():
             if any(f".{name}." in f".{path}." for name in whole):
