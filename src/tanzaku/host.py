@@ -310,7 +310,7 @@ def count(model: nn.Module, name: str = "default") -> Count:
     """Count what `name` trains and all parameters of the base and of it, as HF PEFT counts them."""
     host = host_of(model)
     adapter = host.get(name)
-    base = sum(_numel(p) for _, p in type(model).named_parameters(model))
+    base = sum(numbers_in(p) for _, p in type(model).named_parameters(model))
     frozen_copies = sum(
         p.numel()
         for _, strip in adapter.at()
@@ -322,7 +322,7 @@ def count(model: nn.Module, name: str = "default") -> Count:
     return Count(trainable=sum(p.numel() for _, p in adapter.trained()), total=base + own - frozen_copies)
 
 
-def _numel(parameter: Tensor) -> int:
+def numbers_in(parameter: Tensor) -> int:
     # bitsandbytes packs two 4-bit values into each stored byte.
     if type(parameter).__name__ == "Params4bit":
         return parameter.numel() * 2 * parameter.element_size()

@@ -24,7 +24,6 @@ from tanzaku.errors import TanzakuError, listed
 from tanzaku.export.card import CARD, card, digest_of, kept
 from tanzaku.families import Base
 from tanzaku.files import directory_beside, recover
-from tanzaku.files import replace_directory as _replace  # noqa: F401
 from tanzaku.host import Adapter, Host, attach, detach, host_of
 from tanzaku.merging import before_merging
 from tanzaku.method import Method, Strip
@@ -111,9 +110,9 @@ def load(
 
 
 def _load(model: nn.Module, folder: Path, name: str, strict: bool, method: Method | None) -> Adapter:
-    config = _read_config(folder)
-    tensors = _read_tensors(folder)
-    about = _read_about(folder)
+    config = read_config(folder)
+    tensors = read_tensors(folder)
+    about = read_about(folder)
     method = method_of(config) if method is None else copy.deepcopy(method)
     if about is not None:
         if about.get("sha256") not in (None, _sha256(folder / TENSORS)):
@@ -140,7 +139,7 @@ def _load(model: nn.Module, folder: Path, name: str, strict: bool, method: Metho
 def read_meta(path: str | Path) -> dict[str, Any]:
     """What :func:`save` was given as `meta`; an error where the directory holds no tanzaku.json."""
     recover(Path(path))
-    about = _read_about(Path(path))
+    about = read_about(Path(path))
     if about is None:
         raise TanzakuError(f"{path} has no {META}; expected an adapter directory written by tanzaku")
     meta = about.get("meta")
@@ -561,7 +560,7 @@ def _differing(pairs: dict[str, tuple[list[float], list[float]]]) -> list[str]:
 # -- files
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     recover(folder)
     if not folder.is_dir():
         raise TanzakuError(f"{folder} is no directory; expected an adapter's, with {CONFIG} and {TENSORS}")
@@ -570,7 +569,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return _read_object(folder / CONFIG)
 
 
-def _read_about(folder: Path) -> dict[str, Any] | None:
+def read_about(folder: Path) -> dict[str, Any] | None:
     return _read_object(folder / META) if (folder / META).is_file() else None
 
 
@@ -592,7 +591,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / TENSORS
     if not path.is_file():
         pickled = folder / "adapter_model.bin"

@@ -14,7 +14,7 @@ import pytest
 from cli_kit import ROWS, Said, Tanzaku, assert_refused, results_of, write_tsv
 
 from tanzaku.cli import main
-from tanzaku.cli.predict import _names
+from tanzaku.cli.adapters import names_of
 from tanzaku.tasks import inference
 
 TEXTS = ["the warm rain of spring", "sea", "a cold wind of the winter sea", "warm sea", "the cold wind", "rain"]
@@ -182,7 +182,7 @@ NAMES = [
 
 @pytest.mark.parametrize(("paths", "expected"), NAMES)
 def test_names(paths: list[str], expected: list[str]) -> None:
-    assert _names([Path(path) for path in paths]) == expected
+    assert names_of([Path(path) for path in paths]) == expected
 
 
 def test_the_directory_one_is_in_has_its_name(work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:

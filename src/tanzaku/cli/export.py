@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tanzaku.cli.merge import _base, _check_mergeable, _hang, _read
-from tanzaku.cli.predict import _check_paths, _note
+from tanzaku.cli.adapters import check_mergeable, check_paths, hang, load_base_of, note, read_adapter
 from tanzaku.errors import TanzakuError, listed
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def export(
     A LoRA adapter becomes a small file that lies over a GGUF of the same base; with --merged, the base and the adapter
     become one file, by any method that merges.
     """
-    _check_paths([adapter])
+    check_paths([adapter])
     if outtype not in _TYPES:
         raise TanzakuError(f"--outtype is {outtype!r}, expected {', '.join(_TYPES)}")
     alone = out.suffix == ".gguf"
@@ -46,9 +45,9 @@ def export(
         raise TanzakuError("--merged writes the base with the adapter inside, and --with-base beside it; choose one")
     if alone and with_base:
         raise TanzakuError(f"--with-base writes several files, and --out is the file {out}; expected a directory")
-    given = _read("adapter", adapter)
+    given = read_adapter("adapter", adapter)
     if merged:
-        _check_mergeable(given)
+        check_mergeable(given)
     base = model or given.base
     if base is None:
         raise TanzakuError(f"{adapter} does not name its base model; say with --model where it is")
@@ -68,15 +67,15 @@ def export(
     from tanzaku.quantize import quantised
 
     quieten()
-    loaded, tokenizer = _base(base, [given], "float32" if outtype == "f32" else "auto")
-    _hang(loaded, [given])
+    loaded, tokenizer = load_base_of(base, [given], "float32" if outtype == "f32" else "auto")
+    hang(loaded, [given])
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
         if merged:
             packed = any(quantised(module) for module in loaded.modules())
             tz.merge(loaded, given.name, dequantize=packed, keep=False)
             if (lost := tz.rounding(loaded)).worst:
-                _note(f"{lost}; --outtype f32 keeps it")
+                note(f"{lost}; --outtype f32 keeps it")
             export_model(loaded, _needed(tokenizer, base), file, outtype=outtype, name=name)
         else:
             export_adapter(loaded, given.name, file, outtype=outtype)
@@ -84,15 +83,15 @@ def export(
                 export_model(loaded, _needed(tokenizer, base), base_file, outtype=outtype, name="base")
     for warning in told:
         if str(warning.message).startswith("llama.cpp"):
-            _note(f"warning: {warning.message}")
+            note(f"warning: {warning.message}")
     if not alone:
         start = f"./{file.name}" if merged else "./base.gguf" if base_file.exists() else base
-        note = None if start.startswith("./") else "After FROM: the base as a GGUF file, or a model that Ollama has."
-        text = modelfile(_needed(tokenizer, base), start, adapter=None if merged else f"./{file.name}", note=note)
+        hint = None if start.startswith("./") else "After FROM: the base as a GGUF file, or a model that Ollama has."
+        text = modelfile(_needed(tokenizer, base), start, adapter=None if merged else f"./{file.name}", note=hint)
         with written_beside(out / MODELFILE) as beside:
             beside.write_text(text, encoding="utf-8")
     sizes = [f"{each} ({each.stat().st_size / 1e6:,.1f} MB)" for each in files if each.suffix == ".gguf"]
-    _note(f"{adapter} exported: {', '.join(sizes)}, {outtype}")
+    note(f"{adapter} exported: {', '.join(sizes)}, {outtype}")
 
 
 def _check_free(files: list[Path], out: Path, alone: bool, overwrite: bool) -> None:

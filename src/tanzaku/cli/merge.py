@@ -5,43 +5,29 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tanzaku.cli.predict import _check_paths, _names, _note
+from tanzaku.cli.adapters import (
+    Saved,
+    agreed,
+    check_mergeable,
+    check_paths,
+    hang,
+    load_base_of,
+    names_of,
+    note,
+    read_adapter,
+)
 from tanzaku.errors import TanzakuError, listed, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from tanzaku.method import Method
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-_AUTO = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-_HEADS = re.compile(r"(^|\.)(score|classifier|classification_head)\.")
-
-
-@dataclass(frozen=True)
-class _Adapter:
-    """What an adapter's directory says of the model it was made for."""
-
-    name: str
-    path: Path
-    method: Method
-    base: str | None
-    kind: str | None  # the model's class, or one of transformers' Auto classes
-    labels: tuple[str, ...] | None
-    num_labels: int | None = field(default=None)
 
 
 def merge(
@@ -76,25 +62,25 @@ def merge(
     """
     words, numbers = _split(list(adapters or []), list(weights or []))
     paths = [Path(word) for word in words]
-    _check_paths(paths)
+    check_paths(paths)
     if out is None:
         raise TanzakuError("merge needs --out, the directory to write the model to")
     _check_flags(dtype, max_shard_size)
     from tanzaku.cli.machine import quieten
 
     quieten()
-    given = [_read(name, path) for name, path in zip(_names(paths), paths, strict=True)]
-    base = model or _same(given, "base", "base models", "say with --model where the one base of all is")
+    given = [read_adapter(name, path) for name, path in zip(names_of(paths), paths, strict=True)]
+    base = model or agreed(given, "base", "base models", "say with --model where the one base of all is")
     if base is None:
         raise TanzakuError(f"{given[0].path} does not name its base model; say with --model where it is")
     _check_out(out, overwrite, [*paths, Path(base).expanduser()])
     for each in given:
-        _check_mergeable(each)
+        check_mergeable(each)
     asked = {"how": combine, "density": density, "svd_rank": svd_rank, "copies": copies}
     options = {key: value for key, value in asked.items() if value is not None}
-    loaded, tokenizer = _base(base, given, dtype)
+    loaded, tokenizer = load_base_of(base, given, dtype)
     _check_room(loaded, out)
-    name = _hang(loaded, given)
+    name = hang(loaded, given)
     if len(given) > 1 or numbers is not None or options:
         name = _combined(loaded, given, numbers, options, majority_sign_method, seed)
     _fold(loaded, name)
@@ -104,7 +90,7 @@ def merge(
     size = sum(file.stat().st_size for file in files)
     kind = str(loaded.dtype).removeprefix("torch.")
     many = f"{len(files)} files" if len(files) > 1 else "1 file"
-    _note(f"{listed(each.name for each in given)} merged into {base}: {out}, {_gb(size)} in {many}, {kind}")
+    note(f"{listed(each.name for each in given)} merged into {base}: {out}, {_gb(size)} in {many}, {kind}")
 
 
 # -- what was asked for
@@ -157,158 +143,12 @@ def _check_out(out: Path, overwrite: bool, others: Sequence[Path]) -> None:
 # -- the adapters and their base
 
 
-def _read(name: str, path: Path) -> _Adapter:
-    from tanzaku.store import TENSORS, _read_about, _read_config, method_of
-
-    config, about = _read_config(path), _read_about(path) or {}
-    meta, base = (found if isinstance(found := about.get(key), dict) else {} for key in ("meta", "base"))
-    labels = meta.get("labels")
-    task = config.get("task_type")
-    kind = base.get("architecture") or _AUTO.get(str(task))
-    named = meta.get("model") or config.get("base_model_name_or_path")
-    return _Adapter(
-        name=name,
-        path=path,
-        method=method_of(config),
-        base=named if isinstance(named, str) and named else None,
-        kind=kind if isinstance(kind, str) else None,
-        labels=tuple(map(str, labels)) if isinstance(labels, list) else None,
-        num_labels=len(labels) if isinstance(labels, list) else _width(path / TENSORS),
-    )
-
-
-def _width(tensors: Path) -> int | None:
-    """How many labels the classifier's head in a file tells apart: the fewest rows of a matrix in it."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(tensors, framework="pt") as file:
-            shapes = [file.get_slice(key).get_shape() for key in file.keys() if _HEADS.search(key)]  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return None  # what ails the file is told where it is loaded
-    return min((shape[0] for shape in shapes if len(shape) == 2), default=None)
-
-
-def _same(given: Sequence[_Adapter], key: str, what: str, fix: str) -> Any:
-    """What all adapters say; an error where they differ. Those that say nothing follow the others."""
-    said = [(each, getattr(each, key)) for each in given if getattr(each, key) is not None]
-    for each, value in said[1:]:
-        if value != said[0][1]:
-            raise TanzakuError(
-                f"adapters with different {what}: {said[0][0].path} has {_shown(said[0][1])}, {each.path} has "
-                f"{_shown(value)}; {fix}"
-            )
-    return said[0][1] if said else None
-
-
-def _shown(value: Any) -> str:
-    return listed(value) if isinstance(value, tuple) else repr(value)
-
-
-def _check_mergeable(adapter: _Adapter) -> None:
-    if not adapter.method.mergeable:
-        from tanzaku.methods import METHODS
-
-        able = listed(name for name, method in METHODS.items() if method.mergeable)
-        raise TanzakuError(
-            f"{adapter.path}: {adapter.method.name} is no change of weights, so it cannot be merged; use it as an "
-            f"adapter (tanzaku predict), or train one of {able}"
-        )
-
-
-def _base(name: str, given: Sequence[_Adapter], dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The base model in the class that the adapters were made for, with their labels, and its tokenizer."""
-    import transformers
-
-    from tanzaku.models import agree_on_padding, load_base, load_tokenizer
-
-    one_by_one = "merge them one by one"
-    kind = _same(given, "kind", "kinds of model", one_by_one)
-    labels = _same(given, "labels", "labels", one_by_one)
-    width = _same(given, "num_labels", "numbers of labels", one_by_one)
-    auto = getattr(transformers, kind or "", None) or _own_class(name, given[0])
-    settings: dict[str, Any] = {}
-    if labels is not None:
-        settings = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-        settings["problem_type"] = "single_label_classification"
-    elif width is not None:
-        settings = _labels_of(name, width)
-    model, fresh = load_base(name, auto, dtype=dtype, on_progress=_note, **settings)
-    model.__dict__["_tanzaku_fresh"] = fresh
-    tokenizer: PreTrainedTokenizerBase | None = None
-    if model.main_input_name == "input_ids":
-        if type(model).__name__.endswith("ForSequenceClassification"):
-            tokenizer = load_tokenizer(name, on_progress=_note)
-            agree_on_padding(name, model, tokenizer)
-        else:
-            tokenizer = _plain_tokenizer(name)
-    return model, tokenizer
-
-
-def _own_class(name: str, adapter: _Adapter) -> Any:
-    """The class that the base's own config names, where the adapter names none."""
-    import transformers
-
-    from tanzaku.models import read_config
-
-    found = (read_config(name, on_progress=_note).architectures or [None])[0]
-    auto = getattr(transformers, found or "", None)
-    if auto is None:
-        raise TanzakuError(
-            f"{adapter.path} names no task_type, and {name!r} no architecture that transformers has ({found}); "
-            f"expected a task_type in adapter_config.json, one of {listed(_AUTO)}"
-        )
-    return auto
-
-
-def _labels_of(name: str, width: int) -> dict[str, Any]:
-    """The base's own labels where it has as many, else numbered ones."""
-    from tanzaku.models import read_config
-
-    own = read_config(name, on_progress=_note).id2label or {}
-    return {} if len(own) == width else {"num_labels": width}
-
-
-def _plain_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
-    """The base's tokenizer as it is; none where it has none."""
-    from tanzaku.models import read_tokenizer
-
-    try:
-        return read_tokenizer(name, on_progress=_note)
-    except TanzakuError as error:
-        _note(f"no tokenizer is written: {error}")
-        return None
-
-
-def _hang(model: PreTrainedModel, given: Sequence[_Adapter]) -> str:
-    """Attach the adapters. What the checkpoint lacks must come from one of them."""
-    import tanzaku as tz
-    from tanzaku.host import host_of
-    from tanzaku.weights import WeightStrip
-
-    for each in given:
-        tz.load(model, each.path, each.name)
-    host = host_of(model)
-    covered = {path for each in given for path, s in host.get(each.name).at() if isinstance(s, WeightStrip)}
-    lacking = [key for key in model.__dict__.pop("_tanzaku_fresh") if not any(_below(key, path) for path in covered)]
-    if lacking:
-        raise TanzakuError(
-            f"neither the base nor {given[0].path} has {listed(lacking, 3)} of a {type(model).__name__}, which would "
-            "stay random; expected the model that the adapter was trained on (--model)"
-        )
-    return given[0].name
-
-
-def _below(key: str, path: str) -> bool:
-    return not path or key.startswith(f"{path}.")
-
-
 # -- combining, merging, writing
 
 
 def _combined(
     model: PreTrainedModel,
-    given: Sequence[_Adapter],
+    given: Sequence[Saved],
     weights: list[float] | None,
     options: dict[str, Any],
     sign: str,
@@ -334,7 +174,7 @@ def _fold(model: PreTrainedModel, name: str) -> None:
     tz.merge(model, name, dequantize=packed, keep=False)
     lost = tz.rounding(model)
     if lost.worst:
-        _note(f"{lost}; --dtype float32 keeps it")
+        note(f"{lost}; --dtype float32 keeps it")
 
 
 def _check_room(model: PreTrainedModel, out: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tanzaku.cli.adapters import check_paths, names_of, note
 from tanzaku.errors import TanzakuError, listed, nearest
-from tanzaku.files import recover, written_beside
+from tanzaku.files import written_beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,7 +61,7 @@ def predict(
     """
     # The option takes one word; the others fall to the argument.
     paths = [*(named or []), *(adapters or [])]
-    _check_paths(paths)
+    check_paths(paths)
     _check_out(out, data)
     if device not in ("auto", "cpu", "cuda", "mps"):
         raise TanzakuError(f"--device is {device!r}, expected auto, cpu, cuda or mps")
@@ -71,7 +71,7 @@ def predict(
     from tanzaku.tasks.inference import probabilities
 
     quieten()
-    given = [_Adapter(name, path, _meta(path)) for name, path in zip(_names(paths), paths, strict=True)]
+    given = [_Adapter(name, path, _meta(path)) for name, path in zip(names_of(paths), paths, strict=True)]
     _check_fit(given, model, text, text_pair)
     place = device_named(device)
     meta = given[0].meta
@@ -85,7 +85,7 @@ def predict(
     for column in columns:
         if column is not None:
             table.column(column)
-    tokenizer = load_tokenizer(base, on_progress=_note)
+    tokenizer = load_tokenizer(base, on_progress=note)
     splits = _encoded(given, table, tokenizer, *columns)
     classifier = load_classifier(base, len(labels), id2label=dict(enumerate(labels)))
     _load(classifier, given)
@@ -100,37 +100,10 @@ def predict(
         return
     with written_beside(out) as beside, beside.open("w", encoding="utf-8", newline="") as file:
         file.writelines(lines)
-    _note(f"{len(texts)} rows written to {out}")
+    note(f"{len(texts)} rows written to {out}")
 
 
 # -- which adapters
-
-
-def _check_paths(paths: Sequence[Path]) -> None:
-    if not paths:
-        raise TanzakuError("no adapter is named; expected directories, as in runs/poems/adapters/lora (predict --help)")
-    seen: dict[Path, Path] = {}
-    for path in paths:
-        recover(path)
-        if not path.is_dir():
-            raise TanzakuError(f"there is no adapter {path}{_neighbour(path)}")
-        other = seen.setdefault(path.resolve(), path)
-        if other is not path:
-            again = f"{path} is given twice" if path == other else f"{other} and {path} are one adapter"
-            raise TanzakuError(f"{again}; name each adapter once")
-
-
-def _neighbour(path: Path) -> str:
-    """What is wrong with a path, and the nearest name in the last of its folders that is there."""
-    if path.exists():
-        return ": that is a file; expected an adapter's directory"
-    missing = path
-    while not missing.parent.is_dir():
-        missing = missing.parent
-    folders = sorted(entry.name for entry in missing.parent.iterdir() if entry.is_dir())
-    folder = "" if missing == path else f", nor a folder {missing}"
-    near = nearest(missing.name, folders) or (f"; {missing.parent} has {listed(folders)}" if folders else "")
-    return folder + near
 
 
 def _meta(path: Path) -> dict[str, Any]:
@@ -147,35 +120,6 @@ def _meta(path: Path) -> dict[str, Any]:
                 f"{path} does not say its {key}; expected an adapter that tanzaku train or compare has written"
             )
     return {"text_pair": None, **meta}
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    """A name for each directory, as the command's help says; what no adapter's name may hold becomes `-`."""
-    # From the last part up, as typed: a link has the name that it was given.
-    full = [path.resolve() if ".." in path.parts else path.absolute() for path in paths]
-    parts = [[_clean(part) for part in reversed(path.parts[1:])] or ["adapter"] for path in full]
-    shared = Counter(each[0] for each in parts)
-    names: list[str] = []
-    for each in parts:
-        name = each[0]
-        if shared[name] > 1:
-            alike = [other for other in parts if other[0] == name]
-            depths = range(1, min(map(len, alike)))
-            apart = next((d for d in depths if len({other[d] for other in alike}) == len(alike)), None)
-            name = name if apart is None else f"{each[apart]}-{name}"
-        number = next(n for n in range(1, len(paths) + 1) if _numbered(name, n) not in names)
-        names.append(_numbered(name, number))
-    return names
-
-
-def _clean(part: str) -> str:
-    if re.fullmatch(r"[A-Za-z0-9_-]+", part):
-        return part
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", part).strip("-") or "adapter"
-
-
-def _numbered(name: str, number: int) -> str:
-    return name if number == 1 else f"{name}-{number}"
 
 
 def _check_fit(adapters: Sequence[_Adapter], model: str | None, text: str | None, text_pair: str | None) -> None:
@@ -222,7 +166,7 @@ def _encoded(
         if split.truncated:
             names = [adapter.name for adapter in adapters if adapter.meta["max_length"] == length]
             whose = f" for {listed(names)}" if len(lengths) > 1 else ""
-            _note(f"{split.truncated} of {len(split)} texts were cut at {length} tokens{whose}")
+            note(f"{split.truncated} of {len(split)} texts were cut at {length} tokens{whose}")
     return {adapter.name: splits[adapter.meta["max_length"]] for adapter in adapters}
 
 
@@ -233,9 +177,9 @@ def _load(model: PreTrainedModel, adapters: Sequence[_Adapter]) -> None:
     for adapter in adapters:
         method = load(model, adapter.path, adapter.name).method
         if len(adapters) > 1 and adapter.name != adapter.path.name:
-            _note(f"{adapter.name} is {adapter.path}")
+            note(f"{adapter.name} is {adapter.path}")
         if len(adapters) > 1 and not method.shares_batch:
-            _note(f"{adapter.name} ({method.name}) changes every weight: it takes a pass of its own")
+            note(f"{adapter.name} ({method.name}) changes every weight: it takes a pass of its own")
 
 
 # -- what comes out
@@ -297,7 +241,3 @@ def _lines(
         }
         one = next(iter(found.values()))
         yield json.dumps({"text": text, **(one if len(found) == 1 else {"adapters": found})}, ensure_ascii=False) + "\n"
-
-
-def _note(line: str) -> None:
-    print(line, file=sys.stderr)

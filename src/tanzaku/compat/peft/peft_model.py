@@ -27,7 +27,7 @@ from tanzaku.compat.peft.config import AdaLoraConfig, PeftConfig, PromptEncoderC
 from tanzaku.compat.peft.seeding import draw_as_peft
 from tanzaku.compat.peft.utils import in_peft
 from tanzaku.errors import TanzakuError, listed, nearest
-from tanzaku.host import Adapter, Count, Host, _numel, activate, adapters, attach, detach, host_of, route
+from tanzaku.host import Adapter, Count, Host, activate, adapters, attach, detach, host_of, numbers_in, route
 from tanzaku.merging import merge, unmerge
 from tanzaku.method import ModuleStrip
 from tanzaku.routing import Entry
@@ -496,7 +496,7 @@ class PeftModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Numbers of parameters: those that train, and all."""
-        sizes = [(_numel(p), p.requires_grad) for _, p in self.named_parameters()]
+        sizes = [(numbers_in(p), p.requires_grad) for _, p in self.named_parameters()]
         return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
     def print_trainable_parameters(self) -> None:

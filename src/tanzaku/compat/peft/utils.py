@@ -16,7 +16,7 @@ from tanzaku.host import Adapter
 from tanzaku.method import AttentionStrip, Strip
 from tanzaku.methods.adalora import SvdStrip
 from tanzaku.methods.prompt_tuning import PromptLearning
-from tanzaku.store import _read_tensors, entries
+from tanzaku.store import entries, read_tensors
 from tanzaku.weights import WeightStrip
 
 if TYPE_CHECKING:
@@ -100,5 +100,5 @@ def load_peft_weights(model_id: str | Path, device: str | None = None) -> dict[s
     Args:
         device: where they shall be; None: the CPU.
     """
-    tensors = _read_tensors(Path(model_id))
+    tensors = read_tensors(Path(model_id))
     return tensors if device is None else {key: tensor.to(device) for key, tensor in tensors.items()}

@@ -1,0 +1,256 @@
+"""What verbs that take adapters share: which directories are meant, what they say of themselves, and their base."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tanzaku.errors import TanzakuError, listed, nearest
+from tanzaku.files import recover
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tanzaku.method import Method
+
+_AUTO = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+_HEADS = re.compile(r"(^|\.)(score|classifier|classification_head)\.")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What an adapter's directory says of the model it was made for."""
+
+    name: str
+    path: Path
+    method: Method
+    base: str | None
+    kind: str | None  # the model's class, or one of transformers' Auto classes
+    labels: tuple[str, ...] | None
+    num_labels: int | None = field(default=None)
+
+
+def note(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+# -- which directories
+
+
+def check_paths(paths: Sequence[Path]) -> None:
+    if not paths:
+        raise TanzakuError("no adapter is named; expected directories, as in runs/poems/adapters/lora (predict --help)")
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        recover(path)
+        if not path.is_dir():
+            raise TanzakuError(f"there is no adapter {path}{_neighbour(path)}")
+        other = seen.setdefault(path.resolve(), path)
+        if other is not path:
+            again = f"{path} is given twice" if path == other else f"{other} and {path} are one adapter"
+            raise TanzakuError(f"{again}; name each adapter once")
+
+
+def _neighbour(path: Path) -> str:
+    """What is wrong with a path, and the nearest name in the last of its folders that is there."""
+    if path.exists():
+        return ": that is a file; expected an adapter's directory"
+    missing = path
+    while not missing.parent.is_dir():
+        missing = missing.parent
+    folders = sorted(entry.name for entry in missing.parent.iterdir() if entry.is_dir())
+    folder = "" if missing == path else f", nor a folder {missing}"
+    near = nearest(missing.name, folders) or (f"; {missing.parent} has {listed(folders)}" if folders else "")
+    return folder + near
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """A name for each directory, as the command's help says; what no adapter's name may hold becomes `-`."""
+    # From the last part up, as typed: a link has the name that it was given.
+    full = [path.resolve() if ".." in path.parts else path.absolute() for path in paths]
+    parts = [[_clean(part) for part in reversed(path.parts[1:])] or ["adapter"] for path in full]
+    shared = Counter(each[0] for each in parts)
+    names: list[str] = []
+    for each in parts:
+        name = each[0]
+        if shared[name] > 1:
+            alike = [other for other in parts if other[0] == name]
+            depths = range(1, min(map(len, alike)))
+            apart = next((d for d in depths if len({other[d] for other in alike}) == len(alike)), None)
+            name = name if apart is None else f"{each[apart]}-{name}"
+        number = next(n for n in range(1, len(paths) + 1) if _numbered(name, n) not in names)
+        names.append(_numbered(name, number))
+    return names
+
+
+def _clean(part: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9_-]+", part):
+        return part
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", part).strip("-") or "adapter"
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}-{number}"
+
+
+# -- the adapters and their base
+
+
+def read_adapter(name: str, path: Path) -> Saved:
+    from tanzaku.store import TENSORS, method_of, read_about, read_config
+
+    config, about = read_config(path), read_about(path) or {}
+    meta, base = (found if isinstance(found := about.get(key), dict) else {} for key in ("meta", "base"))
+    labels = meta.get("labels")
+    task = config.get("task_type")
+    kind = base.get("architecture") or _AUTO.get(str(task))
+    named = meta.get("model") or config.get("base_model_name_or_path")
+    return Saved(
+        name=name,
+        path=path,
+        method=method_of(config),
+        base=named if isinstance(named, str) and named else None,
+        kind=kind if isinstance(kind, str) else None,
+        labels=tuple(map(str, labels)) if isinstance(labels, list) else None,
+        num_labels=len(labels) if isinstance(labels, list) else _width(path / TENSORS),
+    )
+
+
+def _width(tensors: Path) -> int | None:
+    """How many labels the classifier's head in a file tells apart: the fewest rows of a matrix in it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(tensors, framework="pt") as file:
+            shapes = [file.get_slice(key).get_shape() for key in file.keys() if _HEADS.search(key)]  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None  # what ails the file is told where it is loaded
+    return min((shape[0] for shape in shapes if len(shape) == 2), default=None)
+
+
+def agreed(given: Sequence[Saved], key: str, what: str, fix: str) -> Any:
+    """What all adapters say; an error where they differ. Those that say nothing follow the others."""
+    said = [(each, getattr(each, key)) for each in given if getattr(each, key) is not None]
+    for each, value in said[1:]:
+        if value != said[0][1]:
+            raise TanzakuError(
+                f"adapters with different {what}: {said[0][0].path} has {_shown(said[0][1])}, {each.path} has "
+                f"{_shown(value)}; {fix}"
+            )
+    return said[0][1] if said else None
+
+
+def _shown(value: Any) -> str:
+    return listed(value) if isinstance(value, tuple) else repr(value)
+
+
+def check_mergeable(adapter: Saved) -> None:
+    if not adapter.method.mergeable:
+        from tanzaku.methods import METHODS
+
+        able = listed(name for name, method in METHODS.items() if method.mergeable)
+        raise TanzakuError(
+            f"{adapter.path}: {adapter.method.name} is no change of weights, so it cannot be merged; use it as an "
+            f"adapter (tanzaku predict), or train one of {able}"
+        )
+
+
+def load_base_of(
+    name: str, given: Sequence[Saved], dtype: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The base model in the class that the adapters were made for, with their labels, and its tokenizer."""
+    import transformers
+
+    from tanzaku.models import agree_on_padding, load_base, load_tokenizer
+
+    one_by_one = "merge them one by one"
+    kind = agreed(given, "kind", "kinds of model", one_by_one)
+    labels = agreed(given, "labels", "labels", one_by_one)
+    width = agreed(given, "num_labels", "numbers of labels", one_by_one)
+    auto = getattr(transformers, kind or "", None) or _own_class(name, given[0])
+    settings: dict[str, Any] = {}
+    if labels is not None:
+        settings = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        settings["problem_type"] = "single_label_classification"
+    elif width is not None:
+        settings = _labels_of(name, width)
+    model, fresh = load_base(name, auto, dtype=dtype, on_progress=note, **settings)
+    model.__dict__["_tanzaku_fresh"] = fresh
+    tokenizer: PreTrainedTokenizerBase | None = None
+    if model.main_input_name == "input_ids":
+        if type(model).__name__.endswith("ForSequenceClassification"):
+            tokenizer = load_tokenizer(name, on_progress=note)
+            agree_on_padding(name, model, tokenizer)
+        else:
+            tokenizer = _plain_tokenizer(name)
+    return model, tokenizer
+
+
+def _own_class(name: str, adapter: Saved) -> Any:
+    """The class that the base's own config names, where the adapter names none."""
+    import transformers
+
+    from tanzaku.models import read_config
+
+    found = (read_config(name, on_progress=note).architectures or [None])[0]
+    auto = getattr(transformers, found or "", None)
+    if auto is None:
+        raise TanzakuError(
+            f"{adapter.path} names no task_type, and {name!r} no architecture that transformers has ({found}); "
+            f"expected a task_type in adapter_config.json, one of {listed(_AUTO)}"
+        )
+    return auto
+
+
+def _labels_of(name: str, width: int) -> dict[str, Any]:
+    """The base's own labels where it has as many, else numbered ones."""
+    from tanzaku.models import read_config
+
+    own = read_config(name, on_progress=note).id2label or {}
+    return {} if len(own) == width else {"num_labels": width}
+
+
+def _plain_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    """The base's tokenizer as it is; none where it has none."""
+    from tanzaku.models import read_tokenizer
+
+    try:
+        return read_tokenizer(name, on_progress=note)
+    except TanzakuError as error:
+        note(f"no tokenizer is written: {error}")
+        return None
+
+
+def hang(model: PreTrainedModel, given: Sequence[Saved]) -> str:
+    """Attach the adapters. What the checkpoint lacks must come from one of them."""
+    import tanzaku as tz
+    from tanzaku.host import host_of
+    from tanzaku.weights import WeightStrip
+
+    for each in given:
+        tz.load(model, each.path, each.name)
+    host = host_of(model)
+    covered = {path for each in given for path, s in host.get(each.name).at() if isinstance(s, WeightStrip)}
+    lacking = [key for key in model.__dict__.pop("_tanzaku_fresh") if not any(_below(key, path) for path in covered)]
+    if lacking:
+        raise TanzakuError(
+            f"neither the base nor {given[0].path} has {listed(lacking, 3)} of a {type(model).__name__}, which would "
+            "stay random; expected the model that the adapter was trained on (--model)"
+        )
+    return given[0].name
+
+
+def _below(key: str, path: str) -> bool:
+    return not path or key.startswith(f"{path}.")
