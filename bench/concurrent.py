@@ -22,9 +22,9 @@ from bench.subjects import METHODS, ours, peft_stepper, theirs
 from tanzaku.families import Base
 from tanzaku.tasks.classification import Example, Labels, Split
 from tanzaku.tasks.prepare import ClassificationData
-from tanzaku.train.loop import train_jobs
+from tanzaku.train.loop import Silent, train_jobs
 from tanzaku.train.memory import LiveBytes
-from tanzaku.train.results import Job
+from tanzaku.train.results import Job, JobResult
 from tanzaku.train.settings import TrainSettings
 
 BOOK = [name for name in METHODS if name not in ("full", "head")]
@@ -105,19 +105,28 @@ def tanzaku_seconds(model: PreTrainedModel, candidates: Sequence[Candidate], dat
     """Tanzaku over all rows, a row of every candidate in each step."""
     warm = Split("train", data.train.examples[:1], [""], 0, "")
     run(model, candidates, ClassificationData(warm, None, None, data.labels, data.pad_token_id))
-    wait(model)
-    began = time.perf_counter()
-    run(model, candidates, data)
-    wait(model)
-    return time.perf_counter() - began
+    return run(model, candidates, data)
 
 
-def run(model: PreTrainedModel, candidates: Sequence[Candidate], data: ClassificationData) -> None:
-    """Train the candidates together."""
+class FromStart(Silent):
+    """Notes when the last job was attached and ready."""
+
+    began = 0.0
+
+    def job_started(self, job: Job, result: JobResult, steps: int) -> None:
+        self.began = time.perf_counter()
+
+
+def run(model: PreTrainedModel, candidates: Sequence[Candidate], data: ClassificationData) -> float:
+    """Train the candidates together; seconds since all of them were attached."""
+    clock = FromStart()
     jobs = [Job(c.name, c.ours(), SETTINGS.model_copy(update={"seed": i})) for i, c in enumerate(candidates)]
-    results = train_jobs(model, data, jobs, rows_per_step=len(jobs))
+    results = train_jobs(model, data, jobs, rows_per_step=len(jobs), observer=clock)
+    wait(model)
+    spent = time.perf_counter() - clock.began
     if failed := [f"{r.name}: {r.error}" for r in results if r.status != "done"]:
         raise RuntimeError("; ".join(failed))
+    return spent
 
 
 def wait(model: PreTrainedModel) -> None:

@@ -191,3 +191,13 @@ def test_a_tracker_gets_every_epoch(tmp_path: Path) -> None:
     events.Reload()
     assert {"train/loss", "valid/loss", "valid/accuracy"} <= set(events.Tags()["scalars"])
     assert len(events.Scalars("train/loss")) == 2
+
+
+def test_a_base_that_passes_no_gradient_back_is_an_error_and_no_silent_training_of_the_head() -> None:
+    model = tiny("llama", num_labels=2)
+    model.model.norm.register_forward_hook(lambda module, args, out: out.detach())
+    jobs = [job(), Job("head", tz.Head(), FAST), Job("prompt", tz.PromptTuning(num_virtual_tokens=2), FAST)]
+    lora, head, prompt = train_jobs(model, task(), jobs)
+    assert (lora.status, head.status, prompt.status) == ("failed", "done", "failed")
+    assert "what lora trains at model.layers.0.self_attn.q_proj (Linear, Parameter)" in str(lora.error)
+    assert "no gradient reaches what prompt_tuning trains at the tokens" in str(prompt.error)

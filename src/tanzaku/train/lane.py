@@ -22,7 +22,7 @@ from tanzaku.tasks.prepare import ClassificationData
 from tanzaku.train.memory import Need
 from tanzaku.train.products import lowest_layer
 from tanzaku.train.results import EpochRecord, Job, JobResult
-from tanzaku.weights import BiasStrip
+from tanzaku.weights import BiasStrip, WeightStrip
 
 # What transformers' Trainer spares from weight decay, by the parameter's name.
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
@@ -169,7 +169,13 @@ class Lane:
             parameter.grad = gradient
 
     def backward_done(self) -> bool:
-        """Step the optimizer if its share of batches is complete; tells whether an epoch ended."""
+        """Step the optimizer if its share of batches is complete; tells whether an epoch ended.
+
+        Raises:
+            TanzakuError: the first backward pass reached nothing of what the method itself has to train.
+        """
+        if self.batch == 0:
+            self._check_gradients()
         self._pending += 1
         self.batch += 1
         if self._pending == self._next_share:
@@ -186,6 +192,18 @@ class Lane:
         ended = self._next_ends
         self._advance()
         return ended
+
+    def _check_gradients(self) -> None:
+        # Some quantised layers compute forward only: then a head would learn, and all else stay as it was drawn.
+        own = [(path, s) for path, s in self.adapter.at() if not isinstance(s, WeightStrip)]
+        trained = [p for _, strip in own for p in strip.parameters() if p.requires_grad]
+        if trained and all(p.grad is None for p in trained):
+            module = self.adapter.base.model.get_submodule(own[0][0])
+            kind = type(getattr(module, "weight", None)).__name__
+            raise TanzakuError(
+                f"no gradient reaches what {self.job.method.name} trains at {own[0][0] or 'the tokens'} "
+                f"({type(module).__name__}, {kind}): the base's layers have no backward pass; load it in another format"
+            )
 
     def end_epoch(self, valid: dict[str, float]) -> EpochRecord:
         """Close an epoch with its validation figures; keeps the best weights where they are wanted."""
