@@ -11,6 +11,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +72,13 @@ def save(
     target = target.resolve() if target.is_symlink() else target
     tensors = _apart({**_resized_embeddings(host, adapter), **{k: t for k, (t, _) in entries(adapter).items()}})
     try:
-        with directory_beside(target) as beside:
+        with directory_beside(target) as beside, ThreadPoolExecutor(1) as aside:
             save_file(tensors, beside / TENSORS, metadata={"format": "pt"})
-            about = {
-                "format": 2,
-                "base": describe(host.base, adapter),
-                "sha256": _sha256(beside / TENSORS),
-                "meta": meta or {},
-            }
+            checksum = aside.submit(_sha256, beside / TENSORS)
+            about = {"format": 2, "base": describe(host.base, adapter), "meta": meta or {}}
             config = config_of(host, adapter)
             text = card(adapter.method, config, meta or {}, training or {}, tensors)
-            about["card"] = digest_of(text)
+            about |= {"card": digest_of(text), "sha256": checksum.result()}
             (beside / CONFIG).write_text(_json(config), encoding="utf-8")
             (beside / META).write_text(_json(about), encoding="utf-8")
             (beside / CARD).write_text(kept(target) or text, encoding="utf-8")
@@ -111,22 +108,26 @@ def load(
 
 def _load(model: nn.Module, folder: Path, name: str, strict: bool, method: Method | None) -> Adapter:
     config = read_config(folder)
-    tensors = read_tensors(folder)
     about = read_about(folder)
-    method = method_of(config) if method is None else copy.deepcopy(method)
-    if about is not None:
-        if about.get("sha256") not in (None, _sha256(folder / TENSORS)):
-            raise TanzakuError(f"{folder / TENSORS} is damaged: its checksum is not the one written beside it")
-        _check_base(model, about.get("base") or {}, folder, strict)
+    with ThreadPoolExecutor(1) as aside:  # a checksum takes as long as all the rest, and needs no lock
+        checksum = None if about is None else aside.submit(_sha256, folder / TENSORS)
+        tensors = read_tensors(folder)
+        method = method_of(config) if method is None else copy.deepcopy(method)
+        if about is not None and checksum is not None:
+            _check_base(model, about.get("base") or {}, folder, strict)
+            if about.get("sha256") not in (None, checksum.result()):
+                raise TanzakuError(f"{folder / TENSORS} is damaged: its checksum is not the one written beside it")
     method.modules_to_save = _ending(model, method.modules_to_save)
     if about is None:
         _drop_strangers(model, method)
     # What a file holds is past its beginning: no initial text is read, and an MLP that wrote the tensors is gone.
     method.inference_mode = True
+    method.to_fill = True
     # Initial values are drawn by a seed, so that loading leaves torch's global generator alone.
     numbers = [*tensors.values(), *type(model).parameters(model)]
     with Allowance(sum(tensor.numel() for tensor in numbers)):
         adapter = attach(model, method, name, seed=0)
+    adapter.method.to_fill = False
     try:
         _own_embeddings(model, adapter, tensors)
         _fill(model, adapter, tensors, folder, about, strict)

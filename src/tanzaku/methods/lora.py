@@ -229,7 +229,7 @@ class LoRA(Method):
         groups = module.groups if isinstance(module, nn.Conv2d) else 1
         self.require(r % groups == 0, f"r={r} for {path}", f"a multiple of its {groups} groups")
         features(module, path)
-        return kind(module, r, scaling, self.lora_dropout, self.init_lora_weights)
+        return kind(module, r, scaling, self.lora_dropout, None if self.to_fill else self.init_lora_weights)
 
     def find(self, base: Base) -> list[tuple[str, nn.Module]]:
         """Target modules with their paths; remembers the family's default names in the settings."""
@@ -272,7 +272,9 @@ def pattern(values: dict[str, Any], path: str, default: Any) -> Any:
 
 
 def initialise(strip: LoraStrip, module: nn.Module, init: Any) -> None:
-    """Fill A and B in place as `init_lora_weights` says."""
+    """Fill A and B in place as `init_lora_weights` says; None leaves zeros."""
+    if init is None:
+        return
     a, b = strip.lora_A.weight, strip.lora_B.weight
     if init is True or init is False:
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
