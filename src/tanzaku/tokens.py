@@ -57,9 +57,12 @@ class VirtualTokens:
         entrance = model.get_encoder() if base.encoder_decoder else base.backbone
         if self.width:
             own = getattr(entrance, "embed_tokens", None) if base.encoder_decoder else None
-            embedding: nn.Module = own if isinstance(own, nn.Module) else base.embedding
-            handles.append(embedding.register_forward_pre_hook(self._hide_ids))
-            handles.append(embedding.register_forward_hook(self._embed))
+            # One table may be in several modules (T5's encoder has its own); one of them is run.
+            table = base.embedding.weight
+            tied = [m for m in entrance.modules() if isinstance(m, nn.Embedding) and m.weight is table]
+            for embedding in [own] if isinstance(own, nn.Module) else tied or [base.embedding]:
+                handles.append(embedding.register_forward_pre_hook(self._hide_ids))
+                handles.append(embedding.register_forward_hook(self._embed))
             handles += self._enter(entrance, self.counts, [0] * len(self.counts))
             if base.encoder_decoder:
                 decoder = model.get_decoder()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, T5Config, T5ForTokenClassification
 
 import tanzaku as tz
 from models import batch, tiny
@@ -171,3 +171,22 @@ def test_images_have_no_virtual_tokens(method):
     """A model that reads no token ids is an error that says so."""
     with pytest.raises(tz.TanzakuError, match="reads no token ids"):
         tz.attach(tiny("vit"), method, "x")
+
+
+@pytest.mark.parametrize("method", [tz.PromptTuning(num_virtual_tokens=3), tz.PTuning(num_virtual_tokens=3)])
+def test_an_encoder_with_a_table_of_its_own(method):
+    """T5's tagger: the embedding that the model names is tied to that of its encoder, which is the one that runs."""
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=100, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, num_labels=3)
+    model = T5ForTokenClassification(config).eval()
+    ids = torch.randint(5, 100, (2, 7))
+    base = model(input_ids=ids).logits
+    tz.attach(model, method, "a", seed=0)
+    with tz.route(model, ["a", None]):
+        mixed = model(input_ids=ids).logits
+    with tz.route(model, ["a"]):
+        alone = model(input_ids=ids[:1]).logits
+    assert mixed.shape == base.shape
+    torch.testing.assert_close(mixed[1], base[1])
+    torch.testing.assert_close(mixed[:1], alone)
+    assert not torch.allclose(mixed[0], base[0], atol=1e-3)
