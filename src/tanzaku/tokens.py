@@ -59,7 +59,7 @@ class VirtualTokens:
             own = getattr(entrance, "embed_tokens", None) if base.encoder_decoder else None
             # One table may be in several modules (T5's encoder has its own); one of them is run.
             table = base.embedding.weight
-            tied = [m for m in entrance.modules() if isinstance(m, nn.Embedding) and m.weight is table]
+            tied: list[nn.Module] = [m for m in entrance.modules() if isinstance(m, nn.Embedding) and m.weight is table]
             for embedding in [own] if isinstance(own, nn.Module) else tied or [base.embedding]:
                 handles.append(embedding.register_forward_pre_hook(self._hide_ids))
                 handles.append(embedding.register_forward_hook(self._embed))

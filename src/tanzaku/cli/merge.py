@@ -78,12 +78,15 @@ def merge(
         check_mergeable(each)
     asked = {"how": combine, "density": density, "svd_rank": svd_rank, "copies": copies}
     options = {key: value for key, value in asked.items() if value is not None}
+    if dtype == "auto" and (base == "embedded" or base.lower().endswith(".gguf")):
+        dtype = "float32"  # what a GGUF holds has no type of its own: float16 is how it is kept after unpacking
     loaded, tokenizer = load_base_of(base, given, dtype)
     _check_room(loaded, out)
     name = hang(loaded, given)
     if len(given) > 1 or numbers is not None or options:
         name = _combined(loaded, given, numbers, options, majority_sign_method, seed)
     _fold(loaded, name)
+    _check_range(loaded, base)
     _check_room(loaded, out)
     _write(loaded, tokenizer, base, out, max_shard_size)
     files = sorted(out.glob("*.safetensors"))
@@ -175,6 +178,20 @@ def _fold(model: PreTrainedModel, name: str) -> None:
     lost = tz.rounding(model)
     if lost.worst:
         note(f"{lost}; --dtype float32 keeps it")
+
+
+def _check_range(model: PreTrainedModel, base: str) -> None:
+    """An error where the model computes nothing: activations of some, as of Gemma's, are beyond float16."""
+    import torch
+
+    if model.dtype != torch.float16 or model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
+        return
+    with torch.inference_mode():
+        out = model(input_ids=torch.arange(1, 9)[None])[0]
+    if not out.isfinite().all():
+        raise TanzakuError(
+            f"{base!r} in float16 gives numbers that are not finite; expected --dtype bfloat16 or float32"
+        )
 
 
 def _check_room(model: PreTrainedModel, out: Path) -> None:
