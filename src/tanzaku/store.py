@@ -24,7 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.export.card import CARD, card, digest_of, kept
 from tanzaku.families import Base
-from tanzaku.files import directory_beside, recover
+from tanzaku.files import directory_beside, recover, to_disk
 from tanzaku.host import Adapter, Host, attach, detach, host_of
 from tanzaku.merging import before_merging
 from tanzaku.method import Method, Strip
@@ -72,9 +72,10 @@ def save(
     target = target.resolve() if target.is_symlink() else target
     tensors = _apart({**_resized_embeddings(host, adapter), **{k: t for k, (t, _) in entries(adapter).items()}})
     try:
-        with directory_beside(target) as beside, ThreadPoolExecutor(1) as aside:
+        with directory_beside(target) as beside, ThreadPoolExecutor(2) as aside:
             save_file(tensors, beside / TENSORS, metadata={"format": "pt"})
             checksum = aside.submit(_sha256, beside / TENSORS)
+            aside.submit(to_disk, beside / TENSORS)  # so that little is left to wait for at the end
             about = {"format": 2, "base": describe(host.base, adapter), "meta": meta or {}}
             config = config_of(host, adapter)
             text = card(adapter.method, config, meta or {}, training or {}, tensors)
