@@ -145,7 +145,7 @@ class Method:
     file_prefix: ClassVar[str] = "base_model.model."
     space: ClassVar[Spaces] = spaces(learning_rate=Range(1e-5, 1e-2, log=True))  # what a search draws; see open_space
 
-    to_fill = False  # True on one that is built for a file: its weights need not be drawn
+    _to_fill = False  # True on one that is built for a file: its weights need not be drawn
 
     modules_to_save: list[str] | None = field(default=None, kw_only=True)
     task_type: str | None = field(default=None, kw_only=True)

@@ -123,12 +123,12 @@ def _load(model: nn.Module, folder: Path, name: str, strict: bool, method: Metho
         _drop_strangers(model, method)
     # What a file holds is past its beginning: no initial text is read, and an MLP that wrote the tensors is gone.
     method.inference_mode = True
-    method.to_fill = True
+    method._to_fill = True
     # Initial values are drawn by a seed, so that loading leaves torch's global generator alone.
     numbers = [*tensors.values(), *type(model).parameters(model)]
     with Allowance(sum(tensor.numel() for tensor in numbers)):
         adapter = attach(model, method, name, seed=0)
-    adapter.method.to_fill = False
+    adapter.method._to_fill = False
     try:
         _own_embeddings(model, adapter, tensors)
         _fill(model, adapter, tensors, folder, about, strict)

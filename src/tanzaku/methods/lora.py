@@ -229,7 +229,7 @@ class LoRA(Method):
         groups = module.groups if isinstance(module, nn.Conv2d) else 1
         self.require(r % groups == 0, f"r={r} for {path}", f"a multiple of its {groups} groups")
         features(module, path)
-        return kind(module, r, scaling, self.lora_dropout, None if self.to_fill else self.init_lora_weights)
+        return kind(module, r, scaling, self.lora_dropout, None if self._to_fill else self.init_lora_weights)
 
     def find(self, base: Base) -> list[tuple[str, nn.Module]]:
         """Target modules with their paths; remembers the family's default names in the settings."""
@@ -245,6 +245,9 @@ class LoRA(Method):
 
     def check(self) -> None:
         self.require(self.r > 0, f"r={self.r}", "a rank of 1 or more")
+        inits = (True, False, "gaussian", "orthogonal")
+        expected = "true, false, 'gaussian' or 'orthogonal'"
+        self.require(self.init_lora_weights in inits, f"init_lora_weights={self.init_lora_weights!r}", expected)
         self.require(0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout}", "a probability below 1")
         self.require(self.bias in ("none", "all", "lora_only"), f"bias={self.bias!r}", "'none', 'all' or 'lora_only'")
 
@@ -282,7 +285,7 @@ def initialise(strip: LoraStrip, module: nn.Module, init: Any) -> None:
             nn.init.kaiming_uniform_(b, a=math.sqrt(5))
     elif init == "gaussian":
         nn.init.normal_(a, std=1 / strip.r)
-    elif init == "orthogonal":
+    else:  # "orthogonal"
         if strip.r % 2:
             raise TanzakuError(f"lora: found r={strip.r}, expected an even rank for init_lora_weights='orthogonal'")
         q = torch.linalg.qr(torch.randn(strip.r, strip.r))[0]
@@ -290,5 +293,3 @@ def initialise(strip: LoraStrip, module: nn.Module, init: Any) -> None:
         with torch.no_grad():
             a.copy_(torch.randn(n_in, strip.r // 2).mm(q[0::2]).t() / 10)
             b.copy_(torch.randn(strip.r // 2, n_out).t().mm(q[1::2]) / 10)
-    else:
-        raise TanzakuError(f"lora: found init_lora_weights={init!r}, expected true, false, 'gaussian' or 'orthogonal'")
