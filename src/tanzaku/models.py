@@ -105,14 +105,7 @@ def load_pair(
     with _loading(f"{name!r} ({config.model_type}) as a classifier"), torch.random.fork_rng(devices=[]):
         # torch.manual_seed would seed the GPUs too, which fork_rng(devices=[]) does not put back.
         torch.default_generator.manual_seed(seed)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            where,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        model, info = _pretrained(AutoModelForSequenceClassification, where, config, dtype, trust_remote_code)
     _check_backbone(name, model.base_model_prefix, info)
     agree_on_padding(name, model, tokenizer)
     return model, tokenizer
@@ -137,17 +130,25 @@ def load_base(
         config = AutoConfig.from_pretrained(where, trust_remote_code=False, **settings)
     what = f"{name!r} ({config.model_type}) as {auto.__name__}"
     with _loading(what), torch.random.fork_rng(devices=[]):
-        model, info = auto.from_pretrained(
-            where,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        model, info = _pretrained(auto, where, config, dtype, trust_remote_code=False)
     _check_backbone(name, model.base_model_prefix, info)
     fresh = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
     return model.eval(), sorted(key for key in fresh if ".pooler." not in f".{key}")
+
+
+def _pretrained(
+    auto: Any, where: Any, config: Any, dtype: torch.dtype | str, trust_remote_code: bool
+) -> tuple[Any, dict[str, Any]]:
+    """The model, and what transformers tells of its loading."""
+    model, info = auto.from_pretrained(
+        where,
+        config=config,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    return model, info
 
 
 def read_config(name: str, *, on_progress: Progress = None) -> Any:

@@ -1,15 +1,5 @@
 """For these tests: without PEFT's advice."""
 
-import warnings
-from collections.abc import Iterator
+from advice import without_advice
 
-import pytest
-
-
-@pytest.fixture(autouse=True)
-def without_advice() -> Iterator[None]:
-    """PEFT warns at nearly every step; Tanzaku warns of PEFT's files without a head, which one test is about."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"peft(\.|$)")
-        warnings.filterwarnings("ignore", message=r".* holds no .*score\.weight")
-        yield
+__all__ = ["without_advice"]

@@ -12,20 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.files import recover
+from tanzaku.task_types import AUTO_CLASSES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tanzaku.method import Method
 
-_AUTO = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 _HEADS = re.compile(r"(^|\.)(score|classifier|classification_head)\.")
 
 
@@ -115,7 +108,7 @@ def read_adapter(name: str, path: Path) -> Saved:
     meta, base = (found if isinstance(found := about.get(key), dict) else {} for key in ("meta", "base"))
     labels = meta.get("labels")
     task = config.get("task_type")
-    kind = base.get("architecture") or _AUTO.get(str(task))
+    kind = base.get("architecture") or AUTO_CLASSES.get(str(task))
     named = meta.get("model") or config.get("base_model_name_or_path")
     return Saved(
         name=name,
@@ -209,7 +202,7 @@ def _own_class(name: str, adapter: Saved) -> Any:
     if auto is None:
         raise TanzakuError(
             f"{adapter.path} names no task_type, and {name!r} no architecture that transformers has ({found}); "
-            f"expected a task_type in adapter_config.json, one of {listed(_AUTO)}"
+            f"expected a task_type in adapter_config.json, one of {listed(AUTO_CLASSES)}"
         )
     return auto
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib import metadata
 from typing import Any
 
 from tanzaku import __version__
 from tanzaku.errors import TanzakuError
+from tanzaku.versions import versions_of
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "scikit-learn", "peft")
 
@@ -58,10 +58,4 @@ def machine(device: str) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python, of Tanzaku and of the libraries that are installed."""
-    found = {"python": platform.python_version(), "tanzaku": __version__}
-    for library in _LIBRARIES:
-        try:
-            found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version(), "tanzaku": __version__, **versions_of(_LIBRARIES)}

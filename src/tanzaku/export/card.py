@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Mapping
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from torch import Tensor
 
 from tanzaku.files import finite
+from tanzaku.task_types import AUTO_CLASSES, PIPELINES
+from tanzaku.versions import versions_of
 
 CARD = "README.md"
 ONLY_HERE = ("full", "head")  # methods that PEFT has under no name
 
-# task_type -> (transformers' class, the Hub's name of the task)
-_TASKS = {
-    "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
-    "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
-    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", "text2text-generation"),
-    "TOKEN_CLS": ("AutoModelForTokenClassification", "token-classification"),
-    "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
-    "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
-}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _EMBEDDED, _EMBEDDED_ID = "embedded", "google/gemma-3-270m"
 _HIDDEN = {"base_model_name_or_path", "inference_mode", "peft_type", "revision", "task_type", "tokenizer_name_or_path"}
@@ -56,7 +48,8 @@ def card(
     numbers = sum(tensor.numel() for tensor in tensors.values())
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     hub, base = _base(str(meta.get("model") or config.get("base_model_name_or_path") or ""))
-    auto, pipeline = _TASKS.get(str(config.get("task_type")), ("AutoModel", None))
+    task = str(config.get("task_type"))
+    auto, pipeline = AUTO_CLASSES.get(task, "AutoModel"), PIPELINES.get(task)
     labels = list(map(str, found)) if isinstance(found := meta.get("labels"), list) else []
     context = {
         "front": _front(method, hub, pipeline, training, ours),
@@ -230,14 +223,7 @@ def _vllm(config: dict[str, Any], hub: str | None) -> str:
     return f"$ vllm serve {hub or 'BASE'} --enable-lora --max-lora-rank {allowed} --lora-modules mine=DIRECTORY"
 
 
-@cache
 def _versions() -> dict[str, str]:
     from tanzaku import __version__
 
-    found = {"tanzaku": __version__}
-    for library in _LIBRARIES:
-        try:
-            found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"tanzaku": __version__, **versions_of(_LIBRARIES)}
