@@ -97,6 +97,7 @@ def load(model: Any, folder: Path, files: dict[str, bytes], strict: bool = True)
             warnings.simplefilter("ignore")
             adapter = tz.load(model, folder, "x", strict=strict)
         try:
+            assert_settings_of_the_file(adapter.method.settings(), json.loads((folder / CONFIG).read_bytes()))
             found = {key: tensor.clone() for key, (tensor, _) in entries(adapter).items()}
         finally:
             tz.detach(model, "x")
@@ -110,6 +111,17 @@ def load(model: Any, folder: Path, files: dict[str, bytes], strict: bool = True)
     assert tz.adapters(model) == [] and all(p.requires_grad for p in model.parameters())
     assert time.monotonic() - began < SECONDS
     return found
+
+
+# Read off the model, whatever a file says; or what loading itself decides.
+DERIVED = ("inference_mode", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
+
+
+def assert_settings_of_the_file(found: dict[str, Any], said: dict[str, Any]) -> None:
+    """Every number, word and switch of the file is in force as it stands there."""
+    for key, value in said.items():
+        if key in found and key not in DERIVED and isinstance(value, bool | int | float | str):
+            assert found[key] == value and isinstance(found[key], bool) == isinstance(value, bool), key
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
