@@ -16,6 +16,7 @@ from tanzaku.host import host_of
 from tanzaku.method import TokenStrip
 from tanzaku.models import load_classifier
 from tanzaku.routing import Route
+from tanzaku.train.gates import FrozenGates
 from tanzaku.train.norms import FrozenNorms
 from tanzaku.train.products import FrozenProducts, Tokens, lowest_layer
 from tanzaku.train.trim import PooledOnly
@@ -105,9 +106,9 @@ def tanzaku_stepper(model: PreTrainedModel, method: str) -> Stepper:
     settings = adapter.method
     settings.prepare(adapter, STEPS)
     base = Base.of(model)
-    pooled, products, norms = PooledOnly(base), FrozenProducts(base), FrozenNorms(base)
-    products.__enter__()
-    norms.__enter__()
+    pooled, products = PooledOnly(base), FrozenProducts(base)
+    for fast in (products, FrozenNorms(base), FrozenGates(base)):
+        fast.__enter__()
     virtual = sum(s.num_virtual_tokens for _, s in adapter.at() if isinstance(s, TokenStrip))
     lowest = lowest_layer(adapter)
     model.train()

@@ -12,9 +12,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tanzaku.errors import TanzakuError
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from torch import Tensor
 
 
 @contextmanager
@@ -133,3 +136,15 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, none of them in the memory of another, as safetensors has it."""
+    seen: set[int] = set()
+    out = {}
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().contiguous().cpu()
+        memory = tensor.untyped_storage().data_ptr()
+        out[key] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return out

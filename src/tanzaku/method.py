@@ -67,13 +67,15 @@ class ModuleStrip(Strip):
         return None
 
     @staticmethod
-    def inputs_together(strips: Sequence[Any], module: nn.Module, x: Tensor) -> Tensor:
-        """:meth:`inputs` of several strips that are alike; each has as many rows of `x`, one strip after another."""
+    def inputs_together(strips: Sequence[Any], sizes: tuple[int, ...], module: nn.Module, x: Tensor) -> Tensor:
+        """:meth:`inputs` of strips that are alike, each for so many rows of `x`, one strip after another."""
         raise TypeError(f"{type(strips[0]).__name__} defines no inputs_together()")
 
     @staticmethod
-    def outputs_together(strips: Sequence[Any], module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """:meth:`outputs` of several strips that are alike; each has as many rows of `x` and `y`, one after another."""
+    def outputs_together(
+        strips: Sequence[Any], sizes: tuple[int, ...], module: nn.Module, x: Tensor, y: Tensor
+    ) -> Tensor:
+        """:meth:`outputs` of strips that are alike, each for so many rows of `x` and `y`, one strip after another."""
         raise TypeError(f"{type(strips[0]).__name__} defines no outputs_together()")
 
     def merged(self, module: nn.Module) -> dict[str, Tensor] | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -107,50 +108,62 @@ def take(x: Tensor, rows: Rows) -> Tensor:
     return x[rows] if isinstance(rows, slice) else x.index_select(0, rows.to(x.device))
 
 
-def take_all(x: Tensor, parts: Sequence[Rows]) -> list[Tensor]:
-    """The rows of several groups."""
-    if len(parts) < 2 or not all(isinstance(rows, slice) for rows in parts):
-        return [take(x, rows) for rows in parts]
-    # One split: its backward pass writes one gradient, where that of each view would write one of the whole tensor.
-    order = sorted(range(len(parts)), key=lambda i: parts[i].start)  # type: ignore[union-attr]
-    sizes, found, at = [], [], 0
-    for i in order:
-        rows = parts[i]
-        assert isinstance(rows, slice)
-        if rows.start > at:
-            sizes.append(rows.start - at)
-        found.append(len(sizes))
-        sizes.append(rows.stop - rows.start)
-        at = rows.stop
-    if at < x.shape[0]:
-        sizes.append(x.shape[0] - at)
-    pieces = torch.split(x, sizes)
-    out = {i: pieces[number] for i, number in zip(order, found, strict=True)}
-    return [out[i] for i in range(len(parts))]
+def split(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """So many rows of each, one after another."""
+    return torch.split(x, list(sizes))
+
+
+class Cut:
+    """A tensor cut at the rows of several groups, to be put together again with other rows in their place.
+
+    Where the groups are slices it is one split and one concatenation, whose backward passes are one concatenation and
+    one split: views would each write a gradient of the whole tensor, most of it zeros.
+    """
+
+    def __init__(self, x: Tensor, groups: Sequence[Rows]):
+        self.x, self.groups = x, groups
+        self._places: list[int] = []  # of the groups among the pieces
+        if not all(isinstance(rows, slice) for rows in groups):
+            self.parts = [take(x, rows) for rows in groups]
+            return
+        spans = cast(list[slice], groups)
+        sizes: list[int] = []
+        places, at = {}, 0
+        for i in sorted(range(len(spans)), key=lambda i: spans[i].start):
+            if spans[i].start > at:
+                sizes.append(spans[i].start - at)
+            places[i] = len(sizes)
+            sizes.append(spans[i].stop - spans[i].start)
+            at = spans[i].stop
+        if at < x.shape[0]:
+            sizes.append(x.shape[0] - at)
+        self._pieces = split(x, sizes) if len(sizes) > 1 else (x,)
+        self._places = [places[i] for i in range(len(spans))]
+        self.parts = [self._pieces[place] for place in self._places]
+
+    def put(self, parts: Sequence[Tensor]) -> Tensor:
+        """The tensor with each group's rows replaced by its part."""
+        parts = [part.to(self.x.dtype) for part in parts]
+        if not parts:
+            return self.x
+        if self._places:
+            pieces = list(self._pieces)
+            for place, part in zip(self._places, parts, strict=True):
+                pieces[place] = part
+            return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        if self.groups[0] is None:
+            return parts[0]
+        out = self.x
+        for rows, part in zip(self.groups, parts, strict=True):
+            where = torch.arange(out.shape[0])[rows] if isinstance(rows, slice) else rows
+            assert where is not None
+            out = out.index_copy(0, where.to(out.device), part)
+        return out
 
 
 def put(base: Tensor, parts: list[tuple[Rows, Tensor]]) -> Tensor:
     """`base` with each group's rows replaced by its part."""
-    if not parts:
-        return base
-    if parts[0][0] is None:
-        return parts[0][1]
-    if all(isinstance(rows, slice) for rows, _ in parts):
-        pieces, at = [], 0
-        for rows, part in sorted(parts, key=lambda item: item[0].start):  # type: ignore[union-attr]
-            assert isinstance(rows, slice)
-            if rows.start > at:
-                pieces.append(base[at : rows.start])
-            pieces.append(part.to(base.dtype))
-            at = rows.stop
-        if at < base.shape[0]:
-            pieces.append(base[at:])
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-    for rows, part in parts:
-        where = torch.arange(base.shape[0])[rows] if isinstance(rows, slice) else rows
-        assert where is not None
-        base = base.index_copy(0, where.to(base.device), part.to(base.dtype))
-    return base
+    return Cut(base, [rows for rows, _ in parts]).put([part for _, part in parts])
 
 
 @dataclass(frozen=True)
@@ -212,3 +225,17 @@ class _Pack(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         gradient = gradients[0]
         return gradient.new_zeros(ctx.size, *gradient.shape[1:]).index_copy_(0, ctx.saved_tensors[0], gradient), None
+
+
+def in_equal_shares(sizes: tuple[int, ...], together: Callable[..., Tensor], *parts: Tensor) -> Tensor:
+    """What a function makes of tensors with equal shares of rows, for shares of `sizes`: the shorter ones are filled up
+    for the while."""
+    if min(sizes) == max(sizes):
+        return together(*parts)
+    ragged = _ragged(sizes, parts[0].device)
+    return ragged.pack(together(*(ragged.pad(part) for part in parts)))
+
+
+@lru_cache(maxsize=64)
+def _ragged(sizes: tuple[int, ...], device: torch.device) -> Ragged:
+    return Ragged.of(max(sizes), [0] * len(sizes), sizes, device)

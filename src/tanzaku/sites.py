@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -24,7 +24,7 @@ from tanzaku import noise
 from tanzaku.errors import TanzakuError
 from tanzaku.families import Base
 from tanzaku.method import AttentionCall, AttentionStrip, ModuleStrip, Strip, TokenStrip
-from tanzaku.routing import Ragged, Route, put, take, take_all
+from tanzaku.routing import Cut, Route, put, take
 from tanzaku.tokens import VirtualTokens
 from tanzaku.weights import WeightStrip, as_used
 
@@ -68,6 +68,32 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         _quiet -= 1
+
+
+class AttentionHook(NamedTuple):
+    """What the routed adapters do at one attention layer."""
+
+    sites: Sites
+    plan: Plan
+
+    def __call__(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        return self.sites.attend(self.plan, call)
+
+    def parts(self, rows: int) -> list[tuple[int | None, slice]]:
+        """(stack number, some of its rows) in the batch's order; None: neighbours whose attention nothing changes."""
+        assert self.sites.route is not None
+        groups = []
+        for number, at in self.sites.route.groups(rows):
+            if isinstance(at, Tensor):  # scattered rows: each by itself
+                groups += [(number, slice(row, row + 1)) for row in at.tolist()]
+            else:
+                groups.append((number, at or slice(0, rows)))
+        groups.sort(key=lambda group: group[1].start)
+        return [(number if self.plan[number] else None, at) for number, at in _joined(groups, self.plan)]
+
+    def changed(self, number: int, call: AttentionCall) -> Tensor:
+        """The result for rows of one stack, whose strips change it."""
+        return self.sites.changed(self.plan, number, call)
 
 
 class Sites:
@@ -150,34 +176,33 @@ class Sites:
         x = args[0]
         parts = []
         spans = self._spans(plan, x.shape[0], module, "edits_input")
-        for span, part in zip(spans, take_all(x, [span.rows for span in spans]), strict=True):
+        cut = Cut(x, [span.rows for span in spans])
+        for span, part in zip(spans, cut.parts, strict=True):
             if span.number is None:
-                together = partial(type(span.strips[0]).inputs_together, span.strips, module)
-                part = _in_equal_shares(span.sizes, together, part)
+                part = type(span.strips[0]).inputs_together(span.strips, span.sizes, module, part)
             else:
                 with self._running(span.number):
                     for strip in span.strips:
                         part = strip.inputs(module, part)
-            parts.append((span.rows, part))
-        return (put(x, parts), *args[1:])
+            parts.append(part)
+        return (cut.put(parts), *args[1:])
 
     def _after(self, plan: Plan, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if _quiet:
             return None
-        x, y = args[0], output
         parts = []
-        spans = self._spans(plan, y.shape[0], module, "edits_output")
-        at = [span.rows for span in spans]
-        for span, x_part, part in zip(spans, take_all(x, at), take_all(y, at), strict=True):
+        spans = self._spans(plan, output.shape[0], module, "edits_output")
+        rows = [span.rows for span in spans]
+        cut = Cut(output, rows)
+        for span, x, part in zip(spans, Cut(args[0], rows).parts, cut.parts, strict=True):
             if span.number is None:
-                together = partial(type(span.strips[0]).outputs_together, span.strips, module)
-                part = _in_equal_shares(span.sizes, together, x_part, part)
+                part = type(span.strips[0]).outputs_together(span.strips, span.sizes, module, x, part)
             else:
                 with self._running(span.number):
                     for strip in span.strips:
-                        part = strip.outputs(module, x_part, part)
-            parts.append((span.rows, part))
-        return put(y, parts)
+                        part = strip.outputs(module, x, part)
+            parts.append(part)
+        return cut.put(parts)
 
     def _spans(self, plan: Plan, rows: int, module: nn.Module, edits: str) -> list[_Span]:
         """Which strips work on which rows. Neighbours with a strip each, of one kind and shape, are one span."""
@@ -189,12 +214,14 @@ class Sites:
                 continue
             shape = strips[0].alike(module) if len(strips) == 1 and isinstance(at, slice) else None
             kind = None if shape is None else (type(strips[0]), shape)
-            if kind is not None and kind == last and spans[-1].rows.stop == at.start:
+            if kind is None:
+                spans.append(_Span(number, at, strips))
+            elif kind == last and spans[-1].rows.stop == at.start:
                 before = spans[-1]
-                sizes = (*(before.sizes or [before.rows.stop - before.rows.start]), at.stop - at.start)
+                sizes = (*before.sizes, at.stop - at.start)
                 spans[-1] = _Span(None, slice(before.rows.start, at.stop), [*before.strips, *strips], sizes)
             else:
-                spans.append(_Span(number, at, strips))
+                spans.append(_Span(None, at, strips, (at.stop - at.start,)))
             last = kind
         return spans
 
@@ -288,14 +315,14 @@ class Sites:
                 register(own)
                 config._attn_implementation_internal = PREFIX + own
                 self._undo.append(partial(setattr, config, "_attn_implementation_internal", own))
-            module.__dict__[_ATTEND] = partial(self._attend, plan)
+            module.__dict__[_ATTEND] = AttentionHook(self, plan)
             self._undo.append(partial(module.__dict__.pop, _ATTEND, None))
 
-    def _attend(self, plan: Plan, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    def attend(self, plan: Plan, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        """The result of an attention layer for a batch of rows, with what the strips of `plan` make of it."""
         groups = self._groups(call.query.shape[0])
         if groups[0][1] is None:
-            with self._running(0, call.key.shape[2]):
-                return (_stacked(plan[0], call).run(), None) if plan[0] else call.base_result()
+            return (self.changed(plan, 0, call), None) if plan[0] else call.base_result()
         bare, weights = None, None
         mark = noise.mark()
         if not all(self.stacks[number] for number, _ in groups) or (mark is not None and not all(plan)):
@@ -305,13 +332,17 @@ class Sites:
         for number, rows in groups if bare is not None else _joined(groups, plan):
             if plan[number]:
                 noise.rewind(mark, number)
-                with self._running(number, call.key.shape[2]):
-                    parts.append((rows, _stacked(plan[number], _rows_of(call, rows)).run()))
+                parts.append((rows, self.changed(plan, number, _rows_of(call, rows))))
             elif bare is None:
                 parts.append((rows, _rows_of(call, rows).run()))
         if bare is None:
             bare = call.query.new_empty(call.query.shape[0], *parts[0][1].shape[1:])
         return put(bare, parts), weights
+
+    def changed(self, plan: Plan, number: int, call: AttentionCall) -> Tensor:
+        """The result for rows of one stack, whose strips change it."""
+        with self._running(number, call.key.shape[2]):
+            return _stacked(plan[number], call).run()
 
     # -- gradient checkpointing
 
@@ -416,20 +447,13 @@ def _attention(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     packing = module.__dict__.get(PACKING)
-    if packing is not None and packing.tokens is not None:
-        return cast(_Result, packing.attend(own, partial(_attend, own), module, query, key, value, options))
-    return _attend(own, module, query, key, value, attention_mask, **options)
-
-
-def _attend(
-    own: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-) -> _Result:
     base = _function(own, module)
-    attend = module.__dict__.get(_ATTEND)
-    if attend is None or _quiet:
-        return cast(_Result, base(module, query, key, value, mask, **options))
-    call = AttentionCall(module, query, key, value, mask, options, base, own)
-    return cast(_Result, attend(call))
+    hook = None if _quiet else module.__dict__.get(_ATTEND)
+    if packing is not None and packing.tokens is not None:
+        return cast(_Result, packing.attend(own, base, hook, module, query, key, value, options))
+    if hook is None:
+        return cast(_Result, base(module, query, key, value, attention_mask, **options))
+    return cast(_Result, hook(AttentionCall(module, query, key, value, attention_mask, options, base, own)))
 
 
 def _function(own: str, module: nn.Module) -> Callable[..., Any]:
@@ -488,19 +512,6 @@ def _through(
 
 def _shares(strip: AttentionStrip) -> bool:
     return type(strip).refresh is not AttentionStrip.refresh
-
-
-def _in_equal_shares(sizes: tuple[int, ...], together: Callable[..., Tensor], *parts: Tensor) -> Tensor:
-    """What strips compute together; where one has fewer rows than another, its share is filled up for the while."""
-    if min(sizes) == max(sizes):
-        return together(*parts)
-    ragged = _ragged(sizes, parts[0].device)
-    return ragged.pack(together(*(ragged.pad(part) for part in parts)))
-
-
-@lru_cache(maxsize=64)
-def _ragged(sizes: tuple[int, ...], device: torch.device) -> Ragged:
-    return Ragged.of(max(sizes), [0] * len(sizes), sizes, device)
 
 
 def _offset(stack: list[tuple[str, Strip]]) -> int:

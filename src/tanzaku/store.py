@@ -24,7 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.export.card import CARD, card, digest_of, kept
 from tanzaku.families import Base
-from tanzaku.files import directory_beside, recover, to_disk
+from tanzaku.files import apart, directory_beside, recover, to_disk
 from tanzaku.host import Adapter, Host, attach, detach, host_of
 from tanzaku.merging import before_merging
 from tanzaku.method import Method, Strip
@@ -70,7 +70,7 @@ def save(
         raise TanzakuError(f"{target} is a file; expected a directory to save the adapter in")
     # Where the path is a link, the directory that it names is replaced, not the link.
     target = target.resolve() if target.is_symlink() else target
-    tensors = _apart({**_resized_embeddings(host, adapter), **{k: t for k, (t, _) in entries(adapter).items()}})
+    tensors = apart({**_resized_embeddings(host, adapter), **{k: t for k, (t, _) in entries(adapter).items()}})
     try:
         with directory_beside(target) as beside, ThreadPoolExecutor(2) as aside:
             save_file(tensors, beside / TENSORS, metadata={"format": "pt"})
@@ -164,17 +164,6 @@ def _entries(adapter: Adapter) -> Iterator[tuple[str, str, Tensor, Strip]]:
         wrapped = "base_layer." if path and path in targets and isinstance(strip, BiasStrip | WeightStrip) else ""
         for name, tensor in strip.export().items():
             yield _key(adapter.method, path, wrapped + name), name, tensor, strip
-
-
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, none of them in the memory of another, as safetensors has it."""
-    seen: set[int] = set()
-    out = {}
-    for key, tensor in tensors.items():
-        tensor = tensor.detach().contiguous().cpu()
-        out[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
-    return out
 
 
 def _key(method: Method, path: str, name: str) -> str:

@@ -24,11 +24,11 @@ def together(monkeypatch):
     nested = [False]
 
     def spied(strip, name, function):
-        def spy(strips, module, x, *rest):
-            if not nested[0]:  # a rescaling of outputs is written as one of inputs
+        def spy(strips, sizes, module, x, *rest):
+            if not nested[0] and len(strips) > 1:  # a rescaling of outputs is written as one of inputs
                 seen.append((name.split("_")[0], len(strips), x.shape[0]))
             nested[0] = True
-            out = function(strips, module, x, *rest)
+            out = function(strips, sizes, module, x, *rest)
             nested[0] = False
             return out
 
@@ -164,8 +164,8 @@ def test_runs_of_neighbours_are_found_in_a_longer_batch(together, monkeypatch):
     inputs = batch(model, rows=9)
     expected = one_by_one(monkeypatch, model, adapters, entries, inputs)
     found = run(model, adapters, entries, inputs)
-    # Two runs in each of two layers; who has more rows than its neighbour has a larger share.
-    assert together == [("outputs", 2, 2), ("outputs", 2, 2), ("outputs", 2, 4)] * 2
+    # Three runs in each of two layers, the last of one row and two.
+    assert together == [("outputs", 2, 2), ("outputs", 2, 2), ("outputs", 2, 3)] * 2
     assert_same(found, expected)
 
 
@@ -249,8 +249,8 @@ def test_strips_without_a_formula_for_several_say_so():
     strip = ModuleStrip()
     assert strip.alike(torch.nn.Linear(2, 2)) is None
     for wrong in (
-        lambda: strip.inputs_together([strip], None, None),
-        lambda: strip.outputs_together([strip], *[None] * 3),
+        lambda: strip.inputs_together([strip], (1,), None, None),
+        lambda: strip.outputs_together([strip], (1,), *[None] * 3),
     ):
         with pytest.raises(TypeError, match="ModuleStrip defines no"):
             wrong()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import tanzaku as tz
 from models import batch, tiny
 from tanzaku.families import Base
 from tanzaku.host import host_of
-from tanzaku.routing import Ragged
+from tanzaku.routing import Cut, Ragged
 from tanzaku.train.packing import Packing
 from tanzaku.train.products import ABOVE, FrozenProducts, Tokens, lowest_layer
 
@@ -152,3 +153,27 @@ def test_lowest_layers_make_slices_where_rows_are_sorted_by_them() -> None:
     assert tokens.places(0) == slice(0, 3) and tokens.places(1) == slice(0, 7)
     last = tokens.places(1, last=True)
     assert isinstance(last, torch.Tensor) and last.tolist() == [2, 6]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 3)), max_size=4), st.integers(0, 2), st.randoms())
+def test_a_cut_tensor_is_put_together_again(gaps: list[tuple[int, int]], rest: int, random: Random) -> None:
+    """Rows of some groups doubled, the others as they are; and each gets its own gradient."""
+    groups, at = [], 0
+    for gap, size in gaps:
+        groups.append(slice(at + gap, at + gap + size))
+        at += gap + size
+    random.shuffle(groups)
+    x = torch.randn(at + rest, 2, requires_grad=True)
+    cut = Cut(x, groups)
+    for rows, part in zip(groups, cut.parts, strict=True):
+        assert torch.equal(part, x[rows])
+    factor = torch.ones(at + rest, 1)
+    for rows in groups:
+        factor[rows] = 2
+    y = cut.put([part * 2 for part in cut.parts])
+    torch.testing.assert_close(y, x * factor)
+    if len(x):
+        weights = torch.randn_like(x)
+        (gradient,) = torch.autograd.grad((y * weights).sum(), x)
+        torch.testing.assert_close(gradient, weights * factor)

@@ -60,9 +60,11 @@ class SvdStrip(ModuleStrip):
         return None if dropped else (self.r, self.factor, self.lora_A.dtype)
 
     @staticmethod
-    def outputs_together(strips: Sequence[SvdStrip], module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        a, b, e = (torch.stack(list(ts)) for ts in zip(*((s.lora_A, s.lora_B, s.lora_E) for s in strips), strict=True))
-        return low_rank(x.to(a.dtype), y, a, b, strips[0].factor, e.squeeze(-1))
+    def outputs_together(
+        strips: Sequence[SvdStrip], sizes: tuple[int, ...], module: nn.Module, x: Tensor, y: Tensor
+    ) -> Tensor:
+        a, b, e = zip(*((s.lora_A, s.lora_B, s.lora_E) for s in strips), strict=True)
+        return low_rank(x, y, sizes, a, b, strips[0].factor, e)
 
     def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
         delta = self.lora_B @ (self.lora_A * self.lora_E) * self.factor

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from tanzaku.families import Base, features, weight_of
 from tanzaku.method import Method, ModuleStrip, Strip, trainable
 from tanzaku.quantize import full_weight
+from tanzaku.routing import in_equal_shares
 from tanzaku.space import Range, spaces
 
 
@@ -47,13 +48,21 @@ class ScaleStrip(ModuleStrip):
         return None if isinstance(module, nn.Conv2d) else (self.edits_input, self.ia3_l.dtype)
 
     @staticmethod
-    def inputs_together(strips: Sequence[ScaleStrip], module: nn.Module, x: Tensor) -> Tensor:
+    def inputs_together(strips: Sequence[ScaleStrip], sizes: tuple[int, ...], module: nn.Module, x: Tensor) -> Tensor:
+        if len(strips) == 1:
+            return strips[0]._scaled(module, x)
         factors = torch.stack([s.ia3_l.flatten() for s in strips])[:, None]
-        return (x.reshape(len(strips), -1, x.shape[-1]) * factors).view(x.shape).to(x.dtype)
+
+        def scaled(x: Tensor) -> Tensor:
+            return (x.reshape(len(strips), -1, x.shape[-1]) * factors).view(x.shape).to(x.dtype)
+
+        return in_equal_shares(sizes, scaled, x)
 
     @staticmethod
-    def outputs_together(strips: Sequence[ScaleStrip], module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return ScaleStrip.inputs_together(strips, module, y)
+    def outputs_together(
+        strips: Sequence[ScaleStrip], sizes: tuple[int, ...], module: nn.Module, x: Tensor, y: Tensor
+    ) -> Tensor:
+        return ScaleStrip.inputs_together(strips, sizes, module, y)
 
     def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
         factor: Any = self.ia3_l

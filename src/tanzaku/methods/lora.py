@@ -22,6 +22,7 @@ from tanzaku.families import Base, features, weight_of
 from tanzaku.method import Method, ModuleStrip, Strip, trainable
 from tanzaku.patterns import groups_of
 from tanzaku.quantize import full_weight
+from tanzaku.routing import in_equal_shares
 from tanzaku.space import Choice, Range, ends, spaces
 from tanzaku.weights import BiasStrip
 
@@ -68,11 +69,11 @@ class LoraStrip(ModuleStrip):
         return None if dropped else (self.r, self.scaling, self.lora_A.weight.dtype)
 
     @staticmethod
-    def outputs_together(strips: Sequence[LoraStrip], module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        # (adapters, r, in) and (adapters, out, r): two batched products for any number of adapters.
-        a = torch.stack([s.lora_A.weight for s in strips])
-        b = torch.stack([s.lora_B.weight for s in strips])
-        return low_rank(x.to(a.dtype), y, a, b, strips[0].scaling)
+    def outputs_together(
+        strips: Sequence[LoraStrip], sizes: tuple[int, ...], module: nn.Module, x: Tensor, y: Tensor
+    ) -> Tensor:
+        a, b = [s.lora_A.weight for s in strips], [s.lora_B.weight for s in strips]
+        return low_rank(x, y, sizes, a, b, strips[0].scaling)
 
     def delta(self) -> Tensor:
         """The change of the weight matrix, (out, in)."""
@@ -118,16 +119,33 @@ class LoraConv2d(LoraStrip):
         return {"weight": weight + self.delta().view(weight.shape)}
 
 
-def low_rank(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scaling: float, middle: Tensor | None = None) -> Tensor:
-    """y + scaling * B diag(middle) A x of n adapters at once; x and y have n equal shares of rows, a is (n, r, in), b
-    (n, out, r) and middle (n, r) or None."""
-    n = a.shape[0]
-    h = torch.bmm(x.reshape(n, -1, a.shape[2]), a.transpose(1, 2))
-    if middle is not None:
-        h = h * middle[:, None]
-    if y.dtype == a.dtype:
-        return torch.baddbmm(y.reshape(n, -1, b.shape[1]), h, b.transpose(1, 2), alpha=scaling).view(y.shape)
-    return (y + torch.bmm(h, b.transpose(1, 2)).view(y.shape) * scaling).to(y.dtype)
+def low_rank(
+    x: Tensor,
+    y: Tensor,
+    sizes: tuple[int, ...],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scaling: float,
+    e: Sequence[Tensor] = (),
+) -> Tensor:
+    """y + scaling * B diag(E) A x of several adapters at once, each for so many rows of x and y.
+
+    Args:
+        a: matrices (r, in). b: (out, r). e: (r, 1), or none.
+    """
+    # (adapters, r, in) and (adapters, out, r): two batched products for any number of adapters.
+    n, all_a, all_b = len(a), torch.stack([*a]), torch.stack([*b])
+    all_e = torch.stack([each.view(-1) for each in e]) if e else None
+
+    def changed(x: Tensor, y: Tensor) -> Tensor:
+        h = torch.bmm(x.reshape(n, -1, x.shape[-1]), all_a.mT)
+        if all_e is not None:
+            h = h * all_e[:, None]
+        if y.dtype == all_a.dtype:
+            return torch.baddbmm(y.reshape(n, -1, y.shape[-1]), h, all_b.mT, alpha=scaling).view(y.shape)
+        return (y + torch.bmm(h, all_b.mT).view(y.shape) * scaling).to(y.dtype)
+
+    return in_equal_shares(sizes, changed, x.to(all_a.dtype), y)
 
 
 class LoraEmbedding(ModuleStrip):

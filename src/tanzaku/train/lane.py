@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import get_scheduler
 from transformers.pytorch_utils import Conv1D
 
@@ -20,6 +20,7 @@ from tanzaku.method import AttentionStrip, Method, TokenStrip
 from tanzaku.tasks.classification import Example, class_weights, epoch_batches
 from tanzaku.tasks.prepare import ClassificationData
 from tanzaku.train.memory import Need
+from tanzaku.train.optimizer import FlatAdamW
 from tanzaku.train.products import lowest_layer
 from tanzaku.train.results import EpochRecord, Job, JobResult
 from tanzaku.weights import BiasStrip, WeightStrip
@@ -57,7 +58,7 @@ class Lane:
         self.held = _held(adapter)
         changed = {path for path, strip in adapter.at() if isinstance(strip, AttentionStrip)}
         self.twice = sum(self.held[path] for path in changed)
-        self.optimizer = _optimizer(adapter, job, self.trained)
+        self.optimizer = _optimizer(adapter, job)
         self.rows = min(s.batch_size, len(data.train))  # of a whole batch
         per_epoch = math.ceil(len(data.train) / s.batch_size)
         self.steps_per_epoch = math.ceil(per_epoch / s.accumulation)
@@ -180,9 +181,7 @@ class Lane:
         self.batch += 1
         if self._pending == self._next_share:
             self._pending = 0
-            if self.job.settings.max_grad_norm:
-                self.scaler.unscale_(self.optimizer)
-                nn.utils.clip_grad_norm_(self.trained, self.job.settings.max_grad_norm)
+            self.scaler.unscale_(self.optimizer)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.schedule.step()
@@ -326,17 +325,17 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _optimizer(adapter: Adapter, job: Job, trained: list[nn.Parameter]) -> torch.optim.AdamW:
+def _optimizer(adapter: Adapter, job: Job) -> FlatAdamW:
     s = job.settings
     named = adapter.trained()
     groups: list[dict[str, Any]] = [
         {"params": [p for n, p in named if not _NO_DECAY.search(n)], "weight_decay": s.weight_decay},
         {"params": [p for n, p in named if _NO_DECAY.search(n)], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    return FlatAdamW(
         [g for g in groups if g["params"]],
         lr=s.learning_rate,
         betas=(s.adam_beta1, s.adam_beta2),
         eps=s.adam_epsilon,
-        fused=all(p.is_floating_point() for p in trained),
+        max_norm=s.max_grad_norm,
     )

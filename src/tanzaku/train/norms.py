@@ -32,7 +32,8 @@ class FrozenNorms:
 
     def __enter__(self) -> FrozenNorms:
         for module, (eps, shift) in self.norms:
-            module.__dict__["forward"] = partial(_forward, module, eps, shift)
+            weight = cast(Tensor, module.weight)
+            module.__dict__["forward"] = partial(_forward, module, eps, weight, (weight + shift).detach())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -59,11 +60,11 @@ def _known(module: nn.Module) -> tuple[float, float] | None:
     return None
 
 
-def _forward(module: nn.Module, eps: float, shift: float, x: Tensor) -> Tensor:
-    weight = cast(Tensor, module.weight)
-    if weight.requires_grad or x.dtype != torch.float32:
+def _forward(module: nn.Module, eps: float, weight: Tensor, factor: Tensor, x: Tensor) -> Tensor:
+    # An adapter may have put a weight of its own there.
+    if module.weight is not weight or weight.requires_grad or x.dtype != torch.float32:
         return cast(Tensor, type(module).forward(module, x))
-    return _normed(x, weight + shift if shift else weight, eps)
+    return _normed(x, factor, eps)
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -13,14 +13,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tanzaku.families import Base
-from tanzaku.routing import Route
-from tanzaku.sites import PACKING, PREFIX, register
+from tanzaku.method import AttentionCall
+from tanzaku.routing import Ragged, Route, split
+from tanzaku.sites import PACKING, PREFIX, AttentionHook, register
+from tanzaku.train.attention import row_attention, suits
 from tanzaku.train.products import Tokens
 from tanzaku.train.trim import last_layer_modules
 
@@ -33,6 +36,7 @@ class Packing:
     def __init__(self, base: Base):
         self.base = base
         self.tokens: Tokens | None = None
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
         self.layers: list[nn.Module] = []
         if base.family is None or base.family.positions != "column" or not last_layer_modules(base):
             return
@@ -76,6 +80,7 @@ class Packing:
             yield
         finally:
             self.tokens = None
+            self._masks.clear()
             for key, name in own.items():
                 configs[key]._attn_implementation_internal = name
             for hook in hooks:
@@ -115,25 +120,70 @@ class Packing:
         self,
         implementation: str,
         run: Callable[..., tuple[Tensor, Tensor | None]],
+        hook: AttentionHook | None,
         module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         options: dict[str, Any],
-    ) -> tuple[Tensor, Tensor | None]:
-        """`run` on rows again. query, key and value are (tokens, heads, 1, head_dim), the result (tokens, 1, heads,
-        head_dim)."""
+    ) -> tuple[Tensor, None]:
+        """An attention layer on rows again: `run` is the base's own function, `hook` what adapters make of it. query,
+        key and value are (tokens, heads, 1, head_dim), the result (tokens, 1, heads, head_dim)."""
         tokens = self.tokens
         assert tokens is not None
-        ragged, shape = tokens.short_rows, (len(tokens.lengths), tokens.longest)
+        parts = [(None, slice(None))] if hook is None else hook.parts(len(tokens.lengths))
+        lengths = [tuple(tokens.lengths[rows]) for _, rows in parts]
+        inputs = [split(x.squeeze(2), [sum(part) for part in lengths]) for x in (query, key, value)]
+        window = options.get("sliding_window")
+        results = []
+        for (number, _), sizes, q, k, v in zip(parts, lengths, *inputs, strict=True):
+            if number is None and suits(implementation, max(sizes), q, options):
+                masks = [self._added(size, window, q) for size in sizes]
+                results.append(row_attention(q, k, v, sizes, sizes, masks, _scaling(options, q)))
+                continue
+            ragged = tokens.ragged(sizes)
+            q, k, v = (_padded(x, ragged, len(sizes)) for x in (q, k, v))
+            mask = self._mask(implementation, max(sizes), window, q)
+            if hook is None or number is None:
+                out = run(module, q, k, v, mask, **options)[0]
+            else:
+                base = partial(self._run, implementation, run)
+                out = hook.changed(number, AttentionCall(module, q, k, v, mask, options, base, implementation))
+            results.append(out.flatten(0, 1) if ragged is None else ragged.pack(out.flatten(0, 1)))
+        return (torch.cat(results) if len(results) > 1 else results[0]).unsqueeze(1), None
 
-        def padded(x: Tensor) -> Tensor:
-            rows = ragged.pad(x.squeeze(2))
-            return rows.view(*shape, *rows.shape[1:]).transpose(1, 2)
+    def _run(
+        self,
+        implementation: str,
+        run: Callable[..., tuple[Tensor, Tensor | None]],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`run` for rows that a strip has changed, row by row where that suits."""
+        rows, _, queries, _ = query.shape
+        keys = key.shape[2]
+        if not suits(implementation, keys, query, options):
+            return run(module, query, key, value, mask, **options)
+        if mask is None:
+            masks = [self._added(keys, None, query)] * rows
+        else:
+            added = _additive(mask, query).expand(rows, 1, queries, keys)
+            masks = [each.squeeze(0) for each in added]
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        out = row_attention(q, k, v, [queries] * rows, [keys] * rows, masks, _scaling(options, query))
+        return out.view(rows, queries, *out.shape[1:]), None
 
-        mask = self._mask(implementation, tokens.longest, options.get("sliding_window"), query)
-        out, weights = run(module, padded(query), padded(key), padded(value), mask, **options)
-        return ragged.pack(out.flatten(0, 1)).unsqueeze(1), weights
+    def _added(self, width: int, window: int | None, like: Tensor) -> Tensor:
+        """(width, width): what hides the keys that a token does not see when it is added to its scores."""
+        window = window if window is not None and width > window else None
+        if (width, window) not in self._masks:
+            seen = torch.ones(width, width, dtype=torch.bool, device=like.device).tril()
+            self._masks[width, window] = _additive(seen if window is None else seen.triu(1 - window), like)
+        return self._masks[width, window]
 
     def _mask(self, implementation: str, width: int, window: int | None, like: Tensor) -> Tensor | None:
         """(1, 1, width, width), or None where the attention masks what lies ahead by itself. What is padded lies behind
@@ -149,3 +199,20 @@ class Packing:
             return seen[None, None]
         hidden = torch.zeros(width, width, dtype=like.dtype, device=like.device)
         return hidden.masked_fill(~seen, torch.finfo(like.dtype).min)[None, None]
+
+
+def _padded(x: Tensor, ragged: Ragged | None, rows: int) -> Tensor:
+    """(tokens, heads, head_dim) as (rows, heads, width, head_dim)."""
+    x = x if ragged is None else ragged.pad(x)
+    return x.view(rows, -1, *x.shape[1:]).transpose(1, 2)
+
+
+def _scaling(options: dict[str, Any], query: Tensor) -> float:
+    scaling = options.get("scaling")
+    return float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+
+
+def _additive(mask: Tensor, like: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(~mask, -torch.inf)

@@ -71,25 +71,25 @@ class Tokens:
     device: torch.device
     packed: bool = False
     _found: dict[Any, Places] = field(default_factory=dict)
+    _ragged: dict[tuple[int, ...], Ragged] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, tokens) of hidden states."""
         return (sum(self.lengths), 1) if self.packed else (len(self.lengths), self.width)
 
-    @property
-    def longest(self) -> int:
-        return max(self.lengths)
-
     @cached_property
     def rows(self) -> Ragged:
         """The own tokens, and the batch as it enters the model."""
         return Ragged.of(self.width, self.starts, self.lengths, self.device)
 
-    @cached_property
-    def short_rows(self) -> Ragged:
-        """The own tokens, and rows that begin with their own first token and are as long as the longest."""
-        return Ragged.of(self.longest, [0] * len(self.lengths), self.lengths, self.device)
+    def ragged(self, lengths: tuple[int, ...]) -> Ragged | None:
+        """Tokens of rows that begin with their own first one and are as long as the longest; None: all are so long."""
+        if min(lengths) == max(lengths):
+            return None
+        if lengths not in self._ragged:
+            self._ragged[lengths] = Ragged.of(max(lengths), [0] * len(lengths), lengths, self.device)
+        return self._ragged[lengths]
 
     def places(self, depth: int | None = None, last: bool = False) -> Places:
         """The own places in the flattened batch, of rows that need a gradient at `depth` (None: of all).
@@ -175,14 +175,12 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, keep: Any, need: Any) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.need = need
+        ctx.weight, ctx.need = weight, need
         return _at(keep, x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (weight,) = ctx.saved_tensors
-        return _at(ctx.need, gradients[0], weight.t(), None), None, None, None, None
+        return _at(ctx.need, gradients[0], ctx.weight.t(), None), None, None, None, None
 
 
 def _at(places: Places, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -199,7 +197,7 @@ def _at(places: Places, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
-        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
+        return cast(Tensor, torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], ""))
     return F.linear(x, weight, bias)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tanzaku import __version__
 from tanzaku.errors import TanzakuError
-from tanzaku.files import written_beside
+from tanzaku.files import apart, written_beside
 from tanzaku.tasks.prepare import ClassificationData
 from tanzaku.train.lane import Lane
 
@@ -74,7 +74,7 @@ def save_state(lane: Lane, folder: Path) -> Path:
     """
     path = _path(folder, lane.job.name)
     tensors, figures = lane.state()
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    tensors = apart(tensors)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from tanzaku.methods import METHODS
 from tanzaku.noise import Noise, Share
 from tanzaku.routing import Entry, Route
 from tanzaku.tasks.classification import Example, Split, classification_loss, collate
+from tanzaku.train.gates import FrozenGates
 from tanzaku.train.lane import Lane
 from tanzaku.train.memory import Need, bytes_needed
 from tanzaku.train.norms import FrozenNorms
@@ -47,7 +48,7 @@ class SharedStep:
         base = Base.of(model)
         self.max_positions, self.settings = base.max_positions, base.config.to_dict()
         self.pooled, self.packing = PooledOnly(base), Packing(base)
-        self.products, self.norms = FrozenProducts(base), FrozenNorms(base)
+        self.products, self.norms, self.gates = FrozenProducts(base), FrozenNorms(base), FrozenGates(base)
         takes = inspect.signature(model.forward).parameters
         self.takes_types = "token_type_ids" in takes
         # A cache of keys and values is for generation; here it would only be a copy of them a layer.
@@ -59,6 +60,7 @@ class SharedStep:
         self.packing.__enter__()
         self.products.__enter__()
         self.norms.__enter__()
+        self.gates.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -66,6 +68,7 @@ class SharedStep:
         self.packing.__exit__(*error)
         self.products.__exit__(*error)
         self.norms.__exit__(*error)
+        self.gates.__exit__(*error)
         self._mode(training=False)
 
     @contextmanager
