@@ -83,6 +83,7 @@ def both(model: PreTrainedModel, names: list[str], rows: list[int]) -> tuple[lis
             [logits, *(torch.zeros_like(p) if g is None else g for p, g in zip(trained, gradients, strict=True))]
         )
     assert seen == [len(rows), sum(tokens.lengths)]
+    assert packing.tokens is None and not packing._masks  # nothing of a batch is kept
     return found[0], found[1], seen
 
 
