@@ -11,15 +11,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
 
 import tanzaku as tz
-from tanzaku.families import Base
 from tanzaku.host import host_of
 from tanzaku.method import TokenStrip
 from tanzaku.models import load_classifier
 from tanzaku.routing import Route
-from tanzaku.train.gates import FrozenGates
-from tanzaku.train.norms import FrozenNorms
-from tanzaku.train.products import FrozenProducts, Tokens, lowest_layer
-from tanzaku.train.trim import PooledOnly
+from tanzaku.train.products import Tokens, lowest_layer
+from tanzaku.train.step import SharedStep
 
 TOKENS = 32
 STEPS = 100_000  # a schedule long enough that no measured step is its last
@@ -105,10 +102,7 @@ def tanzaku_stepper(model: PreTrainedModel, method: str) -> Stepper:
     adapter = tz.attach(model, ours(method), "bench", seed=0)
     settings = adapter.method
     settings.prepare(adapter, STEPS)
-    base = Base.of(model)
-    pooled, products = PooledOnly(base), FrozenProducts(base)
-    for fast in (products, FrozenNorms(base), FrozenGates(base)):
-        fast.__enter__()
+    step = SharedStep(model, pad_token_id=0).__enter__()
     virtual = sum(s.num_virtual_tokens for _, s in adapter.at() if isinstance(s, TokenStrip))
     lowest = lowest_layer(adapter)
     model.train()
@@ -118,7 +112,7 @@ def tanzaku_stepper(model: PreTrainedModel, method: str) -> Stepper:
         rows, length = batch["input_ids"].shape
         width = virtual + length
         tokens = Tokens(width, [0] * rows, [width] * rows, [lowest] * rows, batch["input_ids"].device)
-        with pooled.reading(batch["input_ids"]), products.reading(tokens):
+        with step.pooled.reading(batch["input_ids"]), step.products.reading(tokens):
             inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
             logits = model(**inputs, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits, batch["labels"])

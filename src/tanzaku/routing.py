@@ -190,6 +190,11 @@ class Ragged:
             token += length
         return cls(torch.tensor(places, device=device), torch.tensor(sources, device=device))
 
+    @classmethod
+    def short(cls, lengths: Sequence[int], device: torch.device) -> Ragged:
+        """Rows as long as the longest, that begin with their own first token."""
+        return cls.of(max(lengths), [0] * len(lengths), lengths, device)
+
     def pad(self, x: Tensor) -> Tensor:
         """(tokens, ...) as (rows * width, ...)."""
         return cast(Tensor, _Pad.apply(x, self.places, self.sources))  # type: ignore[no-untyped-call]
@@ -238,4 +243,4 @@ def in_equal_shares(sizes: tuple[int, ...], together: Callable[..., Tensor], *pa
 
 @lru_cache(maxsize=64)
 def _ragged(sizes: tuple[int, ...], device: torch.device) -> Ragged:
-    return Ragged.of(max(sizes), [0] * len(sizes), sizes, device)
+    return Ragged.short(sizes, device)

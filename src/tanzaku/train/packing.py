@@ -179,26 +179,26 @@ class Packing:
 
     def _added(self, width: int, window: int | None, like: Tensor) -> Tensor:
         """(width, width): what hides the keys that a token does not see when it is added to its scores."""
-        window = window if window is not None and width > window else None
         if (width, window) not in self._masks:
-            seen = torch.ones(width, width, dtype=torch.bool, device=like.device).tril()
-            self._masks[width, window] = _additive(seen if window is None else seen.triu(1 - window), like)
+            self._masks[width, window] = _additive(_seen(width, window, like.device), like)
         return self._masks[width, window]
 
     def _mask(self, implementation: str, width: int, window: int | None, like: Tensor) -> Tensor | None:
         """(1, 1, width, width), or None where the attention masks what lies ahead by itself. What is padded lies behind
         a row's own tokens, which look back only."""
-        windowed = window is not None and width > window
-        if implementation == "sdpa" and not windowed:
+        if implementation == "sdpa" and (window is None or width <= window):
             return None
-        seen = torch.ones(width, width, dtype=torch.bool, device=like.device).tril()
-        if windowed:
-            assert window is not None
-            seen = seen.triu(1 - window)
+        seen = _seen(width, window, like.device)
         if implementation == "sdpa":
             return seen[None, None]
         hidden = torch.zeros(width, width, dtype=like.dtype, device=like.device)
         return hidden.masked_fill(~seen, torch.finfo(like.dtype).min)[None, None]
+
+
+def _seen(width: int, window: int | None, device: torch.device) -> Tensor:
+    """(width, width): whether a token sees another, which is itself or before it and no further than the window."""
+    seen = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    return seen if window is None else seen.triu(1 - window)
 
 
 def _padded(x: Tensor, ragged: Ragged | None, rows: int) -> Tensor:

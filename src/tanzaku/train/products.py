@@ -88,7 +88,7 @@ class Tokens:
         if min(lengths) == max(lengths):
             return None
         if lengths not in self._ragged:
-            self._ragged[lengths] = Ragged.of(max(lengths), [0] * len(lengths), lengths, self.device)
+            self._ragged[lengths] = Ragged.short(lengths, self.device)
         return self._ragged[lengths]
 
     def places(self, depth: int | None = None, last: bool = False) -> Places:
@@ -175,12 +175,14 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, keep: Any, need: Any) -> Tensor:
-        ctx.weight, ctx.need = weight, need
+        ctx.save_for_backward(weight)
+        ctx.need = need
         return _at(keep, x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return _at(ctx.need, gradients[0], ctx.weight.t(), None), None, None, None, None
+        (weight,) = ctx.saved_tensors
+        return _at(ctx.need, gradients[0], weight.t(), None), None, None, None, None
 
 
 def _at(places: Places, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -197,7 +199,7 @@ def _at(places: Places, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
-        return cast(Tensor, torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], ""))
+        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
     return F.linear(x, weight, bias)
 
 
