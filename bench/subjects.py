@@ -15,6 +15,7 @@ from tanzaku.host import host_of
 from tanzaku.method import TokenStrip
 from tanzaku.models import load_classifier
 from tanzaku.routing import Route
+from tanzaku.train.memory import free
 from tanzaku.train.products import Tokens, lowest_layer
 from tanzaku.train.step import SharedStep
 
@@ -103,6 +104,7 @@ def tanzaku_stepper(model: PreTrainedModel, method: str) -> Stepper:
     settings = adapter.method
     settings.prepare(adapter, STEPS)
     step = SharedStep(model, pad_token_id=0).__enter__()
+    step.products.pack(free() / 4)
     virtual = sum(s.num_virtual_tokens for _, s in adapter.at() if isinstance(s, TokenStrip))
     lowest = lowest_layer(adapter)
     model.train()

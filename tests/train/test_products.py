@@ -19,10 +19,11 @@ from tanzaku.families import Base
 from tanzaku.host import host_of
 from tanzaku.method import Method
 from tanzaku.train import products
-from tanzaku.train.loop import Pool
+from tanzaku.train.loop import Pool, Silent
+from tanzaku.train.memory import in_use
 from tanzaku.train.norms import FrozenNorms
 from tanzaku.train.products import ABOVE, FrozenProducts, Tokens, layer_of, lowest_layer
-from tanzaku.train.results import Job
+from tanzaku.train.results import Job, JobResult
 from tanzaku.train.settings import TrainSettings
 from task_data import task
 
@@ -40,8 +41,8 @@ def layouts(draw: st.DrawFn) -> tuple[int, list[int], list[int], list[int]]:
 
 
 @settings(deadline=None, max_examples=60)
-@given(layouts(), st.integers(0, 4), st.booleans(), st.booleans())
-def test_own_tokens_get_the_products_they_would_get(layout: Any, depth: int, bias: bool, onednn: bool) -> None:
+@given(layouts(), st.integers(0, 4), st.booleans(), st.sampled_from(["torch", "oneDNN", "copies"]))
+def test_own_tokens_get_the_products_they_would_get(layout: Any, depth: int, bias: bool, by: str) -> None:
     width, starts, lengths, lowest = layout
     torch.manual_seed(0)
     layer = nn.Linear(6, 4, bias=bias).requires_grad_(False)
@@ -52,8 +53,9 @@ def test_own_tokens_get_the_products_they_would_get(layout: Any, depth: int, bia
     needed = own * torch.tensor([low <= depth for low in lowest]).view(-1, 1, 1)
     tokens = Tokens(width, starts, lengths, lowest, CPU)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "_ONEDNN", onednn and products._ONEDNN)
-        y = products._Product.apply(x, layer.weight, layer.bias, tokens.places(), tokens.places(depth))
+        patch.setattr(products, "_ONEDNN", by != "torch" and products._ONEDNN)
+        copies = products._Copies.of(layer.weight) if by == "copies" and products._ONEDNN else None
+        y = products._Product.apply(x, layer.weight, layer.bias, tokens.places(), tokens.places(depth), copies)
         torch.testing.assert_close(y, F.linear(x, layer.weight, layer.bias) * own)
         gradient = torch.randn_like(y)
         (found,) = torch.autograd.grad(y, x, gradient)
@@ -383,3 +385,104 @@ def test_a_norm_of_another_formula_is_left_alone() -> None:
     before = len(FrozenNorms(Base.of(model)).norms)
     model.model.norm = StrangeRMSNorm()
     assert len(FrozenNorms(Base.of(model)).norms) == before - 1
+
+
+@pytest.mark.skipif(not products._ONEDNN, reason="oneDNN multiplies on x86 alone")
+class TestCopies:
+    """Weights in oneDNN's own layout."""
+
+    def layer(self) -> tuple[nn.Linear, FrozenProducts]:
+        torch.manual_seed(0)
+        return fast_layer(torch.randn(64, 32), torch.randn(64))
+
+    def check(self, layer: nn.Linear, fast: FrozenProducts) -> None:
+        x = torch.randn(3, 5, 32, requires_grad=True)
+        gradient = torch.randn(3, 5, 64)
+        with fast.reading(Tokens(5, [0] * 3, [5] * 3, [-1] * 3, CPU)):
+            y = layer(x)
+            (found,) = torch.autograd.grad(y, x, gradient)
+        torch.testing.assert_close(y, F.linear(x, layer.weight, layer.bias))
+        torch.testing.assert_close(found, gradient @ layer.weight)
+
+    def test_every_frozen_layer_has_its_own_until_it_is_left(self) -> None:
+        layer, fast = self.layer()
+        with fast:
+            weights = sum(module.weight.nbytes for module, _ in fast.layers)
+            assert fast.pack(2 * weights) == 2 * weights
+            assert set(fast.copies) == {id(module) for module, _ in fast.layers}
+            assert fast.pack(2 * weights) == 0  # there already
+            copies = fast.copies[id(layer)]
+            assert torch.equal(copies.forward.to_dense(), layer.weight)
+            self.check(layer, fast)
+            # They are what is multiplied with.
+            copies.forward, copies.backward = (torch.ops.mkldnn._reorder_linear_weight(w) for w in zeros(layer.weight))
+            with fast.reading(Tokens(1, [0], [1], [-1], CPU)):
+                assert torch.equal(layer(torch.ones(1, 1, 32)), layer.bias.expand(1, 1, -1))
+        assert not fast.copies
+
+    def test_none_where_there_is_no_room(self) -> None:
+        _, fast = self.layer()
+        weights = sum(module.weight.nbytes for module, _ in fast.layers)
+        assert fast.pack(2 * weights - 1) == 0 and not fast.copies
+        assert fast.unpack() == 0
+        assert fast.pack(float("inf")) == fast.unpack() == 2 * weights
+
+    def test_none_of_what_is_trained_or_in_another_precision(self) -> None:
+        layer, fast = self.layer()
+        layer.weight.requires_grad_(True)
+        other = next(module for module, _ in fast.layers if module is not layer)
+        other.weight.data = other.weight.data.bfloat16()
+        fast.pack(float("inf"))
+        assert set(fast.copies) == {id(module) for module, _ in fast.layers} - {id(layer), id(other)}
+
+    def test_a_weight_changed_meanwhile_is_multiplied_as_it_is_now(self) -> None:
+        layer, fast = self.layer()
+        with fast, torch.no_grad():
+            fast.pack(float("inf"))
+            layer.weight.mul_(2)
+            with torch.enable_grad():
+                self.check(layer, fast)
+            layer.weight = nn.Parameter(torch.randn(64, 32), requires_grad=False)
+            with torch.enable_grad():
+                self.check(layer, fast)
+
+    @pytest.mark.parametrize("limited", [False, True])
+    def test_jobs_that_share_have_them_and_full_training_has_their_room(
+        self, limited: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, data = tiny("llama", "cls", num_labels=2), task()
+        seen: list[tuple[str, bool, float]] = []
+
+        class Watch(Silent):
+            def job_started(self, job: Job, result: JobResult, steps: int) -> None:
+                seen.append((job.name, bool(pool.step.products.copies), pool.room))
+
+        jobs = [
+            Job("full", tz.Full(), TrainSettings(epochs=1)),
+            Job("lora", tz.LoRA(r=2), TrainSettings(epochs=1)),
+        ]
+        with Pool(model, data, observer=Watch(), memory=in_use(CPU) + 2**30 if limited else None) as pool:
+            before, room = pool.room, []
+            pack = pool.step.products.pack
+            monkeypatch.setattr(pool.step.products, "pack", lambda room_: room.append(room_) or pack(room_))
+            pool.add(jobs)
+            pool.run()
+            taken = 2 * sum(module.weight.nbytes for module, _ in pool.step.products.layers)
+        assert [result.status for result in pool.results.values()] == ["done", "done"]
+        assert seen == [("lora", True, before - taken), ("full", False, before)]
+        assert room == [min(before, room[0] * 4) / 4] and 0 < room[0] < 2**50
+
+    def test_none_on_a_machine_whose_memory_is_short(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, data = tiny("llama", "cls", num_labels=2), task()
+        with Pool(model, data) as pool:
+            taken = 2 * sum(module.weight.nbytes for module, _ in pool.step.products.layers)
+            monkeypatch.setattr("tanzaku.train.loop.free", lambda: 4 * taken - 4)
+            pool.add([Job("lora", tz.LoRA(r=2), TrainSettings(epochs=1))])
+            pool.run()
+            assert not pool.step.products.copies
+        assert pool.results["lora"].status == "done"
+
+
+def zeros(weight: Tensor) -> list[Tensor]:
+    """In place of a weight and its transpose."""
+    return [torch.zeros_like(weight), torch.zeros_like(weight.t())]

@@ -43,6 +43,11 @@ def in_use(device: torch.device) -> int:
     return int(torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss)
 
 
+def free() -> int:
+    """What the machine's main memory has left for this process, in bytes, without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
 def bytes_needed(work: Callable[[], object], device: torch.device) -> int:
     """The most bytes that tensors made by `work` hold at once."""
     if device.type == "cuda":
@@ -112,10 +117,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """Those among the arguments or results of an operation, which may be lists of tensors."""
+    """Those among the arguments or results of an operation, which may be lists of tensors. A weight in oneDNN's layout
+    has no storage to tell it by; none is made in a step."""
     for value in values:
         if isinstance(value, torch.Tensor):
-            yield value
+            if not value.is_mkldnn:
+                yield value
         elif isinstance(value, tuple | list):
             yield from _tensors(value)
 
