@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +21,10 @@ from models import tiny
 from tanzaku.method import Method
 from tanzaku.tasks.classification import Split
 from tanzaku.tasks.prepare import ClassificationData
-from tanzaku.train import loop
+from tanzaku.train import loop, memory
 from tanzaku.train.lane import Lane
 from tanzaku.train.loop import Pool, train_jobs
-from tanzaku.train.memory import LiveBytes, Need, bytes_needed, in_use, peak, reset_peak
+from tanzaku.train.memory import LiveBytes, Need, bytes_needed, free, in_use, peak, reset_peak
 from tanzaku.train.results import Job
 from tanzaku.train.settings import TrainSettings
 from tanzaku.train.step import SharedStep
@@ -41,6 +43,30 @@ def _nothing_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # -- counting
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "left"),
+    [("max\n", "5", 1000), ("900\n", "100\n", 800), ("5000", "100", 1000), ("100", "300", 0), (None, None, 1000)],
+)
+def test_what_is_free_is_the_machines_or_the_containers(
+    limit: str | None, used: str | None, left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_CONTAINER", tmp_path)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    for name, text in (("memory.max", limit), ("memory.current", used)):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+    assert free() == left
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_a_weight_in_onednns_layout_is_no_storage_of_a_step() -> None:
+    weight = torch.randn(64, 32)
+    copy = weight.to_mkldnn()
+    with LiveBytes() as live:
+        out = torch.ops.mkldnn._linear_pointwise(torch.ones(4, 32), copy, None, "none", [], "")
+        assert live.now == out.nbytes
 
 
 def test_storage_counts_from_when_it_is_made_until_nobody_refers_to_it() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_CONTAINER = Path("/sys/fs/cgroup")
 
 
 def reset_peak(device: torch.device) -> None:
@@ -44,8 +45,14 @@ def in_use(device: torch.device) -> int:
 
 
 def free() -> int:
-    """What the machine's main memory has left for this process, in bytes, without swapping."""
-    return int(psutil.virtual_memory().available)
+    """What is left of main memory for this process, in bytes, without swapping: the machine's, or a container's."""
+    left = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
+        limit, used = (
+            int((_CONTAINER / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current")
+        )
+        left = min(left, max(limit - used, 0))
+    return left
 
 
 def bytes_needed(work: Callable[[], object], device: torch.device) -> int:
