@@ -82,6 +82,8 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, up: Tensor, a: float, b: float) -> Tensor:
         inner = z.square().mul_(b).add_(a).mul_(z) if b else z * a
         share = inner.sigmoid_()
+        if not any(ctx.needs_input_grad):
+            return share.mul_(z).mul_(up)  # nothing has to be kept
         ctx.save_for_backward(z, up, share)
         ctx.known = a, b
         return (z * share).mul_(up)
