@@ -104,7 +104,8 @@ def tanzaku_stepper(model: PreTrainedModel, method: str) -> Stepper:
     settings = adapter.method
     settings.prepare(adapter, STEPS)
     step = SharedStep(model, pad_token_id=0).__enter__()
-    step.products.pack(free() / 4)
+    if settings.shares_batch:
+        step.products.pack(free() / 4)
     virtual = sum(s.num_virtual_tokens for _, s in adapter.at() if isinstance(s, TokenStrip))
     lowest = lowest_layer(adapter)
     model.train()
