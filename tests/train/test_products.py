@@ -427,6 +427,27 @@ class TestCopies:
         assert fast.unpack() == 0
         assert fast.pack(float("inf")) == fast.unpack() == 2 * weights
 
+    def test_none_where_memory_runs_out_on_the_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        layer, fast = self.layer()
+        of = products._Copies.of
+
+        def last_fails(weight: Tensor) -> products._Copies:
+            if weight is fast.layers[-1][0].weight:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            return of(weight)
+
+        monkeypatch.setattr(products._Copies, "of", last_fails)
+        with fast:
+            assert fast.pack(float("inf")) == 0 and not fast.copies
+            self.check(layer, fast)
+
+    def test_none_for_arithmetic_that_does_not_use_them(self) -> None:
+        with Pool(tiny("llama", "cls", num_labels=2), task()) as pool:
+            pool.add([Job("lora", tz.LoRA(r=2), TrainSettings(epochs=1, precision="bf16"))])
+            pool.run()
+            assert not pool.step.products.copies
+        assert pool.results["lora"].status == "done"
+
     def test_none_of_what_is_trained_or_in_another_precision(self) -> None:
         layer, fast = self.layer()
         layer.weight.requires_grad_(True)

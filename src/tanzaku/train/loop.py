@@ -205,7 +205,7 @@ class Pool:
         products = self.step.products
         if not job.method.shares_batch:  # and no job after it, and it needs what they take
             self.room += products.unpack()
-        elif not products.copies:
+        elif not products.copies and job.settings.precision == "fp32":
             self.room -= products.pack(min(self.room, free()) / 4)
 
     def _begin(self, job: Job, alone: bool) -> bool:

@@ -160,7 +160,10 @@ class FrozenProducts:
         needed = 2 * sum(module.weight.nbytes for module in fits)
         if self.copies or needed > room:
             return 0
-        self.copies = {id(module): _Copies.of(module.weight) for module in fits}
+        try:
+            self.copies = {id(module): _Copies.of(module.weight) for module in fits}
+        except RuntimeError:  # memory went to somebody else meanwhile: products do without, as on other machines
+            return 0
         return needed
 
     def unpack(self) -> int:
