@@ -15,7 +15,6 @@ from tanzaku.host import host_of
 from tanzaku.method import TokenStrip
 from tanzaku.models import load_classifier
 from tanzaku.routing import Route
-from tanzaku.train.memory import free
 from tanzaku.train.products import Tokens, lowest_layer
 from tanzaku.train.step import SharedStep
 
@@ -105,7 +104,7 @@ def tanzaku_stepper(model: PreTrainedModel, method: str) -> Stepper:
     settings.prepare(adapter, STEPS)
     step = SharedStep(model, pad_token_id=0).__enter__()
     if settings.shares_batch:
-        step.products.pack(free() / 4)
+        step.products.pack()
     virtual = sum(s.num_virtual_tokens for _, s in adapter.at() if isinstance(s, TokenStrip))
     lowest = lowest_layer(adapter)
     model.train()

@@ -22,6 +22,7 @@ from tanzaku.tasks.classification import Labels
 from tanzaku.tasks.prepare import ClassificationData
 from tanzaku.train.lane import Lane
 from tanzaku.train.loop import Pool, Silent, train_jobs
+from tanzaku.train.products import FrozenProducts
 from tanzaku.train.results import EpochRecord, Job, JobResult
 from tanzaku.train.settings import TrainSettings
 from task_data import task
@@ -329,7 +330,14 @@ OUT_OF_MEMORY = [
 ]
 
 
+@pytest.fixture
+def _no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a step that finds no memory is first tried again without copies of weights."""
+    monkeypatch.setattr(FrozenProducts, "pack", lambda self, room=0: 0)
+
+
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda e: type(e).__name__)
+@pytest.mark.usefixtures("_no_copies")
 def test_where_memory_runs_out_steps_are_halved(error: BaseException, expected: Weights) -> None:
     model = tiny("llama", num_labels=2)
     seen = fails_above(model, 2, error)
@@ -375,6 +383,7 @@ def test_what_failed_is_forgotten_before_it_is_tried_again() -> None:
     assert len(alive) > 8 and not any(alive)
 
 
+@pytest.mark.usefixtures("_no_copies")
 @pytest.mark.parametrize("at", ["forward", "backward"])
 def test_gradients_summed_so_far_outlive_a_step_that_fails(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half an accumulation is done when memory runs out, before or in the middle of the backward pass."""

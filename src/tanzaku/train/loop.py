@@ -23,7 +23,7 @@ from tanzaku.tasks.classification import Split
 from tanzaku.tasks.metrics import classification_metrics, confusion, wilson_interval
 from tanzaku.tasks.prepare import ClassificationData
 from tanzaku.train.lane import Diverged, Lane
-from tanzaku.train.memory import Need, free, in_use, peak, reset_peak
+from tanzaku.train.memory import Need, in_use, peak, reset_peak
 from tanzaku.train.products import layer_of
 from tanzaku.train.results import EpochRecord, Job, JobResult, Observer
 from tanzaku.train.state import States
@@ -201,12 +201,11 @@ class Pool:
                 return
 
     def _arrange(self, job: Job) -> None:
-        """Have the frozen weights multiply faster while jobs share them, where a quarter of what is free allows it."""
-        products = self.step.products
+        """Have the frozen weights multiply faster while jobs share them, where there is plenty of room for it."""
         if not job.method.shares_batch:  # and no job after it, and it needs what they take
-            self.room += products.unpack()
-        elif not products.copies and job.settings.precision == "fp32":
-            self.room -= products.pack(min(self.room, free()) / 4)
+            self.room += self.step.products.unpack()
+        elif not self.lanes and job.settings.precision == "fp32":
+            self.room -= self.step.products.pack(self.room)
 
     def _begin(self, job: Job, alone: bool) -> bool:
         """Attach a job and take it from the queue; False where there is no room for it now."""
@@ -232,7 +231,10 @@ class Pool:
                 result.step_bytes = lane.need.step + lane.kept_bytes
                 attached = [*self.lanes.values(), lane]
                 # What it keeps may leave too little room for a step of one that is there already.
-                if not all(self._fits(attached, [each]) for each in attached):
+                if not (fits := self._each_fits(attached)):
+                    self.room += self.step.products.unpack()  # a job is worth more than a faster product
+                    fits = self._each_fits(attached)
+                if not fits:
                     if not alone or len(self.lanes):
                         self._take_off(job.name)
                         self._full = True
@@ -298,6 +300,9 @@ class Pool:
         work += width * sum(rows[lane.job.name] * _held_for_others(lane, stepping) for lane in stepping)
         return state + _SPARE * work <= self.room
 
+    def _each_fits(self, attached: Sequence[Lane]) -> bool:
+        return all(self._fits(attached, [each]) for each in attached)
+
     def _picked(self) -> list[Lane]:
         """The jobs of the next step: the one with the most left to do, and those whose rows are of most like length."""
         ready = [lane for lane in self.lanes.values() if not lane.waiting]
@@ -343,7 +348,11 @@ class Pool:
             # A job whose loss was no number has ended in the step that failed.
             left = [lane for lane in lanes if lane.job.name in self.lanes]
             reason, too_large = failure
-            if len(lanes) == 1 and left:
+            if left and too_large and (freed := self.step.products.unpack()):
+                gc.collect()
+                self.room += freed
+                self._train(left)
+            elif len(lanes) == 1 and left:
                 self._end(left[0], "failed", reason)
             elif left:
                 for part in self._parts(left, too_large):

@@ -9,7 +9,7 @@ change no result but its rounding:
   head alone costs no backward pass, whatever its neighbours need.
 - On CPUs, oneDNN multiplies: for the few dozen tokens of a small batch it is up to 1.5 times as fast as torch's
   default, forward and backward. Where memory is plentiful it has copies of the weights in its own layout, which it
-  otherwise makes at every product: another 5 to 15% of the products' time, for twice the weights' bytes.
+  otherwise makes at every product: up to another 15% of the products' time, for twice the weights' bytes.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tanzaku.families import Base
 from tanzaku.host import Adapter
 from tanzaku.routing import Ragged
+from tanzaku.train.memory import free
 from tanzaku.train.trim import last_layer_modules
 
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -147,18 +148,18 @@ class FrozenProducts:
             module.__dict__.pop("forward", None)
         self.unpack()
 
-    def pack(self, room: float) -> int:
-        """Have copies of the frozen weights in oneDNN's layout, unless they need more than `room`.
+    def pack(self, room: float = math.inf) -> int:
+        """Have copies of the frozen weights in oneDNN's layout, if they need a quarter of what is left at most.
 
         Args:
-            room: bytes that may be taken.
+            room: bytes that may be taken, if the machine has them.
 
         Returns:
             Bytes taken: 0, or twice those of the weights.
         """
         fits = [module for module, _ in self.layers if not module.weight.requires_grad and _by_onednn(module.weight)]
         needed = 2 * sum(module.weight.nbytes for module in fits)
-        if self.copies or needed > room:
+        if self.copies or needed > min(room, free()) / 4:
             return 0
         try:
             self.copies = {id(module): _Copies.of(module.weight) for module in fits}
