@@ -281,8 +281,7 @@ def test_a_job_a_rung_ahead_waits_for_the_others() -> None:
         return SimpleNamespace(epochs=[SimpleNamespace(valid={"loss": loss}) for loss in losses])
 
     def judged(**epochs: int) -> tuple[list[str], list[str]]:
-        lanes = {name: SimpleNamespace(waiting=True, epoch=epoch) for name, epoch in epochs.items()}
-        pool: Any = SimpleNamespace(lanes=lanes, results=results, queue=[])
+        pool: Any = SimpleNamespace(waiting=epochs, results=results, queued=[])
         return Comparison._halved(comparison, pool, [["a", "b", "c", "d"]])
 
     comparison: Any = SimpleNamespace(settings=SimpleNamespace(rank_by="loss", reduction=2))
@@ -295,10 +294,11 @@ def test_a_job_a_rung_ahead_waits_for_the_others() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", [1, 5, 9, 17, 20])
-def test_kill_9(plenty: Path, tanzaku: Tanzaku, moment: int) -> None:
+@pytest.mark.parametrize(("moment", "workers"), [(1, 1), (1, 2), (5, 1), (9, 2), (17, 1), (17, 2), (20, 1)])
+def test_kill_9(plenty: Path, tanzaku: Tanzaku, moment: int, workers: int) -> None:
     """Killed when so many jobs are in the journal, in the search or while measuring, it ends as if it had not been."""
-    command = [sys.executable, "-m", "tanzaku", "compare", "recipe.yaml", "--rows-per-step", "4", "--out"]
+    rows = ["--rows-per-step", "4", "--workers", str(workers)]
+    command = [sys.executable, "-m", "tanzaku", "compare", "recipe.yaml", *rows, "--out"]
     if "jobs" not in WHOLE:
         assert tanzaku("compare", "recipe.yaml", "--rows-per-step", "4", "--out", "whole").code == 0
         WHOLE["jobs"] = told(plenty / "whole")

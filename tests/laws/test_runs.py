@@ -60,6 +60,11 @@ def test_every_method_among_all_others(name, variant, tmp_path):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_every_method_in_a_worker_process(name, tmp_path):
+    assert_same_run(lambda: bamboo(num_labels=2), Job("this", method(name), settings()), tmp_path, workers=2)
+
+
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(
     ("kind", "drop"),
     [

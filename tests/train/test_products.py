@@ -451,13 +451,21 @@ class TestCopies:
             assert not pool.step.products.copies
         assert pool.results["lora"].status == "done"
 
-    def test_none_of_what_is_trained_or_in_another_precision(self) -> None:
-        layer, fast = self.layer()
-        layer.weight.requires_grad_(True)
-        other = next(module for module, _ in fast.layers if module is not layer)
+    def test_none_in_another_precision(self) -> None:
+        _, fast = self.layer()
+        other = fast.layers[-1][0]
         other.weight.data = other.weight.data.bfloat16()
         fast.pack()
-        assert set(fast.copies) == {id(module) for module, _ in fast.layers} - {id(layer), id(other)}
+        assert set(fast.copies) == {id(module) for module, _ in fast.layers} - {id(other)}
+
+    def test_those_of_a_trained_weight_are_not_read(self) -> None:
+        layer, fast = self.layer()
+        layer.weight.requires_grad_(True)
+        with fast:
+            fast.pack()
+            copies = fast.copies[id(layer)]
+            copies.forward, copies.backward = (torch.ops.mkldnn._reorder_linear_weight(w) for w in zeros(layer.weight))
+            self.check(layer, fast)
 
     def test_a_weight_changed_meanwhile_is_multiplied_as_it_is_now(self) -> None:
         layer, fast = self.layer()

@@ -218,6 +218,7 @@ class Comparison:
             meta=self.meta,
             rows_per_step=self.settings.rows_per_step,
             memory=self.memory,
+            workers=self.settings.workers,
             measure=True,
             states=self.journal.states,
         ) as pool:
@@ -227,7 +228,7 @@ class Comparison:
                 pool.run()
                 if pool.interrupted:
                     raise Interrupted
-                if not any(lane.waiting for lane in pool.lanes.values()):
+                if not pool.waiting:
                     return
                 pool.proceed(*self._halved(pool, groups))
 
@@ -238,11 +239,11 @@ class Comparison:
         stopped: list[str] = []
         ahead: list[str] = []
         for names in groups:
-            all_waiting = [name for name in names if name in pool.lanes and pool.lanes[name].waiting]
-            if not all_waiting or any(job.name in names for job in pool.queue):
+            all_waiting = {name: epochs for name, epochs in pool.waiting.items() if name in names}
+            if not all_waiting or any(name in names for name in pool.queued):
                 continue
-            epoch = min(pool.lanes[name].epoch for name in all_waiting)
-            waiting = [name for name in all_waiting if pool.lanes[name].epoch == epoch]
+            epoch = min(all_waiting.values())
+            waiting = [name for name, epochs in all_waiting.items() if epochs == epoch]
             ahead += [name for name in all_waiting if name not in waiting]
             values = {}
             for name in names:

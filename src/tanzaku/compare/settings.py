@@ -51,6 +51,9 @@ class CompareSettings(BaseModel):
     finalists: int = Field(3, ge=1, description="best candidates whose adapters are kept and tested")
     rank_by: Metric = Field("roc_auc", description="validation figure that candidates are ranked by")
     rows_per_step: int | None = Field(None, ge=1, description="rows of all candidates in one step (chosen)")
+    workers: int | None = Field(
+        None, ge=1, description="processes that share the frozen weights and the candidates (chosen; on a GPU 1)"
+    )
     memory: str | None = Field(None, description="what the run may take, such as 8GB or 512MiB (no limit)")
 
     @field_validator("memory", mode="before")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import time
@@ -28,6 +29,7 @@ from tanzaku.train.products import layer_of
 from tanzaku.train.results import EpochRecord, Job, JobResult, Observer
 from tanzaku.train.state import States
 from tanzaku.train.step import SharedStep
+from tanzaku.train.workers import Crew, possible, suited
 
 ROWS_PER_STEP = {"cuda": 32}  # where nothing is said; the processors of a PC are busy with half of that
 _FAILURES = (TanzakuError, RuntimeError, ValueError, MemoryError, ArithmeticError, LookupError, TypeError, OSError)
@@ -56,6 +58,7 @@ def train_jobs(
     meta: dict[str, Any] | None = None,
     rows_per_step: int | None = None,
     memory: int | None = None,
+    workers: int | None = None,
     states: Path | None = None,
 ) -> list[JobResult]:
     """Train every job on the frozen `model`, which is left as it was; one result a job, in their order.
@@ -68,6 +71,7 @@ def train_jobs(
         out: a directory; each finished adapter is saved below its `adapters`, with `meta` beside it.
         rows_per_step: most rows of all jobs in one step; None: 16, on a GPU 32. A job's batch is never split.
         memory: most bytes that the process (on CUDA, torch on the device) may use; None: no limit.
+        workers: processes that share the jobs and the frozen weights, on Linux without CUDA; None: chosen, elsewhere 1.
         states: a directory for the state of jobs under way, written after each epoch. A job that has one there goes on
             from it; the state of another job of that name is an error.
     """
@@ -79,6 +83,7 @@ def train_jobs(
         meta=meta,
         rows_per_step=rows_per_step,
         memory=memory,
+        workers=workers,
         states=states,
     ) as pool:
         pool.add(jobs)
@@ -102,6 +107,7 @@ class Pool:
         meta: dict[str, Any] | None = None,
         rows_per_step: int | None = None,
         memory: int | None = None,
+        workers: int | None = None,
         measure: bool = False,
         states: Path | None = None,
     ):
@@ -113,6 +119,16 @@ class Pool:
         if rows_per_step is not None and rows_per_step < 1:
             raise TanzakuError(f"rows_per_step is {rows_per_step}, expected at least 1")
         self.rows_per_step = rows_per_step or ROWS_PER_STEP.get(self.device.type, 16)
+        if workers is not None and workers < 1:
+            raise TanzakuError(f"workers is {workers}, expected at least 1")
+        if workers is not None and workers > 1 and not possible(self.device):
+            raise TanzakuError(
+                f"workers is {workers}, and on {self.device.type} here all jobs train in one process; expected 1"
+            )
+        self.workers = workers
+        self.crew: Crew | None = None
+        self._hand_back: Callable[[Job], None] | None = None  # in a worker
+        self.share = 1.0  # of the machine's threads
         self.measure = measure or memory is not None
         self.states = None if states is None else States(states)
         self.room: float = float("inf")
@@ -138,6 +154,7 @@ class Pool:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._dismiss(at_once=True)
         for name in list(self.lanes):
             self._take_off(name)
         self.step.__exit__(*error)
@@ -162,6 +179,12 @@ class Pool:
     def run(self) -> None:
         """Train until every job has ended or waits at a rung."""
         try:
+            self._share_out()
+            if self.crew is not None:
+                self.crew.run()
+                if self.crew.waiting:
+                    return
+                self._dismiss()
             while True:
                 self._admit()
                 if not (lanes := self._picked()):
@@ -183,6 +206,47 @@ class Pool:
                 if name in stopped:
                     lane.result.predictions = None
                     self._end(lane, "stopped")
+        if self.crew is not None:
+            self.crew.proceed(stopped, waiting)
+
+    @property
+    def waiting(self) -> dict[str, int]:
+        """Jobs that wait at a rung, with the epochs they have done."""
+        own = {name: lane.epoch for name, lane in self.lanes.items() if lane.waiting}
+        return own if self.crew is None else {**own, **self.crew.waiting}
+
+    @property
+    def queued(self) -> list[str]:
+        """Jobs that are not begun."""
+        own = [job.name for job in self.queue]
+        return own if self.crew is None else [*self.crew.queued, *own]
+
+    # -- workers
+
+    def _share_out(self) -> None:
+        """Let workers have the queued jobs that share batches, where that is faster."""
+        sharing = [job for job in self.queue if job.method.shares_batch]
+        number = min(self.workers or suited(sharing, self.rows_per_step), len(sharing))
+        if number > 1 and self.crew is None and not self.lanes and possible(self.device):
+            self._arrange(sharing[0])  # here, for all of them
+            with contextlib.suppress(OSError):  # no room for another process: one does it too
+                self.crew = Crew(self, number)
+
+    def _dismiss(self, at_once: bool = False) -> None:
+        if self.crew is not None:
+            self.crew.leave(at_once)
+            self.crew = None
+
+    def become_worker(
+        self, jobs: Sequence[Job], rows: int, room: float, observer: Observer, hand_back: Callable[[Job], None]
+    ) -> None:
+        """In a fork of the process: train these jobs, with so many rows a step and bytes of a memory limit.
+
+        Args:
+            hand_back: takes a job that needs more.
+        """
+        self.queue, self.workers, self.observer, self._hand_back = deque(jobs), 1, observer, hand_back
+        self.rows_per_step, self.room = rows, room
 
     # -- who takes part
 
@@ -231,7 +295,7 @@ class Pool:
                 result.step_bytes = lane.need.step + lane.kept_bytes
                 attached = [*self.lanes.values(), lane]
                 # What it keeps may leave too little room for a step of one that is there already.
-                if not (fits := self._each_fits(attached)):
+                if not (fits := self._each_fits(attached)) and self._hand_back is None:
                     self.room += self.step.products.unpack()  # a job is worth more than a faster product
                     fits = self._each_fits(attached)
                 if not fits:
@@ -239,6 +303,11 @@ class Pool:
                         self._take_off(job.name)
                         self._full = True
                         return False
+                    if self._hand_back is not None:
+                        self._take_off(job.name)
+                        self.queue.remove(job)
+                        self._hand_back(job)
+                        return True
                     raise TanzakuError(
                         f"a step needs {_size(lane.kept_bytes + lane.need.alone)} beside the model and "
                         f"{_size(self.room)} are left of the memory limit: use gradient_checkpointing, or a smaller "
@@ -350,7 +419,7 @@ class Pool:
             reason, too_large = failure
             if left and too_large and (freed := self.step.products.unpack()):
                 gc.collect()
-                self.room += freed
+                self.room += 0 if self._hand_back else freed  # other workers have them still
                 self._train(left)
             elif len(lanes) == 1 and left:
                 self._end(left[0], "failed", reason)
@@ -367,7 +436,7 @@ class Pool:
                 self._end(lane, "failed", _line(error))
         seconds, rows = time.monotonic() - began, sum(lane.rows_done for lane in trained)
         for lane in trained:
-            lane.spend(seconds * lane.rows_done / rows)
+            lane.spend(self.share * seconds * lane.rows_done / rows)
             if lane.job.name in self.lanes:
                 self.observer.step_done(lane.job, lane.step, lane.steps, lane.last_loss)
         for lane in ended:
@@ -426,7 +495,7 @@ class Pool:
         if lane.data.valid is not None:
             lane.logits = self.step.logits(lane, lane.data.valid)
             valid = classification_metrics(lane.logits, _labels(lane.data.valid))
-        lane.spend(time.monotonic() - began)
+        lane.spend(self.share * (time.monotonic() - began))
         record = lane.end_epoch(valid)
         if lane.job.name in self._trackers:
             figures = {f"valid/{key}": value for key, value in valid.items()}
@@ -444,7 +513,7 @@ class Pool:
         began = time.monotonic()
         lane.restore_best()
         self._judge(lane)
-        lane.spend(time.monotonic() - began)
+        lane.spend(self.share * (time.monotonic() - began))
         if self.out is not None and lane.job.save:
             where = Path("adapters") / lane.job.name
             rows = {split.name: len(split) for split in lane.data.splits()}

@@ -149,7 +149,8 @@ class FrozenProducts:
         self.unpack()
 
     def pack(self, room: float = math.inf) -> int:
-        """Have copies of the frozen weights in oneDNN's layout, if they need a quarter of what is left at most.
+        """Have copies of the weights in oneDNN's layout, if they need a quarter of what is left at most. For jobs that
+        share the model: then it is frozen.
 
         Args:
             room: bytes that may be taken, if the machine has them.
@@ -157,7 +158,7 @@ class FrozenProducts:
         Returns:
             Bytes taken: 0, or twice those of the weights.
         """
-        fits = [module for module, _ in self.layers if not module.weight.requires_grad and _by_onednn(module.weight)]
+        fits = [module for module, _ in self.layers if _by_onednn(module.weight)]
         needed = 2 * sum(module.weight.nbytes for module in fits)
         if self.copies or needed > min(room, free()) / 4:
             return 0

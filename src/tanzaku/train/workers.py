@@ -1,0 +1,359 @@
+"""Worker processes: on CPUs, a pool's jobs are shared out among copies of the process.
+
+A step is thousands of operations of some microseconds. Within one process, threads wait for each other at every one of
+them, and for Python in between. Processes that each train a part of the jobs need not wait, and Python runs in all of
+them at once. The frozen weights and their copies are in memory once: a worker is a fork of the process that has them.
+
+Which job goes to which worker, and on how many threads, hangs on the jobs alone and not on who is fast: a run that is
+repeated has the same companies, and the same rounding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from tanzaku.errors import TanzakuError
+from tanzaku.train.results import EpochRecord, Job, JobResult
+
+if TYPE_CHECKING:
+    from tanzaku.train.loop import Pool
+
+_ROWS = 3  # a worker has so many of a step's rows at least: with fewer, the weights are read for too little
+_START = 20  # starting the operations of a job's own step takes as long as so many tokens
+_PRIVATE = 2 * 10**8  # bytes that a worker comes to have for itself, beside those of tensors
+_LOOK = 0.2  # seconds after which Ctrl-C is seen
+_DIES_WITH_PARENT = 1  # Linux's PR_SET_PDEATHSIG
+
+
+def possible(device: torch.device) -> bool:
+    """Whether workers can be had: on Linux, for a model on the CPU of a machine without CUDA, which forbids forks."""
+    return device.type == "cpu" and sys.platform == "linux" and not torch.cuda.is_available()
+
+
+def suited(jobs: Sequence[Job], rows_per_step: int) -> int:
+    """Workers that these jobs should have, on as many threads as torch has."""
+    sharing = sum(job.method.shares_batch for job in jobs)
+    return max(1, min(torch.get_num_threads(), sharing, rows_per_step // _ROWS))
+
+
+def parts(jobs: Sequence[Job], costs: Sequence[float], number: int) -> list[list[Job]]:
+    """The jobs in so many parts of like cost, each in their order: the costliest first to whom has least."""
+    found: list[list[int]] = [[] for _ in range(number)]
+    loads = [0.0] * number
+    for at in sorted(range(len(jobs)), key=lambda at: -costs[at]):
+        least = loads.index(min(loads))
+        found[least].append(at)
+        loads[least] += costs[at]
+    return [[jobs[at] for at in sorted(part)] for part in found]
+
+
+def shares(number: int, workers: int) -> list[int]:
+    """Of so many threads or rows, those of each worker: one at least."""
+    return [max(1, number // workers + (at < number % workers)) for at in range(workers)]
+
+
+class Crew:
+    """The workers of a pool, made of its process as it is: they take the queued jobs that share batches.
+
+    What they report goes to the pool's observer and results. A job that is too large for a worker's share of a memory
+    limit comes back into the queue.
+    """
+
+    def __init__(self, pool: Pool, number: int):
+        self.pool = pool
+        sharing = [job for job in pool.queue if job.method.shares_batch]
+        self.jobs = {job.name: job for job in sharing}
+        self.members: list[_Member] = []
+        self._threads = torch.get_num_threads()
+        found = parts(sharing, [_cost(job, pool) for job in sharing], number)
+        for part, rows in zip(found, shares(pool.rows_per_step, number), strict=True):
+            self.members.append(self._hired(part, rows, pool.room / number - _PRIVATE))
+        for job in sharing:
+            pool.queue.remove(job)
+
+    def _hired(self, part: list[Job], rows: int, room: float) -> _Member:
+        context = multiprocessing.get_context("fork")
+        here, there = context.Pipe()
+        # Whoever holds an end of a pipe keeps it open: a worker must hold its own alone.
+        others = [here, *(member.pipe for member in self.members)]
+        process = context.Process(
+            target=_work, args=(self.pool, part, rows, room, there, others, os.getpid()), name="tanzaku", daemon=True
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: a worker starts its own
+            process.start()
+        there.close()
+        return _Member(process, here, [job.name for job in part])
+
+    @property
+    def waiting(self) -> dict[str, int]:
+        """Jobs that wait at a rung, with the epochs they have done."""
+        return {name: epoch for member in self.members for name, epoch in member.waiting.items()}
+
+    @property
+    def queued(self) -> list[str]:
+        """Jobs that no worker has begun yet."""
+        return [name for member in self.members for name in member.queued]
+
+    def run(self) -> None:
+        """Let all train until every job has ended or waits at a rung.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; jobs under way have ended as interrupted.
+            TanzakuError: a worker is gone.
+        """
+        busy = [member for member in self.members if member.jobs]
+        each = shares(self._threads, len(busy))
+        for member, threads in zip(busy, each, strict=True):
+            member.send("run", threads, threads / sum(each))
+        try:
+            with _deferred_interrupt() as interrupted:
+                self._listen(busy, interrupted)
+            if any(member.interrupted for member in busy):
+                raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            for member in busy:
+                if member.busy:
+                    member.tell("stop")
+            self._listen(busy)
+            raise
+
+    def proceed(self, stopped: Sequence[str], waiting: Sequence[str]) -> None:
+        """As :meth:`Pool.proceed`."""
+        there = [member for member in self.members if member.waiting]
+        for member in there:
+            member.send("proceed", stopped, waiting)
+        self._listen(there)
+
+    def leave(self, at_once: bool = False) -> None:
+        """End the workers. What they have under way is lost."""
+        for member in self.members:
+            if at_once:
+                member.process.kill()
+            else:
+                with suppress(TanzakuError):  # it may be gone, and nothing hangs on it any more
+                    member.send("leave")
+            member.process.join()
+            member.pipe.close()
+
+    def _listen(self, members: list[_Member], interrupted: Sequence[int] = ()) -> None:
+        """Hear the members until each has done what it was sent to do."""
+        while pipes := {member.pipe: member for member in members if member.busy}:
+            for pipe in wait(list(pipes), timeout=_LOOK):
+                self._hear(pipes[pipe])  # type: ignore[index]
+            if interrupted:
+                raise KeyboardInterrupt
+
+    def _hear(self, member: _Member) -> None:
+        what, *news = member.hear()
+        observer, results = self.pool.observer, self.pool.results
+        if what == "ready":
+            member.busy = False
+            member.queued, member.waiting, member.interrupted = news
+        elif what == "broken":
+            error, text = news
+            raise error from _InWorker(text)
+        elif what == "back":
+            member.jobs.remove(news[0])
+            self.pool.queue.append(self.jobs[news[0]])
+        elif what == "started":
+            name, result, steps = news
+            results[name] = result
+            observer.job_started(self.jobs[name], result, steps)
+        elif what == "step":
+            name, *figures = news
+            observer.step_done(self.jobs[name], *figures)
+        elif what == "epoch":
+            name, record = news
+            results[name].epochs.append(record)
+            observer.epoch_done(self.jobs[name], record)
+        else:
+            name, result = news
+            results[name] = result
+            member.jobs.remove(name)
+            observer.job_done(self.jobs[name], result)
+            member.tell("noted")
+
+
+@dataclass
+class _Member:
+    """A worker, as the pool's process has it. `jobs` are those that have not ended."""
+
+    process: Any
+    pipe: Connection
+    jobs: list[str]
+    queued: list[str] = field(default_factory=list)
+    waiting: dict[str, int] = field(default_factory=dict)
+    busy: bool = False
+    interrupted: bool = False
+
+    def send(self, *order: Any) -> None:
+        """Send it to do something; it is busy until it is ready again."""
+        self.busy = True
+        self.tell(*order)
+
+    def tell(self, *message: Any) -> None:
+        try:
+            self.pipe.send(message)
+        except OSError:
+            self._gone()
+
+    def hear(self) -> Any:
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            self._gone()
+
+    def _gone(self) -> NoReturn:
+        self.process.join(10)
+        code = self.process.exitcode
+        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
+        memory = "; the machine may be out of memory" if code == -signal.SIGKILL else ""
+        raise TanzakuError(
+            f"a worker process {how}{memory}: use fewer workers, or one, with which the run is a single process"
+        )
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[list[int]]:
+    """Within the block Ctrl-C is noted in the list, and raised nowhere: half of a message may have been read. A second
+    one comes through."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted  # it is raised elsewhere anyway
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if noted and callable(before):
+            before(number, frame)
+        noted.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _InWorker(Exception):
+    """Where in a worker its error was raised."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+# -- in a worker
+
+
+def _work(
+    pool: Pool, part: list[Job], rows: int, room: float, pipe: Connection, others: list[Connection], parent: int
+) -> None:
+    with_parent = getattr(ctypes.CDLL(None), "prctl", None)
+    if with_parent is not None:
+        with_parent(_DIES_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who says what it means
+    gc.freeze()  # what the parent has is never collected here, which would copy it
+    for other in others:
+        other.close()
+    reporter = _Reporter(pipe)
+    pool.become_worker(part, rows, room, reporter, reporter.hand_back)
+    # OpenMP's threads are no part of a fork, and the thread that forked would wait for them. A new one gets its own.
+    thread = threading.Thread(target=_serve, args=(pool, reporter))
+    thread.start()
+    thread.join()
+
+
+def _serve(pool: Pool, reporter: _Reporter) -> None:
+    try:
+        while (order := reporter.order())[0] != "leave":
+            if order[0] == "run":
+                torch.set_num_threads(order[1])
+                pool.share = order[2]
+                pool.run()
+            else:
+                pool.proceed(*order[1:])
+            reporter.send("ready", pool.queued, pool.waiting, pool.interrupted)
+    except BaseException as error:
+        reporter.send("broken", _portable(error), traceback.format_exc())
+
+
+class _Reporter:
+    """The observer of a worker's pool: it passes everything on to the parent."""
+
+    def __init__(self, pipe: Connection):
+        self.pipe = pipe
+
+    def job_started(self, job: Job, result: JobResult, steps: int) -> None:
+        self.send("started", job.name, result, steps)
+
+    def step_done(self, job: Job, step: int, steps: int, loss: float) -> None:
+        self.send("step", job.name, step, steps, loss)
+        if self.pipe.poll():
+            self._receive()  # "stop": there is nothing else to hear
+            raise KeyboardInterrupt
+
+    def epoch_done(self, job: Job, record: EpochRecord) -> None:
+        self.send("epoch", job.name, record)
+
+    def job_done(self, job: Job, result: JobResult) -> None:
+        self.send("done", job.name, result)
+        if self._receive()[0] == "stop":  # and not "noted": what the job hangs on must stay
+            raise KeyboardInterrupt
+
+    def hand_back(self, job: Job) -> None:
+        """A job that is too large for a worker."""
+        self.send("back", job.name)
+
+    def order(self) -> Any:
+        """What to do next."""
+        while (order := self._receive())[0] not in ("run", "proceed", "leave"):
+            pass  # it came when the work was done
+        return order
+
+    def send(self, *message: Any) -> None:
+        try:
+            self.pipe.send(message)
+        except OSError:
+            os._exit(1)  # nobody is left to train for
+
+    def _receive(self) -> Any:
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            os._exit(1)
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The error, if it can be sent to another process and read there, or one that says as much."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _cost(job: Job, pool: Pool) -> float:
+    """What a job takes, in the time of a token."""
+    s, train = job.settings, (job.data or pool.data).train
+    virtual = getattr(job.method, "num_virtual_tokens", 0)
+    tokens = sum(virtual + len(example.input_ids) for example in train.examples)
+    return s.epochs * (tokens + _START * math.ceil(len(train) / s.batch_size))

@@ -1,0 +1,466 @@
+"""Worker processes: the same results, reports and failures as in one process, and nothing left of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+import tanzaku as tz
+from models import tiny
+from tanzaku.host import Adapter
+from tanzaku.methods.lora import LoRA
+from tanzaku.train import products, workers
+from tanzaku.train.loop import Pool, Silent, train_jobs
+from tanzaku.train.memory import in_use
+from tanzaku.train.results import EpochRecord, Job, JobResult
+from tanzaku.train.settings import TrainSettings
+from tanzaku.train.workers import parts, shares, suited
+from task_data import task
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(not workers.possible(CPU), reason="workers are forks, on Linux without CUDA")
+
+DATA = task((5, 7, 4), train=6)
+FAST = TrainSettings(epochs=2, learning_rate=0.02, adam_epsilon=1e-3)
+
+
+def job(name: str, method: Any = None, *, rungs: tuple[int, ...] = (), **changes: Any) -> Job:
+    settings = FAST.model_copy(update={"seed": sum(map(ord, name)), **changes})
+    return Job(name, method or tz.LoRA(r=2), settings, None, rungs)
+
+
+class Told(Silent):
+    """All that an observer is told, by job, and in which process."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, list[Any]] = {}
+        self.processes: set[int] = set()
+
+    def note(self, job: Job, *what: Any) -> None:
+        self.processes.add(os.getpid())
+        self.of.setdefault(job.name, []).append(what)
+
+    def job_started(self, job: Job, result: JobResult, steps: int) -> None:
+        self.note(job, "started", steps)
+
+    def step_done(self, job: Job, step: int, steps: int, loss: float) -> None:
+        self.note(job, "step", step, steps, round(loss, 3))
+
+    def epoch_done(self, job: Job, record: EpochRecord) -> None:
+        self.note(job, "epoch", record.epoch, round(record.train_loss, 3))
+
+    def job_done(self, job: Job, result: JobResult) -> None:
+        self.note(job, "done", result.status)
+
+
+@dataclass
+class Does(LoRA):
+    """LoRA that does something once it has taken so many steps."""
+
+    what: str = "nothing"
+    after: int = 2
+
+    def prepare(self, adapter: Adapter, steps: int) -> None:
+        if self.what == "write the process":
+            Path(os.environ["NOTED"]).joinpath(adapter.name).write_text(str(os.getpid()), encoding="ascii")
+
+    def after_step(self, adapter: Adapter, step: int) -> None:
+        if step == self.after:
+            if self.what == "be killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.what == "raise":
+                raise ValueError("this job is wrong")
+            if self.what == "break":
+                raise AssertionError("this program is wrong")
+            if self.what == "interrupt":
+                raise KeyboardInterrupt
+
+
+def children() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE and p.name() != "chromium"]
+
+
+@pytest.fixture(autouse=True)
+def _no_worker_is_left() -> Any:
+    before = {p.pid for p in children()}
+    yield
+    assert {p.pid for p in children()} <= before
+
+
+# -- who gets what
+
+
+@given(st.lists(st.integers(1, 50), max_size=20), st.integers(1, 5))
+def test_parts_have_every_job_in_order_and_like_loads(costs: list[int], number: int) -> None:
+    jobs = [job(str(at)) for at in range(len(costs))]
+    found = parts(jobs, costs, number)
+    order = [[int(each.name) for each in part] for part in found]
+    assert sorted(at for part in order for at in part) == list(range(len(jobs)))
+    assert all(part == sorted(part) for part in order)
+    loads = [sum(costs[at] for at in part) for part in order]
+    assert max(loads) - min(loads) <= max(costs, default=0)
+
+
+def test_cost_is_in_tokens_with_virtual_ones_and_all_epochs() -> None:
+    pool: Any = type("", (), {"data": DATA})
+    own = sum(len(e.input_ids) for e in DATA.train.examples)
+    assert workers._cost(job("a"), pool) == 2 * (own + 6 * workers._START)
+    assert workers._cost(job("a", batch_size=4, epochs=1), pool) == own + 2 * workers._START
+    virtual = tz.PromptTuning(num_virtual_tokens=5)
+    assert workers._cost(job("a", virtual), pool) == 2 * (own + 6 * 5 + 6 * workers._START)
+
+
+@pytest.mark.parametrize(
+    ("threads", "jobs", "rows", "number"), [(2, 8, 16, 2), (16, 8, 16, 5), (2, 1, 16, 1), (4, 9, 7, 2), (1, 8, 16, 1)]
+)
+def test_so_many_are_suited(threads: int, jobs: int, rows: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert suited([job(str(at)) for at in range(jobs)] + [job("full", tz.Full())], rows) == number
+
+
+@pytest.mark.parametrize(
+    ("threads", "number", "each"), [(2, 2, [1, 1]), (5, 2, [3, 2]), (16, 5, [4, 3, 3, 3, 3]), (1, 2, [1, 1])]
+)
+def test_threads_are_shared_out(threads: int, number: int, each: list[int]) -> None:
+    assert shares(threads, number) == each
+
+
+def test_seconds_are_of_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    tell = workers._Member.tell
+
+    def noting(self: Any, *message: Any) -> None:
+        told.extend([message] if message[0] == "run" else [])
+        tell(self, *message)
+
+    monkeypatch.setattr(workers._Member, "tell", noting)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    began = time.monotonic()
+    results = train_jobs(tiny("llama", num_labels=2), DATA, [job("a", epochs=20), job("b", epochs=20)], workers=2)
+    took = time.monotonic() - began
+    assert told == [("run", 2, 0.5)] * 2
+    # Side by side each took nearly all the time, with half of the threads.
+    assert sum(r.seconds for r in results) < 1.01 * took and all(r.seconds < 0.51 * took for r in results)
+
+
+# -- the same as in one process
+
+
+def test_results_reports_and_files_are_those_of_one_process(tmp_path: Path) -> None:
+    def run(name: str, number: int) -> tuple[list[JobResult], Told]:
+        told = Told()
+        jobs = [job("a"), job("b", tz.IA3()), job("full", tz.Full()), job("c", tz.PromptTuning(num_virtual_tokens=3))]
+        states = tmp_path / name / "states"
+        options: Any = {"out": tmp_path / name, "observer": told, "states": states, "workers": number}
+        found = train_jobs(tiny("llama", num_labels=2), task((5, 7, 4), train=6, test=5), jobs, **options)
+        assert not any(states.iterdir())
+        return found, told
+
+    (alone, expected), (among, found) = run("one", 1), run("two", 2)
+    assert found.of == expected.of and found.processes == {os.getpid()}
+    for one, two in zip(alone, among, strict=True):
+        assert two.status == "done" and two.name == one.name
+        assert two.epochs[-1].valid == pytest.approx(one.epochs[-1].valid, abs=1e-4)
+        assert torch.tensor(two.predictions) == pytest.approx(torch.tensor(one.predictions), abs=1e-4)
+        same = ("method_settings", "trainable_parameters", "note", "steps", "best_epoch", "confusion", "adapter")
+        assert [getattr(two, key) for key in same] == [getattr(one, key) for key in same]
+        assert two.seconds > 0 and (tmp_path / "two" / str(two.adapter) / "adapter_model.safetensors").is_file()
+
+
+def test_workers_train_and_the_process_itself_has_no_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTED", str(tmp_path))
+    model = tiny("llama", num_labels=2)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    train_jobs(model, DATA, [job(name, Does(r=2, what="write the process")) for name in "abc"], workers=2)
+    noted = {path.name: int(path.read_text()) for path in tmp_path.iterdir()}
+    assert len(set(noted.values())) == 2 and os.getpid() not in noted.values()
+    assert tz.adapters(model) == [] and "_tanzaku_host" not in model.__dict__
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_run_that_is_repeated_rounds_alike() -> None:
+    jobs = [job(name, epochs=3, learning_rate=0.1) for name in "abcde"]
+    one, two = (train_jobs(tiny("llama", num_labels=2), DATA, jobs, workers=2, rows_per_step=4) for _ in range(2))
+    assert [r.predictions for r in one] == [r.predictions for r in two]
+    assert [r.valid for r in one] == [r.valid for r in two]
+
+
+def test_rows_of_a_step_are_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    become = Pool.become_worker
+
+    def noting(self: Pool, jobs: Sequence[Job], *rest: Any) -> None:
+        become(self, jobs, *rest)
+        tmp_path.joinpath("".join(each.name for each in jobs)).write_text(str(self.rows_per_step), encoding="ascii")
+
+    monkeypatch.setattr(Pool, "become_worker", noting)
+    train_jobs(tiny("llama", num_labels=2), DATA, [job(name) for name in "abc"], workers=2, rows_per_step=7)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"ac": "4", "b": "3"}
+
+
+def test_copies_of_weights_are_made_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not products._ONEDNN:
+        pytest.skip("no oneDNN here")
+    made: list[int] = []
+    of = products._Copies.of
+
+    def noting(weight: torch.Tensor) -> products._Copies:
+        assert os.getpid() == process
+        made.append(weight.nbytes)
+        return of(weight)
+
+    process = os.getpid()
+    monkeypatch.setattr(products._Copies, "of", noting)
+    with Pool(tiny("llama", num_labels=2), DATA, workers=2, memory=in_use(CPU) + 10**10) as pool:
+        room = pool.room
+        pool.add([job("a", rungs=(1,)), job("b", rungs=(1,))])
+        pool.run()
+        assert len(pool.waiting) == 2 and pool.room == room - 2 * sum(made) and len(made) > 1
+
+
+# -- rungs
+
+
+def test_jobs_wait_at_rungs_in_workers_and_end_as_without_them(tmp_path: Path) -> None:
+    def jobs(*rungs: int) -> list[Job]:
+        return [job(name, epochs=epochs, rungs=rungs) for name, epochs in zip("abcd", (4, 4, 3, 1), strict=True)]
+
+    def pool_of(name: str, number: int) -> Pool:
+        return Pool(tiny("llama", num_labels=2), DATA, out=tmp_path / name, workers=number)
+
+    with pool_of("one", 1) as pool:
+        pool.add(jobs())
+        pool.run()
+        expected = pool.results
+    with pool_of("two", 2) as pool:
+        pool.add([*jobs(1, 3), job("full", tz.Full(), epochs=1)])
+        pool.run()
+        assert pool.waiting == {"a": 1, "b": 1, "c": 1} and pool.results["d"].status == "done"
+        assert pool.queued == ["full"], "what runs alone runs when nobody waits any more"
+        assert [len(pool.results[name].epochs) for name in "abc"] == [1, 1, 1]
+        pool.proceed(["b"], ["a"])
+        assert pool.waiting == {"a": 1} and pool.results["b"].status == "stopped"
+        pool.run()
+        assert pool.waiting == {"a": 1} and pool.results["c"].status == "done"
+        pool.proceed()
+        pool.run()
+        assert pool.waiting == {"a": 3}
+        pool.proceed()
+        pool.run()
+        assert not pool.waiting and not pool.queued and not pool.lanes and pool.crew is None
+        assert {name: r.status for name, r in pool.results.items() if r.status != "done"} == {"b": "stopped"}
+        for name in "acd":
+            assert pool.results[name].valid == pytest.approx(expected[name].valid, abs=1e-4)
+        pool.add([job("e"), job("f")])
+        pool.run()
+        assert pool.results["f"].status == "done"
+
+
+# -- what goes wrong
+
+
+def test_a_job_that_fails_ends_alone() -> None:
+    wrong = [job("bad", tz.LoRA(r=0)), job("worse", learning_rate=float("nan")), job("x", Does(r=2, what="raise"))]
+    results = train_jobs(tiny("llama", num_labels=2), DATA, [job("a"), *wrong, job("b")], workers=2)
+    assert [r.status for r in results] == ["done", "failed", "failed", "failed", "done"]
+    assert "rank of 1 or more" in str(results[1].error) and results[3].error == "this job is wrong"
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_words_and_what_is_done_stays() -> None:
+    told = Told()
+    jobs = [job("a", epochs=1), job("b", Does(r=2, what="be killed", after=12)), job("c", epochs=20)]
+    with pytest.raises(tz.TanzakuError, match=r"killed by signal 9.*out of memory.*fewer workers"):
+        train_jobs(tiny("llama", num_labels=2), DATA, jobs, workers=2, observer=told)
+    assert "done" not in [what[0] for what in told.of["b"]]
+
+
+def test_an_error_of_the_program_comes_through_with_its_place() -> None:
+    jobs = [job("a", epochs=20), job("b", Does(r=2, what="break"))]
+    with pytest.raises(AssertionError, match="this program is wrong") as caught:
+        train_jobs(tiny("llama", num_labels=2), DATA, jobs, workers=2)
+    assert "in after_step" in str(caught.value.__cause__)
+
+
+def test_a_damaged_state_is_an_error_of_the_run(tmp_path: Path) -> None:
+    (tmp_path / "b.safetensors").write_bytes(b"no state")
+    with pytest.raises(tz.TanzakuError, match=r"b.safetensors is damaged"):
+        train_jobs(tiny("llama", num_labels=2), DATA, [job("a"), job("b")], workers=2, states=tmp_path)
+
+
+class _Unportable(Exception):
+    def __init__(self, a: int, b: int):
+        super().__init__(f"{a} and {b}")
+
+
+def test_an_error_that_cannot_be_sent_says_what_it_was() -> None:
+    error = workers._portable(_Unportable(1, 2))
+    assert isinstance(error, RuntimeError) and str(error) == "_Unportable: 1 and 2"
+    assert isinstance(workers._portable(tz.TanzakuError("as it is")), tz.TanzakuError)
+
+
+@pytest.mark.parametrize(("number", "why"), [(0, "at least 1"), (-1, "at least 1")])
+def test_wrong_numbers(number: int, why: str) -> None:
+    with pytest.raises(tz.TanzakuError, match=f"workers is {number}, expected {why}"):
+        Pool(tiny("llama", num_labels=2), DATA, workers=number)
+
+
+def test_where_no_worker_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tanzaku.train.loop.possible", lambda device: False)
+    with pytest.raises(tz.TanzakuError, match=r"workers is 2.*one process; expected 1"):
+        Pool(tiny("llama", num_labels=2), DATA, workers=2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    model = tiny("llama", num_labels=2)
+    with Pool(model, DATA) as pool:
+        pool.add([job("a"), job("b")])
+        pool.run()
+        assert pool.crew is None and {r.status for r in pool.results.values()} == {"done"}
+
+
+def test_where_no_process_can_be_made_one_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    hired = workers.Crew._hired
+
+    def failing(self: workers.Crew, part: list[Job], *rest: Any) -> Any:
+        if self.members:
+            raise OSError(12, "Cannot allocate memory")
+        return hired(self, part, *rest)
+
+    monkeypatch.setattr(workers.Crew, "_hired", failing)
+    results = train_jobs(tiny("llama", num_labels=2), DATA, [job("a"), job("b")], workers=2)
+    assert [r.status for r in results] == ["done", "done"]
+
+
+# -- memory
+
+
+def test_what_is_too_large_for_a_share_of_the_memory_is_trained_in_the_process_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTED", str(tmp_path))
+    jobs = [job(name, Does(r=2, what="write the process")) for name in "ab"]
+    # Half of it is less than what a worker needs for itself.
+    memory = in_use(CPU) + workers._PRIVATE
+    results = train_jobs(tiny("llama", num_labels=2), DATA, jobs, workers=2, memory=memory)
+    assert [(r.status, r.error) for r in results] == [("done", None)] * 2
+    assert {path.read_text() for path in tmp_path.iterdir()} == {str(os.getpid())}
+    memory = in_use(CPU) + 10 * workers._PRIVATE
+    train_jobs(tiny("llama", num_labels=2), DATA, jobs, workers=2, memory=memory)
+    assert str(os.getpid()) not in {path.read_text() for path in tmp_path.iterdir()}
+
+
+# -- the end
+
+
+class Interrupts(Told):
+    """Ctrl-C at one moment of a run."""
+
+    def __init__(self, moment: str, name: str):
+        super().__init__()
+        self.moment, self.name = moment, name
+
+    def note(self, job: Job, *what: Any) -> None:
+        if (what[0], job.name) == (self.moment, self.name):
+            self.moment = "never again"
+            raise KeyboardInterrupt
+        super().note(job, *what)
+
+
+@pytest.mark.parametrize("moment", ["started", "step", "epoch", "done"])
+def test_ctrl_c_ends_jobs_under_way_and_keeps_those_that_are_done(moment: str, tmp_path: Path) -> None:
+    model: PreTrainedModel = tiny("llama", num_labels=2)
+    jobs = [job("a", epochs=1), job("b", epochs=200), job("c", epochs=200), job("d", epochs=9)]
+    told = Interrupts(moment, "d")
+    with Pool(model, DATA, workers=2, states=tmp_path, observer=told, rows_per_step=4) as pool:
+        pool.add(jobs)
+        pool.run()
+        assert pool.interrupted
+        status = {name: r.status for name, r in pool.results.items()}
+    assert status["b"] == status["c"] == "interrupted" and "after epoch" in str(pool.results["b"].error)
+    assert status["d"] == ("done" if moment == "done" else "interrupted")
+    if moment in ("epoch", "done"):
+        assert (tmp_path / "d.safetensors").is_file(), "nobody has noted its end: it may go on from there"
+    if moment == "done":
+        assert status["a"] == "done" and not (tmp_path / "a.safetensors").exists()
+    assert tz.adapters(model) == []
+
+
+def test_a_job_that_interrupts_ends_the_run() -> None:
+    with Pool(tiny("llama", num_labels=2), DATA, workers=2) as pool:
+        pool.add([job("a"), job("b", Does(r=2, what="interrupt"))])
+        pool.run()
+        assert pool.interrupted and pool.results["b"].status == "interrupted"
+
+
+SCRIPT = """
+    import signal, sys
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from test_workers import DATA, Silent, job, tiny, train_jobs
+
+    class Says(Silent):
+        def step_done(self, job, step, steps, loss):
+            print(job.name, step, flush=True)
+
+    jobs = [job(name, epochs=5000) for name in "ab"]
+    found = train_jobs(tiny("llama", num_labels=2), DATA, jobs, workers=2, observer=Says())
+    print("ended", *(r.status for r in found), flush=True)
+"""
+
+
+def script() -> subprocess.Popen[str]:
+    here = Path(__file__).parent
+    text = textwrap.dedent(SCRIPT).format(tests=str(here))
+    path = os.pathsep.join([str(here), str(here.parent), *sys.path])
+    return subprocess.Popen(
+        [sys.executable, "-c", text],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        start_new_session=True,
+    )
+
+
+def under_way(running: subprocess.Popen[str]) -> list[psutil.Process]:
+    assert running.stdout is not None
+    seen = set()
+    for line in running.stdout:
+        seen.add(line[:1])
+        if seen >= {"a", "b"}:
+            return psutil.Process(running.pid).children()
+    raise AssertionError("it ended before both had begun")
+
+
+@pytest.mark.slow
+def test_workers_die_with_the_process() -> None:
+    running = script()
+    own = under_way(running)
+    assert len(own) == 2
+    running.kill()
+    running.wait()
+    gone, alive = psutil.wait_procs(own, timeout=5)
+    assert len(gone) == 2 and not alive
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [False, True], ids=["the process alone", "all of the terminal"])
+def test_the_signal_of_ctrl_c(group: bool) -> None:
+    running = script()
+    own = under_way(running)
+    time.sleep(0.1)
+    (os.killpg if group else os.kill)(running.pid, signal.SIGINT)
+    out, _ = running.communicate(timeout=60)
+    assert out.splitlines()[-1] == "ended interrupted interrupted" and running.returncode == 0
+    assert not any(p.is_running() for p in own)
