@@ -1,12 +1,14 @@
 """Training many candidates: all at once in Tanzaku, one after another with HF PEFT, on the same rows of the same model.
 
 Both libraries take a batch of one row a step. HF PEFT is driven by a bare loop, which costs it less than Trainer would.
-Loading the model and attaching adapters do not count. Rounds alternate between the two in one process.
+Loading the model does not count, nor attaching for HF PEFT; for Tanzaku attaching all but the first adapter does.
+Rounds alternate between the two.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -101,27 +103,31 @@ def peft_seconds(model: PreTrainedModel, candidate: Candidate, data: Classificat
     return time.perf_counter() - began
 
 
-def tanzaku_seconds(model: PreTrainedModel, candidates: Sequence[Candidate], data: ClassificationData) -> float:
+def tanzaku_seconds(
+    model: PreTrainedModel, candidates: Sequence[Candidate], data: ClassificationData, workers: int | None = None
+) -> float:
     """Tanzaku over all rows, a row of every candidate in each step."""
     warm = Split("train", data.train.examples[:1], [""], 0, "")
-    run(model, candidates, ClassificationData(warm, None, None, data.labels, data.pad_token_id))
-    return run(model, candidates, data)
+    run(model, candidates, ClassificationData(warm, None, None, data.labels, data.pad_token_id), workers)
+    return run(model, candidates, data, workers)
 
 
 class FromStart(Silent):
-    """Notes when the last job was attached and ready."""
+    """Notes when the first job was attached and ready: a worker may train while another attaches."""
 
-    began = 0.0
+    began = math.inf
 
     def job_started(self, job: Job, result: JobResult, steps: int) -> None:
-        self.began = time.perf_counter()
+        self.began = min(self.began, time.perf_counter())
 
 
-def run(model: PreTrainedModel, candidates: Sequence[Candidate], data: ClassificationData) -> float:
-    """Train the candidates together; seconds since all of them were attached."""
+def run(
+    model: PreTrainedModel, candidates: Sequence[Candidate], data: ClassificationData, workers: int | None = None
+) -> float:
+    """Train the candidates together; seconds since the first of them was attached."""
     clock = FromStart()
     jobs = [Job(c.name, c.ours(), SETTINGS.model_copy(update={"seed": i})) for i, c in enumerate(candidates)]
-    results = train_jobs(model, data, jobs, rows_per_step=len(jobs), observer=clock)
+    results = train_jobs(model, data, jobs, rows_per_step=max(16, len(jobs)), observer=clock, workers=workers)
     wait(model)
     spent = time.perf_counter() - clock.began
     if failed := [f"{r.name}: {r.error}" for r in results if r.status != "done"]:
@@ -192,7 +198,7 @@ def table(rows: int = 20) -> None:
 
 
 def curve(numbers: Sequence[int] = (1, 2, 4, 8, 16, 32), rows: int = 8) -> None:
-    """Print time and memory a candidate, as their number grows."""
+    """Print time and memory a candidate, as their number grows in one process."""
     from tanzaku.models import load_classifier
 
     model = load_classifier("embedded", 2)
@@ -200,7 +206,7 @@ def curve(numbers: Sequence[int] = (1, 2, 4, 8, 16, 32), rows: int = 8) -> None:
     print("| LoRA candidates at once | ms a candidate's step | peak MiB of a step | MiB a candidate |")
     print("|---|---|---|---|")
     for number in numbers:
-        seconds = tanzaku_seconds(model, loras(number), data)
+        seconds = tanzaku_seconds(model, loras(number), data, workers=1)
         step = peak_bytes(model, loras(number), data) / 2**20
         each = seconds / rows / number
         print(f"| {number} | {each * 1e3:.0f} | {step:.0f} | {step / number:.1f} |", flush=True)
@@ -210,5 +216,6 @@ def peak_bytes(model: PreTrainedModel, candidates: Sequence[Candidate], data: Cl
     """Most bytes that tensors of a whole run hold, beside the model."""
     short = Split("train", data.train.examples[:2], ["", ""], 0, "")
     with LiveBytes() as live:
-        run(model, candidates, ClassificationData(short, None, None, data.labels, data.pad_token_id))
+        alone = ClassificationData(short, None, None, data.labels, data.pad_token_id)
+        run(model, candidates, alone, workers=1)  # other processes' tensors are not seen
     return live.peak
