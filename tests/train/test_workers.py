@@ -92,7 +92,7 @@ class Does(LoRA):
 
 
 def children() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE and p.name() != "chromium"]
+    return [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.fixture(autouse=True)
@@ -402,6 +402,22 @@ def test_a_job_that_interrupts_ends_the_run() -> None:
         pool.add([job("a"), job("b", Does(r=2, what="interrupt"))])
         pool.run()
         assert pool.interrupted and pool.results["b"].status == "interrupted"
+
+
+def test_ctrl_c_is_noted_once_and_stays_ignored_where_it_was() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), workers._deferred_interrupt() as noted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert noted == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with workers._deferred_interrupt() as noted:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 SCRIPT = """

@@ -70,7 +70,7 @@ def train_jobs(
         model: a classifier on the device to train on.
         out: a directory; each finished adapter is saved below its `adapters`, with `meta` beside it.
         rows_per_step: most rows of all jobs in one step; None: 16, on a GPU 32. A job's batch is never split.
-        memory: most bytes that the process (on CUDA, torch on the device) may use; None: no limit.
+        memory: most bytes that the process and its workers (on CUDA, torch on the device) may use; None: no limit.
         workers: processes that share the jobs and the frozen weights, on Linux without CUDA; None: chosen, elsewhere 1.
         states: a directory for the state of jobs under way, written after each epoch. A job that has one there goes on
             from it; the state of another job of that name is an error.

@@ -62,7 +62,7 @@ class JobResult:
     total_parameters: int = 0
     steps: int = 0
     seconds: float = 0.0  # of all threads: its share, by rows, of the steps it took part in, and its evaluation
-    peak_memory_bytes: int = 0  # of the process (CPU) or of the device (CUDA) while the job ran
+    peak_memory_bytes: int = 0  # of the process that ran it (CPU), the base included, or of the device (CUDA)
     step_bytes: int = 0  # of tensors that a step of it needs beside the base, with gradients and optimizer state; or 0
     adapter: str | None = None  # directory, relative to the run's
 

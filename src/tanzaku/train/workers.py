@@ -236,16 +236,18 @@ def _deferred_interrupt() -> Iterator[list[int]]:
     """Within the block Ctrl-C is noted in the list, and raised nowhere: half of a message may have been read. A second
     one comes through."""
     noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield noted  # it is raised elsewhere anyway
+    before = signal.getsignal(signal.SIGINT)
+    # In another thread it is raised elsewhere. Who ignores it, as what runs in the background of a shell, goes on so.
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield noted
         return
 
     def note(number: int, frame: Any) -> None:
-        if noted and callable(before):
+        if noted:
             before(number, frame)
         noted.append(number)
 
-    before = signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, note)
     try:
         yield noted
     finally:
