@@ -5,10 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import tanzaku as tz
 from models import batch, tiny
+from tanzaku.methods.lora import low_rank
 from tanzaku.weights import BiasStrip
 
 
@@ -254,3 +257,70 @@ def test_unknown_setting():
     """A misspelt setting gives the nearest known one."""
     with pytest.raises(tz.TanzakuError, match=r"no setting 'lora_alhpa' \(did you mean 'lora_alpha'\?\)"):
         tz.LoRA.from_settings({"lora_alhpa": 3})
+
+
+# -- several at once, for unequal shares of rows
+
+
+def several(sizes, *, tokens=1, scaled=False, seed=0):
+    """x, y and matrices of an adapter for each share of rows, and its factors."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator).requires_grad_()
+
+    x, y = drawn(sum(sizes), tokens, 6), drawn(sum(sizes), tokens, 5)
+    a, b = [drawn(2, 6) for _ in sizes], [drawn(5, 2) for _ in sizes]
+    return x, y, a, b, [drawn(2, 1) for _ in sizes] if scaled else []
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(1, 3), st.booleans(), st.integers(0, 10**6))
+def test_several_at_once_are_each_by_itself(sizes, tokens, scaled, seed):
+    x, y, a, b, e = several(sizes, tokens=tokens, scaled=scaled, seed=seed)
+    parts = zip(x.split(sizes), y.split(sizes), a, b, e or [torch.ones(2, 1)] * len(a), strict=True)
+    expected = torch.cat([yi + 0.7 * F.linear(F.linear(xi, ai) * ei.view(-1), bi) for xi, yi, ai, bi, ei in parts])
+    found = low_rank(x, y, tuple(sizes), a, b, 0.7, e)
+    torch.testing.assert_close(found, expected)
+    gradient, of = torch.randn_like(found), [x, y, *a, *b, *e]
+    for one, two in zip(
+        torch.autograd.grad(found, of, gradient), torch.autograd.grad(expected, of, gradient), strict=True
+    ):
+        torch.testing.assert_close(one, two)
+
+
+def test_an_input_that_wants_no_gradient_gets_none():
+    x, y, a, b, _ = several((1, 3))
+    out = low_rank(x.detach(), y.detach(), (1, 3), a, b, 1.0)
+    expected = torch.autograd.grad(low_rank(x, y, (1, 3), a, b, 1.0).sum(), [*a, *b])
+    for one, two in zip(torch.autograd.grad(out.sum(), [*a, *b]), expected, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_an_adapter_that_is_no_number_breaks_no_other():
+    x, y, a, b, _ = several((2, 3))
+    alone = torch.autograd.grad(low_rank(x, y, (2, 3), a, b, 1.0)[:2].sum(), [a[0], b[0]])
+    with torch.no_grad():
+        b[1].fill_(torch.nan)
+        y[4] = torch.inf
+    out = low_rank(x, y, (2, 3), a, b, 1.0)
+    assert out[:2].isfinite().all() and not out[2:].isfinite().any()
+    for one, two in zip(torch.autograd.grad(out[:2].sum(), [a[0], b[0]]), alone, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong():
+    x, y, a, b, _ = several((2, 3))
+    (first,) = torch.autograd.grad(low_rank(x, y, (2, 3), a, b, 1.0).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_half_precision_is_as_for_equal_shares():
+    x, y, a, b, _ = several((2, 3))
+    low = low_rank(x, y.bfloat16(), (2, 3), a, b, 1.0)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), low_rank(x, y, (2, 3), a, b, 1.0), rtol=2e-2, atol=3e-2)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = low_rank(x, y.bfloat16(), (2, 3), a, b, 1.0)
+    torch.testing.assert_close(cast.float(), low_rank(x, y, (2, 3), a, b, 1.0), rtol=5e-2, atol=0.1)
