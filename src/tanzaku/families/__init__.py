@@ -25,6 +25,7 @@ class Family:
     ia3: tuple[str, ...] = ()
     ia3_feedforward: tuple[str, ...] = ()
     attention: str = "self_attn"
+    query: str = "q_proj"
     key: str = "k_proj"
     value: str = "v_proj"
     key_norm: str | None = None

@@ -8,6 +8,7 @@ BERT = Family(
     ia3=("key", "value", "output.dense"),
     ia3_feedforward=("output.dense",),
     attention="attention.self",
+    query="query",
     key="key",
     value="value",
 )
@@ -25,6 +26,7 @@ DEBERTA_V2 = Family(
     ia3=("key_proj", "value_proj", "output.dense"),
     ia3_feedforward=("output.dense",),
     attention="attention.self",
+    query="query_proj",
     key="key_proj",
     value="value_proj",
 )

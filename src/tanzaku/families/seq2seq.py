@@ -8,6 +8,7 @@ T5 = Family(
     ia3=("k", "v", "wo"),
     ia3_feedforward=("wo",),
     attention="SelfAttention",
+    query="q",
     key="k",
     value="v",
     positions="none",

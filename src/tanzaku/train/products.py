@@ -134,8 +134,8 @@ class FrozenProducts:
             if id(module) in inside and "forward" not in module.__dict__
         ]
 
-        # Behind the last layer's attention only the pooled token is read.
-        self.pooled = {id(module) for part in last_layer_modules(base) for module in part.modules()}
+        # In the last layer only the pooled token asks, and behind its attention only that token is read.
+        self.pooled = {id(module) for part in last_layer_modules(base, asking=True) for module in part.modules()}
         self.copies: dict[int, _Copies] = {}
 
     def __enter__(self) -> FrozenProducts:

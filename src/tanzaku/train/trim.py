@@ -19,15 +19,20 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from tanzaku.families import Base
 
 
-def last_layer_modules(base: Base) -> list[nn.Module]:
-    """The output projection and feed-forward of the last layer, where the model is known to pool one token."""
+def last_layer_modules(base: Base, asking: bool = False) -> list[nn.Module]:
+    """The output projection and feed-forward of the last layer, where the model is known to pool one token.
+
+    Args:
+        asking: and its queries' projection.
+    """
     family = base.family
     if family is None or family.trim is None or not isinstance(base.model, GenericForSequenceClassification):
         return []
     layers = getattr(base.backbone, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return []
-    return [layers[-1].get_submodule(path) for path in family.trim]
+    query = [f"{family.attention}.{family.query}"] if asking and not family.fused else []
+    return [layers[-1].get_submodule(path) for path in (*query, *family.trim)]
 
 
 class PooledOnly:
