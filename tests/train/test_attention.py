@@ -36,7 +36,7 @@ def test_it_is_torchs_attention_of_each_row(rows: list[tuple[int, int]], heads: 
         mask = torch.randn(n, n + before, generator=generator)
         masks.append(mask.masked_fill(mask > 1, -torch.inf))
         masks[-1][:, 0] = 0.0
-    found = row_attention(q, k, v, queries, keys, masks, 0.3)
+    found = row_attention(q, k, v, queries, keys, [mask.t().repeat_interleave(groups, dim=1) for mask in masks], 0.3)
     parts = zip(q.split(queries), k.split(keys), v.split(keys), masks, strict=True)
     expected = torch.cat([one_row(*part, 0.3) for part in parts])
     torch.testing.assert_close(found, expected)
@@ -51,15 +51,16 @@ def test_it_is_torchs_attention_of_each_row(rows: list[tuple[int, int]], heads: 
 
 def test_a_broken_row_breaks_no_other() -> None:
     q, k, v = (torch.randn(7, heads, 4, requires_grad=True) for heads in (2, 1, 1))
-    masks = [torch.zeros(3, 3), torch.zeros(4, 4)]
+    masks = [torch.zeros(3, 2 * 3), torch.zeros(4, 2 * 4)]
     alone = row_attention(q[:3], k[:3], v[:3], [3], [3], masks[:1], 0.5)
     expected = torch.autograd.grad(alone.sum(), (q, k, v))
     with torch.no_grad():
         q[5], v[6] = torch.nan, torch.inf
     together = row_attention(q, k, v, [3, 4], [3, 4], masks, 0.5)
-    assert torch.equal(together[:3], alone) and not together[3:].isfinite().all()
+    torch.testing.assert_close(together[:3], alone)  # how a product rounds hangs on where in memory it lies
+    assert not together[3:].isfinite().all()
     for a, b in zip(torch.autograd.grad(together[:3].sum(), (q, k, v)), expected, strict=True):
-        assert torch.equal(a[:3], b[:3])
+        torch.testing.assert_close(a[:3], b[:3])
 
 
 @pytest.mark.parametrize(

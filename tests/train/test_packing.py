@@ -17,6 +17,7 @@ from models import batch, tiny
 from tanzaku.families import Base
 from tanzaku.host import host_of
 from tanzaku.routing import Cut, Ragged
+from tanzaku.train import products
 from tanzaku.train.packing import Packing
 from tanzaku.train.products import ABOVE, FrozenProducts, Tokens, lowest_layer
 
@@ -113,6 +114,18 @@ def test_one_adapter_for_all_rows_and_rows_that_are_scattered() -> None:
         expected, found, _ = both(tiny("llama"), ["lora", "prompt"][: max(rows) + 1], rows)
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_in_the_last_layer_one_token_a_row_asks_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens: list[int] = []
+    multiply = products._multiply
+    monkeypatch.setattr(
+        products, "_multiply", lambda x, weight, bias: tokens.append(x.shape[0]) or multiply(x, weight, bias)
+    )
+    *_, (rows, own) = both(tiny("llama"), ["prompt"], [0, 0, 0])
+    # Forward and backward: keys and values of all tokens, and of one a row queries and what lies behind them.
+    first, last = 7, 2
+    assert tokens.count(own) == 2 * (first + last) and tokens.count(rows) == 2 * 5
 
 
 def test_the_model_is_left_as_it_was() -> None:

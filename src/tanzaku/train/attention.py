@@ -34,7 +34,7 @@ def row_attention(
     Args:
         query: (sum of `queries`, heads, head_dim), the rows one after another.
         key, value: (sum of `keys`, kv_heads, head_dim).
-        masks: of each row, (queries, keys), added to the scores.
+        masks: of each row, (keys, queries * heads / kv_heads), added to the scores: heads that share keys lie together.
 
     Returns:
         As `query`.
@@ -78,10 +78,10 @@ class _Rows(torch.autograd.Function):
             strict=True,
         ):
             q, k, v = _by_head(q, heads), _by_head(k, heads), _by_head(v, heads)
-            mask = mask.repeat_interleave(query.shape[1] // heads, dim=0)
-            scores = (torch.addmm if heads == 1 else torch.baddbmm)(mask, q, k.mT, alpha=scaling)
-            weights = torch.softmax(scores, dim=-1)
-            _multiply(weights, v, o, heads)
+            # (keys, queries): there are more queries than keys, and the longer side lies along memory.
+            scores = (torch.addmm if heads == 1 else torch.baddbmm)(mask, k, q.mT, alpha=scaling)
+            weights = torch.softmax(scores, dim=-2)
+            _multiply(weights.mT, v, o, heads)
             kept += (q, k, v, weights)
         ctx.save_for_backward(*kept)
         ctx.sizes, ctx.scaling, ctx.shapes = (queries, keys), scaling, (query.shape, key.shape)
@@ -101,10 +101,10 @@ class _Rows(torch.autograd.Function):
         ):
             q, k, v, weights = next(kept), next(kept), next(kept), next(kept)
             g = _by_head(g, heads)
-            _multiply(weights.mT, g, dv, heads)
-            scores = torch._softmax_backward_data(g @ v.mT, weights, -1, weights.dtype).mul_(ctx.scaling)
-            _multiply(scores, k, dq, heads)
-            _multiply(scores.mT, q, dk, heads)
+            _multiply(weights, g, dv, heads)
+            scores = torch._softmax_backward_data(v @ g.mT, weights, -2, weights.dtype).mul_(ctx.scaling)
+            _multiply(scores.mT, k, dq, heads)
+            _multiply(scores, q, dk, heads)
         return to_query, to_key, to_value, None, None, None, None
 
 

@@ -80,7 +80,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, up: Tensor, a: float, b: float) -> Tensor:
-        inner = z.square().mul_(b).add_(a).mul_(z) if b else z * a
+        inner = torch.addcmul(z.new_tensor(a), z, z, value=b).mul_(z) if b else z * a
         share = inner.sigmoid_()
         if not any(ctx.needs_input_grad):
             return share.mul_(z).mul_(up)  # nothing has to be kept
@@ -94,6 +94,6 @@ class _Gated(torch.autograd.Function):
         a, b = ctx.known
         activated = z * share
         # d/dz z sigmoid(s) = sigmoid(s) + z sigmoid(s) (1 - sigmoid(s)) s'
-        slope = z.square().mul_(3 * b).add_(a).mul_(activated) if b else activated * a
+        slope = torch.addcmul(z.new_tensor(a), z, z, value=3 * b).mul_(activated) if b else activated * a
         slope.addcmul_(slope, share, value=-1).add_(share).mul_(up).mul_(gradients[0])
         return slope, activated.mul_(gradients[0]), None, None

@@ -33,7 +33,9 @@ class FrozenNorms:
     def __enter__(self) -> FrozenNorms:
         for module, (eps, shift) in self.norms:
             weight = cast(Tensor, module.weight)
-            module.__dict__["forward"] = partial(_forward, module, eps, weight, (weight + shift).detach())
+            module.__dict__["forward"] = partial(
+                _forward, module, weight.new_tensor(eps), weight, (weight + shift).detach()
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -55,36 +57,36 @@ def _known(module: nn.Module) -> tuple[float, float] | None:
     with torch.no_grad():
         expected = module(probe)
         for shift in (0.0, 1.0):
-            if torch.allclose(_normed(probe, weight + shift, eps), expected, rtol=1e-4, atol=1e-6):
+            if torch.allclose(_normed(probe, weight + shift, weight.new_tensor(eps)), expected, rtol=1e-4, atol=1e-6):
                 return eps, shift
     return None
 
 
-def _forward(module: nn.Module, eps: float, weight: Tensor, factor: Tensor, x: Tensor) -> Tensor:
+def _forward(module: nn.Module, eps: Tensor, weight: Tensor, factor: Tensor, x: Tensor) -> Tensor:
     # An adapter may have put a weight of its own there.
     if module.weight is not weight or weight.requires_grad or x.dtype != torch.float32:
         return cast(Tensor, type(module).forward(module, x))
     return _normed(x, factor, eps)
 
 
-def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _normed(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
     return cast(Tensor, _Norm.apply(x, weight, eps))  # type: ignore[no-untyped-call]
 
 
 class _Norm(torch.autograd.Function):
-    """x (..., features), weight (features), frozen."""
+    """x (..., features), weight (features), frozen; eps a number."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = torch.addcmul(eps, size, size, value=1 / x.shape[-1]).rsqrt_()
         ctx.save_for_backward(x, scale, weight)
-        return cast(Tensor, (x * scale).mul_(weight))
+        return (x * scale).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         x, scale, weight = ctx.saved_tensors
         through = gradients[0] * weight
         along = torch.linalg.vecdot(through, x, dim=-1).unsqueeze(-1)
-        along.mul_(scale).mul_(scale).mul_(scale).div_(-x.shape[-1])
-        return through.mul_(scale).addcmul_(x, along), None, None
+        along.mul_(scale.pow(3))
+        return through.mul_(scale).addcmul_(x, along, value=-1 / x.shape[-1]), None, None

@@ -36,7 +36,7 @@ class Packing:
     def __init__(self, base: Base):
         self.base = base
         self.tokens: Tokens | None = None
-        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._masks: dict[tuple[int, int | None, int], Tensor] = {}
         self.layers: list[nn.Module] = []
         if base.family is None or base.family.positions != "column" or not last_layer_modules(base):
             return
@@ -138,7 +138,7 @@ class Packing:
         results = []
         for (number, _), sizes, q, k, v in zip(parts, lengths, *inputs, strict=True):
             if number is None and suits(implementation, max(sizes), q, options):
-                masks = [self._added(size, window, q) for size in sizes]
+                masks = [self._added(size, window, q, q.shape[1] // k.shape[1]) for size in sizes]
                 results.append(row_attention(q, k, v, sizes, sizes, masks, _scaling(options, q)))
                 continue
             ragged = tokens.ragged(sizes)
@@ -165,23 +165,25 @@ class Packing:
     ) -> tuple[Tensor, Tensor | None]:
         """`run` for rows that a strip has changed, row by row where that suits."""
         rows, _, queries, _ = query.shape
-        keys = key.shape[2]
+        keys, shared = key.shape[2], query.shape[1] // key.shape[1]
         if not suits(implementation, keys, query, options):
             return run(module, query, key, value, mask, **options)
         if mask is None:
-            masks = [self._added(keys, None, query)] * rows
+            masks = [self._added(keys, None, query, shared)] * rows
         else:
-            added = _additive(mask, query).expand(rows, 1, queries, keys)
-            masks = [each.squeeze(0) for each in added]
+            added = _additive(mask, query).expand(rows, 1, queries, keys).squeeze(1)
+            masks = [*added.mT.repeat_interleave(shared, dim=-1)]
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         out = row_attention(q, k, v, [queries] * rows, [keys] * rows, masks, _scaling(options, query))
         return out.view(rows, queries, *out.shape[1:]), None
 
-    def _added(self, width: int, window: int | None, like: Tensor) -> Tensor:
-        """(width, width): what hides the keys that a token does not see when it is added to its scores."""
-        if (width, window) not in self._masks:
-            self._masks[width, window] = _additive(_seen(width, window, like.device), like)
-        return self._masks[width, window]
+    def _added(self, width: int, window: int | None, like: Tensor, shared: int) -> Tensor:
+        """(width, width * shared): what hides the keys that a token does not see when it is added to its scores, which
+        are those of so many heads that share keys."""
+        if (width, window, shared) not in self._masks:
+            added = _additive(_seen(width, window, like.device), like)
+            self._masks[width, window, shared] = added.t().repeat_interleave(shared, dim=-1)
+        return self._masks[width, window, shared]
 
     def _mask(self, implementation: str, width: int, window: int | None, like: Tensor) -> Tensor | None:
         """(1, 1, width, width), or None where the attention masks what lies ahead by itself. What is padded lies behind
