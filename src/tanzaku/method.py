@@ -143,6 +143,7 @@ class Method:
     mergeable: ClassVar[bool] = False
     shares_batch: ClassVar[bool] = True  # False: its rows need the model to themselves
     trains_head: ClassVar[bool] = True  # a classifier's head is trained along, unless modules_to_save is empty
+    lengthens_rows: ClassVar[bool] = False  # by num_virtual_tokens, which go through every layer
     covers_head: ClassVar[bool] = False  # the method's own strips take care of the head
     file_prefix: ClassVar[str] = "base_model.model."
     space: ClassVar[Spaces] = spaces(learning_rate=Range(1e-5, 1e-2, log=True))  # what a search draws; see open_space

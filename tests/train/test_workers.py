@@ -114,6 +114,18 @@ def test_parts_have_every_job_in_order_and_like_loads(costs: list[int], number: 
     assert all(part == sorted(part) for part in order)
     loads = [sum(costs[at] for at in part) for part in order]
     assert max(loads) - min(loads) <= max(costs, default=0)
+    most = loads.index(max(loads))
+    for other in set(range(number)) - {most}:
+        for gone in order[most]:
+            for less in (costs[gone], *(costs[gone] - costs[back] for back in order[other])):
+                assert max(loads[most] - less, loads[other] + less) >= loads[most], "an exchange would have helped"
+
+
+def test_two_long_jobs_and_five_short_ones_are_not_shared_out_one_by_one() -> None:
+    """The costliest first to whom has least would end with 170 and 130."""
+    costs = [40, 40, 50, 50, 40, 40, 40]
+    found = parts([job(str(at)) for at in range(7)], costs, 2)
+    assert sorted(sum(costs[int(each.name)] for each in part) for part in found) == [140, 160]
 
 
 def test_cost_is_in_tokens_with_virtual_ones_and_all_epochs() -> None:
@@ -123,6 +135,8 @@ def test_cost_is_in_tokens_with_virtual_ones_and_all_epochs() -> None:
     assert workers._cost(job("a", batch_size=4, epochs=1), pool) == own + 2 * workers._START
     virtual = tz.PromptTuning(num_virtual_tokens=5)
     assert workers._cost(job("a", virtual), pool) == 2 * (own + 6 * 5 + 6 * workers._START)
+    assert workers._cost(job("a", tz.PTuning(num_virtual_tokens=5)), pool) == workers._cost(job("a", virtual), pool)
+    assert workers._cost(job("a", tz.PrefixTuning(num_virtual_tokens=5)), pool) == workers._cost(job("a"), pool)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ class PTuning(PromptLearning):
     summary = "virtual tokens written by a small network"
     # PEFT's guide has 20 tokens at 1e-3; the network's weights take smaller steps than the vectors of a prompt.
     space = spaces(num_virtual_tokens=Choice((5, 10, 20, 50)), learning_rate=Range(1e-4, 5e-2, log=True))
+    lengthens_rows = True
 
     encoder_reparameterization_type: str = "MLP"
     encoder_hidden_size: int | None = None

@@ -82,6 +82,7 @@ class PromptTuning(PromptLearning):
     summary = "learned vectors in front of the text"
     # The paper: 0.3 (with Adafactor), and little gain past 20 tokens; PEFT's examples take 3e-2.
     space = spaces(num_virtual_tokens=Choice((5, 10, 20, 50)), learning_rate=Range(1e-3, 3e-1, log=True))
+    lengthens_rows = True
 
     prompt_tuning_init: str = "RANDOM"
     prompt_tuning_init_text: str | None = None

@@ -54,14 +54,41 @@ def suited(jobs: Sequence[Job], rows_per_step: int) -> int:
 
 
 def parts(jobs: Sequence[Job], costs: Sequence[float], number: int) -> list[list[Job]]:
-    """The jobs in so many parts of like cost, each in their order: the costliest first to whom has least."""
+    """The jobs in so many parts of like cost, each in their order.
+
+    The costliest first to whom has least; then the part that costs most gives a job away, or changes one for another's,
+    while that makes it cheaper and no other as dear.
+    """
     found: list[list[int]] = [[] for _ in range(number)]
-    loads = [0.0] * number
     for at in sorted(range(len(jobs)), key=lambda at: -costs[at]):
-        least = loads.index(min(loads))
-        found[least].append(at)
-        loads[least] += costs[at]
+        min(found, key=lambda part: sum(costs[at] for at in part)).append(at)
+    while _exchanged(found, costs):
+        pass
     return [[jobs[at] for at in sorted(part)] for part in found]
+
+
+def _exchanged(parts: list[list[int]], costs: Sequence[float]) -> bool:
+    """Make the costliest part cheaper by the best exchange with another; False where there is none."""
+    loads = [sum(costs[at] for at in part) for part in parts]
+    most = loads.index(max(loads))
+    best, exchange = loads[most], None
+    for part, load in zip(parts, loads, strict=True):
+        if part is parts[most]:
+            continue
+        for gone in parts[most]:
+            for back in (None, *part):
+                less = costs[gone] - (0 if back is None else costs[back])
+                if (left := max(loads[most] - less, load + less)) < best:
+                    best, exchange = left, (part, gone, back)
+    if exchange is None:
+        return False
+    part, gone, back = exchange
+    parts[most].remove(gone)
+    part.append(gone)
+    if back is not None:
+        part.remove(back)
+        parts[most].append(back)
+    return True
 
 
 def shares(number: int, workers: int) -> list[int]:
@@ -150,6 +177,7 @@ class Crew:
             else:
                 with suppress(TanzakuError):  # it may be gone, and nothing hangs on it any more
                     member.send("leave")
+        for member in self.members:  # they give their memory back side by side
             member.process.join()
             member.pipe.close()
 
@@ -356,6 +384,6 @@ def _portable(error: BaseException) -> BaseException:
 def _cost(job: Job, pool: Pool) -> float:
     """What a job takes, in the time of a token."""
     s, train = job.settings, (job.data or pool.data).train
-    virtual = getattr(job.method, "num_virtual_tokens", 0)
+    virtual = getattr(job.method, "num_virtual_tokens", 0) if job.method.lengthens_rows else 0
     tokens = sum(virtual + len(example.input_ids) for example in train.examples)
     return s.epochs * (tokens + _START * math.ceil(len(train) / s.batch_size))
