@@ -55,6 +55,23 @@ def test_extreme_numbers_make_no_nan() -> None:
             torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_two_tensors_are_kept_for_the_backward_pass(kind: str) -> None:
+    model = tiny(kind).requires_grad_(False)
+    (module, *_) = mlps(model)
+    x = torch.randn(3, 5, module.gate_proj.in_features, requires_grad=True)
+    wide: list[torch.Tensor] = []
+
+    def note(kept: torch.Tensor) -> torch.Tensor:
+        if kept.shape == (3, 5, module.gate_proj.out_features):
+            wide.append(kept)
+        return kept
+
+    with FrozenGates(Base.of(model)), torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
+        module(x)
+    assert len(wide) == 2
+
+
 def test_other_activations_and_other_modules_are_left_alone() -> None:
     model = tiny("llama")
     first, second = mlps(model)
