@@ -4,8 +4,8 @@ Rows of unlike length share a batch, and most of what a model does to padding is
 rotary embeddings cost as much there as anywhere. Here the batch is packed where it enters the backbone and unpacked
 where it leaves. In between each token is a row of its own, hidden states being (tokens, 1, hidden): what works on
 single tokens, which is all of a layer but its attention, needs to know nothing of it, and a route counts tokens where
-it counted rows. Attention gets its rows back: queries, keys and values are padded for it, and its result is packed
-again.
+it counted rows. Attention gets its rows back: each by itself where they are short, else padded for the base's own
+function, whose result is packed again.
 """
 
 from __future__ import annotations
