@@ -118,9 +118,9 @@ def test_one_adapter_for_all_rows_and_rows_that_are_scattered() -> None:
 
 def test_in_the_last_layer_one_token_a_row_asks_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens: list[int] = []
-    multiply = products._multiply
+    multiply = products.multiply
     monkeypatch.setattr(
-        products, "_multiply", lambda x, weight, bias: tokens.append(x.shape[0]) or multiply(x, weight, bias)
+        products, "multiply", lambda x, weight, bias: tokens.append(x.shape[0]) or multiply(x, weight, bias)
     )
     *_, (rows, own) = both(tiny("llama"), ["prompt"], [0, 0, 0])
     # Forward and backward: keys and values of all tokens, and of one a row queries and what lies behind them.

@@ -187,16 +187,35 @@ def test_tensors_of_other_shapes_are_multiplied_whole(
     torch.testing.assert_close(found, gradient @ layer.weight * needed.unsqueeze(-1))
 
 
-@pytest.mark.parametrize("trains", ["weight", "bias"])
-def test_what_is_trained_gets_its_gradient(trains: str) -> None:
+TRAINED = ["weight", "bias", "weight bias", "x weight", "x bias", "x weight bias"]
+
+
+@pytest.mark.parametrize("by", ["torch", "oneDNN"])
+@pytest.mark.parametrize("trains", TRAINED)
+def test_what_is_trained_gets_its_gradient(trains: str, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_ONEDNN", by == "oneDNN" and products._ONEDNN)
+    torch.manual_seed(0)
     layer, fast = fast_layer(torch.randn(4, 6), torch.randn(4))
-    parameter = layer.get_parameter(trains).requires_grad_()
-    x = torch.randn(2, 5, 6)
+    x, gradient = torch.randn(2, 5, 6), torch.randn(2, 5, 4)
+    wanted = [{"x": x, **dict(layer.named_parameters())}[name].requires_grad_() for name in trains.split()]
+    expected = F.linear(x, layer.weight, layer.bias)
+    expected_gradients = torch.autograd.grad(expected, wanted, gradient)
     with fast, fast.reading(Tokens(5, [0, 0], [5, 2], [ABOVE, ABOVE], CPU)):
+        y = layer(x)
+        found = torch.autograd.grad(y, wanted, gradient)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(found, expected_gradients)
+
+
+def test_trained_weights_too_are_multiplied_by_the_faster_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, fast = fast_layer(torch.randn(4, 6))
+    tokens = multiplied(monkeypatch)
+    layer.requires_grad_()
+    x = torch.randn(2, 5, 6, requires_grad=True)
+    with fast, fast.reading(Tokens(5, [0, 0], [5, 2], [0, 0], CPU)):
         layer(x).sum().backward()
-    assert parameter.grad is not None
-    expected = torch.full((4,), 10.0) if trains == "bias" else x.sum((0, 1)).expand(4, 6)
-    torch.testing.assert_close(parameter.grad, expected)
+    # Forward, for x, and for the weight, whose rows are the features of the output.
+    assert tokens == ([10, 10, 4] if products._ONEDNN else [])
 
 
 def test_outside_of_a_block_products_are_whole() -> None:
@@ -238,13 +257,13 @@ def test_half_precision_is_that_of_the_plain_layer(base: torch.dtype, cast: bool
 def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Notes the tokens of every frozen product."""
     tokens: list[int] = []
-    multiply = products._multiply
+    multiply = products.multiply
 
     def spy(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         tokens.append(x.numel() // x.shape[-1])
         return multiply(x, weight, bias)
 
-    monkeypatch.setattr(products, "_multiply", spy)
+    monkeypatch.setattr(products, "multiply", spy)
     return tokens
 
 
