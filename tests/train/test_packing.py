@@ -43,11 +43,13 @@ def hung(model: PreTrainedModel, names: list[str]) -> list[Any]:
     return adapters
 
 
-def both(model: PreTrainedModel, names: list[str], rows: list[int]) -> tuple[list[Any], list[Any], list[int]]:
+def both(
+    model: PreTrainedModel, names: list[str], rows: list[int], width: int | None = None
+) -> tuple[list[Any], list[Any], list[int]]:
     """Logits and gradients of rows routed to these adapters, by the plain model and packed; and how many rows each
     layer's norm saw."""
     adapters = hung(model, names)
-    inputs = batch(model, rows=len(rows))
+    inputs = {key: value[:, :width] for key, value in batch(model, rows=len(rows)).items()}
     entries = [adapters[row].name for row in rows]
     lengths = inputs["attention_mask"].sum(1).tolist()
     virtual = [HUNG[names[row]][1] for row in rows]
@@ -94,6 +96,15 @@ def test_logits_and_gradients_are_those_of_the_padded_batch(kind: str, attention
     model = tiny(kind, attn_implementation=attention)
     expected, found, _ = both(model, list(HUNG), [0, 0, 1, 2, 3, 4, 5, 6])
     assert any(g.any() for g in expected[1:])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "mistral"])
+def test_rows_of_a_single_token(kind: str, attention: str) -> None:
+    model = tiny(kind, attn_implementation=attention)
+    expected, found, _ = both(model, list(HUNG), [0, 1, 2, 3, 4, 4, 5, 6], width=1)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 

@@ -169,7 +169,8 @@ class Packing:
         if not suits(implementation, keys, query, options):
             return run(module, query, key, value, mask, **options)
         if mask is None:
-            masks = [self._added(keys, None, query, shared)] * rows
+            # The queries are the last of the keys: a single one sees all of them, a prefix's too.
+            masks = [self._added(keys, None, query, shared)[:, -queries * shared :]] * rows
         else:
             added = _additive(mask, query).expand(rows, 1, queries, keys).squeeze(1)
             masks = [*added.mT.repeat_interleave(shared, dim=-1)]
