@@ -12,11 +12,10 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 
 import tanzaku as tz
 from tanzaku.host import host_of
-from tanzaku.method import TokenStrip
 from tanzaku.models import load_classifier
 from tanzaku.routing import Route
-from tanzaku.train.products import Tokens, lowest_layer
-from tanzaku.train.step import SharedStep
+from tanzaku.train.passes import CheapPasses
+from tanzaku.train.products import lowest_layer
 
 TOKENS = 32
 STEPS = 100_000  # a schedule long enough that no measured step is its last
@@ -102,19 +101,17 @@ def tanzaku_stepper(model: PreTrainedModel, method: str) -> Stepper:
     adapter = tz.attach(model, ours(method), "bench", seed=0)
     settings = adapter.method
     settings.prepare(adapter, STEPS)
-    step = SharedStep(model, pad_token_id=0).__enter__()
+    passes = CheapPasses(adapter.base).__enter__()
     if settings.shares_batch:
-        step.products.pack()
-    virtual = sum(s.num_virtual_tokens for _, s in adapter.at() if isinstance(s, TokenStrip))
+        passes.products.pack()
     lowest = lowest_layer(adapter)
     model.train()
-    host_of(model).switch(Route.everywhere("bench"))
+    route = Route.everywhere("bench")
+    host_of(model).switch(route)
 
     def forward(batch: dict[str, Tensor]) -> Tensor:
         rows, length = batch["input_ids"].shape
-        width = virtual + length
-        tokens = Tokens(width, [0] * rows, [width] * rows, [lowest] * rows, batch["input_ids"].device)
-        with step.pooled.reading(batch["input_ids"]), step.products.reading(tokens):
+        with passes.reading(batch["input_ids"], [length] * rows, [adapter.virtual] * rows, [lowest] * rows, route):
             inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
             logits = model(**inputs, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits, batch["labels"])

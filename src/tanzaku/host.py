@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.families import Base
-from tanzaku.method import Method, Strip
+from tanzaku.method import AttentionStrip, Method, Strip, TokenStrip
 from tanzaku.routing import Entry, Route
 from tanzaku.sites import Sites
 from tanzaku.weights import WeightStrip, copy_of
@@ -50,6 +50,17 @@ class Adapter(nn.Module):
     def trained(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters that an optimizer shall see."""
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+
+    @property
+    def virtual(self) -> int:
+        """Tokens that it puts before a row's own."""
+        return sum(strip.num_virtual_tokens for _, strip in self.at() if isinstance(strip, TokenStrip))
+
+    @property
+    def before(self) -> int:
+        """Positions that it takes before a row's first token."""
+        offsets = (strip.position_offset for _, strip in self.at() if isinstance(strip, AttentionStrip))
+        return self.virtual + max(offsets, default=0)
 
 
 class Host:

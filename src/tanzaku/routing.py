@@ -82,7 +82,8 @@ class Route:
         if self._unrolled is not None:
             self._groups.pop(self._unrolled, None)
         self._unrolled = sum(tokens)
-        self._groups[self._unrolled] = self._groups_of(torch.tensor(self.index).repeat_interleave(torch.tensor(tokens)))
+        of_entries = torch.tensor(tokens).view(len(self.index), -1).sum(1)  # an entry may stand for several rows
+        self._groups[self._unrolled] = self._groups_of(torch.tensor(self.index).repeat_interleave(of_entries))
 
     def _groups_of(self, expanded: Tensor) -> list[tuple[int, Rows]]:
         groups: list[tuple[int, Rows]] = []

@@ -326,8 +326,8 @@ def gradients_of_a_step(kind: str, fast: bool, **changes: Any) -> dict[str, Tens
         jobs.append(Job("saved", tz.LoRA(r=2, modules_to_save=["score", "down_proj"]), TrainSettings(**changes)))
     with Pool(model.to(precision), data, rows_per_step=50) as pool:
         if not fast:
-            pool.step.products.__exit__()
-            pool.step.norms.__exit__()
+            pool.step.passes.products.__exit__()
+            pool.step.passes.norms.__exit__()
         pool.add(jobs)
         pool._admit()
         lanes = pool._picked()
@@ -467,7 +467,7 @@ class TestCopies:
         with Pool(tiny("llama", "cls", num_labels=2), task()) as pool:
             pool.add([Job("lora", tz.LoRA(r=2), TrainSettings(epochs=1, precision="bf16"))])
             pool.run()
-            assert not pool.step.products.copies
+            assert not pool.step.passes.products.copies
         assert pool.results["lora"].status == "done"
 
     def test_none_in_another_precision(self) -> None:
@@ -504,7 +504,7 @@ class TestCopies:
 
         class Watch(Silent):
             def job_started(self, job: Job, result: JobResult, steps: int) -> None:
-                seen.append((job.name, bool(pool.step.products.copies), pool.room))
+                seen.append((job.name, bool(pool.step.passes.products.copies), pool.room))
 
         jobs = [
             Job("full", tz.Full(), TrainSettings(epochs=1)),
@@ -514,7 +514,7 @@ class TestCopies:
             before = pool.room
             pool.add(jobs)
             pool.run()
-            taken = 2 * sum(module.weight.nbytes for module, _ in pool.step.products.layers)
+            taken = 2 * sum(module.weight.nbytes for module, _ in pool.step.passes.products.layers)
         assert [result.status for result in pool.results.values()] == ["done", "done"]
         assert seen == [("lora", True, before - taken), ("full", False, before)]
 
@@ -529,13 +529,13 @@ class TestCopies:
             (lane,) = pool.lanes.values()
             assert lane.need is not None
             needed = jobs * lane.kept_bytes + lane.need.alone
-            taken = 2 * sum(module.weight.nbytes for module, _ in pool.step.products.layers)
+            taken = 2 * sum(module.weight.nbytes for module, _ in pool.step.passes.products.layers)
         assert 4 * taken <= needed, "else no copies are made at all"
         with Pool(model, data, memory=in_use(CPU) + 2**30) as pool:
             pool.room = needed + taken / 2
             pool.add(added)
             pool._admit()
-            assert len(pool.lanes) == jobs and not pool.step.products.copies and pool.room == needed + taken / 2
+            assert len(pool.lanes) == jobs and not pool.step.passes.products.copies and pool.room == needed + taken / 2
 
     def test_they_go_before_a_step_that_found_no_memory_is_made_smaller(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, data = tiny("llama", "cls", num_labels=2), task()
@@ -544,7 +544,7 @@ class TestCopies:
 
             def short(lanes: Any, batches: Any) -> Any:
                 sizes.append(len(lanes))
-                if pool.step.products.copies:
+                if pool.step.passes.products.copies:
                     raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
                 return losses(lanes, batches)
 
@@ -552,16 +552,16 @@ class TestCopies:
             pool.add([Job(f"lora{i}", tz.LoRA(r=2), TrainSettings(epochs=1)) for i in range(2)])
             pool.run()
         assert [result.status for result in pool.results.values()] == ["done", "done"]
-        assert set(sizes) == {2} and not pool.step.products.copies
+        assert set(sizes) == {2} and not pool.step.passes.products.copies
 
     def test_none_on_a_machine_whose_memory_is_short(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, data = tiny("llama", "cls", num_labels=2), task()
         with Pool(model, data) as pool:
-            taken = 2 * sum(module.weight.nbytes for module, _ in pool.step.products.layers)
+            taken = 2 * sum(module.weight.nbytes for module, _ in pool.step.passes.products.layers)
             monkeypatch.setattr(products, "free", lambda: 4 * taken - 4)
             pool.add([Job("lora", tz.LoRA(r=2), TrainSettings(epochs=1))])
             pool.run()
-            assert not pool.step.products.copies
+            assert not pool.step.passes.products.copies
         assert pool.results["lora"].status == "done"
 
 

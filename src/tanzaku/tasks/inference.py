@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tanzaku.errors import TanzakuError, listed
-from tanzaku.host import Adapter, host_of, route
-from tanzaku.method import AttentionStrip, TokenStrip
+from tanzaku.host import host_of, route
 from tanzaku.tasks.classification import Split, collate
-from tanzaku.train.trim import PooledOnly
+from tanzaku.train.passes import CheapPasses
+from tanzaku.train.products import ABOVE
 
 WINDOW = 256  # rows that are sorted together: little padding, yet the first results come early
 
@@ -38,7 +38,8 @@ def probabilities(
     rows = _number_of_rows(model, splits, batch_size)
     window = batch_size * max(1, WINDOW // batch_size)
     parts = (range(start, min(start + window, rows)) for start in range(0, rows, window))
-    return _each(_logits(model, splits, pad_token_id, batch_size, part) for part in parts)
+    passes = CheapPasses(host_of(model).base)
+    return _each(_logits(passes, model, splits, pad_token_id, batch_size, part) for part in parts)
 
 
 def probabilities_of(
@@ -54,7 +55,8 @@ def logits_of(
 ) -> dict[str, Tensor]:
     """By adapter, the logits behind :func:`probabilities_of`: float32 [rows, labels] on the CPU, for metrics."""
     rows = _number_of_rows(model, splits, batch_size)
-    return _logits(model, splits, pad_token_id, batch_size, range(rows))
+    passes = CheapPasses(host_of(model).base)
+    return _logits(passes, model, splits, pad_token_id, batch_size, range(rows))
 
 
 def _number_of_rows(model: PreTrainedModel, splits: Mapping[str, Split], batch_size: int) -> int:
@@ -83,11 +85,16 @@ def _each(windows: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, list[float
 # On a function and not on a generator: while a caller holds a row, gradients and the route are the caller's.
 @torch.no_grad()
 def _logits(
-    model: PreTrainedModel, splits: Mapping[str, Split], pad_token_id: int, batch_size: int, rows: range
+    passes: CheapPasses,
+    model: PreTrainedModel,
+    splits: Mapping[str, Split],
+    pad_token_id: int,
+    batch_size: int,
+    rows: range,
 ) -> dict[str, Tensor]:
     """By adapter, fp32 logits [rows, labels] on the CPU, in the order of `rows`."""
     model.eval()
-    pooled = PooledOnly(host_of(model).base)
+    host = host_of(model)
     takes = inspect.signature(model.forward).parameters
     # A cache of keys and values is for generation; here it would only be a copy of them a layer.
     options = {"use_cache": False} if "use_cache" in takes else {}
@@ -97,14 +104,20 @@ def _logits(
     out: dict[str, Tensor] = {}
     for names in _passes(model, lengths):
         # One entry an adapter: a batch of as many rows for each repeats the entries in place, so groups are views.
-        with route(model, names):
+        with passes, route(model, names):
             for start in range(0, len(order), batch_size):
                 at = order[start : start + batch_size]
                 batch = collate([splits[name].examples[rows[i]] for name in names for i in at], pad_token_id, False)
                 if "token_type_ids" not in takes:
                     batch.pop("token_type_ids", None)
                 batch = {key: value.to(model.device) for key, value in batch.items()}
-                with pooled.reading(batch["input_ids"]):
+                with passes.reading(
+                    batch["input_ids"],
+                    lengths=[lengths[name][i] for name in names for i in at],
+                    virtual=[host.get(name).virtual for name in names for _ in at],
+                    lowest=[ABOVE] * (len(names) * len(at)),  # no gradient is wanted
+                    route=host.sites.route,
+                ):
                     logits = model(**batch, **options).logits.float().cpu()
                 for name, part in zip(names, logits.split(len(at)), strict=True):
                     out.setdefault(name, logits.new_empty(len(rows), logits.shape[-1]))[at] = part
@@ -125,15 +138,8 @@ def _passes(model: PreTrainedModel, lengths: Mapping[str, list[int]]) -> Iterato
     for name in shared:
         alike.setdefault(tuple(lengths[name]), []).append(name)
     if len(alike) > 1:
-        longest, lead = max(map(max, alike)), max(_lead(host.get(name)) for name in shared)
+        longest, lead = max(map(max, alike)), max(host.get(name).before for name in shared)
         if room is None or longest + lead <= room:
             alike = {(): shared}
     yield from alike.values()
     yield from ([name] for name in lengths if name not in shared)
-
-
-def _lead(adapter: Adapter) -> int:
-    """Positions that an adapter takes before a row's first token."""
-    strips = [strip for _, strip in adapter.at()]
-    tokens = sum(strip.num_virtual_tokens for strip in strips if isinstance(strip, TokenStrip))
-    return tokens + max((strip.position_offset for strip in strips if isinstance(strip, AttentionStrip)), default=0)

@@ -42,9 +42,7 @@ class Lane:
     def __init__(self, job: Job, adapter: Adapter, data: ClassificationData, result: JobResult, device: torch.device):
         self.job, self.adapter, self.data, self.result = job, adapter, data, result
         s = job.settings
-        self.virtual = sum(s.num_virtual_tokens for _, s in adapter.at() if isinstance(s, TokenStrip))
-        # Positions before a row's own first token.
-        self.before = self.virtual + max((getattr(s, "position_offset", 0) for _, s in adapter.at()), default=0)
+        self.virtual, self.before = adapter.virtual, adapter.before
         self.lowest = lowest_layer(adapter)
         self.draws: bool | None = None  # whether its forward pass draws random numbers; None: not yet known
         self.trained = [p for _, p in adapter.trained()]

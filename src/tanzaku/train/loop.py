@@ -267,9 +267,9 @@ class Pool:
     def _arrange(self, job: Job) -> None:
         """Have the frozen weights multiply faster while jobs share them, where there is plenty of room for it."""
         if not job.method.shares_batch:  # and no job after it, and it needs what they take
-            self.room += self.step.products.unpack()
+            self.room += self.step.passes.products.unpack()
         elif not self.lanes and job.settings.precision == "fp32":
-            self.room -= self.step.products.pack(self.room)
+            self.room -= self.step.passes.products.pack(self.room)
 
     def _begin(self, job: Job, alone: bool) -> bool:
         """Attach a job and take it from the queue; False where there is no room for it now."""
@@ -296,7 +296,7 @@ class Pool:
                 attached = [*self.lanes.values(), lane]
                 # What it keeps may leave too little room for a step of one that is there already.
                 if not (fits := self._each_fits(attached)) and self._hand_back is None:
-                    self.room += self.step.products.unpack()  # a job is worth more than a faster product
+                    self.room += self.step.passes.products.unpack()  # a job is worth more than a faster product
                     fits = self._each_fits(attached)
                 if not fits:
                     if not alone or len(self.lanes):
@@ -417,7 +417,7 @@ class Pool:
             # A job whose loss was no number has ended in the step that failed.
             left = [lane for lane in lanes if lane.job.name in self.lanes]
             reason, too_large = failure
-            if left and too_large and (freed := self.step.products.unpack()):
+            if left and too_large and (freed := self.step.passes.products.unpack()):
                 gc.collect()
                 self.room += 0 if self._hand_back else freed  # other workers have them still
                 self._train(left)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tanzaku.families import Base
+from tanzaku.sites import quiet
 
 
 class FrozenNorms:
@@ -54,7 +55,7 @@ def _known(module: nn.Module) -> tuple[float, float] | None:
     # Small numbers show eps, which large ones would hide.
     probe = torch.linspace(-1, 1, len(weight), device=weight.device)
     probe = torch.stack([probe, 1e-3 * probe])
-    with torch.no_grad():
+    with torch.no_grad(), quiet():
         expected = module(probe)
         for shift in (0.0, 1.0):
             if torch.allclose(_normed(probe, weight + shift, weight.new_tensor(eps)), expected, rtol=1e-4, atol=1e-6):

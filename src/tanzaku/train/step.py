@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,13 +19,9 @@ from tanzaku.methods import METHODS
 from tanzaku.noise import Noise, Share
 from tanzaku.routing import Entry, Route
 from tanzaku.tasks.classification import Example, Split, classification_loss, collate
-from tanzaku.train.gates import FrozenGates
 from tanzaku.train.lane import Lane
 from tanzaku.train.memory import Need, bytes_needed
-from tanzaku.train.norms import FrozenNorms
-from tanzaku.train.packing import Packing
-from tanzaku.train.products import FrozenProducts, Tokens
-from tanzaku.train.trim import PooledOnly
+from tanzaku.train.passes import CheapPasses
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,8 +43,7 @@ class SharedStep:
         self.model, self.pad_token_id, self.device = model, pad_token_id, model.device
         base = Base.of(model)
         self.max_positions, self.settings = base.max_positions, base.config.to_dict()
-        self.pooled, self.packing = PooledOnly(base), Packing(base)
-        self.products, self.norms, self.gates = FrozenProducts(base), FrozenNorms(base), FrozenGates(base)
+        self.passes = CheapPasses(base)
         takes = inspect.signature(model.forward).parameters
         self.takes_types = "token_type_ids" in takes
         # A cache of keys and values is for generation; here it would only be a copy of them a layer.
@@ -57,18 +52,12 @@ class SharedStep:
         self._checkpointed = False
 
     def __enter__(self) -> SharedStep:
-        self.packing.__enter__()
-        self.products.__enter__()
-        self.norms.__enter__()
-        self.gates.__enter__()
+        self.passes.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._checkpoint(False)
-        self.packing.__exit__(*error)
-        self.products.__exit__(*error)
-        self.norms.__exit__(*error)
-        self.gates.__exit__(*error)
+        self.passes.__exit__(*error)
         self._mode(training=False)
 
     @contextmanager
@@ -97,7 +86,7 @@ class SharedStep:
             for lane, batch, rows in zip(lanes, batches, at, strict=True)
         ]
         for lane in lanes:
-            if lane.draws is None and self.packing.possible:  # a kind of model whose settings tell
+            if lane.draws is None and self.passes.packing.possible:  # a kind of model whose settings tell
                 method = lane.job.method
                 known = type(method) in METHODS.values() and not _drops(method.settings())
                 lane.draws = False if known and not _drops(self.settings) else None
@@ -105,8 +94,8 @@ class SharedStep:
         noisy = any(lane.draws is not False for lane in lanes)
         noise = Noise(route, shares, width, lead) if noisy else nullcontext()
         # Dropout tells jobs apart by rows.
-        packed = self.packing.possible and not noisy and not padded
-        with self._reading(inputs["input_ids"], lanes, batches, lead, packed), noise:
+        packed = not noisy and not padded
+        with self._reading(inputs["input_ids"], lanes, batches, packed), noise:
             with autocast(self.device, lanes[0].job.settings.precision):
                 logits = self.model(**inputs, **self.options).logits
             yield [
@@ -164,7 +153,7 @@ class SharedStep:
         """The rows of a batch that needs the most: the longest, but where padding counts not all of one length."""
         order = sorted(examples, key=_length)
         rows = order[-size:]
-        if size > 1 and rows and not self.packing.possible and _length(rows[0]) == _length(rows[-1]):
+        if size > 1 and rows and not self.passes.packing.possible and _length(rows[0]) == _length(rows[-1]):
             shorter = [example for example in order if _length(example) < _length(rows[0])]
             rows = [*shorter[-1:], *rows[-size + 1 :]] if shorter else rows
         return rows
@@ -198,28 +187,23 @@ class SharedStep:
             inputs = self._inputs(collate(batch, self.pad_token_id, labels=False))
             with (
                 autocast(self.device, lane.job.settings.precision),
-                self._reading(inputs["input_ids"], [lane], [batch], lane.virtual, self.packing.possible),
+                self._reading(inputs["input_ids"], [lane], [batch]),
             ):
                 parts.append(self.model(**inputs, **self.options).logits.float().cpu())
         return torch.cat(parts)
 
-    @contextmanager
     def _reading(
-        self, input_ids: Tensor, lanes: Sequence[Lane], batches: Sequence[Sequence[Example]], lead: int, packed: bool
-    ) -> Iterator[None]:
+        self, input_ids: Tensor, lanes: Sequence[Lane], batches: Sequence[Sequence[Example]], packed: bool = True
+    ) -> AbstractContextManager[None]:
         rows = [(lane, example) for lane, batch in zip(lanes, batches, strict=True) for example in batch]
-        tokens = Tokens(
-            width=lead + input_ids.shape[1],
-            starts=[lead - lane.virtual for lane, _ in rows],
-            lengths=[lane.virtual + len(example.input_ids) for lane, example in rows],
-            lowest=[lane.lowest for lane, _ in rows],
-            device=self.device,
-            packed=packed,
-        )
         assert self._route is not None
-        short = self.packing.reading(tokens, self._route[1]) if packed else self.pooled.reading(input_ids)
-        with short, self.products.reading(tokens):
-            yield
+        return self.passes.reading(
+            input_ids,
+            lengths=[len(example.input_ids) for _, example in rows],
+            virtual=[lane.virtual for lane, _ in rows],
+            lowest=[lane.lowest for lane, _ in rows],
+            route=self._route[1] if packed else None,
+        )
 
     def _inputs(self, batch: dict[str, Tensor], width: int = 0) -> dict[str, Tensor]:
         if not self.takes_types:

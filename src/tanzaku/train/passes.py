@@ -1,0 +1,65 @@
+"""Passes through a frozen model at less cost, in training and prediction alike: all that makes them cheap, together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor
+
+from tanzaku.families import Base
+from tanzaku.routing import Route
+from tanzaku.train.gates import FrozenGates
+from tanzaku.train.norms import FrozenNorms
+from tanzaku.train.packing import Packing
+from tanzaku.train.products import FrozenProducts, Tokens
+from tanzaku.train.trim import PooledOnly
+
+
+class CheapPasses:
+    """Of one model. A context manager: while entered, the model's frozen modules are fast."""
+
+    def __init__(self, base: Base):
+        self.pooled, self.packing = PooledOnly(base), Packing(base)
+        self.products, self.norms, self.gates = FrozenProducts(base), FrozenNorms(base), FrozenGates(base)
+        self._entered = ExitStack()
+
+    def __enter__(self) -> CheapPasses:
+        for part in (self.packing, self.products, self.norms, self.gates):
+            self._entered.enter_context(part)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._entered.close()
+
+    @contextmanager
+    def reading(
+        self,
+        input_ids: Tensor,
+        lengths: Sequence[int],
+        virtual: Sequence[int],
+        lowest: Sequence[int],
+        route: Route | None,
+    ) -> Iterator[None]:
+        """Within the block, which holds the backward pass too, the model's passes are for the logits of these rows.
+
+        Args:
+            input_ids: (rows, width), padded on the right.
+            lengths: tokens of each row. virtual: those that its adapter puts before them. lowest: the layer of its
+                lowest adapter.
+            route: the batch's own, by which it is packed where this model can have that; None: it shall not be.
+        """
+        lead = max(virtual)
+        if not self.packing.possible:
+            route = None
+        tokens = Tokens(
+            width=lead + input_ids.shape[1],
+            starts=[lead - before for before in virtual],
+            lengths=[before + length for before, length in zip(virtual, lengths, strict=True)],
+            lowest=lowest,
+            device=input_ids.device,
+            packed=route is not None,
+        )
+        short = self.pooled.reading(input_ids) if route is None else self.packing.reading(tokens, route)
+        with short, self.products.reading(tokens):
+            yield
