@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -51,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 a negative answer, 2 bad input, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
     given = [arg for arg in args if arg != "--debug"]  # it may stand before or after the verb
+    # Torch reads it when it is first imported. Large tensors then lie in pages of 2 MB, where the system has them: in
+    # full fine-tuning the gradient of an embedding, new in each step, spends most of its time on pages of 4 kB.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         code = app(given, prog_name="tanzaku", standalone_mode=False)
     except Interrupted as interrupted:
