@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,19 @@ def test_help_imports_nothing_heavy() -> None:
     code = f"import sys, tanzaku.cli; sys.exit(','.join(m for m in {heavy} if m in sys.modules) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("chosen", [None, "0"])
+def test_large_pages_are_asked_for_before_torch_is_there(chosen: str | None) -> None:
+    """Unless the user has said otherwise."""
+    code = (
+        "import os, sys; from tanzaku.cli import main; main(['--version']);"
+        "print(os.environ['THP_MEM_ALLOC_ENABLE'], 'torch' in sys.modules)"
+    )
+    given = {key: value for key, value in os.environ.items() if key != "THP_MEM_ALLOC_ENABLE"}
+    given |= {} if chosen is None else {"THP_MEM_ALLOC_ENABLE": chosen}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=given)
+    assert done.stdout.splitlines()[-1] == f"{chosen or 1} False"
 
 
 def test_help_and_version(tanzaku: Tanzaku) -> None:
