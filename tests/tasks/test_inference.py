@@ -192,6 +192,20 @@ def test_adapters_without_room_for_each_others_rows(method: tz.Method) -> None:
     assert shapes[0] == (9, 8)  # where there is room they share the pass
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
+def test_texts_that_end_with_the_padding_token(kind: str) -> None:
+    """Where it is the end of a text, too, a classifier pools the token before."""
+    model = tiny(kind)
+    methods = {"lora": tz.LoRA(r=2), "prompt": tz.PromptTuning(num_virtual_tokens=2)}
+    names = [hang(model, name, m) for name, m in methods.items()]
+    pad = model.config.pad_token_id
+    texts = [[5, 6, pad], [7, 8, 9, 4], [3, pad, pad, 9], [pad, 5, pad, pad], [pad]]
+    split = Split("data", [Example(ids, None, None) for ids in texts], [""] * len(texts), 0, "data")
+    for batch_size in (1, 5):
+        splits = dict.fromkeys(names, split)
+        assert_alone(model, logits_of(model, splits, pad, batch_size), splits)
+
+
 def test_a_module_of_an_adapters_own_in_the_part_that_is_trimmed() -> None:
     model = tiny("llama")
     hang(model, "own", tz.LoRA(r=2, modules_to_save=["score", "mlp"]))

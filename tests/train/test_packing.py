@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -18,8 +19,12 @@ from tanzaku.families import Base
 from tanzaku.host import host_of
 from tanzaku.routing import Cut, Ragged
 from tanzaku.train import products
+from tanzaku.train.loop import train_jobs
 from tanzaku.train.packing import Packing
 from tanzaku.train.products import ABOVE, FrozenProducts, Tokens, lowest_layer
+from tanzaku.train.results import Job
+from tanzaku.train.settings import TrainSettings
+from task_data import task
 
 CPU = torch.device("cpu")
 HUNG = {
@@ -202,3 +207,18 @@ def test_a_cut_tensor_is_put_together_again(gaps: list[tuple[int, int]], rest: i
         weights = torch.randn_like(x)
         (gradient,) = torch.autograd.grad((y * weights).sum(), x)
         torch.testing.assert_close(gradient, weights * factor)
+
+
+def test_a_job_whose_texts_end_with_the_padding_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the end of a text, too: the classifier reads the token before, packed or not."""
+    data = task((4, 9, 3), train=6, end=0)
+    train = TrainSettings(epochs=1, batch_size=3, learning_rate=0.01)
+    found = []
+    for packed in (True, False):
+        if not packed:
+            monkeypatch.setattr(Packing, "possible", property(lambda self: False))
+        jobs = [Job("lora", tz.LoRA(r=2), train), Job("prompt", tz.PromptTuning(num_virtual_tokens=2), train)]
+        results = train_jobs(tiny("llama", num_labels=2), data, jobs, out=tmp_path / str(packed))
+        assert all(r.valid is not None for r in results)
+        found.append([[r.epochs[0].train_loss, *(r.valid or {}).values()] for r in results])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ from tanzaku.train.gates import FrozenGates
 from tanzaku.train.norms import FrozenNorms
 from tanzaku.train.packing import Packing
 from tanzaku.train.products import FrozenProducts, Tokens
-from tanzaku.train.trim import PooledOnly
+from tanzaku.train.trim import PooledOnly, pooled_columns
 
 
 class CheapPasses:
@@ -52,6 +52,10 @@ class CheapPasses:
         lead = max(virtual)
         if not self.packing.possible:
             route = None
+        read = None
+        if route is not None and self.pooled.pad is not None:
+            columns = pooled_columns(input_ids, self.pooled.pad).tolist()
+            read = [before + column for before, column in zip(virtual, columns, strict=True)]
         tokens = Tokens(
             width=lead + input_ids.shape[1],
             starts=[lead - before for before in virtual],
@@ -59,6 +63,7 @@ class CheapPasses:
             lowest=lowest,
             device=input_ids.device,
             packed=route is not None,
+            read=read,
         )
         short = self.pooled.reading(input_ids) if route is None else self.packing.reading(tokens, route)
         with short, self.products.reading(tokens):

@@ -74,6 +74,7 @@ class Tokens:
     lowest: Sequence[int]
     device: torch.device
     packed: bool = False
+    read: Sequence[int] | None = None  # of each row's own tokens, the one that a classifier pools; None: the last
     _found: dict[Any, Places] = field(default_factory=dict)
     _ragged: dict[tuple[int, ...], Ragged] = field(default_factory=dict)
 
@@ -99,7 +100,7 @@ class Tokens:
         """The own places in the flattened batch, of rows that need a gradient at `depth` (None: of all).
 
         Args:
-            last: of each row its last token alone.
+            last: of each row the token alone that is read at the end.
         """
         key = (None if depth is None else max([low for low in self.lowest if low <= depth], default=-2), last)
         if key not in self._found:
@@ -108,8 +109,11 @@ class Tokens:
             else:
                 firsts = [row * self.width + start for row, start in enumerate(self.starts)]
             spans = [range(first, first + length) for first, length in zip(firsts, self.lengths, strict=True)]
+            if last:
+                read = [-1] * len(spans) if self.read is None else self.read
+                spans = [range(span[at], span[at] + 1) for span, at in zip(spans, read, strict=True)]
             kept = [span for span, low in zip(spans, self.lowest, strict=True) if depth is None or low <= depth]
-            self._found[key] = self._short([span[-1:] if last else span for span in kept])
+            self._found[key] = self._short(kept)
         return self._found[key]
 
     def _short(self, spans: list[range]) -> Places:

@@ -35,6 +35,15 @@ def last_layer_modules(base: Base, asking: bool = False) -> list[nn.Module]:
     return [layers[-1].get_submodule(path) for path in (*query, *family.trim)]
 
 
+def pooled_columns(input_ids: Tensor, pad: int) -> Tensor:
+    """(rows,): where each row's last token is that is no padding, which a decoder's classifier pools.
+
+    A row's own last tokens may be the padding token, where that is also the end of a text.
+    """
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return (columns * (input_ids != pad)).argmax(-1)
+
+
 class PooledOnly:
     """Hooks for one model; a no-op where its layers are of an unknown kind."""
 
@@ -58,8 +67,7 @@ class PooledOnly:
         if not self.modules or self.pad is None:
             yield
             return
-        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-        self._at = (columns * (input_ids != self.pad)).argmax(-1)
+        self._at = pooled_columns(input_ids, self.pad)
         self._length = input_ids.shape[1]
         handles = [module.register_forward_pre_hook(self._keep) for module in self.modules]
         try:
