@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tanzaku import tree
 from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.host import Adapter, attach, detach, host_of
 from tanzaku.method import Method, Strip
@@ -298,7 +299,7 @@ def _targets(parts: list[Adapter], paths: list[str]) -> list[str]:
     whole = {p for part in parts for p, s in part.at() if isinstance(s, WeightStrip)}
     reach = {
         path
-        for path, _ in base.model.named_modules()
+        for path, _ in tree.named_modules(base.model)
         if path.rsplit(".", 1)[-1] in names and not any(f"{path}.".startswith(f"{w}.") for w in whole)
     }
     return names if reach == set(paths) else paths

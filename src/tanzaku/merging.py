@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from tanzaku import tree
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.host import Adapter, activate, detach, host_of
 from tanzaku.method import ModuleStrip
@@ -52,8 +53,10 @@ class _Merged:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, name: str = "default", *, dequantize: bool = False, keep: bool = True) -> nn.Module:
-    """Fold adapter `name` into the base's weights, in place, until :func:`unmerge`.
+def merge(
+    model: nn.Module, name: str | tuple[str, ...] = "default", *, dequantize: bool = False, keep: bool = True
+) -> nn.Module:
+    """Fold adapter `name` (a tuple stacks) into the base's weights, in place, until :func:`unmerge`.
 
     The model then computes for every row, without hooks, what rows routed to the adapter computed; a route in force
     ends, or the adapter would count twice. Sums are in fp32 and are rounded once, to the type of the base's weight;
@@ -71,28 +74,33 @@ def merge(model: nn.Module, name: str = "default", *, dequantize: bool = False, 
             changed then.
     """
     host = host_of(model)
-    adapter = host.get(name)
-    if not adapter.method.mergeable:
-        raise TanzakuError(
-            f"{adapter.method.name} is no change of weights, so {name!r} cannot be merged; keep it as an adapter "
-            "(tanzaku predict, tz.load)"
-        )
+    names = (name,) if isinstance(name, str) else name
+    stack = [host.get(each) for each in names]
+    for adapter in stack:
+        if not adapter.method.mergeable:
+            raise TanzakuError(
+                f"{adapter.method.name} is no change of weights, so {adapter.name!r} cannot be merged; keep it as an "
+                "adapter (tanzaku predict, tz.load)"
+            )
     if (record := _record(model)) is not None and record.undo is not None:
         raise TanzakuError(f"{record.name!r} is merged already; unmerge it first")
-    if host.sites.route is not None:
+    if host.route is not None:
+        # Of every context: the adapter would count twice there, too.
+        host.end(list(host.adapters))
         activate(model, None)
     dtype = _dtype(model) if dequantize else None
     if dequantize:
         check_readable(model)
     if not keep:
         # Nothing can be taken back, so all of it is seen to be possible before any of it is done.
-        for _ in _changes(model, adapter, dtype):
-            pass
+        for adapter in stack:
+            for _ in _changes(model, adapter, dtype):
+                pass
     undo: list[Callable[[], None]] = []
     lost: dict[str, float] = {}
     types = set()
     try:
-        for full, value in _changes(model, adapter, dtype):
+        for full, value in (change for adapter in stack for change in _changes(model, adapter, dtype)):
             path, _, key = full.rpartition(".")
             module = model.get_submodule(path)
             before = full_weight(module, path) if key == "weight" else model.get_parameter(full).float()
@@ -111,7 +119,7 @@ def merge(model: nn.Module, name: str = "default", *, dequantize: bool = False, 
                 parameter.copy_(stored)
                 undo.clear()
         if dtype is not None:
-            for path in [path for path, module in model.named_modules() if quantised(module)]:
+            for path in [path for path, module in tree.named_modules(model) if quantised(module)]:
                 back = _replace(model, path, dtype)
                 undo += [back] if keep else []
             undo.append(drop_traces(model))
@@ -119,13 +127,13 @@ def merge(model: nn.Module, name: str = "default", *, dequantize: bool = False, 
         _back(undo)
         raise
     at = max(lost, key=lost.__getitem__)
-    names = ", ".join(sorted(str(t).removeprefix("torch.") for t in types))
-    taken = Rounding(sum(lost.values()) / len(lost), lost[at], at, names)
-    model.__dict__[_MERGED] = _Merged(name, taken, undo if keep else None)
+    kinds = ", ".join(sorted(str(t).removeprefix("torch.") for t in types))
+    taken = Rounding(sum(lost.values()) / len(lost), lost[at], at, kinds)
+    model.__dict__[_MERGED] = _Merged(", ".join(names), taken, undo if keep else None)
     if taken.mean > _NOTEWORTHY:
         warnings.warn(f"merging {name!r}: {taken}; load the base in float32 to keep it", stacklevel=2)
-    if not keep:
-        detach(model, name)
+    for each in () if keep else names:
+        detach(model, each)
     return model
 
 
@@ -166,10 +174,16 @@ def _changes(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None) -> I
     """
     tied = _names_of_one_tensor(model)
     own = {_full(path, key): p for path, s in adapter.at() if isinstance(s, WeightStrip) for key, p in s.own.items()}
+    changed = {_full(path, "weight") for path, s in adapter.at() if isinstance(s, ModuleStrip)} | set(own)
     done: set[int] = set()
     for path, strip in adapter.at():
         module = model.get_submodule(path)
         new: dict[str, Tensor] | None = None
+        if any(p.is_meta for p in tree.parameters(module)):
+            raise TanzakuError(
+                f"{adapter.method.name}: {path or 'the model'} is not in memory (offloaded, or on the meta device), so "
+                "nothing can be merged into it; load the base whole"
+            )
         if isinstance(strip, WeightStrip):
             new = dict(strip.own)
         elif isinstance(strip, ModuleStrip):
@@ -187,9 +201,11 @@ def _changes(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None) -> I
             # Tied weights stay one tensor only where the adapter's own copies of them are one, too.
             others = [name for name in tied[full] if name != full and not (whole and own.get(name) is value)]
             if others:
+                left = [name for name in others if name not in changed]
+                how = "leaves as it is" if left else "changes to other values"
                 raise TanzakuError(
-                    f"{adapter.method.name}: {full} is tied to {listed(others)}, which {adapter.name!r} leaves as it "
-                    "is, so it cannot be merged; untie them first (tie_word_embeddings=False)"
+                    f"{adapter.method.name}: {full} is tied to {listed(left or others)}, which {adapter.name!r} {how}, "
+                    "so it cannot be merged; untie them first (tie_word_embeddings=False)"
                 )
             if whole and id(value) in done:  # the same tensor under its second name
                 continue
@@ -230,7 +246,9 @@ def before_merging(model: nn.Module) -> dict[str, Tensor]:
     """The base's own tensors that a merged adapter has changed, by name."""
     record = _record(model)
     steps = (record.undo or []) if record is not None else []
-    return {step.args[1]: step.args[2] for step in steps if isinstance(step, partial) and step.func is _put}
+    # Of a stack, what the first adapter changed was the base's own.
+    back = reversed(steps)
+    return {step.args[1]: step.args[2] for step in back if isinstance(step, partial) and step.func is _put}
 
 
 def _put(model: nn.Module, key: str, value: Tensor) -> None:
@@ -248,13 +266,13 @@ def _record(model: nn.Module) -> _Merged | None:
 
 def _dtype(model: nn.Module) -> torch.dtype:
     """The type of a quantised model's other weights."""
-    return next((p.dtype for _, p in type(model).named_parameters(model) if plain(p)), torch.float32)
+    return next((p.dtype for _, p in tree.named_parameters(model) if plain(p)), torch.float32)
 
 
 def _names_of_one_tensor(model: nn.Module) -> dict[str, list[str]]:
     """Name of each parameter -> all names of that tensor: several where weights are tied."""
     names: dict[int, list[str]] = {}
     # The class's own method: an active adapter's parameters are no part of the base.
-    for name, parameter in type(model).named_parameters(model, remove_duplicate=False):
+    for name, parameter in tree.named_parameters(model, remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return {name: same for same in names.values() for name in same}

@@ -19,13 +19,16 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, cast, get_type_hints
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from tanzaku import tree
+from tanzaku.context import Local
 from tanzaku.errors import TanzakuError, nearest
+from tanzaku.heads import Part, heads_of, named_heads
 from tanzaku.space import Choice, Range, Spaces, spaces
 
 if TYPE_CHECKING:
@@ -33,8 +36,40 @@ if TYPE_CHECKING:
     from tanzaku.host import Adapter
 
 
+@dataclass(frozen=True)
+class Copy:
+    """A part of the model that an adapter has its own copy of.
+
+    Args:
+        tied: tensors of it that are tied in the base are one in the adapter, too, across all its tied copies.
+    """
+
+    part: Part
+    trained: bool
+    tied: bool = False
+
+
+OFFLOADED = (
+    "an adapter's tensors are on the meta device, and its base is not: it was offloaded with it; offload the base "
+    "first, then attach or load the adapter"
+)
+
+
 class Strip(nn.Module):
     """Parameters and mathematics of one adapter at one site."""
+
+    trained = True  # False for what is only kept, such as a head that is not to be trained
+
+    def check_here(self, like: Tensor) -> None:
+        """Raise a clear error where the strip's tensors were moved off with a base that was offloaded after it was
+        attached: what is computed with them is whatever memory holds, and no error of torch's."""
+        first = self.__dict__.get("_first")
+        if first is None:
+            named = ((m._parameters, n) for m in self.modules() for n, p in m._parameters.items() if p is not None)
+            first = self.__dict__["_first"] = next(named, ({}, ""))
+        here = first[0].get(first[1])
+        if here is not None and here.is_meta and not like.is_meta:
+            raise TanzakuError(OFFLOADED)
 
     def export(self) -> dict[str, Tensor]:
         """Tensors as they go to a file, by the names HF PEFT gives them below the site's path."""
@@ -53,6 +88,7 @@ class ModuleStrip(Strip):
 
     edits_input: ClassVar[bool] = False
     edits_output: ClassVar[bool] = True
+    reads_call: ClassVar[bool] = False  # it wants all that the module was given: `outputs_of` in place of `outputs`
 
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
         """`x` as the module shall read it; same shape."""
@@ -61,6 +97,10 @@ class ModuleStrip(Strip):
     def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """`y` as the module shall return it; same shape. `x` is what the module read."""
         return y
+
+    def outputs_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        """`y` as the module shall return it, of all that it was given."""
+        raise TypeError(f"{type(self).__name__} defines no outputs_of()")
 
     def alike(self, module: nn.Module) -> Hashable | None:
         """Strips of one kind at one module with equal answers are computed together; None: this one by itself."""
@@ -128,7 +168,7 @@ class TokenStrip(Strip):
     num_virtual_tokens: int
 
     def vectors(self) -> Tensor:
-        """(num_virtual_tokens, hidden) in the scale of the model's embedded tokens."""
+        """(num_virtual_tokens, width of the embedding) in the scale of the model's embedded tokens."""
         raise TypeError(f"{type(self).__name__} defines no vectors()")
 
 
@@ -144,11 +184,13 @@ class Method:
     shares_batch: ClassVar[bool] = True  # False: its rows need the model to themselves
     trains_head: ClassVar[bool] = True  # a classifier's head is trained along, unless modules_to_save is empty
     lengthens_rows: ClassVar[bool] = False  # by num_virtual_tokens, which go through every layer
-    covers_head: ClassVar[bool] = False  # the method's own strips take care of the head
+    covers_head: ClassVar[bool] = False  # the method's own strips say what of the head is trained
     file_prefix: ClassVar[str] = "base_model.model."
     space: ClassVar[Spaces] = spaces(learning_rate=Range(1e-5, 1e-2, log=True))  # what a search draws; see open_space
 
     _to_fill = False  # True on one that is built for a file: its weights need not be drawn
+    _as_peft = False  # True where PEFT's rules say what is a head: the rest is left as it is
+    _copies = cast("list[Copy] | None", None)  # what a file says the adapter has copies of; None: what the settings say
 
     modules_to_save: list[str] | None = field(default=None, kw_only=True)
     task_type: str | None = field(default=None, kw_only=True)
@@ -157,6 +199,41 @@ class Method:
     def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
         """Yield (path of the site's module, strip). Token strips have the path ""."""
         raise TypeError(f"{type(self).__name__} defines no build()")
+
+    def heads(self, base: Base) -> list[Part]:
+        """The parts of the model that the adapter has its own copy of, whatever `modules_to_save` names."""
+        if self._copies is not None:
+            return [copy.part for copy in self._copies]
+        return named_heads(base.model) if self._as_peft else heads_of(base.model)
+
+    def copies(self, base: Base) -> list[Copy]:
+        """What the adapter has its own copies of: what `modules_to_save` names, and the heads, trained or not.
+
+        A head that is not trained is copied all the same: without it the adapter could not be used again.
+        """
+        if self._copies is not None:
+            return self._copies
+        heads = self.heads(base)
+        paths = [part.path for part in heads]
+        out = []
+        for name in self.modules_to_save or []:
+            if heads and name in ("classifier", "score") and name not in paths:
+                continue  # PEFT writes both of its names for a head, whichever the model has
+            found = [(p, m) for p, m in tree.named_modules(base.model) if p == name or p.endswith("." + name)]
+            if not found:
+                raise TanzakuError(
+                    f"modules_to_save: {name!r} matches no module of {type(base.model).__name__}"
+                    f"{nearest(name, [p.rsplit('.', 1)[-1] for p, _ in tree.named_modules(base.model)])}"
+                )
+            out += [Copy(Part.of(path, module), trained=True) for path, module in found]
+        trained = self.trains_head and self.modules_to_save != [] and not self.covers_head
+        return [*out, *(Copy(part, trained, tied=True) for part in heads)]
+
+    def copied(self, base: Base) -> Callable[[str], bool]:
+        """Whether the module at a path is copied whole, so that nothing else is hung on it."""
+        parts = self.heads(base)
+        names = (self.modules_to_save or []) if self._copies is None else []
+        return lambda path: any(part.has(path) for part in parts) or any(f".{n}." in f".{path}." for n in names)
 
     def file_type(self, base: Base) -> str:
         """The name that files carry: PEFT's, unless PEFT would read the same file to another effect."""
@@ -237,10 +314,19 @@ def _checks(cls: Any) -> dict[str, TypeAdapter[Any]]:
     return {f.name: TypeAdapter(types[f.name]) for f in dataclasses.fields(cls)}
 
 
+offloaded: Local[torch.device] = Local("tanzaku_offloaded")  # where adapters of an offloaded base are made
+
+
+def home(like: Tensor) -> torch.device:
+    """The device of what works beside `like`. Between passes the weights of an offloaded base are on none."""
+    there = offloaded.get()
+    return like.device if there is None or not like.is_meta else there
+
+
 def trainable(*size: int, like: Tensor, fill: Callable[[Tensor], Any] | None = None) -> nn.Parameter:
     """A new parameter on `like`'s device; fp32 also on a base of half precision, which trains badly, as in PEFT."""
     dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
-    tensor = torch.zeros(*size, device=like.device, dtype=dtype)
+    tensor = torch.zeros(*size, device=home(like), dtype=dtype)
     if fill is not None and tensor.device.type != "meta":
         fill(tensor)
     return nn.Parameter(tensor)

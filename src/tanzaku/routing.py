@@ -10,11 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tanzaku.context import Local
 from tanzaku.errors import TanzakuError
 
 Entry = str | tuple[str, ...] | None
 Stack = tuple[str, ...]
-Rows = slice | Tensor | None  # None: every row of the batch
+Rows = slice | tuple[int, ...] | None  # None: every row of the batch
 
 
 @dataclass
@@ -23,15 +24,16 @@ class Route:
 
     stacks: list[Stack]
     index: list[int]
-    at: int | None = field(default=None, compare=False)  # the stack whose strips run just now; None: the base
-    keys: int | None = field(default=None, compare=False)  # of the attention that they change: its own, without theirs
-    _groups: dict[int, list[tuple[int, Rows]]] = field(default_factory=dict)
+    _groups: dict[int, list[tuple[int, Rows]]] = field(default_factory=dict, compare=False)
     _unrolled: int | None = field(default=None, compare=False)
+    _part_of: tuple[Route, int] | None = field(default=None, compare=False)  # a route, and the number of its stack
 
     @classmethod
     def of(cls, entries: Sequence[Entry]) -> Route:
         """Normalise entries: a name, a tuple that stacks names in order, or None for the bare base."""
-        if isinstance(entries, str) or not entries:
+        if isinstance(entries, str):
+            raise TanzakuError(f"route: found {entries!r}, expected a list with one entry a row, such as [{entries!r}]")
+        if not entries:
             raise TanzakuError(f"route: found {entries!r}, expected a list with one entry a row")
         stacks: list[Stack] = []
         index = []
@@ -46,6 +48,32 @@ class Route:
     def everywhere(cls, entry: Entry) -> Route:
         """All rows of any batch through one entry."""
         return cls.of([entry])
+
+    @property
+    def at(self) -> int | None:
+        """The stack whose strips run just now; None: the base."""
+        now = _running.get()
+        return now[1] if now is not None and now[0] is self else None
+
+    @property
+    def keys(self) -> int | None:
+        """Keys of the attention that the strips which run change: its own, without theirs."""
+        now = _running.get()
+        return now[2] if now is not None and now[0] is self else None
+
+    @property
+    def base_runs(self) -> bool:
+        """Whether it is the base that runs for one stack, and not its strips."""
+        now = _running.get()
+        return now is not None and now[3]
+
+    def running(self, number: int, keys: int | None = None, base: bool = False) -> Running:
+        """A block in which the strips of one stack run, or the base for its rows alone."""
+        return Running(*((self, number) if self._part_of is None else self._part_of), keys, base)
+
+    def alone(self, number: int) -> Route:
+        """The route of one stack, for a batch of its rows alone."""
+        return Route([self.stacks[number]], [0], _part_of=(self, number))
 
     @property
     def uniform(self) -> bool:
@@ -68,12 +96,21 @@ class Route:
     def _split(self, rows: int) -> list[tuple[int, Rows]]:
         if self.uniform:
             return [(0, None)]
+        return self._groups_of([self._times(rows)] * len(self.index))
+
+    def of_rows(self, values: Sequence[int], rows: int) -> list[int]:
+        """Values of the stacks as those of a batch's rows."""
+        if self.uniform:
+            return [values[0]] * rows
+        return [values[number] for number in self.index for _ in range(self._times(rows))]
+
+    def _times(self, rows: int) -> int:
         if rows % len(self.index):
             raise TanzakuError(
                 f"route has {len(self.index)} entries and the batch {rows} rows; "
                 "expected as many rows as entries, or a whole multiple"
             )
-        return self._groups_of(torch.tensor(self.index).repeat_interleave(rows // len(self.index)))
+        return rows // len(self.index)
 
     def unroll(self, tokens: Sequence[int]) -> None:
         """Until the next call, a batch of sum(`tokens`) rows is one of single tokens: so many of each row, in order."""
@@ -82,17 +119,61 @@ class Route:
         if self._unrolled is not None:
             self._groups.pop(self._unrolled, None)
         self._unrolled = sum(tokens)
-        of_entries = torch.tensor(tokens).view(len(self.index), -1).sum(1)  # an entry may stand for several rows
-        self._groups[self._unrolled] = self._groups_of(torch.tensor(self.index).repeat_interleave(of_entries))
+        times = len(tokens) // len(self.index)  # an entry may stand for several rows
+        self._groups[self._unrolled] = self._groups_of(
+            [sum(tokens[at * times : (at + 1) * times]) for at in range(len(self.index))]
+        )
 
-    def _groups_of(self, expanded: Tensor) -> list[tuple[int, Rows]]:
-        groups: list[tuple[int, Rows]] = []
-        for number in range(len(self.stacks)):
-            at = (expanded == number).nonzero().flatten()
-            first, last = int(at[0]), int(at[-1]) + 1
-            # A contiguous group is a view; only scattered rows need a gather.
-            groups.append((number, slice(first, last) if last - first == len(at) else at))
-        return groups
+    def unrolled(self, rows: int) -> bool:
+        """Whether a batch of so many rows is one of single tokens."""
+        return self._unrolled == rows
+
+    def shares(self, counts: Sequence[int]) -> list[tuple[int, Rows]]:
+        """(stack number, its parts) where each row of the batch has so many parts, one after another, maybe none."""
+        if len(counts) % len(self.index):
+            return self.groups(len(counts))  # which says what is wrong
+        times = len(counts) // len(self.index)
+        groups = self._groups_of([sum(counts[at * times : (at + 1) * times]) for at in range(len(self.index))])
+        return [(n, at) for n, at in groups if at is None or (at if isinstance(at, tuple) else at.stop > at.start)]
+
+    def _groups_of(self, counts: Sequence[int]) -> list[tuple[int, Rows]]:
+        """Where each stack's rows are if each entry has so many. A list of numbers and no tensor: nothing here reads
+        the batch, so that it can be traced."""
+        spans: list[list[slice]] = [[] for _ in self.stacks]
+        start = 0
+        for number, count in zip(self.index, counts, strict=True):
+            own, stop = spans[number], start + count
+            if own and own[-1].stop == start:
+                own[-1] = slice(own[-1].start, stop)
+            else:
+                own.append(slice(start, stop))
+            start = stop
+        # A contiguous group is a view; only scattered rows need a gather.
+        return [
+            (number, own[0] if len(own) == 1 else tuple(row for span in own for row in range(span.start, span.stop)))
+            for number, own in enumerate(spans)
+        ]
+
+
+_Now = tuple[Route, int, int | None, bool]
+_running: Local[_Now] = Local("tanzaku_running")
+
+
+class Running:
+    """Within the block, the strips of one stack run: dropout is theirs alone. A class, since it is entered often."""
+
+    __slots__ = ("_before", "_now")
+
+    def __init__(self, route: Route, number: int, keys: int | None, base: bool):
+        self._now = (route, number, keys, base)
+        self._before: _Now | None = None
+
+    def __enter__(self) -> None:
+        self._before = _running.get()
+        _running.set(self._now)
+
+    def __exit__(self, *_: object) -> None:
+        _running.set(self._before)
 
 
 def _stack(entry: Entry) -> Stack:
@@ -106,7 +187,7 @@ def take(x: Tensor, rows: Rows) -> Tensor:
     """The rows of a group: the tensor itself, a view, or a gathered copy."""
     if rows is None:
         return x
-    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows.to(x.device))
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, torch.tensor(rows, device=x.device))
 
 
 def split(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
@@ -156,9 +237,9 @@ class Cut:
             return parts[0]
         out = self.x
         for rows, part in zip(self.groups, parts, strict=True):
-            where = torch.arange(out.shape[0])[rows] if isinstance(rows, slice) else rows
-            assert where is not None
-            out = out.index_copy(0, where.to(out.device), part)
+            assert rows is not None
+            where = range(out.shape[0])[rows] if isinstance(rows, slice) else rows
+            out = out.index_copy(0, torch.tensor(where, device=out.device), part)
         return out
 
 

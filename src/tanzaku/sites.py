@@ -1,14 +1,21 @@
-"""The three sites of a frozen model: hooks on, hooks off.
+"""The three sites of a frozen model: what runs there is what the route in force says.
 
 Everything an adapter does to a model passes through here. Modules are reached by forward (pre-)hooks, attention by
-transformers' attention interface, virtual tokens by the backbone's inputs. Nothing in the model is replaced, and a
-site that no routed adapter uses has no hook.
+transformers' attention interface, virtual tokens by the backbone's inputs. Nothing in the model is replaced.
+
+A hook is hung when a route first needs it and stays until the last adapter goes. It holds no module, no adapter and no
+route: it asks, each time it runs, what is in force where it runs. So routes of several threads do not meet, a
+copy of the model follows its own adapters, and code that was compiled for one route is guarded against another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -20,198 +27,102 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tanzaku import noise
-from tanzaku.errors import TanzakuError
+from tanzaku import noise, tree
+from tanzaku.context import Local
+from tanzaku.errors import TanzakuError, listed
 from tanzaku.families import Base
+from tanzaku.families.prompt_call import catch
+from tanzaku.families.trace import PREFIX
 from tanzaku.method import AttentionCall, AttentionStrip, ModuleStrip, Strip, TokenStrip
-from tanzaku.routing import Cut, Route, put, take
+from tanzaku.routing import Cut, Route, Rows, put, take
+from tanzaku.rows import Entrance, Places, Split, SplitSite
+from tanzaku.survey import Key, replaced, tensors
 from tanzaku.tokens import VirtualTokens
-from tanzaku.weights import WeightStrip, as_used
+from tanzaku.weights import WeightStrip, as_used, check_in_reach, check_shape, rows_in, rows_put
 
 # One list of strips per stack of the route, in stacking order.
 Plan = list[list[Any]]
 
 
-_quiet = 0
+class InForce:
+    """What one route does at every site of a model. It is made once and not changed after, so threads may share it.
 
+    Args:
+        stacks: for each stack of the route, (path, strip) in stacking order.
+    """
 
-class _Running:
-    """Within the block, the strips of one stack run: dropout is theirs alone. A class, since it is entered often."""
-
-    __slots__ = ("keys", "number", "route")
-
-    def __init__(self, route: Route, number: int, keys: int | None = None):
-        self.route, self.number, self.keys = route, number, keys
-
-    def __enter__(self) -> None:
-        self.route.at, self.route.keys = self.number, self.keys
-
-    def __exit__(self, *_: object) -> None:
-        self.route.at = self.route.keys = None
-
-
-class _Span(NamedTuple):
-    """Strips that one after another change these rows; `number` None: each changes its own, so many `sizes` of them."""
-
-    number: int | None
-    rows: Any
-    strips: list[Any]
-    sizes: tuple[int, ...] = ()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Run modules of the base without what adapters hang on them."""
-    global _quiet
-    _quiet += 1
-    try:
-        yield
-    finally:
-        _quiet -= 1
-
-
-class AttentionHook(NamedTuple):
-    """What the routed adapters do at one attention layer."""
-
-    sites: Sites
-    plan: Plan
-
-    def __call__(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        return self.sites.attend(self.plan, call)
-
-    def parts(self, rows: int) -> list[tuple[int | None, slice]]:
-        """(stack number, some of its rows) in the batch's order; None: neighbours whose attention nothing changes."""
-        assert self.sites.route is not None
-        groups = []
-        for number, at in self.sites.route.groups(rows):
-            if isinstance(at, Tensor):  # scattered rows: each by itself
-                groups += [(number, slice(row, row + 1)) for row in at.tolist()]
-            else:
-                groups.append((number, at or slice(0, rows)))
-        groups.sort(key=lambda group: group[1].start)
-        return [(number if self.plan[number] else None, at) for number, at in _joined(groups, self.plan)]
-
-    def changed(self, number: int, call: AttentionCall) -> Tensor:
-        """The result for rows of one stack, whose strips change it."""
-        return self.sites.changed(self.plan, number, call)
-
-
-class Sites:
-    """The hooks that one route needs on one model."""
-
-    def __init__(self, base: Base):
-        self.base = base
-        self.route: Route | None = None
-        self._handles: list[RemovableHandle] = []
-        self._undo: list[Callable[[], None]] = []
-        self._whole: list[WeightStrip] = []
-        self._plans: dict[tuple[type[Strip], str], Plan] = {}
-        self._shape: list[Any] | None = None
-        self.stacks: list[list[tuple[str, Strip]]] = []
-
-    def on(self, route: Route, stacks: list[list[tuple[str, Strip]]]) -> None:
-        """Hang `stacks` (for each stack of the route: (path, strip) in stacking order)."""
-        shape = _shape(stacks[0]) if route.uniform else None
-        if self.route is not None and shape is not None and shape == self._shape:
-            # The same hooks with other strips: switching between adapters of one kind costs no walk over the model.
-            self.route, self.stacks = route, stacks
-            for plan in self._plans.values():
-                plan[0].clear()
-            for path, strip in stacks[0]:
-                self._plans[_kind(strip), path][0].append(strip)
-            return
-        self.off()
-        self.route, self.stacks, self._shape = route, stacks, shape
-        try:
-            self._hang()
-        except BaseException:
-            self.off()
-            raise
-
-    def off(self) -> None:
-        """Remove every hook."""
-        for handle in self._handles:
-            handle.remove()
-        for undo in reversed(self._undo):
-            undo()
-        self._handles, self._undo, self._whole, self.route, self.stacks = [], [], [], None, []
-        self._plans, self._shape = {}, None
-
-    def _hang(self) -> None:
-        assert self.route is not None
-        tokens: Plan = [[] for _ in self.stacks]
-        for number, stack in enumerate(self.stacks):
+    def __init__(self, base: Base, route: Route, stacks: list[list[tuple[str, Strip]]]):
+        self.route, self.stacks = route, stacks
+        self.ended = False  # one of its adapters is gone
+        self.before: dict[str, Plan] = {}
+        self.after: dict[str, Plan] = {}
+        self.weights: dict[str, Plan] = {}
+        self.attention: dict[str, Plan] = {}
+        tokens: Plan = [[] for _ in stacks]
+        for number, stack in enumerate(stacks):
             for path, strip in stack:
                 if isinstance(strip, TokenStrip):
                     tokens[number].append(strip)
-                else:
-                    plan = self._plans.setdefault((_kind(strip), path), [[] for _ in self.stacks])
-                    plan[number].append(strip)
-        by_kind = {k: {path: plan for (kind, path), plan in self._plans.items() if kind is k} for k in _KINDS}
-        # A module's own weights first: what other strips do at the same module is done to what it computes with them.
-        for path, plan in by_kind[WeightStrip].items():
-            self._hang_weights(path, plan)
-        for path, plan in by_kind[ModuleStrip].items():
-            self._hang_module(self.base.model.get_submodule(path), plan)
-        if by_kind[AttentionStrip]:
-            self._hang_attention(by_kind[AttentionStrip])
-        offsets = [_offset(stack) for stack in self.stacks]
-        placed = [any(isinstance(s, TokenStrip | AttentionStrip) for _, s in stack) for stack in self.stacks]
+                    continue
+                for plans in self._plans_of(strip):
+                    plans.setdefault(path, [[] for _ in stacks])[number].append(strip)
+        if not route.uniform and "" in self.weights:
+            names = dict.fromkeys(name for strips in self.weights[""] for strip in strips for name in strip.own)
+            raise TanzakuError(
+                f"{listed(names, 3)} of the whole model are an adapter's own: its rows cannot share a batch with others"
+            )
+        self.shared = [
+            s for plan in self.attention.values() for strips in plan for s in strips if isinstance(s, AttentionStrip)
+        ]
+        self.shared = [strip for strip in self.shared if type(strip).refresh is not AttentionStrip.refresh]
+        placed = [any(isinstance(s, TokenStrip | AttentionStrip) for _, s in stack) for stack in stacks]
+        self.tokens = None
         if any(placed):
-            virtual = VirtualTokens(self.base, self.route, tokens, offsets, placed)
-            self._handles += virtual.hang()
-        self._keep_route_in_checkpoints()
+            self.tokens = VirtualTokens(base, route, tokens, [_offset(stack) for stack in stacks], placed)
+        self.token_hooks: set[tuple[str, str, str]] = set()
+        sites = [*self.before, *self.after, *self.weights, *self.attention]
+        self.places = None if route.uniform else Places(base, route, sites)
+        self._base = base
+        self._alone: dict[int, InForce] = {}
 
-    # -- module site
+    def alone(self, number: int) -> InForce:
+        """What is done to the rows of one stack in a batch of their own, inside of the backbone."""
+        if number not in self._alone:
+            inside = [(path, strip) for path, strip in self.stacks[number] if not isinstance(strip, TokenStrip)]
+            self._alone[number] = InForce(self._base, self.route.alone(number), [inside])
+        return self._alone[number]
 
-    def _hang_module(self, module: nn.Module, plan: Plan) -> None:
-        if any(s.edits_input for stack in plan for s in stack):
-            self._handles.append(module.register_forward_pre_hook(partial(self._before, plan)))
-        if any(s.edits_output for stack in plan for s in stack):
-            self._handles.append(module.register_forward_hook(partial(self._after, plan)))
+    def groups(self, path: str, x: Tensor, returned: bool) -> tuple[int, list[tuple[int, Rows]]]:
+        """(dimension that counts rows, the rows of each stack) for a tensor of a site."""
+        if self.places is None:
+            return 0, self.route.groups(x.shape[0] if x.dim() else 1)
+        return self.places.groups(path, x, returned)
 
-    def _before(self, plan: Plan, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        if _quiet:
-            return None
-        x = args[0]
-        parts = []
-        spans = self._spans(plan, x.shape[0], module, "edits_input")
-        cut = Cut(x, [span.rows for span in spans])
-        for span, part in zip(spans, cut.parts, strict=True):
-            if span.number is None:
-                part = type(span.strips[0]).inputs_together(span.strips, span.sizes, module, part)
-            else:
-                with self._running(span.number):
-                    for strip in span.strips:
-                        part = strip.inputs(module, part)
-            parts.append(part)
-        return (cut.put(parts), *args[1:])
+    def _plans_of(self, strip: Strip) -> Iterator[dict[str, Plan]]:
+        if isinstance(strip, ModuleStrip):
+            if strip.edits_input:
+                yield self.before
+            if strip.edits_output:
+                yield self.after
+        else:
+            yield self.weights if isinstance(strip, WeightStrip) else self.attention
 
-    def _after(self, plan: Plan, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if _quiet:
-            return None
-        parts = []
-        spans = self._spans(plan, output.shape[0], module, "edits_output")
-        rows = [span.rows for span in spans]
-        cut = Cut(output, rows)
-        for span, x, part in zip(spans, Cut(args[0], rows).parts, cut.parts, strict=True):
-            if span.number is None:
-                part = type(span.strips[0]).outputs_together(span.strips, span.sizes, module, x, part)
-            else:
-                with self._running(span.number):
-                    for strip in span.strips:
-                        part = strip.outputs(module, x, part)
-            parts.append(part)
-        return cut.put(parts)
+    @property
+    def whole(self) -> WeightStrip | None:
+        """The copy of all weights, if the route has one."""
+        plan = self.weights.get("")
+        return plan[0][-1] if plan else None
 
-    def _spans(self, plan: Plan, rows: int, module: nn.Module, edits: str) -> list[_Span]:
-        """Which strips work on which rows. Neighbours with a strip each, of one kind and shape, are one span."""
+    def spans(self, plan: Plan, groups: list[tuple[int, Rows]], x: Tensor, module: nn.Module) -> list[_Span]:
+        """Which strips work on which rows of `x`. Neighbours with a strip each, of one kind and shape, are one span."""
         spans: list[_Span] = []
         last: Any = None
-        for number, at in self._groups(rows):
-            strips = [s for s in plan[number] if getattr(s, edits)]
+        for number, rows_of_it in groups:
+            strips, at = plan[number], cast(Any, rows_of_it)
             if not strips:
                 continue
+            for strip in strips:
+                strip.check_here(x)
             shape = strips[0].alike(module) if len(strips) == 1 and isinstance(at, slice) else None
             kind = None if shape is None else (type(strips[0]), shape)
             if kind is None:
@@ -225,102 +136,10 @@ class Sites:
             last = kind
         return spans
 
-    def _groups(self, rows: int) -> list[tuple[int, Any]]:
-        assert self.route is not None
-        return self.route.groups(rows)
-
-    def _running(self, number: int, keys: int | None = None) -> _Running:
-        assert self.route is not None
-        return _Running(self.route, number, keys)
-
-    # -- a module's own weights
-
-    def _hang_weights(self, path: str, plan: Plan) -> None:
-        module = self.base.model.get_submodule(path)
-        assert self.route is not None
-        if not self.route.uniform:
-            if not path:
-                raise TanzakuError("full fine-tuning changes every weight: its rows cannot share a batch with others")
-            marks: list[Any] = []
-            self._handles.append(module.register_forward_pre_hook(lambda *_: marks.append(noise.mark())))
-            self._handles.append(module.register_forward_hook(partial(self._rerun, plan, marks), with_kwargs=True))
-            return
-        # Parts of a model are also called by themselves (an encoder, in generate()), so each is an entrance.
-        entrances = [module] if path else [m for m in module.modules() if isinstance(m, PreTrainedModel)] or [module]
-        if not path:
-            self._whole.append(plan[0][-1])
-        open_: list[Any] = []
-        depth = [0]
-
-        def enter(_module: nn.Module, _args: Any) -> None:
-            depth[0] += 1
-            if depth[0] == 1:
-                open_.append(plan[0][-1].swapped(module))
-                open_[-1].__enter__()
-
-        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-            depth[0] -= 1
-            if depth[0] == 0:
-                open_.pop().__exit__(None, None, None)
-
-        for entrance in entrances:
-            self._handles.append(entrance.register_forward_pre_hook(enter))
-            self._handles.append(entrance.register_forward_hook(leave, always_call=True))
-
-    def _rerun(
-        self,
-        plan: Plan,
-        marks: list[Any],
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Tensor,
-    ) -> Tensor:
-        mark = marks.pop()
-        if _quiet:
-            return output
-        parts = []
-        for number, rows in self._groups(output.shape[0]):
-            if plan[number]:
-                picked = [take(a, rows) if isinstance(a, Tensor) else a for a in args]
-                strip = plan[number][-1]
-                own = {name: as_used(p, module.get_parameter(name)) for name, p in strip.own.items()}
-                noise.rewind(mark, number)
-                with quiet(), self._running(number):
-                    parts.append((rows, torch.func.functional_call(module, own, tuple(picked), kwargs)))
-        return put(output, parts)
-
-    # -- attention site
-
-    def _hang_attention(self, plans: dict[str, Plan]) -> None:
-        shared = [s for plan in plans.values() for stack in plan for s in stack if _shares(s)]
-        if shared:
-            model = cast(Any, self.base.model)
-            entrance = model.get_decoder() if self.base.encoder_decoder else self.base.backbone
-
-            def refresh(_module: nn.Module, _args: Any) -> None:
-                for strip in shared:
-                    strip.refresh()
-
-            self._handles.append(entrance.register_forward_pre_hook(refresh))
-        for path, plan in plans.items():
-            module = self.base.model.get_submodule(path)
-            config = getattr(module, "config", None)
-            if config is None:
-                raise TanzakuError(
-                    f"{path} of {type(self.base.model).__name__} does not go through transformers' attention interface"
-                )
-            own = config._attn_implementation or "eager"
-            if not own.startswith(PREFIX):
-                register(own)
-                config._attn_implementation_internal = PREFIX + own
-                self._undo.append(partial(setattr, config, "_attn_implementation_internal", own))
-            module.__dict__[_ATTEND] = AttentionHook(self, plan)
-            self._undo.append(partial(module.__dict__.pop, _ATTEND, None))
-
-    def attend(self, plan: Plan, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    def attend(self, path: str, plan: Plan, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         """The result of an attention layer for a batch of rows, with what the strips of `plan` make of it."""
-        groups = self._groups(call.query.shape[0])
+        size = call.query.shape[0]
+        groups = self.route.groups(size) if self.places is None else self.places.of_rows(path, call.query)
         if groups[0][1] is None:
             return (self.changed(plan, 0, call), None) if plan[0] else call.base_result()
         bare, weights = None, None
@@ -341,88 +160,520 @@ class Sites:
 
     def changed(self, plan: Plan, number: int, call: AttentionCall) -> Tensor:
         """The result for rows of one stack, whose strips change it."""
-        with self._running(number, call.key.shape[2]):
+        for strip in plan[number]:
+            strip.check_here(call.query)
+        with self.route.running(number, call.key.shape[2]):
             return _stacked(plan[number], call).run()
 
-    # -- gradient checkpointing
 
-    def _keep_route_in_checkpoints(self) -> None:
-        """A checkpointed layer runs again in the backward pass, when the route may be another: it keeps its own."""
+class _Span(NamedTuple):
+    """Strips that one after another change these rows; `number` None: each changes its own, so many `sizes` of them."""
 
-        def replay(
-            route: Route, stacks: list[list[tuple[str, Strip]]], whole: WeightStrip | None, function: Any, *args: Any
-        ) -> Any:
-            if self.route is route and whole is None:
-                return function(*args)
-            before = (self.route, self.stacks)
-            if self.route is not route:
-                self.on(route, stacks)
-            try:
-                with nullcontext() if whole is None else whole.swapped(self.base.model):
-                    return function(*args)
-            finally:
-                if before[0] is None:
-                    self.off()
-                elif before[0] is not route:
-                    self.on(before[0], before[1])
-
-        self._wrap_checkpoints(replay)
-        enable = getattr(self.base.model, "gradient_checkpointing_enable", None)
-        if enable is not None:
-
-            def enabled(*args: Any, **kwargs: Any) -> None:
-                enable(*args, **kwargs)
-                self._wrap_checkpoints(replay)
-
-            # Trainers enable checkpointing when an adapter is active already.
-            self.base.model.__dict__["gradient_checkpointing_enable"] = enabled
-            self._undo.append(partial(self.base.model.__dict__.pop, "gradient_checkpointing_enable", None))
-
-    def _wrap_checkpoints(self, replay: Callable[..., Any]) -> None:
-        for module in self.base.model.modules():
-            checkpoint = module.__dict__.get(_CHECKPOINT)
-            if checkpoint is not None and getattr(module, "gradient_checkpointing", False):
-
-                def kept(function: Callable[..., Any], *args: Any, checkpoint: Any = checkpoint) -> Any:
-                    whole = self._whole[-1] if self._whole else None
-                    return checkpoint(partial(replay, self.route, self.stacks, whole, noise.again(function)), *args)
-
-                module.__dict__[_CHECKPOINT] = kept
-                self._undo.append(partial(_put_back, module, kept, checkpoint))
+    number: int | None
+    rows: Any
+    strips: list[Any]
+    sizes: tuple[int, ...] = ()
 
 
-_CHECKPOINT = "_gradient_checkpointing_func"
+# What is in force here, by the number of the model's sites; a model that is not named has what is active in it.
+_routes: Local[Mapping[int, InForce | None]] = Local("tanzaku_routes")
 
 
-_KINDS: tuple[type[Strip], ...] = (ModuleStrip, WeightStrip, AttentionStrip)
+class _Nothing(dict[int, Any]):
+    """In force everywhere: nothing."""
+
+    def get(self, key: int, default: Any = None) -> None:
+        return None
 
 
-def _kind(strip: Strip) -> type[Strip]:
-    return next(kind for kind in _KINDS if isinstance(strip, kind))
+_NOTHING = _Nothing()
 
 
-def _shape(stack: list[tuple[str, Strip]]) -> list[Any] | None:
-    """What hooks a stack needs, where they are all at modules and hang on nothing else."""
-    shape: list[Any] = []
-    for path, strip in stack:
-        if isinstance(strip, ModuleStrip):
-            shape.append((path, strip.edits_input, strip.edits_output))
-        elif isinstance(strip, WeightStrip) and path:
-            shape.append((path, None, None))
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Run modules of the base without what adapters do there."""
+    before = _routes.get()
+    _routes.set(_NOTHING)
+    try:
+        yield
+    finally:
+        _routes.set(before)
+
+
+class Sites:
+    """The hooks of one model, and what is in force in it."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, base: Base):
+        self.base = base
+        self.active: InForce | None = None  # for everybody who has no route of his own
+        self.weights: dict[str, WeightSite] = {}
+        self._kept: dict[tuple[str, ...], list[RemovableHandle]] = {}
+        self._reset()
+
+    def _reset(self) -> None:
+        self._number = next(Sites._numbers)
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_number", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy is another model: routes of the first are not its own.
+        self.__dict__.update(state)
+        self._reset()
+
+    # -- what is in force
+
+    def in_force(self) -> InForce | None:
+        """What is in force where this runs."""
+        routes = _routes.get()
+        force = self.active if routes is None else routes.get(self._number, self.active)
+        return None if force is None or force.ended else force
+
+    def here(self) -> tuple[InForce | None] | None:
+        """The route of this context, if it has one of its own."""
+        routes = _routes.get()
+        return (routes[self._number],) if routes is not None and self._number in routes else None
+
+    def put(self, here: tuple[InForce | None] | None) -> None:
+        """Give this context a route of its own, or take it away: then it has what is active."""
+        routes = dict(_routes.get() or {})
+        if here is None:
+            routes.pop(self._number, None)
         else:
+            routes[self._number] = here[0]
+        _routes.set(routes or None)
+
+    # -- hooks
+
+    def ensure(self, force: InForce) -> None:
+        """Hang the hooks that a route needs and that are not there yet."""
+        with self._lock:
+            kept = self._kept
+            wanted = [
+                *(("before", path, "forward_pre", ModuleSite, "before") for path in force.before),
+                *(("after", path, "forward", ModuleSite, "after") for path in force.after),
+            ]
+            fresh = False
+            for key, path, kind, site, method in wanted:
+                if (key, path) not in kept:
+                    fresh = True
+                    module = self.base.model.get_submodule(path)
+                    kept[key, path] = [_register(module, kind, getattr(site(self, path), method), with_kwargs=True)]
+            for path in force.weights:
+                if ("weights", path) not in kept:
+                    fresh = True
+                    self.weights[path] = WeightSite(self, path)
+                    kept["weights", path] = self.weights[path].hang()
+            for path in force.attention:
+                if ("attention", path) not in kept:
+                    fresh = True
+                    self._hang_attention(path)
+                    kept["attention", path] = []
+            if force.places is not None:
+                fresh |= self._hang_splits(force.places)
+            if force.attention and ("entrance",) not in kept:
+                kept[("entrance",)] = [_register(self.base.entrance, "forward_pre", self._enter)]
+            if force.tokens is not None:
+                paths = {id(module): path for path, module in tree.named_modules(self.base.model)}
+                for module, kind, function in force.tokens.hooks():
+                    place = (paths[id(module)], kind, function.__name__)
+                    force.token_hooks.add(place)
+                    if place not in kept:
+                        fresh = True
+                        # A pass that fails ends, too.
+                        options = {"always_call": True} if kind == "forward" else {}
+                        kept[place] = [_register(module, kind, TokenSite(self, *place), with_kwargs=True, **options)]
+            if fresh:
+                forget_compiled()
+
+    def _hang_splits(self, places: Places) -> bool:
+        """Hang what a batch of several adapters needs to know its rows."""
+        fresh = ("batch",) not in self._kept
+        if fresh:
+            entrance, model = Entrance(self), self.base.model
+            self._kept[("batch",)] = [
+                _register(model, "forward_pre", entrance, with_kwargs=True, prepend=True),
+                _register(model, "forward", entrance.leave, always_call=True),
+            ]
+        for path in places.around:
+            if ("split", path) not in self._kept:
+                fresh, site, module = True, SplitSite(self, path), self.base.model.get_submodule(path)
+                self._kept["split", path] = [
+                    _register(module, "forward_pre", site.enter, with_kwargs=True),
+                    _register(module, "forward", site.leave, with_kwargs=True, always_call=True, prepend=True),
+                ]
+        return fresh
+
+    def off(self) -> None:
+        """Remove every hook."""
+        self.active = None
+        self.put(None)
+        for handle in (handle for handles in self._kept.values() for handle in handles):
+            handle.remove()
+        for module in tree.modules(self.base.model):
+            if module.__dict__.pop(_ATTEND, None) is not None:
+                config = cast(Any, module.config)
+                own = str(config._attn_implementation).removeprefix(PREFIX)
+                config._attn_implementation_internal = own
+        self._kept, self.weights = {}, {}
+        forget_compiled()
+
+    def _hang_attention(self, path: str) -> None:
+        module = self.base.model.get_submodule(path)
+        if getattr(module, "config", None) is None:
+            raise TanzakuError(
+                f"{path} of {type(self.base.model).__name__} does not go through transformers' attention interface"
+            )
+        module.__dict__[_ATTEND] = AttentionSite(self, path)
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """At the backbone's entrance: what a pass needs before its first layer."""
+        force = self.in_force()
+        if force is None or not force.attention:
+            return
+        for path in force.attention if self.base.whole else ():
+            # Whoever sets another implementation, also in between, gets it from behind ours.
+            config = cast(Any, self.base.model.get_submodule(path).config)
+            own = (config._attn_implementation or "eager").removeprefix(PREFIX)
+            register(own)
+            if config._attn_implementation != PREFIX + own:
+                config._attn_implementation_internal = PREFIX + own
+        for strip in force.shared:
+            strip.refresh()
+
+
+def _register(module: nn.Module, kind: str, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
+    return cast(RemovableHandle, getattr(module, f"register_{kind}_hook")(hook, **options))
+
+
+def forget_compiled() -> None:
+    """Compiled code guards what it reads, and not which hooks there are: it is compiled again."""
+    if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+        torch.compiler.reset()
+
+
+class ModuleSite:
+    """The hooks of one module whose input or output is changed."""
+
+    def __init__(self, sites: Sites, path: str):
+        self.sites, self.path = sites, path
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        force = self.sites.in_force()
+        plan = None if force is None else force.before.get(self.path)
+        if force is None or plan is None:
             return None
-    return shape
+        key, x = self._read(module, args, kwargs)
+        dim, groups = force.groups(self.path, x, returned=False)
+        spans = force.spans(plan, groups, x, module)
+        cut = Cut(x.transpose(0, dim) if dim else x, [span.rows for span in spans])
+        parts = []
+        for span, part in zip(spans, cut.parts, strict=True):
+            if span.number is None:
+                part = type(span.strips[0]).inputs_together(span.strips, span.sizes, module, part)
+            else:
+                with force.route.running(span.number):
+                    for strip in span.strips:
+                        part = strip.inputs(module, part)
+            parts.append(part)
+        changed = cut.put(parts)
+        changed = changed.transpose(0, dim) if dim else changed
+        return ((changed, *args[1:]), kwargs) if key == _FIRST else replaced((args, kwargs), {key: changed})
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        force = self.sites.in_force()
+        plan = None if force is None else force.after.get(self.path)
+        if force is None or plan is None:
+            return None
+        key, y = ((), output) if isinstance(output, Tensor) else self._first(module, "returns", output)
+        dim, groups = force.groups(self.path, y, returned=True)
+        spans = force.spans(plan, groups, y, module)
+        at = [span.rows for span in spans]
+        cut = Cut(y.transpose(0, dim) if dim else y, at)
+        parts, read, split = [], None, None
+        for i, (span, part) in enumerate(zip(spans, cut.parts, strict=True)):
+            if read is None and not all(strip.reads_call for strip in span.strips):
+                _, x = self._read(module, args, kwargs)
+                read = Cut(x.transpose(0, dim) if dim else x, at).parts
+            if span.number is None:
+                assert read is not None
+                part = type(span.strips[0]).outputs_together(span.strips, span.sizes, module, read[i], part)
+                parts.append(part)
+                continue
+            with force.route.running(span.number):
+                for strip in span.strips:
+                    if strip.reads_call:
+                        if split is None and force.places is not None:
+                            split = Split(force, self.path, args, kwargs)
+                        given = (args, kwargs) if split is None else split.of(span.number)
+                        part = strip.outputs_of(module, *given, part)
+                    else:
+                        assert read is not None
+                        part = strip.outputs(module, read[i], part)
+            parts.append(part)
+        changed = cut.put(parts)
+        changed = changed.transpose(0, dim) if dim else changed
+        return changed if key == () else replaced(output, {key: changed})
+
+    def _read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Key, Tensor]:
+        if args and isinstance(args[0], Tensor):
+            return _FIRST, args[0]
+        return self._first(module, "reads", (args, kwargs))
+
+    def _first(self, module: nn.Module, does: str, value: Any) -> tuple[Key, Tensor]:
+        found = next(tensors(value), None)
+        if found is None:
+            raise TanzakuError(f"{self.path} ({type(module).__name__}) {does} no tensor, which an adapter could change")
+        return found
 
 
-def _put_back(module: nn.Module, kept: Any, checkpoint: Any) -> None:
-    # Checkpointing may have been enabled anew since, with other options.
-    if module.__dict__.get(_CHECKPOINT) is kept:
-        module.__dict__[_CHECKPOINT] = checkpoint
+_FIRST: Key = (0, 0)  # the first argument that has no name
+
+
+class _Lock:
+    """A lock that copies and pickles as one that nobody holds."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __reduce__(self) -> Any:
+        return (_Lock, ())
+
+    def owned(self) -> bool:
+        """Whether this thread holds it."""
+        return torch.compiler.is_compiling() or self._lock._is_owned()  # type: ignore[attr-defined]
+
+    def acquire(self) -> None:
+        if not torch.compiler.is_compiling():
+            self._lock.acquire()
+
+    def release(self) -> None:
+        if not torch.compiler.is_compiling():
+            self._lock.release()
+
+
+class WeightSite:
+    """The hooks of one module, or of the whole model, that runs with weights of an adapter's own.
+
+    While it runs, its weights are the adapter's for everybody: so one thread runs it at a time.
+    """
+
+    def __init__(self, sites: Sites, path: str):
+        self.sites, self.path = sites, path
+        self._lock = _Lock()
+        self._depth = 0
+        self._open: Any = None
+        self._marks: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_depth": 0, "_open": None, "_marks": []}
+
+    def hang(self) -> list[RemovableHandle]:
+        module = self.sites.base.model.get_submodule(self.path)
+        # Parts of a module are also called past its own pass (an encoder, in generate()), so each is an entrance.
+        parts = dict(tree.named_modules(module))
+        if not self.path:
+            parts = {path: m for path, m in parts.items() if isinstance(m, PreTrainedModel)} or {"": module}
+        handles = []
+        for path, part in parts.items():
+            # What other strips do at the same module is done to what it computes with these weights.
+            leave = partial(self.leave, path)
+            handles.append(part.register_forward_pre_hook(self.enter, prepend=True))
+            handles.append(part.register_forward_hook(leave, prepend=True, with_kwargs=True, always_call=True))
+        return handles
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        self._lock.acquire()
+        self._depth += 1
+        force = self.sites.in_force()
+        plan = None if force is None else force.weights.get(self.path)
+        if self._depth > 1 or force is None or plan is None:
+            return
+        if force.route.uniform:
+            self.sites.base.check_whole()
+            whole = self.sites.base.model.get_submodule(self.path)
+            self._open = plan[0][-1].swapped(whole)
+            self._open.__enter__()
+        else:
+            self._marks.append(noise.mark())
+
+    def leave(self, part: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not (self._lock.owned() and self._depth):  # the module failed before it was entered
+            return None
+        try:
+            if self._depth > 1:
+                return None
+            if self._open is not None:
+                block, self._open = self._open, None
+                block.__exit__(None, None, None)
+            force = self.sites.in_force()
+            plan = None if force is None else force.weights.get(self.path)
+            if force is None or plan is None or force.route.uniform:
+                return None
+            mark = self._marks.pop() if self._marks else None
+            return self._rerun(force, plan, part, module, args, kwargs, output, mark)
+        finally:
+            self._depth -= 1
+            self._lock.release()
+
+    def _rerun(
+        self,
+        force: InForce,
+        plan: Plan,
+        part: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+        mark: Any,
+    ) -> Any:
+        """The output, with the rows of each stack computed once more with its weights."""
+        if output is None:  # the module failed
+            return None
+        if force.places is not None:
+            force.places.check(self.path, args, kwargs)
+        for number, strips in enumerate(plan):
+            own = strips[-1].below(part) if strips else {}
+            if own:
+                at = partial(_rows_of_stack, force.route, number)
+                picked, named = rows_in((args, kwargs), at, self.path)
+                for name in own:
+                    check_in_reach(module.get_submodule(name.rpartition(".")[0]))
+                base = {name: module.get_parameter(name) for name in own}
+                for name, parameter in own.items():
+                    check_shape(name, parameter, base[name])
+                used = {name: as_used(p, base[name]) for name, p in own.items()}
+                noise.rewind(mark, number)
+                with quiet(), force.route.running(number, base=True):
+                    result = torch.func.functional_call(module, used, picked, named)
+                output = rows_put(output, result, at, self.path)
+        return output
+
+    @contextmanager
+    def within(self, strip: WeightStrip) -> Iterator[None]:
+        """Weights of an adapter's own outside of the module's pass, if they are not in place already."""
+        self._lock.acquire()
+        self._depth += 1
+        try:
+            with nullcontext() if self._depth > 1 else strip.swapped(self.sites.base.model.get_submodule(self.path)):
+                yield
+        finally:
+            self._depth -= 1
+            self._lock.release()
+
+    def close(self) -> None:
+        """Give the module its own weights back where a pass of this thread was cut short, as by Ctrl-C."""
+        while self._lock.owned() and self._depth:
+            if self._open is not None:
+                self._open.__exit__(None, None, None)
+            self._open, self._marks = None, []
+            self._depth -= 1
+            self._lock.release()
+
+
+def _rows_of_stack(route: Route, number: int, rows: int) -> Any:
+    """Which of so many rows are those of one stack."""
+    return dict(route.groups(rows))[number]
+
+
+class AttentionSite:
+    """What stands at an attention layer that some adapter changes."""
+
+    def __init__(self, sites: Sites, path: str):
+        self.sites, self.path = sites, path
+
+    def now(self) -> AttentionHook | None:
+        """What is in force there."""
+        force = self.sites.in_force()
+        plan = None if force is None else force.attention.get(self.path)
+        return None if force is None or plan is None else AttentionHook(force, plan, self.path)
+
+
+class AttentionHook(NamedTuple):
+    """What the routed adapters do at one attention layer."""
+
+    force: InForce
+    plan: Plan
+    path: str
+
+    def __call__(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        return self.force.attend(self.path, self.plan, call)
+
+    def parts(self, rows: int) -> list[tuple[int | None, slice]]:
+        """(stack number, some of its rows) in the batch's order; None: neighbours whose attention nothing changes."""
+        groups = []
+        for number, at in self.force.route.groups(rows):
+            if isinstance(at, tuple):  # scattered rows: each by itself
+                groups += [(number, slice(row, row + 1)) for row in at]
+            else:
+                groups.append((number, at or slice(0, rows)))
+        groups.sort(key=lambda group: group[1].start)
+        return [(number if self.plan[number] else None, at) for number, at in _joined(groups, self.plan)]
+
+    def changed(self, number: int, call: AttentionCall) -> Tensor:
+        """The result for rows of one stack, whose strips change it."""
+        return self.force.changed(self.plan, number, call)
+
+
+class TokenSite:
+    """One hook of the virtual tokens: a function of those in force, if they have it at this module."""
+
+    def __init__(self, sites: Sites, path: str, kind: str, name: str):
+        self.sites, self.key = sites, (path, kind, name)
+
+    def __call__(self, module: nn.Module, *given: Any) -> Any:
+        force = self.sites.in_force()
+        if force is None or self.key not in force.token_hooks:
+            return None
+        self.sites.base.check_whole()
+        return getattr(force.tokens, self.key[2])(module, *given)
+
+
+# -- gradient checkpointing
+
+
+class KeptRoute:
+    """A layer's checkpointing function. The layer runs again in the backward pass, maybe in another thread, and the
+    route may be another then: it keeps its own."""
+
+    def __init__(self, sites: Sites, checkpoint: Callable[..., Any]):
+        self.sites, self.checkpoint = sites, checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        force = self.sites.in_force()
+        function = noise.again(function)
+        return self.checkpoint(function if force is None else _Replay(self.sites, force, function), *args, **kwargs)
+
+
+class _Replay:
+    def __init__(self, sites: Sites, force: InForce, function: Callable[..., Any]):
+        self.sites, self.force, self.function = sites, force, function
+        self.context = copy_context()  # with what strips have written for this pass
+        ends = (next((s for _, s in reversed(stack) if s.trained), None) for stack in force.stacks)
+        self.training = [p for strip in ends if strip is not None for p in [*strip.parameters()][:1] if p.requires_grad]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.context.run(self._run, *args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and not all(p.requires_grad for p in self.training):
+            raise TanzakuError(
+                "a backward pass reaches a layer whose adapter is not active any more; activate it again before it"
+            )
+        before, whole = self.sites.here(), self.force.whole
+        self.sites.put((self.force,))
+        try:
+            with nullcontext() if whole is None else self.sites.weights[""].within(whole):
+                return self.function(*args, **kwargs)
+        finally:
+            self.sites.put(before)
 
 
 # -- transformers' attention interface
 
-PREFIX = "tanzaku_"
 PACKING = "_tanzaku_packing"  # gives attention its rows back where a batch holds single tokens (see train/packing.py)
 _ATTEND = "_tanzaku_attend"
 _Result = tuple[Tensor, Tensor | None]
@@ -446,9 +697,11 @@ def _attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
+    catch(key, value)
     packing = module.__dict__.get(PACKING)
     base = _function(own, module)
-    hook = None if _quiet else module.__dict__.get(_ATTEND)
+    site = module.__dict__.get(_ATTEND)
+    hook = None if site is None else site.now()
     if packing is not None and packing.tokens is not None:
         return cast(_Result, packing.attend(own, base, hook, module, query, key, value, options))
     if hook is None:
@@ -460,15 +713,13 @@ def _function(own: str, module: nn.Module) -> Callable[..., Any]:
     if own != "eager":
         return cast(Callable[..., Any], ALL_ATTENTION_FUNCTIONS[own])
     # Eager attention is each model's own function, named alike in every modelling file.
-    import sys
-
     function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if function is None:
         raise TanzakuError(f"{type(module).__name__} has no eager attention function; load the model with sdpa")
     return cast(Callable[..., Any], function)
 
 
-def _rows_of(call: AttentionCall, rows: Any) -> AttentionCall:
+def _rows_of(call: AttentionCall, rows: Rows) -> AttentionCall:
     mask = call.mask
     if mask is not None and mask.shape[0] > 1:
         mask = take(mask, rows)
@@ -508,10 +759,6 @@ def _through(
 ) -> tuple[Tensor, None]:
     call = replace(below, query=query, key=key, value=value, mask=mask, options=options)
     return strip.attend(call), None
-
-
-def _shares(strip: AttentionStrip) -> bool:
-    return type(strip).refresh is not AttentionStrip.refresh
 
 
 def _offset(stack: list[tuple[str, Strip]]) -> int:

@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from tanzaku import tree
 from tanzaku.errors import TanzakuError
 from tanzaku.export.architectures import Architecture, architecture_of
 from tanzaku.export.vocabulary import write_vocabulary
@@ -120,7 +121,7 @@ def export_model(
     config = cast(Any, model).config
     names = _Names(arch, config)
     entries = []
-    for key, parameter in type(model).named_parameters(model):
+    for key, parameter in tree.named_parameters(model):
         if not parameter.is_floating_point():
             raise TanzakuError(
                 f"{key} is quantised ({parameter.dtype}); load the model in float16 or float32 to export it"

@@ -1,0 +1,212 @@
+"""An activated adapter in transformers' Trainer, accelerate and Lightning; bases that are kept elsewhere."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator, cpu_offload, disk_offload, dispatch_model
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+from variants import method
+
+import tanzaku as tz
+from models import batch, tiny
+from tanzaku.methods import METHODS
+
+LABELS = [0, 1, 1, 0, 1, 0, 0, 1, 2, 0, 2, 1, 0, 1, 2, 2]
+DATA = [
+    {"input_ids": torch.randint(5, 99, (8,), generator=torch.Generator().manual_seed(i)), "labels": label}
+    for i, label in enumerate(LABELS)
+]
+
+
+def model_with(name, seed=1):
+    model = tiny("llama")
+    tz.attach(model, method(name), name, seed=seed)
+    tz.activate(model, name)
+    return model
+
+
+def trainer(folder, name, **options):
+    torch.manual_seed(0)
+    settings = {
+        "report_to": [],
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "logging_strategy": "epoch",
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 3,
+        "learning_rate": 0.05,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+        "metric_for_best_model": "eval_loss",
+        **options,
+    }
+    return Trainer(
+        model=model_with(name),
+        args=TrainingArguments(str(folder), **settings),
+        train_dataset=DATA,
+        eval_dataset=DATA[:8],
+    )
+
+
+def losses(trained):
+    return [entry["eval_loss"] for entry in trained.state.log_history if "eval_loss" in entry]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_trainer_keeps_the_adapter(name, tmp_path):
+    """Checkpoints hold it: training goes on from one as if it had not stopped, and the best one comes back."""
+    whole = trainer(tmp_path / "whole", name)
+    whole.train()
+    again = trainer(tmp_path / "again", name)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
+    assert losses(again)[-1] == pytest.approx(losses(whole)[-1], rel=1e-4)
+    # The highest is called the best, so that it is not the last.
+    best = trainer(tmp_path / "best", name, load_best_model_at_end=True, greater_is_better=True, learning_rate=0.01)
+    best.train()
+    found = losses(best)
+    assert best.evaluate()["eval_loss"] == pytest.approx(max(found), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_trainer_saves_is_read_by_transformers_and_by_tanzaku(name, tmp_path):
+    """`save_model` writes a directory that is the base to one and the base with its adapter to the other."""
+    model = model_with(name)
+    with torch.no_grad():
+        for _, parameter in tz.host.host_of(model).get(name).trained():
+            parameter.add_(0.1)
+    one = Trainer(model=model, args=TrainingArguments(str(tmp_path / "run"), report_to=[], use_cpu=True))
+    one.save_model(str(tmp_path / "out"))
+    inputs = batch(model)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        tz.activate(model, None)
+        base = model(**inputs).logits
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**inputs).logits, base)
+        tz.load(plain, tmp_path / "out", "mine")
+        tz.activate(plain, "mine")
+        torch.testing.assert_close(plain(**inputs).logits, expected)
+
+
+def test_trainer_decays_as_it_does_elsewhere(tmp_path):
+    """Biases and norms of an adapter's own are spared, by their names."""
+    model = tiny("llama")
+    tz.attach(model, tz.LoRA(r=2, modules_to_save=["norm", "score"]), "a")
+    tz.activate(model, "a")
+    one = Trainer(model=model, args=TrainingArguments(str(tmp_path), report_to=[], use_cpu=True))
+    own = [name for name in one.get_decay_parameter_names(model) if name.startswith("tanzaku.")]
+    assert any("lora_A" in name for name in own) and any("lora_B" in name for name in own)
+    assert any("score.weight" in name for name in own) and not any("norm" in name for name in own)
+
+
+@pytest.mark.parametrize("name", ["lora", "prefix_tuning", "prompt_tuning"])
+def test_accelerate_keeps_the_state(name, tmp_path):
+    """`save_state` and `load_state` of accelerate."""
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(model_with(name))
+    optimizer = accelerator.prepare(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01))
+    inputs = batch(model)
+    accelerator.save_state(tmp_path / "state")
+    before = model(**inputs).logits.detach()
+    accelerator.backward(model(**inputs).logits.square().sum())
+    optimizer.step()
+    with torch.no_grad():
+        assert not torch.allclose(model(**inputs).logits, before, atol=1e-4)
+        accelerator.load_state(tmp_path / "state")
+        torch.testing.assert_close(model(**inputs).logits, before)
+
+
+def test_lightning_trains_it(tmp_path):
+    lightning = pytest.importorskip("lightning")
+
+    class Program(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.inner = model_with("lora")
+
+        def training_step(self, rows, _):
+            return self.inner(**rows).loss
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+    program = Program()
+    before = [p.detach().clone() for p in program.parameters() if p.requires_grad]
+    fit = lightning.Trainer(max_epochs=1, accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    fit.fit(program, torch.utils.data.DataLoader(DATA, batch_size=4))
+    after = [p for p in program.parameters() if p.requires_grad]
+    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+# -- bases that are kept elsewhere
+
+
+@pytest.fixture
+def plain(request):
+    model = tiny("llama", "lm")
+    tz.attach(model, method(request.param), "a", seed=1)
+    with torch.no_grad():
+        for _, parameter in tz.host.host_of(model).get("a").trained():
+            parameter.add_(0.1)
+    return model
+
+
+OFFLOADERS = {
+    "cpu": lambda model, folder: cpu_offload(model, execution_device=torch.device("cpu")),
+    "disk": lambda model, folder: disk_offload(model, str(folder), execution_device=torch.device("cpu")),
+    "map": lambda model, folder: dispatch_model(
+        model,
+        {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk",
+         "model.rotary_emb": "cpu", "lm_head": "disk"},
+        main_device="cpu",
+        offload_dir=str(folder),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OFFLOADERS)
+@pytest.mark.parametrize("plain", METHODS, indirect=True)
+def test_an_adapter_on_an_offloaded_base(plain, kind, tmp_path):
+    """Attached after the base went elsewhere, it computes what it computes on one that is here. Own copies of modules
+    cannot stand in for those that are brought for each pass."""
+    inputs = batch(plain)
+    shares = tz.host.host_of(plain).get("a").method.shares_batch
+    rows = ["a", None, None, "a"] if shares else ["a"]
+    with torch.no_grad(), tz.route(plain, rows):
+        expected = plain(**inputs).logits
+    tz.save(plain, "a", tmp_path / "a")
+    away = OFFLOADERS[kind](copy.deepcopy(tiny("llama", "lm")), tmp_path / "offload")
+    adapter = tz.load(away, tmp_path / "a", "a")
+    assert not any(p.is_meta for _, p in adapter.named_parameters())
+    with torch.no_grad(), tz.route(away, rows):
+        if adapter.method.name in ("full", "head"):
+            with pytest.raises(tz.TanzakuError, match="that is offloaded, and cannot be used"):
+                away(**inputs)
+        else:
+            torch.testing.assert_close(away(**inputs).logits, expected)
+    fresh = tz.attach(away, adapter.method, "b", seed=1)
+    assert not any(p.is_meta for _, p in fresh.named_parameters())
+    assert all(p.isfinite().all() for _, p in fresh.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+@pytest.mark.parametrize("plain", METHODS, indirect=True)
+def test_a_base_that_is_offloaded_with_its_adapter(plain, kind, tmp_path):
+    """It is right, or it says that the base goes first; never what memory happens to hold."""
+    inputs = batch(plain)
+    with torch.no_grad():
+        tz.activate(plain, "a")
+        expected = plain(**inputs).logits
+        away = OFFLOADERS[kind](plain, tmp_path / "offload")
+        try:
+            found = away(**inputs).logits
+        except tz.TanzakuError as error:
+            assert "offload" in str(error)
+        else:
+            torch.testing.assert_close(found, expected)
+        with pytest.raises(tz.TanzakuError, match="offload"), tz.route(away, ["a"]):
+            away(**inputs)
