@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tanzaku as tz
+from close import assert_close
 from models import batch, tiny
 from tanzaku.methods.ia3 import ScaleStrip
 
@@ -42,7 +43,26 @@ def test_feedforward_scales_the_input(kind, feedforward):
                 module.weight.mul_(factor if rows_are_inputs else factor[:, None])
                 if getattr(module, "bias", None) is not None:
                     module.bias.mul_(factor)
-    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+    assert_close(model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("inner", [True, False])
+def test_grouped_convolutions(groups, inner):
+    """Each group of output channels reads its own part of the input's, which merging knows."""
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(8, 16, 3, padding=1, groups=groups), torch.nn.ReLU(), torch.nn.Conv2d(16, 4, 1)
+    )
+    adapter = tz.attach(model, tz.IA3(target_modules=["0", "2"], feedforward_modules=["0"] if inner else []), "x")
+    with torch.no_grad():
+        for _, parameter in adapter.trained():
+            parameter.uniform_(0.5, 1.5)
+        x = torch.randn(2, 8, 5, 5)
+        with tz.route(model, ["x"]):
+            expected = model(x)
+        assert not torch.allclose(model(x), expected, atol=1e-3)
+        tz.merge(model, "x")
+        assert_close(model(x), expected)
 
 
 def test_random_start():

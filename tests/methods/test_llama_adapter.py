@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tanzaku as tz
+from close import assert_close
 from models import batch, tiny
 from tanzaku.methods.llama_adapter import GatedPrompt
 
@@ -54,7 +55,7 @@ def test_the_formula():
         weights = torch.softmax(q @ k.transpose(2, 3) / 8**0.5, dim=-1)
         second = (weights @ v).transpose(1, 2).reshape(4, 9, 32)
         base, found = seen["results"]
-        torch.testing.assert_close(found, base + attention.o_proj(0.7 * second), rtol=1e-5, atol=1e-5)
+        assert_close(found, base + attention.o_proj(0.7 * second))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, T5Config, T5ForTokenClassification
 
 import tanzaku as tz
+from close import GRADIENT, assert_close
 from models import batch, tiny
 from tanzaku.host import host_of
 
@@ -35,9 +36,9 @@ def test_virtual_tokens_are_embeddings_in_front(kind, method):
     with torch.no_grad():
         expected = model(inputs_embeds=torch.cat([front, embedded], 1), attention_mask=mask).logits[:, 3:]
     found = logits(model, ["x"] * 4, inputs)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert_close(found, expected)
     by_vectors = logits(model, ["x"] * 4, {"inputs_embeds": embedded, "attention_mask": inputs["attention_mask"]})
-    torch.testing.assert_close(by_vectors, expected, rtol=1e-5, atol=1e-5)
+    assert_close(by_vectors, expected)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3", "qwen3"])
@@ -53,7 +54,7 @@ def test_a_prefix_is_a_cache_in_front(kind):
     mask = torch.cat([torch.ones(4, 3, dtype=torch.long), inputs["attention_mask"]], 1)
     with torch.no_grad():
         expected = model(inputs["input_ids"], attention_mask=mask, past_key_values=cache).logits
-    torch.testing.assert_close(logits(model, ["x"] * 4, inputs), expected, rtol=1e-5, atol=1e-5)
+    assert_close(logits(model, ["x"] * 4, inputs), expected)
 
 
 def test_projection_is_the_mlp():
@@ -68,7 +69,7 @@ def test_projection_is_the_mlp():
         for layer, (_, strip) in enumerate(at for at in adapter.at() if at[0] != "score"):
             for half, tensor in enumerate(strip.keys_values()):
                 part = flat.view(2, 2 * 2, 2, 8)[:, 2 * layer + half]
-                torch.testing.assert_close(tensor, part.transpose(0, 1))
+                assert_close(tensor, part.transpose(0, 1))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
@@ -81,14 +82,14 @@ def test_a_prefix_from_text(kind, tokenizer):
     cache = model.base_model(input_ids=ids, use_cache=True).past_key_values
     for layer, (_, strip) in enumerate(adapter.at()):
         keys, values = strip.keys_values()
-        torch.testing.assert_close(keys, cache.layers[layer].keys[0])
-        torch.testing.assert_close(values, cache.layers[layer].values[0])
+        assert_close(keys, cache.layers[layer].keys[0])
+        assert_close(values, cache.layers[layer].values[0])
     # So the text in front and its prefix give the same logits.
     inputs = batch(model, padding=None)
     whole = torch.cat([ids.expand(4, -1), inputs["input_ids"]], 1)
     with torch.no_grad():
         expected = model(whole).logits[:, 4:]
-    torch.testing.assert_close(logits(model, ["x"] * 4, inputs), expected, rtol=1e-4, atol=2e-5)
+    assert_close(logits(model, ["x"] * 4, inputs), expected, GRADIENT)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
@@ -102,7 +103,7 @@ def test_prompts_from_text(kind, tokens, expected, tokenizer):
     whole = torch.cat([torch.tensor([expected]).expand(4, -1), inputs["input_ids"]], 1)
     with torch.no_grad():
         plain = model(whole).logits
-    torch.testing.assert_close(logits(model, ["x"] * 4, inputs), plain[:, tokens:], rtol=1e-5, atol=2e-5)
+    assert_close(logits(model, ["x"] * 4, inputs), plain[:, tokens:])
 
 
 def test_prompts_from_the_vocabulary():
@@ -124,7 +125,7 @@ def test_p_tuning_saves_what_its_network_writes(tmp_path):
         tz.attach(model, method, kind, seed=0)
         tz.save(model, kind, tmp_path / kind)
         loaded = tz.load(model, tmp_path / kind, f"{kind}-2")
-        assert torch.equal(vectors(model, kind), vectors(model, f"{kind}-2"))
+        assert_close(vectors(model, kind), vectors(model, f"{kind}-2"))
         assert "prompt_embeddings" in dict(loaded.named_parameters())
 
 
@@ -187,6 +188,6 @@ def test_an_encoder_with_a_table_of_its_own(method):
     with tz.route(model, ["a"]):
         alone = model(input_ids=ids[:1]).logits
     assert mixed.shape == base.shape
-    torch.testing.assert_close(mixed[1], base[1])
-    torch.testing.assert_close(mixed[:1], alone)
+    assert_close(mixed[1], base[1])
+    assert_close(mixed[:1], alone)
     assert not torch.allclose(mixed[0], base[0], atol=1e-3)

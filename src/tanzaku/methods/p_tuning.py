@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from tanzaku.families import Base, weight_of
-from tanzaku.method import Strip, TokenStrip
+from tanzaku.method import Strip, TokenStrip, home
 from tanzaku.methods.prompt_tuning import PromptLearning, PromptStrip
+from tanzaku.refs import Ref
 from tanzaku.space import Choice, Range, spaces
+from tanzaku.tokens import check_entrance
 
 
 class EncodedPrompt(TokenStrip):
@@ -26,8 +28,7 @@ class EncodedPrompt(TokenStrip):
 
     def __init__(self, model: nn.Module, tokens: int, hidden: int, width: int, layers: int, dropout: float, kind: str):
         super().__init__()
-        # The encoder trains when the model does. The model is no part of the adapter: it stays out of its registry.
-        self.__dict__["model"] = model
+        self.model = Ref(model)  # the encoder trains when the model does
         self.num_virtual_tokens = tokens
         self.embedding = nn.Embedding(tokens, hidden)
         self.lstm_head: nn.LSTM | None = None
@@ -44,7 +45,8 @@ class EncodedPrompt(TokenStrip):
             )
 
     def vectors(self) -> Tensor:
-        return self._encode(self.__dict__["model"].training)
+        model = self.model()
+        return self._encode(self.training if model is None else model.training)
 
     def _encode(self, training: bool) -> Tensor:
         x = self.embedding.weight
@@ -82,19 +84,20 @@ class PTuning(PromptLearning):
     encoder_dropout: float = 0.0
 
     def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
+        check_entrance(base)
         self.check(base)
         kind = self.encoder_reparameterization_type.upper().rsplit(".", 1)[-1]
         self.require(kind in ("MLP", "LSTM"), f"encoder_reparameterization_type={kind!r}", "'MLP' or 'LSTM'")
-        hidden = base.hidden_size
+        hidden = self.token_dim = base.embedding_size
         self.encoder_hidden_size = self.encoder_hidden_size or hidden
         like = weight_of(base.embedding)
         if self.inference_mode:
             yield (
                 "",
-                PromptStrip(nn.Parameter(torch.zeros(self.num_virtual_tokens, hidden, device=like.device))),
+                PromptStrip(nn.Parameter(torch.zeros(self.num_virtual_tokens, hidden, device=home(like)))),
             )
             return
-        with torch.device(like.device):
+        with torch.device(home(like)):
             yield (
                 "",
                 EncodedPrompt(

@@ -9,7 +9,9 @@ MLP it is P-tuning v2, Liu et al. 2021, arXiv 2110.07602.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -17,9 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tanzaku import tree
+from tanzaku.errors import TanzakuError
 from tanzaku.families import Base
-from tanzaku.method import AttentionCall, AttentionStrip, Strip
+from tanzaku.method import AttentionCall, AttentionStrip, Strip, home
 from tanzaku.methods.prompt_tuning import PromptLearning, text_ids
+from tanzaku.refs import Ref
 from tanzaku.space import Choice, Range, spaces
 
 
@@ -43,37 +48,54 @@ class Prefix(nn.Module):
         return x if self.transform is None else cast(Tensor, self.transform(x))
 
 
-class PrefixStrip(AttentionStrip):
-    """One layer's slice of the prefix. The first layer's strip owns it and gives it to the file."""
+# What prefixes have written for the forward pass that runs in this context. It is no part of them: another thread
+# writes its own, and copies and files have none of it.
+_Written = tuple[Tensor, ...]
+_written: ContextVar[tuple[tuple[weakref.ref[Prefix], _Written], ...]] = ContextVar("written", default=())
 
-    def __init__(self, shared: dict[str, Any], layer: int, slot: int, layers: int, heads: int, head_dim: int):
+
+class PrefixStrip(AttentionStrip):
+    """One layer's slice of the prefix. The first layer's strip owns it and gives it to the file.
+
+    Args:
+        prefix: what all layers have in common. shapes: (heads, head_dim) of each layer's keys and of its values.
+    """
+
+    def __init__(self, prefix: Prefix, bias: nn.Module | None, shapes: list[tuple[int, int]], layer: int, slot: int):
         super().__init__()
-        prefix = shared["prefix"]
         self.position_offset = prefix.embedding.num_embeddings
-        self.shape = (self.position_offset, layers * 2, heads, head_dim)
-        self.slot = slot
+        self.shapes, self.slot = shapes, slot
+        # What all layers share is the first strip's to train and to save.
         self.prefix = prefix if layer == 0 else None
-        # What all layers share is reached past nn.Module's registry: it is the first strip's to train and to save.
-        self.__dict__["shared"] = shared
+        self.shared, self.bias = Ref(prefix), Ref(bias)
 
     def refresh(self) -> None:
         if self.prefix is not None:
-            self.__dict__["shared"]["written"] = self._write()
+            others = [each for each in _written.get() if each[0]() not in (None, self.prefix)]
+            _written.set((*others, (weakref.ref(self.prefix), self._write(self.prefix))))
 
-    def _write(self) -> tuple[Tensor, ...]:
-        """Keys and values of all layers, 2 * layers tensors of (heads, n, head_dim)."""
-        flat: Tensor = self.__dict__["shared"]["prefix"]()
-        return flat.view(self.shape).permute(1, 2, 0, 3).unbind(0)
+    def _write(self, prefix: Prefix) -> _Written:
+        """Keys and values of all layers, one after another, 2 * layers tensors of (heads, n, head_dim)."""
+        flat, shapes = cast(Tensor, prefix()), self.shapes
+        if len(set(shapes)) == 1:
+            return flat.view(len(flat), len(shapes), *shapes[0]).permute(1, 2, 0, 3).unbind(0)
+        parts = torch.split(flat, [heads * dim for heads, dim in shapes], dim=1)
+        return tuple(part.view(-1, *shape).transpose(0, 1) for part, shape in zip(parts, shapes, strict=True))
 
     def keys_values(self) -> tuple[Tensor, Tensor]:
         """Keys and values, each (heads, n, head_dim)."""
-        written = self.__dict__["shared"].get("written") or self._write()
+        prefix = self.shared()
+        if prefix is None:
+            raise TanzakuError("this layer was copied without the prefix that all layers share: copy the whole adapter")
+        written = next((w for of, w in _written.get() if of() is prefix), None) or self._write(prefix)
         return written[2 * self.slot], written[2 * self.slot + 1]
 
     def attend(self, call: AttentionCall) -> Tensor:
         n = self.position_offset
         rows, keys = call.key.shape[0], call.key.shape[2]
         k, v = (x.to(call.key.dtype).expand(rows, -1, -1, -1) for x in self.keys_values())
+        # Before flash attention, a model pads its values to the length of its keys.
+        v = F.pad(v, (0, call.value.shape[-1] - v.shape[-1]))
         mask, queries = call.mask, call.query.shape[2]
         if mask is None:
             causal = call.options.get("is_causal")
@@ -95,7 +117,7 @@ class PrefixStrip(AttentionStrip):
     def _with_bias(self, bias: Tensor, queries: int, keys: int) -> Tensor:
         """Relative positions of the prefix, which lies before the row's own keys."""
         n = self.position_offset
-        holder: Any = self.__dict__["shared"]["bias"]
+        holder: Any = self.bias()
         before = holder.compute_bias(queries, n, device=bias.device, past_seen_tokens=n + keys - queries)
         return torch.cat([before.to(bias).expand(bias.shape[0], -1, -1, -1), bias], dim=-1)
 
@@ -145,16 +167,24 @@ class PrefixTuning(PromptLearning):
 
     def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
         submodules = self.num_transformer_submodules or 1
+        found = base.attention_layers()
+        if states := base.structure.remembers:
+            raise TanzakuError(
+                f"{self.name}: {states[0]} of model type {base.kind!r} begins anew at position 0, which a prefix takes"
+            )
         self.check(base)
         self.num_transformer_submodules = submodules
         self.require(self.init_weights in (None, "zero"), f"init_weights={self.init_weights!r}", "None or 'zero'")
-        layers = base.attention()
-        heads, head_dim = kv_shape(base)
-        self.num_layers, self.num_attention_heads, self.token_dim = len(layers), heads, heads * head_dim
+        layers = [(layer.path, base.model.get_submodule(layer.path)) for layer in found]
+        shapes = [
+            shape for layer in found for shape in ((layer.kv_heads, layer.key_dim), (layer.kv_heads, layer.value_dim))
+        ]
+        size = sum(heads * dim for heads, dim in shapes)
+        self.num_layers, self.num_attention_heads = len(layers), found[0].kv_heads
+        self.token_dim = size // len(shapes)  # on average, where layers have keys and values of their own size
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
-        size = len(layers) * 2 * self.token_dim
         projected = self.prefix_projection and not self.inference_mode
-        device = next(base.model.parameters()).device
+        device = home(next(tree.parameters(base.model)))
         with torch.device(device):
             prefix = Prefix(
                 self.num_virtual_tokens,
@@ -167,11 +197,9 @@ class PrefixTuning(PromptLearning):
             self.require(not projected, "prefix_init_text with prefix_projection", "one of the two")
             self._start_from_text(base, prefix, layers)
         bias = next((m for _, m in layers if getattr(m, "has_relative_attention_bias", False)), None)
-        shared = {"prefix": prefix, "bias": bias}
         for number, (path, _) in enumerate(layers):
             # In PEFT's files for encoder-decoders layer i reads slot 2 i, so two layers may share one.
-            slot = number * submodules % len(layers)
-            yield path, PrefixStrip(shared, number, slot, len(layers), heads, head_dim)
+            yield path, PrefixStrip(prefix, bias, shapes, number, slot=number * submodules % len(layers))
 
     @torch.no_grad()
     def _start_from_text(self, base: Base, prefix: Prefix, layers: list[tuple[str, nn.Module]]) -> None:
@@ -179,7 +207,7 @@ class PrefixTuning(PromptLearning):
         self.require(not base.encoder_decoder, "prefix_init_text on an encoder-decoder", "a decoder-only model")
         ids = text_ids(self, self.prefix_init_text, self.tokenizer_name_or_path, None)
         ids = (ids * math.ceil(self.num_virtual_tokens / len(ids)))[: self.num_virtual_tokens]
-        device = next(base.model.parameters()).device
+        device = home(next(tree.parameters(base.model)))
         training = base.model.training
         base.model.eval()
         out = base.backbone(input_ids=torch.tensor([ids], device=device), use_cache=True)
@@ -189,21 +217,3 @@ class PrefixTuning(PromptLearning):
         pairs = [(layer.keys[0], layer.values[0]) for layer in cache.layers]  # (heads, n, head_dim)
         flat = [x.transpose(0, 1).flatten(1) for pair in pairs for x in pair]
         prefix.embedding.weight.copy_(torch.cat(flat, dim=1))
-
-
-def kv_shape(base: Base) -> tuple[int, int]:
-    """(key-value heads, head_dim) of the model's attention."""
-    c = base.config
-    heads = next(
-        v
-        for k in (
-            "num_attention_heads",
-            "n_head",
-            "num_heads",
-            "decoder_attention_heads",
-            "encoder_attention_heads",
-        )
-        if (v := getattr(c, k, None)) is not None
-    )
-    head_dim = getattr(c, "head_dim", None) or getattr(c, "d_kv", None) or base.hidden_size // heads
-    return getattr(c, "num_key_value_heads", None) or heads, head_dim

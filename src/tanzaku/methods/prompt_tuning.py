@@ -19,6 +19,7 @@ from tanzaku.errors import TanzakuError
 from tanzaku.families import Base, weight_of
 from tanzaku.method import Method, Strip, TokenStrip, trainable
 from tanzaku.space import Choice, Range, spaces
+from tanzaku.tokens import check_entrance
 
 
 class PromptStrip(TokenStrip):
@@ -90,9 +91,11 @@ class PromptTuning(PromptLearning):
     tokenizer_kwargs: dict[str, Any] | None = None
 
     def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
+        check_entrance(base)
         self.check(base)
         table = base.embedding
-        vectors = trainable(self.num_virtual_tokens, base.hidden_size, like=weight_of(table), fill=nn.init.normal_)
+        self.token_dim = base.embedding_size
+        vectors = trainable(self.num_virtual_tokens, self.token_dim, like=weight_of(table), fill=nn.init.normal_)
         if not self.inference_mode and vectors.device.type != "meta":
             start = self.start(base)
             if start is not None:

@@ -1,0 +1,90 @@
+"""Caches whose first entries are virtual tokens.
+
+Whoever counts a text by its cache, as generate() does when it goes on from an earlier turn, must not count virtual
+tokens. Such a cache therefore gives the length of the text; the model itself is handed a :func:`whole` view of the same
+layers, which gives their own. A model that reads the cache under another route, and would miscount, gets an error.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from transformers import Cache
+
+from tanzaku.errors import TanzakuError
+
+# Names that models have for a cache, and for the outputs that hold one.
+NAMES = ("past_key_values", "cache_params", "state")
+
+_MARK = "_tanzaku_virtual"
+
+
+@dataclass(frozen=True)
+class Virtual:
+    """What stands in a cache before the text: virtual tokens of each of the route's entries (none: the text cannot go
+    on), the most of any, and how many columns of text were read together with them."""
+
+    counts: tuple[int, ...]
+    width: int
+    read: int
+
+
+def held(given: dict[str, Any]) -> tuple[str | None, Any]:
+    """(name, cache) that a model is given, or (None, None)."""
+    return next(((name, given[name]) for name in NAMES if given.get(name) is not None), (None, None))
+
+
+def length(cache: Any) -> int | None:
+    """Tokens that a cache holds, virtual ones too; 0 where nothing was read yet, None where it does not tell."""
+    if not isinstance(cache, Cache):
+        return None
+    cache = whole(cache)
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # state spaces alone count nothing
+        return None if cache.has_previous_state() else 0
+
+
+def mark_of(cache: Any) -> Virtual | None:
+    """What :func:`mark` noted at a cache."""
+    return getattr(cache, "__dict__", {}).get(_MARK)
+
+
+def mark(cache: Any, counts: Sequence[int], width: int, read: int) -> None:
+    """Note at a cache that it begins with virtual tokens."""
+    if isinstance(cache, Cache):
+        mark = Virtual(tuple(counts), width, read)
+        # At the object: its class stays what others compare it with. A partial can be copied and pickled with it.
+        vars(cache).update({name: partial(_guarded, cache, name) for name in _UPDATES})
+        vars(cache).update({_MARK: mark, "get_seq_length": partial(_text_length, cache)})
+
+
+def whole(cache: Any) -> Any:
+    """The same layers, their length counted with the virtual tokens."""
+    if mark_of(cache) is None:
+        return cache
+    view = copy.copy(cache)
+    for name in (_MARK, "get_seq_length", *_UPDATES):
+        vars(view).pop(name, None)
+    return view
+
+
+_UPDATES = ("update", "update_conv_state", "update_recurrent_state")
+
+
+def _text_length(cache: Any, layer_idx: int = 0) -> int:
+    held = int(type(cache).get_seq_length(cache, layer_idx))
+    return max(held - int(vars(cache)[_MARK].width), 0)
+
+
+def _guarded(cache: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    if length(cache) == 0:  # it was emptied
+        return getattr(whole(cache), name)(*args, **kwargs)
+    raise TanzakuError(
+        f"a cache that begins with {vars(cache)[_MARK].width} virtual tokens is read without them: go on under the "
+        "route that it was begun under, or begin the text with a new cache"
+    )
