@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tanzaku as tz
+from close import GRADIENT, RUN, assert_close, close
 from models import tiny
 from tanzaku import noise as module
 from tanzaku.method import Method
@@ -61,7 +64,7 @@ def drawn(*parts: Part, p: float = 0.5, calls: int = 1, features: int = 4, **siz
     with noise:
         for _ in range(calls):
             y = F.dropout(x, p)
-            out.append([y[s.rows, noise.lead - s.virtual : noise.lead + s.tokens] for s in noise.shares])
+            out.append([y[s.rows, : s.virtual + s.tokens] for s in noise.shares])
     return out
 
 
@@ -92,7 +95,7 @@ def test_a_mask_of_attention_hangs_on_the_job_alone_too(part: Part, heads: int, 
         share = noise.shares[-1]
         with noise:
             y = F.dropout(torch.ones(noise.rows, heads, queries, noise.lead + noise.width), 0.5)
-        own = slice(noise.lead - share.virtual, noise.lead + share.tokens)
+        own = slice(share.virtual + share.tokens)
         return y[share.rows, :, slice(share.tokens) if decoder else own, own]
 
     assert torch.equal(draw(other, part), draw(part))
@@ -151,11 +154,11 @@ def test_nothing_or_everything(p: float) -> None:
 
 
 def test_evaluation_loses_nothing() -> None:
-    x = torch.randn(2, 6, 4)
+    x, q = torch.randn(2, 6, 4), torch.randn(2, 2, 6, 4)
     with noise_of(Part()) as noise:
         for y in (F.dropout(x, 0.5, training=False), nn.Dropout(0.5).eval()(x), torch.dropout(x, 0.5, False)):
             assert torch.equal(y, x)
-        attended = F.scaled_dot_product_attention(*(torch.randn(2, 2, 6, 4),) * 3, dropout_p=0.0)
+        attended = F.scaled_dot_product_attention(q, q, q, dropout_p=0.0)
     assert attended.shape == (2, 2, 6, 4) and not noise.shares[0].drew
 
 
@@ -200,17 +203,58 @@ def test_a_mask_has_the_type_of_what_it_masks(dtype: torch.dtype) -> None:
     assert y.dtype == dtype and set(y.flatten().tolist()) == {0.0, 2.0}
 
 
-@pytest.mark.parametrize("shape", [(1, 16, 4), (5, 4), (3, 6, 4)], ids=str)
-def test_what_belongs_to_no_job_loses_nothing(shape: tuple[int, ...]) -> None:
-    """A table that rows share, such as relative positions: a mask of it would be one for all jobs."""
-    x = torch.randn(*shape)
-    with noise_of(Part(rows=1), Part(rows=1)) as noise:
-        assert torch.equal(F.dropout(x, 0.5), x)
-    with noise_of(Part(rows=1)) as noise:
-        if shape[0] == 1:
-            assert torch.equal(F.dropout(x, 0.5), x)
-            assert not torch.equal(F.dropout(x[:, :1], 0.9), x[:, :1]), "a pooled row is the job's own"
-    assert noise.rows == 1
+@pytest.mark.parametrize("shape", [(1, 16, 4), (5, 4), (3, 6, 4), (2, 7, 4), (2, 3, 5, 5)], ids=str)
+def test_what_cannot_be_told_apart_by_job_is_refused(shape: tuple[int, ...]) -> None:
+    """Tokens that were gathered, or no tokens of this batch. One job draws for all of it."""
+    x = torch.ones(*shape)
+    with noise_of(Part(rows=1), Part(rows=1)), pytest.raises(tz.TanzakuError, match="2 jobs cannot share a batch"):
+        F.dropout(x, 0.5)
+    masks = []
+    for seed in (1, 1, 2):
+        with noise_of(Part(rows=2, seed=seed)):
+            masks.append(F.dropout(x, 0.5))
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+
+
+def test_rows_that_are_folded_are_split_by_job() -> None:
+    """Choices of a row, heads of a row, and the tokens of all rows one after another."""
+
+    def draw(shape: Sequence[int], *batch: Part) -> Tensor:
+        noise = noise_of(*batch, width=6)
+        with noise:
+            y = F.dropout(torch.ones(noise.rows * shape[0], *shape[1:]), 0.5)
+        return y.view(noise.rows, -1)[noise.shares[-1].rows]
+
+    part, other = Part(rows=2, tokens=6, seed=3), Part(rows=3, seed=9)
+    for shape in ((3, 6, 4), (6, 4)):
+        alone = draw(shape, part)
+        assert torch.equal(alone, draw(shape, other, part)) and 0 < (alone == 0).sum() < alone.numel()
+        assert not torch.equal(alone, draw(shape, replace(part, seed=4)))
+
+
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_table_loses_nothing_and_rows_elsewhere_are_refused(shared: bool) -> None:
+    model, x = Positions(), torch.ones(4, 6, 4)
+    if shared:
+        with pytest.warns(UserWarning, match=r"Positions\.drop .* a table that all rows read"):
+            handles = module.watch(model, [("drop", True)])
+    else:
+        handles = module.watch(model, [("drop", False)])
+    with noise_of(Part(), Part(seed=2)):
+        if shared:
+            assert torch.equal(model.drop(x), x)
+        else:
+            with pytest.raises(tz.TanzakuError, match=r"^drop: .* 2 jobs cannot share"):
+                model.drop(x)
+        assert not torch.equal(F.dropout(x, 0.5), x), "elsewhere it is as ever"
+    for handle in handles:
+        handle.remove()
 
 
 def test_an_adapter_draws_for_its_own_rows() -> None:
@@ -219,9 +263,8 @@ def test_an_adapter_draws_for_its_own_rows() -> None:
     [[_], [expected]] = drawn(part, calls=2)
     with noise_of(Part(rows=3, seed=2), part) as noise:
         F.dropout(torch.ones(5, 6, 4), 0.5)
-        noise.route.at = 1
-        found = F.dropout(torch.ones(2, 6, 4), 0.5)
-        noise.route.at = None
+        with noise.route.running(1):
+            found = F.dropout(torch.ones(2, 6, 4), 0.5)
     assert torch.equal(found, expected)
     assert [share.calls for share in noise.shares] == [1, 2]
 
@@ -233,11 +276,9 @@ def test_keys_of_an_adapter_stand_before_the_layers_own() -> None:
         part = Part(rows=2, tokens=4, virtual=1, seed=3)
         noise = noise_of(part, *others)
         keys = noise.lead + noise.width
-        with noise:
-            noise.route.at, noise.route.keys = 0, keys
+        with noise, noise.route.running(0, keys):
             y = F.dropout(torch.ones(2, 2, keys, tokens + keys), 0.5)
-            noise.route.at = noise.route.keys = None
-        own = range(noise.lead - 1, noise.lead + 4)
+        own = range(1 + 4)
         return y[:, :, list(own)][..., [*range(tokens), *(tokens + at for at in own)]]
 
     alone = draw(3)
@@ -310,19 +351,19 @@ def test_attention_that_drops_is_attention_with_a_mask(kind: str) -> None:
     with noise_of(part):
         found = F.scaled_dot_product_attention(*inputs, dropout_p=0.4, **options)
     expected = explicit(q, k, v, added, options.get("scale", 8**-0.5), mask)
-    torch.testing.assert_close(found, expected)
+    assert_close(found, expected)
     weights = random(*found.shape)
     gradients = [torch.autograd.grad((y * weights).sum(), inputs, retain_graph=True) for y in (found, expected)]
     for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
+        assert_close(one, other)
         assert one.isfinite().all()
     # With next to nothing lost it is torch's own.
     with noise_of(part):
         nearly = F.scaled_dot_product_attention(*inputs, dropout_p=1e-9, **options)
     plain = F.scaled_dot_product_attention(*inputs, **options)
-    torch.testing.assert_close(nearly, plain, rtol=1e-5, atol=1e-5)
+    assert_close(nearly, plain)
     with noise_of(part):
-        assert torch.equal(F.scaled_dot_product_attention(*inputs, **options), plain), "nothing to drop"
+        assert_close(F.scaled_dot_product_attention(*inputs, **options), plain, at="nothing to drop")
 
 
 def test_attention_that_drops_is_plain_attention_on_average() -> None:
@@ -375,13 +416,12 @@ def test_a_recomputed_layer_draws_again_what_it_drew(thread: bool, reentrant: bo
             else:
                 loss.backward()
             assert [share.calls for share in noise.shares] == counts
-            assert module._current is noise
+            assert module._current.get() is noise
             after = F.dropout(torch.ones(2, 6, 4), 0.5)
         assert x.grad is not None
         return [loss.detach(), x.grad, after]
 
-    for one, other in zip(run(True), run(False), strict=True):
-        assert torch.equal(one, other)
+    assert_close(run(True), run(False), GRADIENT)
 
 
 def test_a_layer_that_runs_again_elsewhere_is_left_alone_without_noise() -> None:
@@ -407,7 +447,7 @@ def test_a_model_that_is_recomputed_in_another_thread(method: Method) -> None:
                 other.join()
             found.append([p.grad for lane in lanes for p in lane.trained])
     for plain, recomputed in zip(*found, strict=True):
-        torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-6)
+        assert_close(recomputed, plain, GRADIENT)
 
 
 # -- whole runs
@@ -444,7 +484,7 @@ def test_a_prompt_encoder_that_drops_between_its_layers_draws_for_itself() -> No
     torch.manual_seed(1234)
     among = weights([*others, prompt(0.4)])["p"]
     for one, other in zip(alone, among, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
+        assert_close(other, one, GRADIENT)
     without = weights([prompt(0.0)])["p"]
     assert max(float((a - b).abs().max()) for a, b in zip(alone, without, strict=True)) > 1e-2
 
@@ -455,14 +495,14 @@ def test_an_encoder_draws_for_the_job_whose_strips_run() -> None:
     x = torch.randn(1, 3, 4)
 
     def encoded(*seeds: int) -> Tensor:
-        with noise_of(*(Part(rows=1, seed=seed) for seed in seeds)) as noise:
-            noise.route.at = len(seeds) - 1
+        noise = noise_of(*(Part(rows=1, seed=seed) for seed in seeds))
+        with noise, noise.route.running(len(seeds) - 1):
             out: Tensor = encoder(x)[0]
-            noise.route.at = None
         assert noise.shares[-1].calls == 1 and not any(share.calls for share in noise.shares[:-1])
         return out
 
-    assert torch.equal(encoded(1, 9), encoded(2, 3, 9)) and not torch.equal(encoded(1, 9), encoded(1, 8))
+    assert_close(encoded(1, 9), encoded(2, 3, 9))
+    assert not close(encoded(1, 9), encoded(1, 8))
 
 
 def dropping() -> list[Job]:
@@ -492,7 +532,7 @@ def test_torchs_own_numbers_are_left_alone(checkpointing: bool) -> None:
             lost = [r.epochs[0].train_loss for r in pool.results.values()]
         assert torch.equal(torch.get_rng_state(), state)
         runs.append(lost)
-    assert runs[0] == runs[1]
+    assert_close(runs[1], runs[0], RUN)
 
 
 def test_the_mode_is_left_out_where_nobody_draws(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -510,6 +550,118 @@ def test_the_mode_is_left_out_where_nobody_draws(monkeypatch: pytest.MonkeyPatch
     entered.clear()
     weights([job("a"), job("b", tz.LoRA(r=2, lora_dropout=0.1))])
     assert entered == [2] * 6
+
+
+# -- other random numbers
+
+
+DRAWS: dict[str, Any] = {
+    "rand": lambda x: torch.rand(len(x), 1, 1),
+    "rand, a size": lambda x: torch.rand((len(x), 1, 4), dtype=torch.float64),
+    "randn": lambda x: torch.randn(len(x), 6, 4),
+    "randint": lambda x: torch.randint(0, 1000, (len(x), 6, 4)),
+    "randint, named": lambda x: torch.randint(high=1000, size=(len(x), 6, 4)),
+    "rand_like": torch.rand_like,
+    "randn_like": torch.randn_like,
+    "randint_like": lambda x: torch.randint_like(x, 1000),
+    "bernoulli": lambda x: torch.bernoulli(0.5 * x),
+    "bernoulli_": lambda x: x.clone().bernoulli_(0.5),
+    "uniform_": lambda x: torch.empty_like(x).uniform_(0.9, 1.1),
+    "normal_": lambda x: x.clone().normal_(),
+    "exponential_": lambda x: x.clone().exponential_(),
+    "gumbel": lambda x: F.gumbel_softmax(x),
+    "distribution": lambda x: torch.distributions.Normal(x, 1.0).sample(),
+    "heads": lambda x: F.multi_head_attention_forward(
+        *(x.transpose(0, 1),) * 3, 4, 2, torch.eye(12, 4) + 0.1, None, None, None, False, 0.5, torch.eye(4), None
+    )[0].transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+def test_every_draw_is_a_jobs_own(kind: str) -> None:
+    """As stochastic depth draws a number a row, and routers noise for each token."""
+
+    def draw(*batch: Part) -> Tensor:
+        noise = noise_of(*batch)
+        x = torch.ones(noise.rows, 6, 4)
+        state = torch.get_rng_state()
+        with noise:
+            y: Tensor = DRAWS[kind](x)
+        assert torch.equal(torch.get_rng_state(), state), "torch's own numbers are left alone"
+        return y[noise.shares[-1].rows]
+
+    part, other = Part(rows=2, seed=3), Part(rows=3, seed=9)
+    alone = draw(part)
+    torch.testing.assert_close(alone, draw(other, part))
+    assert not torch.equal(alone, draw(replace(part, seed=4)))
+    assert not torch.equal(alone[0], alone[1])
+
+
+def test_a_layer_that_is_left_out_by_chance() -> None:
+    """At a rate of 0 or 1 there is no chance; else one job draws for itself, and several are refused."""
+    with noise_of(Part(), Part(seed=2)) as noise:
+        assert not torch.rand([]) < 0.0 and torch.rand([]) <= 1
+        assert [share.calls for share in noise.shares] == [0, 0]
+        for use in (lambda x: x < 0.5, float, lambda x: x < 0.3, lambda x: x.item(), lambda x: x + 1):
+            with pytest.raises(tz.TanzakuError, match="left out by chance"):
+                use(torch.rand([]))
+    drawn = []
+    for seed in (1, 1, 2):
+        with noise_of(Part(seed=seed)) as noise:
+            drawn.append([bool(torch.rand([]) < 0.5) for _ in range(40)])
+            assert noise.shares[0].calls == 40 and noise.shares[0].left_out
+    assert drawn[0] == drawn[1] != drawn[2] and 5 < sum(drawn[0]) < 35
+
+
+def test_layers_left_out_by_chance_train_one_by_one() -> None:
+    """OPT's LayerDrop: a job gets what it gets alone, whoever shares the pool."""
+    model: dict[str, Any] = {"num_labels": 2, "layerdrop": 0.4, "dropout": 0.0}
+    together = weights([job("a"), job("b", tz.IA3())], tiny("opt", **model))
+    torch.manual_seed(99)
+    alone = weights([job("a")], tiny("opt", **model))
+    assert_close(together["a"], alone["a"], RUN)
+
+
+@pytest.mark.parametrize("name", ["numpy", "random"])
+def test_other_generators_belong_to_no_job(name: str) -> None:
+    draw = np.random.rand if name == "numpy" else random.random
+    foreign = [f for f in module.foreign_generators(Drawing()) if f[0] == name]
+    assert len(foreign) == 1 and module.foreign_generators(tiny("llama")) == []
+
+    def block() -> Noise:
+        noise = noise_of(Part())
+        noise._foreign = foreign
+        return noise
+
+    with block():
+        pass
+    with pytest.raises(tz.TanzakuError, match=f"generator of {name}"), block():
+        draw()
+
+
+class Drawing(nn.Module):
+    """Of this file, which imports both."""
+
+
+def test_two_threads_draw_at_once() -> None:
+    """Each its own job's numbers, as if the other were not there."""
+    expected = {seed: drawn(Part(seed=seed), calls=30) for seed in (1, 2)}
+    found: dict[int, Any] = {}
+    gate = threading.Barrier(2)
+
+    def work(seed: int) -> None:
+        gate.wait()
+        found[seed] = drawn(Part(seed=seed), calls=30)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, calls in expected.items():
+        for [one], [other] in zip(found[seed], calls, strict=True):
+            assert torch.equal(one, other)
+    assert mark() is None
 
 
 # -- what cannot be shared
@@ -572,7 +724,7 @@ def test_nothing_of_the_mode_is_left_after_a_failure() -> None:
 def test_a_block_within_a_block_gives_way_to_it_again() -> None:
     with noise_of(Part()) as outer:
         with noise_of(Part()) as inner:
-            assert module._current is inner and inner.in_force() and outer.in_force()
+            assert module._current.get() is inner and inner.in_force() and outer.in_force()
             F.dropout(torch.ones(2, 6, 4))
-        assert module._current is outer and not inner.in_force()
+        assert module._current.get() is outer and not inner.in_force()
     assert (inner.shares[0].calls, outer.shares[0].calls) == (1, 0)
