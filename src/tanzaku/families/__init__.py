@@ -1,41 +1,34 @@
-"""Names only: where attention, feed-forward, head and embeddings are in each model family."""
+"""Where attention, feed-forward, head and embeddings are in a model: by its family's names, or else by structure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from functools import cached_property
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from tanzaku import tree
 from tanzaku.errors import TanzakuError, listed, nearest
+from tanzaku.families.family import ROLES, Family
+from tanzaku.families.structure import Structure, block_of, names_for, structure_of
+from tanzaku.families.trace import Attention, sizes_of, trace_of
+from tanzaku.heads import heads_of
 from tanzaku.patterns import groups_of
+
+__all__ = ["Attention", "Base", "Family", "Targets", "features", "table", "weight_of"]
 
 Targets = list[str] | str | None
 
 
-@dataclass(frozen=True)
-class Family:
-    """The table of names of one family. `fused` heads a projection that holds query, key and value side by side."""
-
-    lora: tuple[str, ...]
-    adalora: tuple[str, ...] = ()
-    ia3: tuple[str, ...] = ()
-    ia3_feedforward: tuple[str, ...] = ()
-    attention: str = "self_attn"
-    query: str = "q_proj"
-    key: str = "k_proj"
-    value: str = "v_proj"
-    key_norm: str | None = None
-    fused: str | None = None
-    # How a backbone numbers positions when it is given none: by column, by attention mask, by token ids, by a
-    # position embedding that is told the cache's length, or not at all (relative, or no text).
-    positions: Literal["column", "mask", "ids", "embedding", "none"] = "column"
-    # Modules of a layer, in order, behind which only the pooled token matters in the last layer: each adds its result
-    # to a residual. None where a layer is built in another way.
-    trim: tuple[str, ...] | None = None
+_structures: WeakKeyDictionary[nn.Module, Structure] = WeakKeyDictionary()
 
 
 def table() -> dict[str, Family]:
@@ -52,12 +45,34 @@ class Base:
     model: nn.Module
     family: Family | None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Base:
+        # A copy of a part of the model does not take the whole with it.
+        return Base(memo.get(id(self.model), cast(Any, None)), self.family)
+
     @classmethod
     def of(cls, model: nn.Module) -> Base:
         config = getattr(model, "config", None)
         families = table()
         kinds = [getattr(c, "model_type", None) for c in (config, _text(config)) if c is not None]
         return cls(model, next((families[kind] for kind in kinds if kind in families), None))
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether weights are kept elsewhere than where they are used, by accelerate."""
+        return any(getattr(hook, "offload", False) for hook in _hooks(self.model))
+
+    @property
+    def whole(self) -> bool:
+        """Whether the model is there: a copy of a part of it has the part's adapters, and not the rest."""
+        return cast(Any, self.model) is not None
+
+    def check_whole(self) -> None:
+        """Raise a clear error where the model is not there."""
+        if not self.whole:
+            raise TanzakuError(
+                "this is a copy of a part of a model, and an adapter that is active in it needs the whole: copy the "
+                "whole model, or activate(model, None) first"
+            )
 
     @property
     def config(self) -> Any:
@@ -72,11 +87,28 @@ class Base:
     def backbone(self) -> nn.Module:
         """The model without its head: what turns token ids into hidden states."""
         module = getattr(self.model, "base_model", self.model)
+        if module is self.model and getattr(self.model, "lm_head", None) is not None:
+            # Llama 4's language model has its backbone under another name than it says.
+            module = next((m for m in self.model.children() if isinstance(m, PreTrainedModel)), module)
         decoder = getattr(module, "decoder", None)
         # OPT's language model calls the decoder inside its backbone directly.
         if not self.encoder_decoder and isinstance(decoder, PreTrainedModel):
             module = decoder
         return cast(nn.Module, module)
+
+    @property
+    def entrance(self) -> nn.Module:
+        """Where a pass enters the layers that adapters at attention change."""
+        return cast(nn.Module, cast(Any, self.model).get_decoder() if self.encoder_decoder else self.backbone)
+
+    def device(self, path: str) -> torch.device | None:
+        """Where the module at a path computes: weights that are kept elsewhere (offloaded) are brought there."""
+        module = self.model.get_submodule(path) if path else self.model
+        found = next((p.device for p in tree.parameters(module)), None)
+        if found is None or found.type == "meta":
+            places = [d for h in _hooks(module) if (d := getattr(h, "execution_device", None)) is not None]
+            return torch.device(places[0]) if places else found
+        return found
 
     @property
     def encoder_decoder(self) -> bool:
@@ -89,21 +121,29 @@ class Base:
     @property
     def max_positions(self) -> int | None:
         for key in ("max_position_embeddings", "n_positions"):
-            if isinstance(value := getattr(self.config, key, None), int):
+            if isinstance(value := getattr(self.config, key, None), int) and value > 0:
                 return value
         return None
 
     @property
-    def embedding(self) -> nn.Module:
+    def embedding(self) -> nn.Embedding:
         """The module that turns token ids into vectors."""
-        module = self.model.get_input_embeddings()  # type: ignore[operator]
+        try:
+            module = self.model.get_input_embeddings()  # type: ignore[operator]
+        except NotImplementedError:
+            module = None
         if not isinstance(module, nn.Embedding):
             raise TanzakuError(f"model type {self.kind!r} reads no token ids, so virtual tokens have no place in it")
         return module
 
     @property
+    def embedding_size(self) -> int:
+        """Numbers of an embedded token, which may be fewer than a layer's."""
+        return self.embedding.embedding_dim
+
+    @property
     def vocab_size(self) -> int:
-        return cast(nn.Embedding, self.embedding).num_embeddings
+        return self.embedding.num_embeddings
 
     def _number(self, *keys: str) -> int:
         for key in keys:
@@ -111,21 +151,93 @@ class Base:
                 return value
         raise TanzakuError(f"model type {self.kind!r}: its configuration has none of {', '.join(keys)}")
 
-    def defaults(self, method: str) -> list[str]:
-        """Default targets of `method` in this family, or an error that lists what could be targeted."""
-        family = self.family
-        names = getattr(family, method) if family else ()
-        if not names:
+    @property
+    def structure(self) -> Structure:
+        """Roles and attention of the model as it is. It is looked at once."""
+        if self.model not in _structures:
+            _structures[self.model] = structure_of(self.model, trace_of(self.model))
+        return _structures[self.model]
+
+    def defaults(
+        self, method: str, roles: tuple[str, ...], *, fits: Callable[[nn.Module], bool] = lambda _: True
+    ) -> list[str] | str:
+        """Default targets of `method`, whose roles are `roles`: the family's names, or what the structure gives.
+
+        Args:
+            fits: whether the method can be at a module of the model.
+
+        Raises:
+            TanzakuError: the model has no such layer; it lists what could be targeted.
+        """
+        family = self.family or Family()
+        wanted = family.own.get(method, roles)
+        if family.named and not self._language:
+            return family.names(wanted)
+        modules = {path: module for path, module in tree.named_modules(self.model) if path}
+        if family.named:
+            # Towers for images and sound bring their own rows, and are left alone unless a user names them.
+            names = family.names(wanted)
+            paths = [p for p in modules if p.startswith(self._language) and any(_suffix(n, p) for n in names)]
+            return names_for(paths, list(modules))
+        paths = [path for role in wanted for path in self._in_role(role, modules)]
+        # Without attention, or anything in its place, what is left of a model is its feed-forward.
+        paths = paths or [path for role in ("gate", "up", "down") for path in self._in_role(role, modules)]
+        unfit = [path for path in paths if not fits(modules[path])]
+        paths = [path for path in dict.fromkeys(paths) if path not in unfit]
+        if not paths:
+            there = [modules[path] for path in unfit] or [
+                module
+                for path, module in modules.items()
+                if block_of(path) and any(p is not None and p.dim() > 1 for p in module._parameters.values())
+            ]
+            kinds = listed(dict.fromkeys(type(module).__name__ for module in there)) or "none with weights"
             raise TanzakuError(
-                f"no default target_modules for {method} on model type {self.kind!r}: set target_modules; "
-                f"candidates are {listed(self.candidates())}"
+                f"no default target_modules for {method} on model type {self.kind!r}: its layers are {kinds}, of which "
+                f"{method} knows no role that it could change; set target_modules; candidates are "
+                f"{listed(self.candidates())}"
             )
-        return list(names)
+        targets = names_for(paths, list(modules))
+        if method not in family.own:
+            how = "a pass over made-up inputs" if self.structure.ran else "names and shapes"
+            text = f"{method}: the table of families names no layers of {self.kind!r}; {how} gave"
+            warnings.warn(f"{text} target_modules={targets!r}", stacklevel=5)
+        return targets
+
+    def _in_role(self, role: str, modules: Iterable[str]) -> list[str]:
+        if role in ROLES:
+            return self.structure.roles.get(role, [])
+        return [path for path in modules if _suffix(role, path)]
+
+    def feed_forward(self, targets: Targets) -> list[str] | str:
+        """Those of `targets` that are the feed-forward's last layers."""
+        family = self.family or Family()
+        if family.named and not isinstance(targets, str):
+            return [name for name in targets or [] if name == family.down]
+        modules = [path for path, _ in tree.named_modules(self.model) if path]
+        last = [p for p in modules if _suffix(family.down, p)] if family.down else self._in_role("down", modules)
+        found = {path for path, _ in self.targets(targets)}
+        inside = [path for path in last if path in found]
+        return names_for(inside, modules) if inside else []
+
+    @cached_property
+    def _language(self) -> str:
+        """The path, with a dot, of the language model that reads the towers' output as vectors; "" where there is
+        none, or the language model is all."""
+        config, text = getattr(self.model, "config", None), self.config
+        names = inspect.signature(self.model.forward).parameters
+        if text is config or self.encoder_decoder or "inputs_embeds" not in names:
+            return ""
+        for path, module in tree.named_modules(self.model):
+            if path and getattr(module, "config", None) is text and isinstance(module, PreTrainedModel):
+                return f"{path}."
+        return ""
 
     def candidates(self) -> list[str]:
         """Last names of the modules with weight matrices, each once."""
         kinds = (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d)
-        return list(dict.fromkeys(n.rsplit(".", 1)[-1] for n, m in self.model.named_modules() if isinstance(m, kinds)))
+        return list(
+            dict.fromkeys(n.rsplit(".", 1)[-1] for n, m in tree.named_modules(self.model) if isinstance(m, kinds))
+        )
 
     def targets(
         self,
@@ -134,16 +246,23 @@ class Base:
         exclude: Targets = None,
         layers: list[int] | int | None = None,
         layers_pattern: list[str] | str | None = None,
-        skip: Iterable[str] = (),
+        skip: Callable[[str], bool] = lambda path: False,
     ) -> list[tuple[str, nn.Module]]:
         """Modules matched as HF PEFT matches them: a regular expression for the whole path, or a list of last names.
 
         Every name of a list must match something; `all-linear` is every linear layer but the heads.
+
+        Args:
+            skip: whether a path is none of them.
         """
-        modules = [(path, m) for path, m in self.model.named_modules() if path]
-        skipped = tuple(skip)
+        modules = [(path, m) for path, m in tree.named_modules(self.model) if path]
         if isinstance(names, str) and names.lower() == "all-linear":
-            names = self._linear(skipped)
+            names = self._linear(skip)
+            if not names:
+                raise TanzakuError(
+                    f"target_modules: 'all-linear' matches nothing: {type(self.model).__name__} has no linear layer "
+                    f"outside of its head; candidates are {listed(self.candidates())}"
+                )
         wanted = [names] if isinstance(names, str) else list(names or [])
         matches = _regex if isinstance(names, str) else _suffix
         out_of = _regex if isinstance(exclude, str) else _suffix
@@ -151,9 +270,7 @@ class Base:
         found = [
             (path, module)
             for path, module in modules
-            if any(matches(w, path) for w in wanted)
-            and not any(out_of(w, path) for w in excluded)
-            and not any(_inside(path, s) for s in skipped)
+            if any(matches(w, path) for w in wanted) and not any(out_of(w, path) for w in excluded) and not skip(path)
         ]
         for name in wanted:
             if not any(matches(name, path) for path, _ in modules):
@@ -167,14 +284,13 @@ class Base:
             raise TanzakuError(f"target_modules {names!r} are all excluded; candidates are {listed(self.candidates())}")
         return found
 
-    def _linear(self, skipped: tuple[str, ...]) -> list[str]:
+    def _linear(self, skip: Callable[[str], bool]) -> list[str]:
         get = getattr(self.model, "get_output_embeddings", lambda: None)
-        heads = {id(get())}
-        heads |= {id(m) for path, m in self.model.named_modules() if any(_inside(path, h) for h in self.head_names())}
+        head = get()
         return [
             path
-            for path, m in self.model.named_modules()
-            if isinstance(m, nn.Linear | Conv1D) and id(m) not in heads and not any(_inside(path, s) for s in skipped)
+            for path, m in tree.named_modules(self.model)
+            if isinstance(m, nn.Linear | Conv1D) and m is not head and not skip(path)
         ]
 
     def _only_layers(
@@ -195,25 +311,56 @@ class Base:
                 raise TanzakuError(f"layers_to_transform: no layer {layer}; the targets lie in layers {numbers}")
         return [(path, m) for path, m in found if number(path) in layers]
 
-    def attention(self, *, causal_only: bool = False) -> list[tuple[str, nn.Module]]:
-        """Self-attention modules in layer order; in an encoder-decoder the decoder's, as in prefix tuning."""
-        name = self.family.attention if self.family else "self_attn"
-        found = [(p, m) for p, m in self.model.named_modules() if p.endswith("." + name)]
+    def attention(self) -> list[tuple[str, nn.Module]]:
+        """Self-attention modules in order of execution; in an encoder-decoder the decoder's, as in prefix tuning."""
+        return [(layer.path, self.model.get_submodule(layer.path)) for layer in self.attention_layers()]
+
+    def attention_layers(self) -> list[Attention]:
+        """:meth:`attention` with the shapes of keys and values.
+
+        Raises:
+            TanzakuError: no attention goes through transformers' interface; it says what is there instead.
+        """
+        found = self.structure.attention if self.structure.ran else self._named_attention()
+        # Towers that stand side by side keep their places, whichever is run first.
+        towers = [name for name, _ in self.model.named_children()]
+        found = sorted(found, key=lambda layer: towers.index(layer.path.partition(".")[0]))
         if self.encoder_decoder:
-            found = [(p, m) for p, m in found if ".decoder." in f".{p}."]
-        if not found:
+            found = [layer for layer in found if ".decoder." in f".{layer.path}." and not layer.cross]
+        if found:
+            return found
+        if inline := self.structure.inline:
             raise TanzakuError(
-                f"model type {self.kind!r}: no attention module named {name!r}; adapters at attention need a model "
-                "whose attention goes through transformers' attention interface"
+                f"model type {self.kind!r} computes attention in {type(self.model.get_submodule(inline[0])).__name__} "
+                f"itself ({inline[0]}); adapters at attention need transformers' attention interface"
             )
-        return found
+        raise TanzakuError(
+            f"model type {self.kind!r} has no attention layer; adapters at attention need one that goes through "
+            "transformers' attention interface"
+        )
+
+    def _named_attention(self) -> list[Attention]:
+        """Attention by its family's name, with the shapes that the configuration tells."""
+        name = (self.family.attention if self.family else None) or "self_attn"
+        config = self.config
+        heads = self._number("num_attention_heads", "n_head", "num_heads", "decoder_attention_heads")
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or self.hidden_size // heads
+        return [
+            Attention(path, heads=heads, kv_heads=kv_heads, key_dim=dim, value_dim=dim)
+            for path, _ in tree.named_modules(self.model)
+            if path.startswith(self._language) and path.endswith(f".{name}")
+        ]
 
     def head_names(self) -> list[str]:
-        """Names of the freshly initialised classifier, which PEFT trains along: `score` or `classifier`."""
-        if not type(self.model).__name__.endswith(("ForSequenceClassification", "ForImageClassification")):
-            return []
-        known = ("score", "classifier", "classification_head")
-        return [name for name, _ in self.model.named_children() if name in known]
+        """Paths of the task's own modules, such as a classifier's head, and of what the checkpoint lacks."""
+        return [part.path for part in heads_of(self.model)]
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """accelerate's hooks, one or several in a row at each module."""
+    found = [getattr(m, "_hf_hook", None) for m in tree.modules(module)]
+    return [each for hook in found if hook is not None for each in getattr(hook, "hooks", [hook])]
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -223,12 +370,9 @@ def weight_of(module: nn.Module) -> Tensor:
 
 def features(module: nn.Module, path: str = "") -> tuple[int, int]:
     """(in, out) of a module with a weight matrix, quantised or not."""
-    if isinstance(module, Conv1D):
-        return int(module.weight.shape[0]), int(module.weight.shape[1])
-    if isinstance(module, nn.Conv2d):
-        return module.in_channels, module.out_channels
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return int(cast(int, module.in_features)), int(cast(int, module.out_features))
+    sizes = None if isinstance(module, nn.Conv1d) else sizes_of(module)
+    if sizes is not None:
+        return sizes
     raise TanzakuError(
         f"{path or type(module).__name__} is a {type(module).__name__}: expected a linear layer, Conv1D, an embedding "
         "or a Conv2d"
@@ -245,7 +389,3 @@ def _regex(pattern: str, path: str) -> bool:
 
 def _suffix(name: str, path: str) -> bool:
     return path == name or path.endswith("." + name)
-
-
-def _inside(path: str, name: str) -> bool:
-    return f".{name}." in f".{path}."

@@ -1,40 +1,32 @@
 """Encoders for text."""
 
-from tanzaku.families import Family
+from tanzaku.families.family import Family
 
 BERT = Family(
-    lora=("query", "value"),
-    adalora=("query", "value"),
-    ia3=("key", "value", "output.dense"),
-    ia3_feedforward=("output.dense",),
-    attention="attention.self",
     query="query",
     key="key",
     value="value",
-)
-ROBERTA = Family(**{**vars(BERT), "adalora": ("query", "key", "value", "dense"), "positions": "ids"})
-DEBERTA = Family(
-    lora=("in_proj",),
-    adalora=("in_proj",),
-    ia3=("in_proj", "output.dense"),
-    ia3_feedforward=("output.dense",),
+    out="attention.output.dense",
+    up="intermediate.dense",
+    down="output.dense",  # which is also the end of `out`, as in HF PEFT
     attention="attention.self",
 )
+ROBERTA = Family(**{**vars(BERT), "own": {"adalora": ("query", "key", "value", "dense")}})
+DEBERTA = Family(**{**vars(BERT), **dict.fromkeys(("query", "key", "value"), "in_proj")})
 DEBERTA_V2 = Family(
-    lora=("query_proj", "value_proj"),
-    adalora=("query_proj", "key_proj", "value_proj", "dense"),
-    ia3=("key_proj", "value_proj", "output.dense"),
-    ia3_feedforward=("output.dense",),
-    attention="attention.self",
-    query="query_proj",
-    key="key_proj",
-    value="value_proj",
+    **{
+        **vars(BERT),
+        "query": "query_proj",
+        "key": "key_proj",
+        "value": "value_proj",
+        "own": {"adalora": ("query", "key", "value", "dense")},
+    }
 )
 
 FAMILIES = {
     "bert": BERT,
     "roberta": ROBERTA,
-    "xlm-roberta": Family(**{**vars(ROBERTA), "adalora": ("query", "value")}),
+    "xlm-roberta": Family(**{**vars(ROBERTA), "own": {}}),
     "electra": BERT,
     "deberta": DEBERTA,
     "deberta-v2": DEBERTA_V2,

@@ -1,37 +1,36 @@
 """Encoder-decoder models."""
 
-from tanzaku.families import Family
+from tanzaku.families.family import Family
+
+_EVERY = ("query", "key", "value", "out", "up", "down")
 
 T5 = Family(
-    lora=("q", "v"),
-    adalora=("q", "k", "v", "o", "wi", "wo"),
-    ia3=("k", "v", "wo"),
-    ia3_feedforward=("wo",),
-    attention="SelfAttention",
     query="q",
     key="k",
     value="v",
-    positions="none",
+    out="o",
+    up="wi",
+    down="wo",
+    attention="SelfAttention",
+    own={"adalora": _EVERY},
+)
+MT5 = Family(
+    **{
+        **vars(T5),
+        "gate": "wi_0",
+        "up": "wi_1",
+        "own": {"adalora": ("query", "key", "value", "out", "gate", "up", "down"), "ia3": ("key", "value", "up")},
+    }
 )
 BART = Family(
-    lora=("q_proj", "v_proj"),
-    adalora=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-    ia3=("q_proj", "v_proj", "fc2"),
-    ia3_feedforward=("fc2",),
-    positions="embedding",
+    query="q_proj",
+    key="k_proj",
+    value="v_proj",
+    out="out_proj",
+    up="fc1",
+    down="fc2",
+    attention="self_attn",
+    own={"adalora": _EVERY, "ia3": ("query", "value", "down")},
 )
 
-FAMILIES = {
-    "t5": T5,
-    "mt5": Family(
-        **{
-            **vars(T5),
-            "adalora": ("q", "k", "v", "o", "wi_0", "wi_1", "wo"),
-            "ia3": ("k", "v", "wi_1"),
-            "ia3_feedforward": (),
-        }
-    ),
-    "bart": BART,
-    "mbart": BART,
-    "whisper": BART,
-}
+FAMILIES = {"t5": T5, "mt5": MT5, "bart": BART, "mbart": BART, "whisper": BART}

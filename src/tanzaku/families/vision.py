@@ -1,21 +1,16 @@
 """Vision encoders."""
 
-from tanzaku.families import Family
+from tanzaku.families.family import Family
 
 VIT = Family(
-    lora=("q_proj", "v_proj"),
-    adalora=("q_proj", "v_proj"),
-    ia3=("k_proj", "v_proj", "fc2"),
-    ia3_feedforward=("fc2",),
+    query="q_proj",
+    key="k_proj",
+    value="v_proj",
+    out="o_proj",
+    up="fc1",
+    down="fc2",
     attention="attention",
-    positions="none",
 )
-CLIP = Family(
-    lora=("q_proj", "v_proj"),
-    adalora=("q_proj", "v_proj"),
-    ia3=("k_proj", "v_proj", "fc2"),
-    ia3_feedforward=("fc2",),
-    positions="none",
-)
+CLIP = Family(**{**vars(VIT), "out": "out_proj", "attention": "self_attn"})
 
 FAMILIES = {"vit": VIT, "clip": CLIP, "clip_vision_model": CLIP, "clip_text_model": CLIP}

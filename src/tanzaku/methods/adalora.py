@@ -111,6 +111,10 @@ class AdaLoRA(LoRA):
     # The paper: 5e-4 to 2.2e-3 over GLUE, and the budget at the end matters more than the one at first.
     space = spaces(target_r=Choice((1, 2, 4, 8)), learning_rate=Range(1e-4, 1e-2, log=True))
 
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return not isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d)
+
     target_r: float = 8
     init_r: int = 12
     tinit: int = 0
@@ -138,7 +142,7 @@ class AdaLoRA(LoRA):
         found = self.find(base)
         for path, module in found:
             self.require(
-                not isinstance(module, nn.Embedding | nn.Conv2d),
+                self.fits(module),
                 f"{path}, a {type(module).__name__}",
                 "a matrix",
             )

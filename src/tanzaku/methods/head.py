@@ -8,7 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch import nn
+
+from tanzaku import tree
 from tanzaku.families import Base
+from tanzaku.heads import task_head
 from tanzaku.method import Method, Strip
 from tanzaku.space import Range, spaces
 from tanzaku.weights import copy_of
@@ -34,9 +38,17 @@ class Head(Method):
     target_modules: list[str] | None = None
 
     def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
+        if self._copies is not None:
+            return  # a file says what they are
+        tied: dict[int, nn.Parameter] = {}
+        if self.target_modules is None and (parts := self.heads(base) or task_head(base.model)):
+            self.target_modules = [part.path for part in parts]
+            for part in parts:
+                yield part.path, copy_of(base.model.get_submodule(part.path), part.names, tied)
+            return
         if self.target_modules is None:
-            self.target_modules = base.head_names() or [
-                path for path, m in base.model.named_modules() if path and m is self._output(base)
+            self.target_modules = [
+                path for path, m in tree.named_modules(base.model) if path and m is self._output(base)
             ]
         self.require(bool(self.target_modules), "a model without a head", "one with a head, or target_modules")
         for path, module in base.targets(self.target_modules):

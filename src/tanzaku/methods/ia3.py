@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,11 @@ class ScaleStrip(ModuleStrip):
 
     def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
         factor: Any = self.ia3_l
-        if isinstance(module, nn.Conv2d) and not self.edits_input:
+        if isinstance(module, nn.Conv2d) and self.edits_input:
+            # Each group of output channels reads its own part of the input's.
+            factor = factor.view(module.groups, 1, -1, 1, 1).expand(-1, module.out_channels // module.groups, -1, 1, 1)
+            factor = factor.flatten(0, 1)
+        elif isinstance(module, nn.Conv2d):
             factor = factor.transpose(0, 1)
         out = {"weight": full_weight(module) * (factor.t() if isinstance(module, Conv1D) else factor)}
         bias = module._parameters.get("bias")
@@ -94,6 +98,8 @@ class IA3(Method):
     # The paper's 3e-3, and above: a factor starts at one and has far to go.
     space = spaces(learning_rate=Range(5e-4, 5e-2, log=True))
 
+    targets: ClassVar[tuple[str, ...]] = ("key", "value", "down", "mixer")  # roles, see families/family.py
+
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     feedforward_modules: list[str] | str | None = None
@@ -102,10 +108,10 @@ class IA3(Method):
 
     def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
         if self.target_modules is None:
-            self.target_modules = base.defaults(self.name)
+            self.target_modules = base.defaults(self.name, self.targets)
             if self.feedforward_modules is None:
-                self.feedforward_modules = list(base.family.ia3_feedforward) if base.family else []
-        skip = [*base.head_names(), *(self.modules_to_save or [])]
+                self.feedforward_modules = base.feed_forward(self.target_modules)
+        skip = self.copied(base)
         found = base.targets(self.target_modules, exclude=self.exclude_modules, skip=skip)
         inner: set[str] = set()
         if self.feedforward_modules:

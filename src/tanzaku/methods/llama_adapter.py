@@ -14,49 +14,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanzaku.families import Base, Family, weight_of
+from tanzaku import tree
+from tanzaku.errors import TanzakuError
+from tanzaku.families import Attention, Base
+from tanzaku.families.prompt_call import PromptCall, keys_values
 from tanzaku.method import AttentionCall, AttentionStrip, Method, Strip, trainable
-from tanzaku.methods.prefix_tuning import kv_shape
+from tanzaku.refs import Ref
 from tanzaku.sites import quiet
 from tanzaku.space import Choice, Range, spaces
 
 
 class GatedPrompt(AttentionStrip):
-    """One layer's prompt (1, n, hidden) and gate (1,)."""
+    """One layer's prompt (1, n, width) and gate (1,)."""
 
-    def __init__(self, base: Base, module: nn.Module, length: int):
+    def __init__(self, base: Base, layer: Attention, how: PromptCall, length: int):
         super().__init__()
-        family = base.family or Family(lora=())
-        self.family = family
-        self.heads, self.head_dim = kv_shape(base)
-        first = getattr(module, family.fused or family.key)
-        like = weight_of(first)
-        self.adaption_prompt = trainable(1, length, base.hidden_size, like=like, fill=nn.init.normal_)
+        self.heads, self.how = layer.kv_heads, how
+        module = base.model.get_submodule(layer.of)
+        self.source = Ref(None if layer.of == layer.path else module)  # another layer, whose keys and values this has
+        like = next(tree.parameters(module))
+        self.adaption_prompt = trainable(1, length, how.width, like=like, fill=nn.init.normal_)
         self.adaption_gate = trainable(1, like=like)
 
     def keys_values(self, module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values of the prompt, each (1, kv_heads, n, head_dim), by the layer's own projections."""
-        family = self.family
+        """Keys and values of the prompt, each (1, kv_heads, n, head_dim), by the code of the layer that has them."""
         with quiet():
-            if family.fused:
-                both = getattr(module, family.fused)(self.adaption_prompt.to(dtype))
-                k, v = self._split(both)
-            else:
-                prompt = self.adaption_prompt.to(dtype)
-                k, v = getattr(module, family.key)(prompt), getattr(module, family.value)(prompt)
-                k, v = (x.view(1, x.shape[1], self.heads, self.head_dim).transpose(1, 2) for x in (k, v))
-            norm = getattr(module, family.key_norm, None) if family.key_norm else None
-            return (norm(k) if norm is not None else k), v
-
-    def _split(self, fused: Tensor) -> tuple[Tensor, Tensor]:
-        n = fused.shape[1]
-        if self.family.fused == "query_key_value":  # GPT-NeoX: query, key, value lie together in each head
-            _, k, v = fused.view(1, n, self.heads, 3 * self.head_dim).transpose(1, 2).chunk(3, dim=-1)
-            return k, v
-        width = self.heads * self.head_dim
-        k, v = fused[..., -2 * width : -width], fused[..., -width:]
-        shape = (1, n, self.heads, self.head_dim)
-        return k.view(shape).transpose(1, 2), v.view(shape).transpose(1, 2)
+            return keys_values(self.source() or module, self.how, self.adaption_prompt.to(dtype))
 
     def attend(self, call: AttentionCall) -> Tensor:
         own = call.run()
@@ -69,7 +52,7 @@ class GatedPrompt(AttentionStrip):
         folded = q.reshape(rows, self.heads, heads // self.heads * queries, head_dim)
         scores = torch.matmul(folded, k.transpose(2, 3)) * scaling
         weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-        second = torch.matmul(weights, v).reshape(rows, heads, queries, head_dim).transpose(1, 2)
+        second = torch.matmul(weights, v).reshape(rows, heads, queries, v.shape[-1]).transpose(1, 2)
         return (own + self.adaption_gate * second).to(own.dtype)
 
 
@@ -81,7 +64,7 @@ class LlamaAdapter(Method):
 
     Args:
         adapter_len: learned prompts a layer. adapter_layers: how many layers, counted from the top.
-        target_modules: last name of the attention modules; None takes the family's.
+        target_modules: last name of the attention modules; None takes the model's.
     """
 
     name = "llama_adapter"
@@ -98,19 +81,21 @@ class LlamaAdapter(Method):
 
     def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
         self.require(self.adapter_len > 0, f"adapter_len={self.adapter_len}", "1 or more")
-        layers = base.attention()
+        layers = base.attention_layers()
         self.require(
             0 < self.adapter_layers <= len(layers),
             f"adapter_layers={self.adapter_layers}",
             f"1 to the model's {len(layers)}",
         )
         if self.target_modules is None:
-            self.target_modules = base.family.attention if base.family else "self_attn"
-        for path, module in layers[-self.adapter_layers :]:
-            family = base.family or Family(lora=())
-            self.require(
-                hasattr(module, family.fused or family.key),
-                f"{path} without a {family.fused or family.key}",
-                "the key and value projections of a known model family",
-            )
-            yield path, GatedPrompt(base, module, self.adapter_len)
+            known = base.family.attention if base.family else None
+            self.target_modules = known or layers[-1].path.rpartition(".")[2]
+        for layer in layers[-self.adapter_layers :]:
+            module = base.model.get_submodule(layer.path)
+            how = layer.prompt
+            if how is None:
+                raise TanzakuError(
+                    f"{self.name}: {layer.path}, a {type(module).__name__}, gives no keys and values of a prompt by "
+                    "itself: expected attention whose keys and values are projections of one input"
+                )
+            yield layer.path, GatedPrompt(base, layer, how, self.adapter_len)

@@ -7,17 +7,19 @@ Hu et al. 2021, arXiv 2106.09685. rsLoRA scales by alpha / sqrt(r): Kalajdzievsk
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from tanzaku import tree
+from tanzaku.autograd import once_differentiable
 from tanzaku.errors import TanzakuError
 from tanzaku.families import Base, features, weight_of
 from tanzaku.method import Method, ModuleStrip, Strip, trainable
@@ -25,7 +27,8 @@ from tanzaku.patterns import groups_of
 from tanzaku.quantize import full_weight
 from tanzaku.routing import in_equal_shares, split
 from tanzaku.space import Choice, Range, ends, spaces
-from tanzaku.weights import BiasStrip
+from tanzaku.survey import tensors
+from tanzaku.weights import BiasStrip, with_weight
 
 
 class Low(nn.Module):
@@ -196,11 +199,16 @@ class _LowRank(torch.autograd.Function):
 
 
 class LoraEmbedding(ModuleStrip):
-    """For token embeddings: A holds a vector of r numbers a token. B starts at random and A at zero."""
+    """For embeddings: A holds a vector of r numbers a token. B starts at random and A at zero.
+
+    Some find out for themselves what to look up, such as positions from a mask: these look A up in the same way.
+    """
 
     def __init__(self, module: nn.Embedding, r: int, scaling: float, init: Any):
         super().__init__()
         self.scaling = scaling
+        scaled = hasattr(module, "embed_scale") and len(inspect.signature(module.forward).parameters) == 1
+        self.reads_call = type(module).forward is not nn.Embedding.forward and not scaled  # type: ignore[misc]
         weight = module.weight
         normal = None if init is False else nn.init.normal_
         self.lora_embedding_A = trainable(
@@ -210,11 +218,21 @@ class LoraEmbedding(ModuleStrip):
 
     def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         embedding = cast(nn.Embedding, module)
+        if (rows := self.lora_embedding_A.shape[1]) != len(embedding.weight):
+            raise TanzakuError(
+                f"the embedding has {len(embedding.weight)} tokens, and the adapter was attached when it had {rows}: "
+                "detach it, resize, and attach it again"
+            )
         h = F.embedding(x, self.lora_embedding_A.t(), embedding.padding_idx)
         # Some models scale embedded tokens inside the embedding module, and PEFT scales the change alike.
         scale = getattr(module, "embed_scale", None)
         change = h @ self.lora_embedding_B.t() * self.scaling
         return (y + (change if scale is None else change * scale)).to(y.dtype)
+
+    def outputs_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        h = type(module).forward(with_weight(module, self.lora_embedding_A.t()), *args, **kwargs)
+        h = next(x for _, x in tensors(h))
+        return (y + h @ self.lora_embedding_B.t() * self.scaling).to(y.dtype)
 
     def delta(self) -> Tensor:
         """The change of the table, transposed: (embedding_dim, tokens)."""
@@ -248,6 +266,7 @@ class LoRA(Method):
     mergeable = True
     # The paper: ranks from 1 up do nearly alike, at 2e-4 (GPT-2) to 5e-4 (RoBERTa); a decade lies on either side.
     space = spaces(r=Choice((1, 4, 8, 16, 32)), learning_rate=Range(5e-5, 5e-3, log=True))
+    targets: ClassVar[tuple[str, ...]] = ("query", "value", "mixer")  # roles, see families/family.py
 
     r: int = 8
     target_modules: list[str] | str | None = None
@@ -296,16 +315,21 @@ class LoRA(Method):
         features(module, path)
         return kind(module, r, scaling, self.lora_dropout, None if self._to_fill else self.init_lora_weights)
 
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether the method can change such a module."""
+        return not isinstance(module, nn.Conv1d)
+
     def find(self, base: Base) -> list[tuple[str, nn.Module]]:
         """Target modules with their paths; remembers the family's default names in the settings."""
         if self.target_modules is None:
-            self.target_modules = base.defaults(self.name)
+            self.target_modules = base.defaults(self.name, self.targets, fits=self.fits)
         return base.targets(
             self.target_modules,
             exclude=self.exclude_modules,
             layers=self.layers_to_transform,
             layers_pattern=self.layers_pattern,
-            skip=[*base.head_names(), *(self.modules_to_save or [])],
+            skip=self.copied(base),
         )
 
     def check(self) -> None:
@@ -320,9 +344,9 @@ class LoRA(Method):
         """Strips for the biases that `bias` names. A module that is copied whole has its bias in the copy."""
         if self.bias == "none":
             return
-        whole = [*base.head_names(), *(self.modules_to_save or [])]
-        for path, module in base.model.named_modules():
-            if any(f".{name}." in f".{path}." for name in whole):
+        copied = self.copied(base)
+        for path, module in tree.named_modules(base.model):
+            if copied(path):
                 continue
             wanted = self.bias == "all" or (self.bias == "lora_only" and path in targets)
             if wanted and isinstance(module._parameters.get("bias"), Tensor):
