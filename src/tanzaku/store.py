@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,18 +20,21 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from tanzaku import tree
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.export.card import CARD, card, digest_of, kept
 from tanzaku.families import Base
 from tanzaku.files import apart, directory_beside, recover, to_disk
+from tanzaku.heads import Part, heads_of, resized
 from tanzaku.host import Adapter, Host, attach, detach, host_of
 from tanzaku.merging import before_merging
-from tanzaku.method import Method, Strip
+from tanzaku.method import Copy, Method, Strip
 from tanzaku.methods import METHODS
+from tanzaku.survey import may_not_run, survey
 from tanzaku.untrusted import Allowance, from_file
-from tanzaku.weights import BiasStrip, WeightStrip, copy_of
+from tanzaku.weights import BiasStrip, WeightStrip, copied_in, copy_of
 
 CONFIG, TENSORS, META = "adapter_config.json", "adapter_model.safetensors", "tanzaku.json"
 
@@ -76,7 +80,12 @@ def save(
             save_file(tensors, beside / TENSORS, metadata={"format": "pt"})
             checksum = aside.submit(_sha256, beside / TENSORS)
             aside.submit(to_disk, beside / TENSORS)  # so that little is left to wait for at the end
-            about = {"format": 2, "base": describe(host.base, adapter), "meta": meta or {}}
+            about = {
+                "format": 2,
+                "base": describe(host.base, adapter),
+                "copies": _recorded(adapter),
+                "meta": meta or {},
+            }
             config = config_of(host, adapter)
             text = card(adapter.method, config, meta or {}, training or {}, tensors)
             about |= {"card": digest_of(text), "sha256": checksum.result()}
@@ -90,24 +99,45 @@ def save(
 
 
 def load(
-    model: nn.Module, path: str | Path, name: str = "default", *, strict: bool = True, method: Method | None = None
+    model: nn.Module,
+    path: str | Path,
+    name: str = "default",
+    *,
+    strict: bool = True,
+    method: Method | None = None,
+    any_base: bool = False,
 ) -> Adapter:
-    """Attach the adapter saved in the directory `path`, by Tanzaku or by HF PEFT.
+    """Attach the adapter saved in the directory `path`, by Tanzaku or by HF PEFT, or below it by `save_pretrained` of a
+    model in which it was active.
 
     Args:
         strict: missing, unexpected, mis-shaped or non-finite tensors and another base are errors; otherwise warnings,
             and the adapter keeps its initial values where the file has none that fit.
         method: take these settings instead of the file's.
+        any_base: another base than the adapter was made for is a warning, though all else is `strict`.
 
     Raises:
         TanzakuError: no adapter there, a damaged file, another base, or settings this version does not know.
     """
-    folder = Path(path)
+    folder = adapter_dir(Path(path))
     with from_file(folder):
-        return _load(model, folder, name, strict, method)
+        return _load(model, folder, name, strict, method, any_base or not strict)
 
 
-def _load(model: nn.Module, folder: Path, name: str, strict: bool, method: Method | None) -> Adapter:
+def adapter_dir(folder: Path) -> Path:
+    """The adapter's directory: the given one, or the only one below it where `save_pretrained` wrote it."""
+    recover(folder)
+    place = folder / tree.PLACE
+    if (folder / CONFIG).is_file() or not place.is_dir():
+        return folder
+    # What is being written beside an adapter has a hidden name.
+    found = sorted(each for each in place.iterdir() if (each / CONFIG).is_file() and not each.name.startswith("."))
+    if len(found) > 1:
+        raise TanzakuError(f"{folder} has the adapters {listed(p.name for p in found)}; load one, such as {found[0]}")
+    return found[0] if found else folder
+
+
+def _load(model: nn.Module, folder: Path, name: str, strict: bool, method: Method | None, any_base: bool) -> Adapter:
     config = read_config(folder)
     about = read_about(folder)
     with ThreadPoolExecutor(1) as aside:  # a checksum takes as long as all the rest, and needs no lock
@@ -115,17 +145,20 @@ def _load(model: nn.Module, folder: Path, name: str, strict: bool, method: Metho
         tensors = read_tensors(folder)
         method = method_of(config) if method is None else copy.deepcopy(method)
         if about is not None and checksum is not None:
-            _check_base(model, about.get("base") or {}, folder, strict)
+            _check_base(model, about.get("base") or {}, folder, not any_base)
             if about.get("sha256") not in (None, checksum.result()):
                 raise TanzakuError(f"{folder / TENSORS} is damaged: its checksum is not the one written beside it")
-    method.modules_to_save = _ending(model, method.modules_to_save)
     if about is None:
+        method.modules_to_save = _ending(model, method.modules_to_save)
+        method._as_peft = True
         _drop_strangers(model, method)
+    else:
+        method._copies = _copies(model, about.get("copies"), method.modules_to_save or [], folder)
     # What a file holds is past its beginning: no initial text is read, and an MLP that wrote the tensors is gone.
     method.inference_mode = True
     method._to_fill = True
     # Initial values are drawn by a seed, so that loading leaves torch's global generator alone.
-    numbers = [*tensors.values(), *type(model).parameters(model)]
+    numbers = [*tensors.values(), *tree.parameters(model)]
     with Allowance(sum(tensor.numel() for tensor in numbers)):
         adapter = attach(model, method, name, seed=0)
     adapter.method._to_fill = False
@@ -140,8 +173,7 @@ def _load(model: nn.Module, folder: Path, name: str, strict: bool, method: Metho
 
 def read_meta(path: str | Path) -> dict[str, Any]:
     """What :func:`save` was given as `meta`; an error where the directory holds no tanzaku.json."""
-    recover(Path(path))
-    about = read_about(Path(path))
+    about = read_about(adapter_dir(Path(path)))
     if about is None:
         raise TanzakuError(f"{path} has no {META}; expected an adapter directory written by tanzaku")
     meta = about.get("meta")
@@ -173,10 +205,10 @@ def _key(method: Method, path: str, name: str) -> str:
 
 
 def _ending(model: nn.Module, names: list[str] | None) -> list[str] | None:
-    """Paths of what a file's `modules_to_save` names: all that end with a name, even inside a word, as PEFT has it."""
+    """Paths of what `modules_to_save` names in a file of PEFT's: all that end with a name, even inside a word."""
     if not names:
         return names
-    paths = [path for path, _ in model.named_modules()]
+    paths = [path for path, _ in tree.named_modules(model)]
     found = [[path for path in paths if path.endswith(name)] or [name] for name in names]
     # PEFT writes both of its names for a classifier's head, whichever the model has.
     known = [path for each in found for path in each if path in paths or path not in _HEADS]
@@ -188,9 +220,60 @@ def _drop_strangers(model: nn.Module, method: Method) -> None:
     its own, too. Nothing is lost by it: a tensor without a place is an error."""
     targets = getattr(method, "target_modules", None)
     if isinstance(targets, list):
-        paths = [path.split(".") for path, _ in model.named_modules()]
+        paths = [path.split(".") for path, _ in tree.named_modules(model)]
         ends = {".".join(path[at:]) for path in paths for at in range(len(path))}
         method.target_modules = [name for name in targets if name in ends] or targets  # type: ignore[attr-defined]
+
+
+# -- copies of modules
+
+
+def _recorded(adapter: Adapter) -> list[dict[str, Any]]:
+    """What of the base the adapter has copies of, for tanzaku.json: another base may have other heads."""
+    strips = [(path, strip) for path, strip in adapter.at() if isinstance(strip, WeightStrip) and not strip.resized]
+    times = Counter(id(p) for _, strip in strips for p in set(strip.own.values()))
+    out = []
+    for path, strip in strips:
+        each: dict[str, Any] = {"path": path}
+        if set(strip.own) != set(Part.of(path, adapter.base.model.get_submodule(path)).names):
+            each["names"] = list(strip.own)
+        each["trained"] = strip.trained
+        if any(times[id(p)] > 1 for p in strip.own.values()):
+            each["tied"] = True
+        out.append(each)
+    return out
+
+
+def _copies(model: nn.Module, recorded: Any, settings: list[str], folder: Path) -> list[Copy] | None:
+    """What :func:`_recorded` wrote; None where an older version did not.
+
+    Args:
+        settings: `modules_to_save`, which go together with the copies.
+    """
+    if recorded is None:
+        return None
+    damaged = TanzakuError(f"{folder / META} is damaged: its copies are no modules' paths")
+    if not isinstance(recorded, list) or not all(isinstance(each, dict) for each in recorded):
+        raise damaged
+    modules = dict(tree.named_modules(model))
+    out = []
+    for each in recorded:
+        path, names = each.get("path"), each.get("names")
+        if not isinstance(path, str) or not (names is None or isinstance(names, list)):
+            raise damaged
+        if path in modules:  # if not, its tensors have no place, which is told where they are read
+            part = Part.of(path, modules[path])
+            if names is not None:
+                part = Part(path, tuple(name for name in part.names if name in names), whole=False)
+            out.append(Copy(part, trained=bool(each.get("trained")), tied=bool(each.get("tied"))))
+    paths = [each["path"] for each in recorded]
+    for name in settings:
+        if not any(f".{path}".endswith(f".{name}") for path in paths):
+            raise TanzakuError(
+                f"modules_to_save: {name!r} matches no module that {folder} has a copy of, which are "
+                f"{listed(paths) or 'none'}"
+            )
+    return out
 
 
 # -- embeddings of a base whose vocabulary was resized
@@ -200,21 +283,14 @@ def _resized_embeddings(host: Host, adapter: Adapter) -> dict[str, Tensor]:
     """The base's embeddings by their keys in the file, where its vocabulary is not that of its own configuration: the
     vectors of new tokens are drawn at random, and without them the adapter could not be used again. PEFT does alike.
     """
-    model, config = host.model, getattr(host.model, "config", None)
-    if config is None or not (name := getattr(model, "name_or_path", "")):
-        return {}
-    try:
-        first = type(config).from_dict(PretrainedConfig.get_config_dict(name, local_files_only=True)[0])
-    except (OSError, ValueError):
-        return {}
-    sizes = [getattr(each.get_text_config(), "vocab_size", None) for each in (first, config)]
-    if sizes[0] == sizes[1]:
+    model = host.model
+    if not resized(model):
         return {}
     targets = {path for path, s in adapter.at() if not isinstance(s, WeightStrip)}
     embeddings = _embeddings(model)
     return {
         _key(adapter.method, path, f"base_layer.{name}" if path in targets else name): parameter
-        for path, module in model.named_modules()
+        for path, module in tree.named_modules(model)
         if id(module) in embeddings
         for name, parameter in module.named_parameters()
     }
@@ -242,7 +318,7 @@ def _own_embeddings(model: nn.Module, adapter: Adapter, tensors: dict[str, Tenso
     embeddings = _embeddings(model)
     tied: dict[int, list[str]] = {}
     at: dict[str, nn.Parameter] = {}
-    for name, parameter in type(model).named_parameters(model, remove_duplicate=False):
+    for name, parameter in tree.named_parameters(model, remove_duplicate=False):
         tied.setdefault(id(parameter), []).append(name)
         at[name] = parameter
     copies: dict[str, dict[str, nn.Parameter]] = {}
@@ -259,8 +335,7 @@ def _own_embeddings(model: nn.Module, adapter: Adapter, tensors: dict[str, Tenso
             tensors.setdefault(found.get(other, _key(adapter.method, there, last)), tensors[key])
     for path, weights in copies.items():
         # First, so that what the adapter does to the embedding is done to its own copy.
-        adapter.paths.insert(0, path)
-        adapter.strips.insert(0, WeightStrip(weights))
+        adapter.add(path, WeightStrip(weights, resized=True), first=True)
 
 
 def _new_rows(base: Tensor, file: Tensor) -> bool:
@@ -296,12 +371,20 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=0.02, atol=1e-4)
 
 
+def _at_what_never_runs(model: nn.Module, method: Method, key: str) -> bool:
+    """Whether a tensor is of an adapter at a module that never runs: PEFT has some there, to no effect."""
+    paths, path = {p for p, _ in tree.named_modules(model)}, key.removeprefix(method.file_prefix)
+    while path and path not in paths:
+        path = path.rpartition(".")[0]
+    return bool(path) and may_not_run(model, path) and survey(Base.of(model)).never_runs(Base.of(model), path)
+
+
 def _strange(model: nn.Module, method: Method, keys: list[str], tensors: dict[str, Tensor]) -> Iterator[str]:
     """What is wrong with the keys that the adapter has no place for."""
-    base = dict(type(model).named_parameters(model, remove_duplicate=False)) if keys else {}
+    base = dict(tree.named_parameters(model, remove_duplicate=False)) if keys else {}
     unexpected = []
     for key in keys:
-        if _beside(method, key, tensors, base):
+        if _beside(method, key, tensors, base) or _at_what_never_runs(model, method, key):
             continue
         own = base.get(_base_name(method, key))
         if own is None:
@@ -371,13 +454,13 @@ def _fill(
 
 def _frozen_copy(strip: Strip) -> bool:
     """Whether the strip is a copy of the base's weights that is not trained, such as a head's."""
-    return isinstance(strip, WeightStrip) and not any(p.requires_grad for p in strip.parameters())
+    return isinstance(strip, WeightStrip) and not strip.trained
 
 
 def method_of(config: dict[str, Any]) -> Method:
     """The method that an adapter_config.json describes; settings that change the mathematics must be known."""
     kind = config.get("peft_type")
-    cls = next((m for m in METHODS.values() if m.peft_type == str(kind).removeprefix("TANZAKU_")), None)
+    cls = next((m for m in METHODS.values() if m.peft_type == str(kind).removeprefix(_OURS)), None)
     if cls is None:
         known = ", ".join(m.peft_type for m in METHODS.values())
         raise TanzakuError(f"{CONFIG}: peft_type is {kind!r}; this version reads {known}")
@@ -414,7 +497,7 @@ def config_of(host: Host, adapter: Adapter) -> dict[str, Any]:
     settings = method.settings()
     # Whole paths: of a mere name PEFT takes all that ends with it, "norm" for "input_layernorm" too.
     copies = {path: s for path, s in adapter.at() if isinstance(s, WeightStrip)}
-    whole = [path for path, s in copies.items() if any(p.requires_grad for p in s.parameters())]
+    whole = [path for path, s in copies.items() if path and s.trained]
     if whole and method.name not in _ONLY_HERE:
         settings["modules_to_save"] = whole
     if task in _NEEDS_HEAD and method.trains_head and method.file_prefix == Method.file_prefix:
@@ -423,8 +506,11 @@ def config_of(host: Host, adapter: Adapter) -> dict[str, Any]:
     if task is None and isinstance(host.model, PreTrainedModel):
         # Where the task does not tell, PEFT's AutoPeftModel reads the base's class here.
         settings["auto_mapping"] = {"base_model_class": own, "parent_library": type(host.model).__module__}
+    kind = method.file_type(host.base)
+    if "" in copies and method.name not in _ONLY_HERE and not kind.startswith(_OURS):
+        kind = _OURS + kind  # parameters of the model itself, which PEFT cannot name
     settings.update(
-        peft_type=method.file_type(host.base),
+        peft_type=kind,
         task_type=task,
         base_model_name_or_path=getattr(host.model, "name_or_path", "") or None,
         inference_mode=True,
@@ -441,6 +527,7 @@ def config_of(host: Host, adapter: Adapter) -> dict[str, Any]:
     return settings
 
 
+_OURS = "TANZAKU_"
 _ONLY_HERE = {"full", "head"}
 _HEADS = ("classifier", "score", "qa_outputs")
 _NEEDS_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -454,8 +541,8 @@ def describe(base: Base, adapter: Adapter) -> dict[str, Any]:
 
     Weights that the adapter has its own copy of are left out, as is a classifier's head: it is drawn anew each time.
     """
-    carried = [path for path, s in adapter.at() if path and isinstance(s, WeightStrip)]
-    weights = _sample(base, [*base.head_names(), *carried])
+    carried = copied_in((path, strip) for path, strip in adapter.at() if adapter.method.name != "full")
+    weights = _sample(base, carried | _heads(base))
     return {"model_type": base.kind, "architecture": type(base.model).__name__, "weights": weights}
 
 
@@ -464,17 +551,20 @@ _PLACES = [5 * 8**k for k in range(14)]
 _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def _sample(base: Base, left_out: list[str], names: set[str] | None = None) -> dict[str, str]:
+def _heads(base: Base) -> set[str]:
+    return {name for part in heads_of(base.model) for name in part.parameters}
+
+
+def _sample(base: Base, left_out: set[str], names: set[str] | None = None) -> dict[str, str]:
     """For each weight its shape and a few numbers, such as "48x32: 0.125 -0.5". Quantised weights, those of other
     processes and those not in memory tell nothing, and are left out."""
-    outside = tuple(f"{path}." for path in left_out) or ("\0",)
     merged = before_merging(base.model)
     picked: dict[Any, list[tuple[str, Tensor, Tensor]]] = {}
     places: dict[Any, Tensor] = {}
-    for name, parameter in type(base.model).named_parameters(base.model):
+    for name, parameter in tree.named_parameters(base.model):
         kind, size = (parameter.device, parameter.dtype), parameter.numel()
         plain = type(parameter) is nn.Parameter and parameter.dtype in _READABLE and parameter.device.type != "meta"
-        if not plain or size <= _PLACES[0] or name.startswith(outside) or (names is not None and name not in names):
+        if not plain or size <= _PLACES[0] or name in left_out or (names is not None and name not in names):
             continue
         count = sum(place < size for place in _PLACES)
         if (count, kind) not in places:
@@ -509,10 +599,10 @@ def _other_weights(base: Base, theirs: dict[str, str], folder: Path) -> str | No
     damaged = TanzakuError(f"{folder / META} is damaged: its weights are no shapes and numbers")
     if not isinstance(theirs, dict):
         raise damaged
-    ours = _sample(base, [], set(theirs))
+    ours = _sample(base, set(), set(theirs))
     if theirs and not ours:
         # No weight of that name; where none can be read at all, there is nothing to tell.
-        return "a base with other layers" if _sample(base, base.head_names()) else None
+        return "a base with other layers" if _sample(base, _heads(base)) else None
     try:
         changed = {name: (_parsed(theirs[name]), _parsed(mine)) for name, mine in ours.items() if theirs[name] != mine}
     except (ValueError, AttributeError):
@@ -552,11 +642,13 @@ def _differing(pairs: dict[str, tuple[list[float], list[float]]]) -> list[str]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    recover(folder)
     if not folder.is_dir():
         raise TanzakuError(f"{folder} is no directory; expected an adapter's, with {CONFIG} and {TENSORS}")
     if not (folder / CONFIG).is_file():
-        raise TanzakuError(f"{folder} has no {CONFIG}; found {listed(p.name for p in folder.iterdir()) or 'nothing'}")
+        found = sorted(path.name for path in folder.iterdir())
+        base = "config.json" in found and any(name.startswith("model") for name in found)
+        fix = "; it is a model's, and no adapter was active when it was saved" if base else ""
+        raise TanzakuError(f"{folder} has no {CONFIG}; found {listed(found) or 'nothing'}{fix}")
     return _read_object(folder / CONFIG)
 
 

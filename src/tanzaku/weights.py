@@ -2,41 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_map
+from transformers.cache_utils import Cache
 
+from tanzaku import tree
 from tanzaku.errors import TanzakuError
-from tanzaku.method import ModuleStrip, Strip, trainable
+from tanzaku.method import ModuleStrip, Strip, offloaded, trainable
 from tanzaku.quantize import plain
+from tanzaku.routing import Rows, put, take
 
 
 class WeightStrip(Strip):
     """The adapter's own copy of a module's weights, used in their place while the module runs.
 
-    `parameters_by_name` maps the module's parameter names to the adapter's; tied parameters appear once.
+    `own` maps the module's parameter names to the adapter's. They stand in the strip's tree by these names, so that
+    whoever goes by names (weight decay, sharding) knows them again; tied parameters stand there once, by their first.
+
+    Args:
+        resized: they are the embeddings of a base whose vocabulary was resized, which files hold as the base's.
     """
 
-    def __init__(self, own: dict[str, nn.Parameter]):
+    def __init__(self, own: dict[str, nn.Parameter], resized: bool = False):
         super().__init__()
-        self.names = list(own)
-        self.copies = nn.ParameterList(dict.fromkeys(own.values()))
-        order = {id(p): i for i, p in enumerate(self.copies)}
-        self.slot = {name: order[id(p)] for name, p in own.items()}
+        self.resized = resized
+        first: dict[int, str] = {}
+        self._place = {name: first.setdefault(id(parameter), name) for name, parameter in own.items()}
+        for name, parameter in own.items():
+            if self._place[name] == name:
+                owner, last = _owner(self, name)
+                owner._parameters[last] = parameter
 
     @property
     def own(self) -> dict[str, nn.Parameter]:
-        return {name: cast(nn.Parameter, self.copies[i]) for name, i in self.slot.items()}
+        """The module's names -> the adapter's parameters, read off the tree: somebody may have put others there."""
+        found = {}
+        for name, place in self._place.items():
+            owner, last = _owner(self, place)
+            found[name] = cast(nn.Parameter, owner._parameters[last])
+        return found
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        seen: set[int] = set()
-        for name, parameter in self.own.items():
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield name, parameter
+    def below(self, part: str) -> dict[str, nn.Parameter]:
+        """Those of :attr:`own` below a part of the module, by their names there."""
+        start = f"{part}." if part else ""
+        return {name.removeprefix(start): p for name, p in self.own.items() if name.startswith(start)}
 
     def export(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.named_parameters()}
@@ -54,6 +71,10 @@ class WeightStrip(Strip):
             path, _, last = name.rpartition(".")
             owner = module.get_submodule(path)
             original = owner._parameters[last]
+            if original is not None:
+                self.check_here(original)
+                check_shape(name, parameter, original)
+            check_in_reach(owner)
             owners.append((owner, last, original))
             owner._parameters[last] = cast(nn.Parameter, as_used(parameter, original))
         try:
@@ -63,19 +84,79 @@ class WeightStrip(Strip):
                 owner._parameters[last] = original
 
 
-def copy_of(module: nn.Module) -> WeightStrip:
-    """An adapter's own, trainable copy of every weight below `module`; tied weights stay tied."""
-    copies: dict[int, nn.Parameter] = {}
+def check_shape(name: str, own: Tensor, original: Tensor) -> None:
+    """Raise a clear error where the base's weight has another shape by now."""
+    if own.shape != original.shape:
+        raise TanzakuError(
+            f"the base's {name} is {tuple(original.shape)}, and was {tuple(own.shape)} when the adapter was attached: "
+            "detach it, resize, and attach it again"
+        )
+
+
+def check_in_reach(owner: nn.Module) -> None:
+    """Raise a clear error where a module's weights are brought from elsewhere for each pass: they would take the place
+    of the adapter's own again."""
+    hook = owner.__dict__.get("_hf_hook")
+    if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook])):
+        raise TanzakuError(
+            f"an adapter has an own copy of a {type(owner).__name__} of the base that is offloaded, and cannot be used "
+            "in its place; keep that module on a device (device_map), or attach without it (modules_to_save=[])"
+        )
+
+
+def copied_in(strips: Iterable[tuple[str, Strip]]) -> set[str]:
+    """Names of the base's parameters that (path, strip) pairs have own copies of."""
+    own = ((path, key) for path, strip in strips if isinstance(strip, WeightStrip) for key in strip.own)
+    return {f"{path}.{key}" if path else key for path, key in own}
+
+
+def _owner(tree: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module of `tree` that holds the parameter `name`, made if there is none yet, and the name's last part.
+
+    Past attributes: a part may be named as one of `nn.Module`'s or of the strip's.
+    """
+    *path, last = name.split(".")
+    for part in path:
+        node = tree._modules.get(part)
+        if node is None:
+            node = tree._modules[part] = nn.Module()
+        tree = node
+    return tree, last
+
+
+def copy_of(
+    module: nn.Module, names: Iterable[str] | None = None, copies: dict[int, nn.Parameter] | None = None
+) -> WeightStrip:
+    """An adapter's own, trainable copy of every weight below `module`; tied weights stay tied.
+
+    Args:
+        names: only these. copies: those made already, by the id of the base's parameter, where ties reach further.
+    """
+    copies = {} if copies is None else copies
+    chosen = None if names is None else set(names)
     own = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
+    for name, parameter in tree.named_parameters(module, remove_duplicate=False):
+        if chosen is not None and name not in chosen:
+            continue
         if not plain(parameter):
             raise TanzakuError(f"cannot copy {name!r}: it holds quantised values ({type(parameter).__name__})")
         if id(parameter) not in copies:
             # As in `trainable`: half precision trains badly, so the copy is in full.
             full = parameter.dtype if parameter.dtype == torch.float64 else torch.float32
-            copies[id(parameter)] = nn.Parameter(parameter.detach().to(full, copy=True))
+            copies[id(parameter)] = nn.Parameter(_at_hand(module, name).detach().to(full, copy=True))
         own[name] = copies[id(parameter)]
     return WeightStrip(own)
+
+
+def _at_hand(module: nn.Module, name: str) -> Tensor:
+    """The values of a parameter, also of one that is kept elsewhere between passes."""
+    path, _, last = name.rpartition(".")
+    owner = module.get_submodule(path)
+    found = cast(Tensor, owner._parameters[last])
+    if not found.is_meta or offloaded.get() is None:
+        return found
+    with align_module_device(owner, offloaded.get()):
+        return cast(Tensor, owner._parameters[last]).detach().clone()
 
 
 class BiasStrip(ModuleStrip):
@@ -83,15 +164,81 @@ class BiasStrip(ModuleStrip):
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        own = cast(Tensor, module.bias).detach()
+        own = _at_hand(module, "bias").detach()
         self.bias = trainable(*own.shape, like=own, fill=lambda bias: bias.copy_(own))
 
     def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        change = (self.bias - cast(Tensor, module.bias)).to(y.dtype)
-        return y + (change[:, None, None] if isinstance(module, nn.Conv2d) else change)
+        change = (self.bias - in_memory(module, "bias")).to(y.dtype)
+        return y + (change.view(-1, *[1] * (y.dim() - 2)) if _channels_first(module) else change)
 
     def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
         return {"bias": self.bias.detach().clone()}
+
+
+def rows_in(given: Any, at: Callable[[int], Rows], path: str) -> Any:
+    """What a module is given (tensors, or what holds some), for the rows of one stack alone.
+
+    Args:
+        at: of so many rows, which those are.
+
+    Raises:
+        TanzakuError: it is given a cache, which would take up the same tokens twice.
+    """
+
+    def cut(leaf: Any) -> Any:
+        if isinstance(leaf, Cache):
+            raise TanzakuError(
+                f"an adapter's own copy of {path!r} needs a batch to itself: it is given a {type(leaf).__name__}, "
+                "which cannot be cut into rows; route it alone, or generate with use_cache=False"
+            )
+        # One row is every row's, such as a mask that all share.
+        return take(leaf, at(len(leaf))) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) > 1 else leaf
+
+    return tree_map(cut, given)
+
+
+def rows_put(output: Any, part: Any, at: Callable[[int], Rows], path: str) -> Any:
+    """A module's output, with what it computes for the rows of one stack in their place."""
+
+    def joined(whole: Any, own: Any) -> Any:
+        if not isinstance(whole, Tensor):
+            return whole
+        if not whole.dim() or (len(whole) == 1 and len(own) == 1):
+            raise TanzakuError(
+                f"an adapter's own copy of {path!r} needs a batch to itself: the module returns a tensor without rows; "
+                "route it alone"
+            )
+        rows = at(len(whole))
+        # What is computed of no rows, such as positions, is computed for as many as there are.
+        return put(whole, [(rows, take(own, rows) if len(own) == len(whole) else own)])
+
+    return tree_map(joined, output, part)
+
+
+def with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
+    """A module like this one with another weight, of which the rest is shared. The module itself stays as it is, since
+    somebody else may run it meanwhile."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__, _parameters={**module._parameters, "weight": weight})
+    return twin
+
+
+def _channels_first(module: nn.Module) -> bool:
+    """Whether a module's features are the second dimension and not the last, as those of convolutions."""
+    kinds = (_ConvNd, _NormBase, nn.GroupNorm)
+    return isinstance(module, kinds) or getattr(module, "data_format", None) == "channels_first"
+
+
+def in_memory(module: nn.Module, name: str) -> Tensor:
+    """A tensor of a module, read from where it is kept while the module does not run."""
+    tensor = cast(Tensor, getattr(module, name))
+    if not tensor.is_meta:
+        return tensor
+    hook = module.__dict__.get("_hf_hook")
+    for each in getattr(hook, "hooks", [hook]):
+        if getattr(each, "offload", False):
+            return cast(Any, each).weights_map[name].to(cast(Any, each).execution_device)  # type: ignore[no-any-return]
+    raise TanzakuError(f"the {name} of a {type(module).__name__} of the base is not in memory; load the base whole")
 
 
 def as_used(own: Tensor, original: Tensor | None) -> Tensor:
