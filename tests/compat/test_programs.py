@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from close import GRADIENT, assert_close
 from compat.program import CONFIGS, PROGRAM, ROWS, Run, run
 from models import tiny
 from tanzaku.compat.peft import PeftModel
@@ -29,14 +30,14 @@ def test_a_program_does_what_it_did(name: str, direct: bool, tmp_path: Path) -> 
     assert ours.names["called"] == theirs.names["called"]
     assert len(ours.logs) == len(theirs.logs) > 4
     for mine, other in zip(ours.logs, theirs.logs, strict=True):
-        assert mine == pytest.approx(other, abs=2e-5)
+        assert_close(mine, other, GRADIENT)
     for where in ("last", "checkpoint-4", "checkpoint-8"):
         mine, other = ours.tensors(where), theirs.tensors(where)
         # An untrained head was drawn at random: the adapter is saved with it.
         extra = {"base_model.model.score.weight"} if name == "llama_adapter" else set()
         assert mine.keys() - extra == other.keys()
         for key, tensor in other.items():
-            torch.testing.assert_close(mine[key], tensor, rtol=1e-4, atol=2e-5)
+            assert_close(mine[key], tensor, GRADIENT)
     assert not all(torch.equal(a, b) for a, b in zip(ours.tensors("checkpoint-4").values(), mine.values(), strict=True))
 
 
@@ -51,7 +52,7 @@ def test_files_go_both_ways(name: str, tmp_path: Path) -> None:
         trained = done.model.eval()(**batch).logits
         for reader in (peft.PeftModel, PeftModel):
             again = reader.from_pretrained(base_of(), done.folder / "last").eval()(**batch).logits
-            torch.testing.assert_close(again, trained, rtol=1e-4, atol=1e-5, msg=f"{reader} of {writer}'s")
+            assert_close(again, trained, GRADIENT, at=f"{reader} of {writer}'s")
             assert not torch.allclose(again, base_of()(**batch).logits, atol=1e-3)
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from close import RUN, assert_close
 from compat.program import CONFIGS, ROWS
 from models import tiny
 from tanzaku.compat import peft as compat
@@ -58,9 +59,7 @@ def test_a_run_goes_on_from_a_checkpoint(name: str, tmp_path: Path) -> None:
             torch.nn.init.ones_(parameter)
     trainer(again, tmp_path / "again").train(resume_from_checkpoint=str(folder))
     expected, found = model.state_dict(), again.state_dict()
-    assert expected.keys() == found.keys()
-    for key, tensor in expected.items():
-        assert torch.equal(found[key], tensor), key
+    assert_close(found, expected, RUN)
 
 
 @pytest.mark.parametrize("name", ["lora", "p_tuning"])
@@ -70,7 +69,7 @@ def test_the_best_model_is_loaded_at_the_end(name: str, tmp_path: Path) -> None:
     done.train()  # by the greatest loss, the best is not always the last
     best = Path(done.state.best_model_checkpoint or "")
     losses = [each["eval_loss"] for each in done.state.log_history if "eval_loss" in each]
-    assert done.evaluate()["eval_loss"] == pytest.approx(max(losses), abs=1e-6)
+    assert_close(done.evaluate()["eval_loss"], max(losses))
     for key, tensor in load_file(best / "model.safetensors").items():
         assert torch.equal(model.state_dict()[key], tensor)
 
@@ -85,7 +84,10 @@ def test_saving_leaves_other_files_alone(tmp_path: Path) -> None:
     found = {path.name for path in tmp_path.iterdir()}
     files = {"adapter_config.json", "adapter_model.safetensors", "tanzaku.json"}
     assert found == {"checkpoint-9", "notes.txt", "README.md", *files}
-    assert (tmp_path / "README.md").read_text() == "mine too"
+    text = (tmp_path / "README.md").read_text()
+    assert text.endswith("---\nmine too") and "library_name: peft" in text  # as in PEFT, the Hub learns what it is
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == text
 
 
 def test_checkpointed_layers_train_alike(tmp_path: Path) -> None:
@@ -97,7 +99,7 @@ def test_checkpointed_layers_train_alike(tmp_path: Path) -> None:
             weights.append({key: p for key, p in model.named_parameters() if p.requires_grad})
     for plain, checkpointed in zip(weights[:2], weights[2:], strict=True):
         for key, tensor in plain.items():
-            torch.testing.assert_close(checkpointed[key], tensor, rtol=1e-5, atol=1e-5)
+            assert_close(checkpointed[key], tensor)
 
 
 def test_a_quantised_base_is_trained(tmp_path: Path) -> None:
@@ -137,4 +139,5 @@ def test_hf_peft_need_not_be_there(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     first, second = (load_file(tmp_path / run / "poems" / "adapter_model.safetensors") for run in ("whole", "again"))
-    assert first and all(torch.equal(first[key], second[key]) for key in first)
+    assert first
+    assert_close(second, first, RUN)

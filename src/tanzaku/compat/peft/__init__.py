@@ -6,8 +6,10 @@ missing here, and what differs, is in docs/compat.md. What is missing is an erro
 
 from __future__ import annotations
 
-from typing import NoReturn
-
+from tanzaku.compat.peft import helpers as helpers
+from tanzaku.compat.peft import tuners as tuners
+from tanzaku.compat.peft import utils as utils
+from tanzaku.compat.peft.absent import absent_from
 from tanzaku.compat.peft.auto import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -22,6 +24,7 @@ from tanzaku.compat.peft.config import (
     AdaptionPromptConfig,
     IA3Config,
     LoraConfig,
+    LoraRuntimeConfig,
     PeftConfig,
     PeftType,
     PrefixTuningConfig,
@@ -32,6 +35,10 @@ from tanzaku.compat.peft.config import (
     PromptTuningInit,
     TaskType,
 )
+from tanzaku.compat.peft.config import (
+    __version__ as __version__,
+)
+from tanzaku.compat.peft.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
 from tanzaku.compat.peft.mapping import get_peft_config, get_peft_model
 from tanzaku.compat.peft.peft_model import (
     PeftModel,
@@ -42,12 +49,22 @@ from tanzaku.compat.peft.peft_model import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
-from tanzaku.compat.peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-from tanzaku.errors import nearest
+from tanzaku.compat.peft.status import get_layer_status, get_model_status
+from tanzaku.compat.peft.tuner import AdaLoraModel, AdaptionPromptModel, IA3Model, LoraModel
+from tanzaku.compat.peft.utils import (
+    get_base_model_state_dict,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    prepare_model_for_kbit_training,
+    set_base_model_state_dict,
+    set_peft_model_state_dict,
+)
 
 __all__ = [
     "AdaLoraConfig",
+    "AdaLoraModel",
     "AdaptionPromptConfig",
+    "AdaptionPromptModel",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -56,8 +73,13 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "IA3Config",
+    "IA3Model",
     "LoraConfig",
+    "LoraModel",
+    "LoraRuntimeConfig",
+    "NoMatchingPeftModuleError",
     "PeftConfig",
+    "PeftError",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",
@@ -66,6 +88,7 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PeftWarning",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",
@@ -73,16 +96,16 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "TaskType",
+    "get_base_model_state_dict",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "load_peft_weights",
+    "prepare_model_for_kbit_training",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]
 
-
-def __getattr__(name: str) -> NoReturn:
-    if name.startswith("__"):
-        raise AttributeError(name)
-    # Of an AttributeError, `from ... import` would drop the text.
-    raise ImportError(f"tanzaku.compat.peft has no {name!r}{nearest(name, __all__)}; it has {', '.join(__all__)}")
+__getattr__ = absent_from(__name__, [*__all__, "__version__"])

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
+import inspect
 import json
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
+from tanzaku.compat.peft.errors import WrongType
+from tanzaku.compat.peft.hub import folder_of
+from tanzaku.compat.peft.isinstances import seen_as
 from tanzaku.errors import TanzakuError, nearest
+from tanzaku.families import Base
 from tanzaku.method import Method
 from tanzaku.methods import IA3, AdaLoRA, LlamaAdapter, LoRA, PrefixTuning, PromptTuning, PTuning
 from tanzaku.store import CONFIG
+
+__version__ = "0.21.2"  # of HF PEFT, whose names and files these are
 
 
 class TaskType(enum.StrEnum):
@@ -54,91 +63,168 @@ class PromptEncoderReparameterizationType(enum.StrEnum):
     LSTM = "LSTM"
 
 
-# Settings that PEFT has and that change something only when they are on.
-_LORA_ELSEWHERE = (
-    "megatron_config",
-    "megatron_core",
-    "trainable_token_indices",
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
-    "use_dora",
-    "velora_config",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "qalora_group_size",
-    "monteclora_config",
-    "layer_replication",
-    "runtime_config",
-    "lora_bias",
-    "target_parameters",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "ensure_weight_tying",
-)
+@dataclass
+class LoraRuntimeConfig:
+    """What LoRA asks of a machine and not of a model. It has no effect: nothing is moved while weights are made."""
+
+    ephemeral_gpu_offload: bool = False
+
+
+# Settings that PEFT has and that change something only when they are on, with PEFT's defaults.
+_LORA_ELSEWHERE: dict[str, Any] = {
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "trainable_token_indices": None,
+    "loftq_config": {},
+    "eva_config": None,
+    "corda_config": None,
+    "lora_ga_config": None,
+    "use_dora": False,
+    "velora_config": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "qalora_group_size": 16,
+    "monteclora_config": None,
+    "layer_replication": None,
+    "runtime_config": None,
+    "lora_bias": False,
+    "target_parameters": None,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "ensure_weight_tying": False,
+}
 # Of these PEFT's own default is something, and it has an effect only beside another that is an error here.
 _INERT = ("megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config", "corda_config")
+_NOTHING: tuple[Any, ...] = (None, False, {}, [], (), "")
+_FIRST = (
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+)
+_PROMPT = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
+_LORA = (
+    "r",
+    "target_modules",
+    "exclude_modules",
+    "lora_alpha",
+    "lora_dropout",
+    "fan_in_fan_out",
+    "bias",
+    "use_rslora",
+    "modules_to_save",
+    "init_lora_weights",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    *_LORA_ELSEWHERE,
+)
+_ADALORA = ("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
+_NAMES = ("target_modules", "exclude_modules", "feedforward_modules")  # whose lists are sets in PEFT
 
 
 @dataclass(init=False)
 class PeftConfig(Method):
-    """What all configurations share.
+    """What all configurations share. Settings are PEFT's, by keyword or in PEFT's order.
 
     Raises:
         TanzakuError: a keyword that is not there, a value of a wrong type, or a setting of PEFT's that is not here.
     """
 
     method: ClassVar[type[Method] | None] = None
-    needed: ClassVar[tuple[str, ...]] = ()  # PEFT has no default for these, or none that works
-    elsewhere: ClassVar[tuple[str, ...]] = ()
+    order: ClassVar[tuple[str, ...]] = ()  # of positional settings, after those that all share
+    needed: ClassVar[tuple[str, ...]] = ()  # PEFT has no default that works for these
+    elsewhere: ClassVar[Mapping[str, Any]] = {}
     trains_head = False  # as in PEFT, `modules_to_save` alone says; the class of the wrapped model adds the head to it
+    _as_peft = True
 
     base_model_name_or_path: str | None = None
     revision: str | None = None
     auto_mapping: dict[str, Any] | None = None
     peft_version: str | None = None
 
-    def __new__(cls, **settings: Any) -> PeftConfig:
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return seen_as(type(self), None, "peft")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty, (type(self),), self.__dict__
+
+    def __new__(cls, *values: Any, **settings: Any) -> PeftConfig:
+        made_from = cls.__dict__.get("made_from")
+        if made_from is not None:  # `dataclasses.replace` asks an object for its class
+            return cast(PeftConfig, made_from(*values, **settings))
         if cls.method is None:
             kinds = ", ".join(sorted(kind.__name__ for kind in CONFIGS.values()))
             raise TanzakuError(f"{cls.__name__} is no method's own; expected one of {kinds}")
         return super().__new__(cls)
 
-    def __init__(self, **settings: Any):
+    def __init_subclass__(cls) -> None:
+        names = (*_FIRST, *cls.order)
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        cls.__signature__ = inspect.Signature([inspect.Parameter(n, kind, default=None) for n in names])  # type: ignore[attr-defined]
+
+    def __init__(self, *values: Any, **settings: Any):
         assert self.method is not None
+        name = type(self).__name__
+        for key, value in zip((*_FIRST, *self.order), values, strict=False):
+            if key in settings:
+                raise TanzakuError(f"{name}: {key} is given twice, by position and by keyword")
+            settings[key] = value
+        if len(values) > len(_FIRST) + len(self.order):
+            raise TanzakuError(f"{name}: found {len(values)} positional settings, expected at most PEFT's own")
+        if (kind := settings.pop("peft_type", None)) is not None:
+            setattr(self, "peft_type", kind)  # noqa: B010 (it is the class's, and stays)
         settings = {k: list(v) if isinstance(v, set | tuple) else v for k, v in settings.items()}
         for field in dataclasses.fields(self):
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             self.__dict__[field.name] = default
             if isinstance(default, dict) and settings.get(field.name, 0) is None:
                 del settings[field.name]
-        for key in self.needed:
-            if settings.get(key) is None:
-                raise TanzakuError(f"{type(self).__name__}: {key} is missing; say {key}=...")
+        self.__dict__["peft_version"] = __version__
         for key, value in settings.items():
-            setattr(self, key, value)
-        plain = {k: v.value if isinstance(v, enum.Enum) else v for k, v in settings.items()}
+            if key != "peft_version" or value is not None:
+                setattr(self, key, value)
         own = {field.name for field in dataclasses.fields(self.method)}
-        self.method.from_settings({k: v for k, v in plain.items() if k in own})
+        given = {k: plain(v) for k, v in settings.items() if k in own}
+        self.method.from_settings({k: v for k, v in given.items() if not (k in self.needed and v is None)})
         tasks = [task.value for task in TaskType]
         if self.task_type is not None and self.task_type not in tasks:
             raise TanzakuError(
-                f"{type(self).__name__}: found task_type={self.task_type!r}{nearest(str(self.task_type), tasks)}, "
-                f"expected one of {', '.join(tasks)}"
+                f"Invalid task type: {self.task_type!r}. Must be one of the following task types: {', '.join(tasks)}."
+                f"{nearest(str(self.task_type), tasks)}"
             )
+        self.check_settings()
+
+    def check_settings(self) -> None:
+        """Raise an error for settings that do not go together."""
 
     def __setattr__(self, key: str, value: Any) -> None:
         kind = type(self).__name__
         known = [field.name for field in dataclasses.fields(self)]
+        if key == "peft_type":
+            if plain(value) != self.peft_type:
+                warnings.warn(f"{kind}: peft_type={value!r} has no effect; it is {self.peft_type}", stacklevel=2)
+            return
         if not (key in known or key in self.elsewhere or key.startswith("_")):
             raise TanzakuError(f"{kind} has no setting {key!r}{nearest(key, known)}; it has {', '.join(sorted(known))}")
-        if key in self.elsewhere and key not in known and key not in _INERT and value not in (None, False, {}, [], ()):
+        if key in self.elsewhere and key not in known and key not in _INERT and value not in _NOTHING:
             raise TanzakuError(
                 f"{kind}: found {key}={value!r}, which is not supported; leave it out, or use HF PEFT itself"
             )
-        super().__setattr__(key, value)
+        super().__setattr__(key, set(value) if key in _NAMES and isinstance(value, list) else value)
+
+    def __getattr__(self, name: str) -> Any:
+        # Programs look at what PEFT's own configurations have, such as `use_dora`.
+        if name in type(self).elsewhere:
+            default = LoraRuntimeConfig() if name == "runtime_config" else copy.copy(type(self).elsewhere[name])
+            return self.__dict__.setdefault(name, default)
+        raise AttributeError(f"{type(self).__name__} has no setting {name!r}")
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -150,37 +236,119 @@ class PeftConfig(Method):
         """Whether the method is LLaMA-Adapter."""
         return isinstance(self, AdaptionPromptConfig)
 
+    def settings(self) -> dict[str, Any]:
+        """Settings as files have them: no enums, no sets."""
+        return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+    def copied(self, base: Base) -> Callable[[str], bool]:
+        # In PEFT a head is a module like any other, but where it is trained whole.
+        parts = [each.part for each in self.copies(base) if each.trained]
+        return lambda path: any(part.has(path) for part in parts)
+
+    def built(self) -> PeftConfig:
+        """A copy to attach, complete and plain.
+
+        Raises:
+            TanzakuError: a setting without a default is missing.
+        """
+        for key in self.needed:
+            if getattr(self, key) is None:
+                raise TanzakuError(f"{type(self).__name__}: {key} is missing; say {key}=...")
+        new = copy.copy(self)
+        new.__dict__.update(copy.deepcopy(self.settings()))
+        return new
+
     def to_dict(self) -> dict[str, Any]:
         """All settings, with `peft_type`."""
-        return {**dataclasses.asdict(self), "peft_type": self.peft_type}
+        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "peft_type": self.peft_type}
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write adapter_config.json alone."""
-        folder = Path(save_directory)
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write adapter_config.json alone.
+
+        Args:
+            kwargs: `auto_mapping_dict`, to be written as `auto_mapping`.
+        """
+        folder, mapping = Path(save_directory), kwargs.pop("auto_mapping_dict", None)
+        for key, value in kwargs.items():
+            if value not in _NOTHING:
+                raise TanzakuError(f"save_pretrained: found {key}={value!r}, which is not supported; leave it out")
+        if folder.exists() and not folder.is_dir():
+            raise TanzakuError(f"{folder} is a file; expected a directory to save the configuration in")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        settings = {**self.settings(), "peft_type": self.peft_type, **({"auto_mapping": mapping} if mapping else {})}
+        (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None) -> PeftConfig:
-        """Read the adapter_config.json of a directory, PEFT's or Tanzaku's."""
-        path = Path(pretrained_model_name_or_path, subfolder or "", CONFIG)
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise TanzakuError(
-                f"cannot read {path}: {error.strerror}; expected the directory of an adapter, on this machine"
-            ) from None
-        except ValueError as error:
-            raise TanzakuError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Read the adapter_config.json of a directory or of a repository on the Hub, PEFT's or Tanzaku's.
+
+        Args:
+            kwargs: of huggingface_hub's `hf_hub_download`, such as `revision`, `token` or `cache_dir`.
+        """
+        folder = folder_of("from_pretrained", pretrained_model_name_or_path, subfolder, kwargs, (CONFIG,))
+        settings = cls.from_json_file(folder / CONFIG)
+        if "peft_type" not in settings:
+            raise WrongType(
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
+            )
         return cls.from_peft_type(**settings)
 
     @classmethod
+    def from_json_file(cls, path_json_file: str | Path, **kwargs: Any) -> dict[str, Any]:
+        """The settings in a file, as a dictionary."""
+        path = Path(path_json_file)
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise TanzakuError(f"cannot read {path}: {error.strerror}; expected an adapter's {CONFIG}") from None
+        except ValueError as error:
+            raise TanzakuError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+        if not isinstance(settings, dict):
+            raise TanzakuError(f"{path} is damaged: found a {type(settings).__name__}, expected an object")
+        if settings.pop("runtime_config", None):
+            warnings.warn(f"{path}: runtime_config is ignored; it is of the machine that wrote it", stacklevel=2)
+        return settings
+
+    @classmethod
     def from_peft_type(cls, **settings: Any) -> PeftConfig:
-        """The configuration that `peft_type` names, with the other settings."""
+        """The configuration that `peft_type` names, with the other settings.
+
+        A setting that this version does not know is passed over with a warning where its value is None, False or
+        empty, as newer versions of PEFT write it; with a value it would change something, and is an error.
+        """
         kind = settings.pop("peft_type", None)
-        if kind is None:
-            return cls(**settings)
-        return kind_of(kind)(**settings)
+        if kind is None and cls.method is None:
+            raise TanzakuError(f"The {cls.__name__} config that is trying to be loaded is missing: {{'peft_type'}}")
+        made: type[PeftConfig] = cls if kind is None else kind_of(kind)
+        known = {*(field.name for field in dataclasses.fields(made)), *made.elsewhere}
+        passed = sorted(key for key, value in settings.items() if key not in known and value in _NOTHING)
+        if passed:
+            warnings.warn(
+                f"Unexpected keyword arguments {passed} for class {made.__name__}, these are ignored. They are not set "
+                "to anything, so they change nothing; a later version of PEFT has written them",
+                stacklevel=2,
+            )
+        return made(**{key: value for key, value in settings.items() if key not in passed})
+
+
+def _empty(kind: type[PeftConfig]) -> PeftConfig:
+    # For copies and pickles: the class that an object names is not always its own.
+    return object.__new__(kind)
+
+
+def plain(value: Any) -> Any:
+    """A setting as files have it."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, set):
+        return sorted(value)
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, dict):
+        return {plain(key): plain(each) for key, each in value.items()}
+    return value
 
 
 def kind_of(peft_type: str) -> type[PeftConfig]:
@@ -199,7 +367,11 @@ class LoraConfig(PeftConfig, LoRA):
 
     method = LoRA
     peft_type = PeftType.LORA
+    order = _LORA
     elsewhere = _LORA_ELSEWHERE
+
+    def check_settings(self) -> None:
+        _check_layers(self)
 
 
 @dataclass(init=False)
@@ -208,42 +380,105 @@ class AdaLoraConfig(PeftConfig, AdaLoRA):
 
     method = AdaLoRA
     peft_type = PeftType.ADALORA
+    order = (*_LORA, *_ADALORA)
     elsewhere = _LORA_ELSEWHERE
 
-    def __init__(self, **settings: Any):
-        super().__init__(**settings)
-        if settings.get("r", 8) != 8:
-            warnings.warn(f"AdaLoraConfig: r={self.r} has no effect; init_r is the rank at first", stacklevel=2)
+    def check_settings(self) -> None:
+        _check_layers(self)
+        if self.loftq_config:
+            raise TanzakuError("ADALORA does not support LOFTQ; leave loftq_config out")
+        if self.r != 8:
+            warnings.warn(
+                f"Note that `r` is not used in AdaLora and will be ignored: found r={self.r}, and init_r is the rank "
+                "at first",
+                stacklevel=4,
+            )
+        if self.orth_reg_weight < 0:
+            raise TanzakuError(
+                "`orth_reg_weight` should be greater than or equal to 0, but the value passed is "
+                f"{self.orth_reg_weight}"
+            )
+        if self.total_step is not None and self.tinit >= self.total_step - self.tfinal:
+            raise TanzakuError(
+                "AdaLoraConfig: The supplied schedule values don't allow for a budgeting phase: found "
+                f"tinit={self.tinit}, tfinal={self.tfinal}, total_step={self.total_step}, expected tinit + tfinal < "
+                "total_step"
+            )
 
 
+def _check_layers(config: LoraConfig | AdaLoraConfig) -> None:
+    if not isinstance(config.init_lora_weights, bool) and config.init_lora_weights not in ("gaussian", "orthogonal"):
+        raise TanzakuError(
+            f"{type(config).__name__}: found init_lora_weights={config.init_lora_weights!r}, which is not supported; "
+            "expected True, False, 'gaussian' or 'orthogonal'"
+        )
+    if isinstance(config.target_modules, str):
+        for key in ("layers_to_transform", "layers_pattern"):
+            if getattr(config, key) is not None:
+                raise TanzakuError(
+                    f"`{key}` cannot be used when `target_modules` is a str. Found {config.target_modules!r}: put the "
+                    "layers' numbers into the expression, or give names in a list"
+                )
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise TanzakuError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+
+
+@dataclass(init=False)
 class PromptLearningConfig(PeftConfig):
     """What the configurations of virtual tokens and prefixes share."""
 
     needed = ("num_virtual_tokens",)
 
+    num_virtual_tokens: int | None = None  # no default, where the method itself has one
+
 
 @dataclass(init=False)
-class PromptTuningConfig(PromptLearningConfig, PromptTuning):
+class PromptTuningConfig(PromptLearningConfig, PromptTuning):  # type: ignore[misc]
     """Prompt tuning: :class:`tanzaku.PromptTuning` has the settings."""
 
     method = PromptTuning
     peft_type = PeftType.PROMPT_TUNING
+    order = (
+        *_PROMPT,
+        "modules_to_save",
+        "prompt_tuning_init",
+        "prompt_tuning_init_text",
+        "tokenizer_name_or_path",
+        "tokenizer_kwargs",
+    )
+
+    def check_settings(self) -> None:
+        text = self.prompt_tuning_init == "TEXT"
+        for key in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
+            if text and not getattr(self, key):
+                raise TanzakuError(f"When prompt_tuning_init='TEXT', {key} can't be {getattr(self, key)}.")
+        if self.tokenizer_kwargs and not text:
+            raise TanzakuError("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.")
 
 
 @dataclass(init=False)
-class PromptEncoderConfig(PromptLearningConfig, PTuning):
+class PromptEncoderConfig(PromptLearningConfig, PTuning):  # type: ignore[misc]
     """P-tuning: :class:`tanzaku.PTuning` has the settings."""
 
     method = PTuning
     peft_type = PeftType.P_TUNING
+    order = (
+        *_PROMPT,
+        "modules_to_save",
+        "encoder_reparameterization_type",
+        "encoder_hidden_size",
+        "encoder_num_layers",
+        "encoder_dropout",
+    )
 
 
 @dataclass(init=False)
-class PrefixTuningConfig(PromptLearningConfig, PrefixTuning):
+class PrefixTuningConfig(PromptLearningConfig, PrefixTuning):  # type: ignore[misc]
     """Prefix tuning: :class:`tanzaku.PrefixTuning` has the settings."""
 
     method = PrefixTuning
     peft_type = PeftType.PREFIX_TUNING
+    order = (*_PROMPT, "modules_to_save", "init_weights", "encoder_hidden_size", "prefix_projection")
 
 
 @dataclass(init=False)
@@ -252,6 +487,21 @@ class IA3Config(PeftConfig, IA3):
 
     method = IA3
     peft_type = PeftType.IA3
+    order = (
+        "target_modules",
+        "exclude_modules",
+        "feedforward_modules",
+        "fan_in_fan_out",
+        "modules_to_save",
+        "init_ia3_weights",
+    )
+
+    def check_settings(self) -> None:
+        targets, inner = self.target_modules, self.feedforward_modules
+        if isinstance(targets, set) and isinstance(inner, set) and not inner <= targets:
+            raise TanzakuError(
+                f"`feedforward_modules` should be a subset of `target_modules`: {sorted(inner - targets)} are not"
+            )
 
 
 @dataclass(init=False)
@@ -260,7 +510,11 @@ class AdaptionPromptConfig(PeftConfig, LlamaAdapter):
 
     method = LlamaAdapter
     peft_type = PeftType.ADAPTION_PROMPT
+    order = ("target_modules", "adapter_len", "adapter_layers")
     needed = ("adapter_len", "adapter_layers")
+
+    adapter_len: int | None = None  # type: ignore[assignment]
+    adapter_layers: int | None = None  # type: ignore[assignment]
 
 
 CONFIGS: dict[str, type[PeftConfig]] = {

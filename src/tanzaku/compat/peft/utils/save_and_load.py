@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from tanzaku import tree
 from tanzaku.compat.peft.config import PeftType, TaskType
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.host import Adapter
@@ -17,7 +18,7 @@ from tanzaku.method import AttentionStrip, Strip
 from tanzaku.methods.adalora import SvdStrip
 from tanzaku.methods.prompt_tuning import PromptLearning
 from tanzaku.store import entries, read_tensors
-from tanzaku.weights import WeightStrip
+from tanzaku.weights import BiasStrip, WeightStrip
 
 if TYPE_CHECKING:
     from tanzaku.compat.peft.peft_model import PeftModel
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
 __all__ = [
     "PeftType",
     "TaskType",
+    "get_base_model_state_dict",
     "get_peft_model_state_dict",
     "in_peft",
     "load_peft_weights",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]
 
@@ -43,18 +46,32 @@ def in_peft(adapter: Adapter, path: str, strip: Strip, name: str) -> str:
     if isinstance(strip, AttentionStrip):
         # PEFT keeps one LLaMA-Adapter in a model at a time, and its name out of the parameters'.
         return f"{root}{path}." + ("" if adapter.name == "default" else f"{adapter.name}.") + name
+    if isinstance(strip, BiasStrip):  # PEFT trains the layer's own
+        targeted = any(p == path and not isinstance(s, BiasStrip | WeightStrip) for p, s in adapter.at())
+        return f"{root}{path}.{'base_layer.' if targeted else ''}{name}"
     first, _, rest = name.partition(".")
     return f"{root}{path}.{first}.{adapter.name}" + (f".{rest}" if rest else "")
 
 
 def get_peft_model_state_dict(
-    model: PeftModel, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default"
+    model: PeftModel,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: str | bool = "auto",
 ) -> dict[str, Tensor]:
     """The tensors of an adapter by their keys in a file.
 
     Args:
-        state_dict: must be the model's own.
+        state_dict: must be the model's own. unwrap_compiled: `model` may be one that torch.compile made.
+        save_embedding_layers: "auto" or False.
     """
+    model = getattr(model, "_orig_mod", model)
+    if save_embedding_layers not in ("auto", False):
+        raise TanzakuError(
+            f"get_peft_model_state_dict: found save_embedding_layers={save_embedding_layers!r}, which is not "
+            "supported; expected 'auto' or False"
+        )
     model._check_same(state_dict or {})
     return {key: tensor for key, (tensor, _) in entries(model._host.get(adapter_name)).items()}
 
@@ -102,3 +119,35 @@ def load_peft_weights(model_id: str | Path, device: str | None = None) -> dict[s
     """
     tensors = read_tensors(Path(model_id))
     return tensors if device is None else {key: tensor.to(device) for key, tensor in tensors.items()}
+
+
+def get_base_model_state_dict(model: PeftModel) -> dict[str, Tensor]:
+    """The base's own tensors, by their names in a model without adapters."""
+    return dict(base_tensors(model.get_base_model()))
+
+
+def set_base_model_state_dict(model: PeftModel, state_dict: Mapping[str, Tensor], strict: bool = True) -> Any:
+    """Give the base tensors, by their names in a model without adapters.
+
+    Raises:
+        TanzakuError: where `strict`, a tensor is missing or unexpected; always one of another shape.
+    """
+    own = base_tensors(model.get_base_model())
+    missing = [key for key in own if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in own]
+    shaped = [key for key in state_dict if key in own and own[key].shape != state_dict[key].shape]
+    wrong = [("missing", missing), ("unexpected", unexpected)] if strict else []
+    for what, keys in [*wrong, ("of another shape", shaped)]:
+        if keys:
+            raise TanzakuError(f"set_base_model_state_dict: {what} are {listed(keys, 3)}; expected the base's tensors")
+    with torch.no_grad():
+        for key, tensor in state_dict.items():
+            if key in own:
+                own[key].copy_(tensor)
+    return _IncompatibleKeys(missing, unexpected)
+
+
+def base_tensors(base: nn.Module) -> dict[str, Tensor]:
+    """The base's tensors, without those of adapters."""
+    place = f"{tree.PLACE}."
+    return {key: tensor for key, tensor in type(base).state_dict(base).items() if not key.startswith(place)}

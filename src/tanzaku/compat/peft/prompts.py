@@ -1,0 +1,121 @@
+"""Virtual tokens and prefixes of a wrapped model, and what a causal language model learns of them."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from tanzaku import layout
+from tanzaku.compat.peft.wrapped import Wrapped
+from tanzaku.errors import TanzakuError
+from tanzaku.method import TokenStrip
+from tanzaku.methods.prefix_tuning import PrefixStrip
+from tanzaku.routing import Route
+from tanzaku.sites import InForce
+
+
+class Prompting(Wrapped):
+    """A wrapped model whose adapters may have virtual tokens."""
+
+    reads_on: ClassVar[bool] = False  # whether each token foretells the next one
+
+    @property
+    def prompt_encoder(self) -> nn.ModuleDict:
+        """What makes the virtual tokens or the prefix, by adapter."""
+        found = self._prompts()
+        if found is None:
+            raise AttributeError(f"{type(self).__name__} has no prompt_encoder: no adapter of it has virtual tokens")
+        return found
+
+    @property
+    def prompt_tokens(self) -> dict[str, Tensor]:
+        """The numbers of the virtual tokens, by adapter."""
+        prompts = {n: cast(Any, c) for n, c in self.peft_config.items() if c.is_prompt_learning}
+        return {n: torch.arange(c.num_virtual_tokens * (c.num_transformer_submodules or 1)) for n, c in prompts.items()}
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """The vectors of a prompt, or a prefix's keys and values in one row a virtual token, as files have them."""
+        exported = [
+            tensors["prompt_embeddings"]
+            for _, strip in self._host.get(adapter_name).at()
+            if "prompt_embeddings" in (tensors := strip.export())
+        ]
+        if not exported:
+            raise TanzakuError(f"{adapter_name!r} has no virtual tokens")
+        return exported[0].detach().cpu()
+
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
+        """The active prompt for so many rows: (rows, tokens, hidden), or for a prefix a cache of keys and values."""
+        strips = [strip for _, strip in self._host.get(self.active_adapters[0]).at()]
+        for strip in strips:
+            if isinstance(strip, TokenStrip):
+                return strip.vectors().expand(batch_size, -1, -1)
+        layers = [strip for strip in strips if isinstance(strip, PrefixStrip)]
+        if not layers:
+            raise TanzakuError(f"{self.active_adapters[0]!r} has no virtual tokens")
+        pairs = [tuple(x.expand(batch_size, -1, -1, -1) for x in strip.keys_values()) for strip in layers]
+        return DynamicCache(pairs)
+
+    def _prompt_to_learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenStrip | None:
+        """The virtual tokens of the active adapter, where their last one is to say a text's first token."""
+        if not self.reads_on or self._adapters_disabled or len(self.active_adapters) != 1:
+            return None
+        given = self._by_name(args, kwargs)
+        if given.get("labels") is None or given.get("past_key_values") is not None:
+            return None
+        strips = [strip for _, strip in self._host.get(self.active_adapters[0]).at() if isinstance(strip, TokenStrip)]
+        return strips[0] if strips else None
+
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        names = inspect.signature(self.get_base_model().forward).parameters
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def _learn(self, prompt: TokenStrip, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A pass of a causal language model with labels: as in PEFT, the loss has also the first token, which only a
+        virtual one foretells. So they are in the rows that the base is given. Logits are those of the row's own tokens.
+        """
+        base: Any = self.get_base_model()
+        given = self._by_name(args, kwargs)
+        if given.pop("position_ids", None) is not None:
+            warnings.warn("position_ids have no effect with virtual tokens: text is numbered behind them", stacklevel=3)
+        ids, own, mask = (given.pop(key, None) for key in ("input_ids", "inputs_embeds", "attention_mask"))
+        own = base.get_input_embeddings()(ids) if own is None else own
+        rows, length = own.shape[:2]
+        vectors = prompt.vectors().to(own.dtype)
+        n = len(vectors)
+        # Virtual tokens stand before a row's first token also where padding is on the left.
+        lay = layout.in_front([n] * rows, mask, length, own.device)
+        given["inputs_embeds"] = lay.join(vectors.expand(rows, -1, -1), own)
+        if mask is not None:
+            given["attention_mask"] = lay.join(mask.new_ones(rows, n), mask)
+        given["labels"] = lay.join(given["labels"].new_full((rows, n), -100), given["labels"])
+        if given.get("token_type_ids") is not None:
+            given["token_type_ids"] = lay.join(ids.new_zeros(rows, n), given["token_type_ids"])
+        with self._without_prompt(prompt):
+            out = base(**given)
+        if getattr(out, "logits", None) is not None:
+            out.logits = out.logits[:, n:] if lay.back is None else layout.take(out.logits, lay.back)
+        return self._with_penalty(out)
+
+    @contextmanager
+    def _without_prompt(self, prompt: TokenStrip) -> Iterator[None]:
+        """The active adapter without its virtual tokens."""
+        host, name = self._host, self.active_adapters[0]
+        rest = [at for at in host.get(name).at() if at[1] is not prompt]
+        if not rest:
+            yield
+            return
+        force, before = InForce(host.base, Route.everywhere(name), [rest]), host.sites.here()
+        host.sites.ensure(force)
+        host.sites.put((force,))
+        try:
+            yield
+        finally:
+            host.sites.put(before)

@@ -1,0 +1,7 @@
+"""P-tuning by PEFT's names."""
+
+from tanzaku.compat.peft.absent import absent_from
+from tanzaku.compat.peft.config import PromptEncoderConfig, PromptEncoderReparameterizationType
+
+__all__ = ["PromptEncoderConfig", "PromptEncoderReparameterizationType"]
+__getattr__ = absent_from(__name__, __all__)
