@@ -19,6 +19,7 @@ from transformers import (
 
 from tanzaku.embedded import EMBEDDED, Progress, embedded_model, gguf_model, one_line, quiet
 from tanzaku.errors import TanzakuError, listed, nearest
+from tanzaku.seeds import seeded
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "spm.model")
@@ -102,9 +103,7 @@ def load_pair(
     with _loading(f"the config of {name!r}"):
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **labels)
     tokenizer = _tokenizer(name, where, trust_remote_code)
-    with _loading(f"{name!r} ({config.model_type}) as a classifier"), torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would seed the GPUs too, which fork_rng(devices=[]) does not put back.
-        torch.default_generator.manual_seed(seed)
+    with _loading(f"{name!r} ({config.model_type}) as a classifier"), seeded(seed):
         model, info = _pretrained(AutoModelForSequenceClassification, where, config, dtype, trust_remote_code)
     _check_backbone(name, model.base_model_prefix, info)
     agree_on_padding(name, model, tokenizer)

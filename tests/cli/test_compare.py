@@ -20,6 +20,7 @@ import pytest
 import yaml
 from cli_kit import Tanzaku, assert_refused, results_of
 
+from close import GRADIENT, assert_close
 from tanzaku.cli import demo
 from tanzaku.cli.live import Live
 from tanzaku.compare.comparison import Comparison
@@ -81,7 +82,7 @@ def assert_alike(found: Any, expected: Any) -> None:
         for a, b in zip(found, expected, strict=True):
             assert_alike(a, b)
     elif isinstance(expected, float):
-        assert found == pytest.approx(expected, abs=1e-4)
+        assert_close(found, expected, GRADIENT, scale=1)
     else:
         assert found == expected
 
@@ -115,9 +116,7 @@ def test_a_comparison_of_every_kind_of_entry(plenty: Path, tanzaku: Tanzaku) -> 
     for row, line in enumerate((plenty / "p.jsonl").read_text(encoding="utf-8").splitlines()):
         for name in finalists:
             expected = found["rows"]["predictions"][name][row]
-            assert list(json.loads(line)["adapters"][name]["probabilities"].values()) == pytest.approx(
-                expected, abs=1e-4
-            )
+            assert_close([*json.loads(line)["adapters"][name]["probabilities"].values()], expected)
 
 
 def test_folds(plenty: Path, tanzaku: Tanzaku) -> None:

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import tanzaku as tz
+from close import GRADIENT, assert_close
 from models import tiny
 from tanzaku.models import load_classifier
 
@@ -72,7 +73,7 @@ def test_transformers_reads_the_result(method: tz.Method, model_dir: Path, tmp_p
     said = tanzaku("merge", adapter, "--out", tmp_path / "deep" / "plain", "--max-shard-size", "5KB")
     assert said.code == 0, said.err
     out = tmp_path / "deep" / "plain"
-    torch.testing.assert_close(logits_of(read(out), out), routed(model_dir, adapter), rtol=1e-5, atol=1e-5)
+    assert_close(logits_of(read(out), out), routed(model_dir, adapter))
     config = json.loads((out / "config.json").read_text())
     assert config["id2label"] == {"0": "mild", "1": "harsh"}
     assert config["dtype"] == "float32"
@@ -93,7 +94,7 @@ def test_the_base_s_type_is_kept_and_what_that_costs_is_said(model_dir: Path, tm
     said = tanzaku("merge", adapter, "--out", tmp_path / "full", "--dtype", "float32")
     assert said.code == 0 and "lost" not in said.err
     expected = routed(half, adapter)
-    torch.testing.assert_close(logits_of(read(tmp_path / "full"), half), expected, rtol=1e-5, atol=1e-5)
+    assert_close(logits_of(read(tmp_path / "full"), half), expected)
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "CAUSAL_LM", None])
@@ -108,7 +109,7 @@ def test_an_adapter_of_peft_s(task: str | None, model_dir: Path, tmp_path: Path,
     said = tanzaku("merge", tmp_path / "adapter", "--out", tmp_path / "plain")
     assert said.code == 0, said.err
     plain = kind.from_pretrained(tmp_path / "plain")
-    torch.testing.assert_close(logits_of(plain, tmp_path / "plain"), logits_of(theirs, model_dir), rtol=1e-5, atol=1e-5)
+    assert_close(logits_of(plain, tmp_path / "plain"), logits_of(theirs, model_dir))
     assert (
         AutoTokenizer.from_pretrained(tmp_path / "plain").get_vocab()
         == AutoTokenizer.from_pretrained(model_dir).get_vocab()
@@ -128,7 +129,7 @@ def test_a_vision_model(tmp_path: Path, tanzaku: Tanzaku) -> None:
     with torch.no_grad(), tz.route(base, ["mine"] * 2):
         expected = base(pixel_values=pixels).logits
         found = type(base).from_pretrained(tmp_path / "plain")(pixel_values=pixels).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert_close(found, expected)
     assert (tmp_path / "plain" / "preprocessor_config.json").is_file()
 
 
@@ -149,7 +150,7 @@ def test_a_quantised_base_becomes_plain(model_dir: Path, tmp_path: Path, tanzaku
     assert not hasattr(found.config, "quantization_config")
     tz.merge(expected, "mine", dequantize=True)
     for key, value in expected.state_dict().items():
-        assert torch.equal(found.state_dict()[key], value), key
+        assert_close(found.state_dict()[key], value, GRADIENT, at=key)
 
 
 def test_several_are_combined_first(model_dir: Path, tmp_path: Path, tanzaku: Tanzaku) -> None:
@@ -169,14 +170,14 @@ def test_several_are_combined_first(model_dir: Path, tmp_path: Path, tanzaku: Ta
             expected[key] += weight * (value - before[key])
         tz.unmerge(model)
     for key, value in read(out).state_dict().items():
-        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6)
+        assert_close(value, expected[key])
     ties = ("--combine", "ties_svd", "--density", "0.5", "--copies", "b", "--svd-rank", "1", "--overwrite")
     said = tanzaku("merge", a, b, "--weights=1,-0.5", *ties, "--out", out)
     assert said.code == 0, said.err
     head = read(out).score.weight
     tz.load(model, b, "head")
     tz.merge(model, "head")
-    torch.testing.assert_close(head, model.score.weight)
+    assert_close(head, model.score.weight)
 
 
 def test_refusals(model_dir: Path, tmp_path: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +238,7 @@ def test_a_kill_leaves_the_old_model(model_dir: Path, tmp_path: Path, tanzaku: T
     assert len(list(tmp_path.glob(".plain.*"))) == 1
     assert tanzaku("merge", other, "--out", out, "--overwrite").code == 0
     assert not list(tmp_path.glob(".plain.*"))
-    torch.testing.assert_close(logits_of(read(out), out), routed(model_dir, other), rtol=1e-5, atol=1e-5)
+    assert_close(logits_of(read(out), out), routed(model_dir, other))
 
 
 @pytest.mark.slow
@@ -257,4 +258,4 @@ def test_the_embedded_model(tmp_path: Path, tanzaku: Tanzaku) -> None:
     tz.load(model, adapter, "mine")
     with tz.route(model, ["mine"] * len(TEXTS)):
         expected = logits_of(model, tmp_path / "full")
-    torch.testing.assert_close(logits_of(full, tmp_path / "full"), expected, rtol=1e-4, atol=1e-4)
+    assert_close(logits_of(full, tmp_path / "full"), expected, GRADIENT)

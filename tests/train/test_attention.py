@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from close import GRADIENT, assert_close
 from tanzaku.train.attention import row_attention, suits
 
 
@@ -39,14 +40,14 @@ def test_it_is_torchs_attention_of_each_row(rows: list[tuple[int, int]], heads: 
     found = row_attention(q, k, v, queries, keys, [mask.t().repeat_interleave(groups, dim=1) for mask in masks], 0.3)
     parts = zip(q.split(queries), k.split(keys), v.split(keys), masks, strict=True)
     expected = torch.cat([one_row(*part, 0.3) for part in parts])
-    torch.testing.assert_close(found, expected)
+    assert_close(found, expected)
     gradient = torch.randn(found.shape, generator=generator)
     for a, b in zip(
         torch.autograd.grad(found, (q, k, v), gradient),
         torch.autograd.grad(expected, (q, k, v), gradient),
         strict=True,
     ):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert_close(a, b, GRADIENT)
 
 
 def test_a_broken_row_breaks_no_other() -> None:
@@ -57,10 +58,10 @@ def test_a_broken_row_breaks_no_other() -> None:
     with torch.no_grad():
         q[5], v[6] = torch.nan, torch.inf
     together = row_attention(q, k, v, [3, 4], [3, 4], masks, 0.5)
-    torch.testing.assert_close(together[:3], alone)  # how a product rounds hangs on where in memory it lies
+    assert_close(together[:3], alone)  # how a product rounds hangs on where in memory it lies
     assert not together[3:].isfinite().all()
     for a, b in zip(torch.autograd.grad(together[:3].sum(), (q, k, v)), expected, strict=True):
-        torch.testing.assert_close(a[:3], b[:3])
+        assert_close(a[:3], b[:3])
 
 
 @pytest.mark.parametrize(

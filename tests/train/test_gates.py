@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import tanzaku as tz
+from close import GRADIENT, RUN, assert_close
 from models import batch, tiny
 from tanzaku.families import Base
 from tanzaku.train.gates import FrozenGates
@@ -32,9 +33,8 @@ def test_they_are_recognised_and_equal(kind: str) -> None:
         with gates:
             y = module(x)
             (found,) = torch.autograd.grad(y, x, gradient)
-        scale = float(expected.abs().max())
-        torch.testing.assert_close(y, plain, rtol=1e-4, atol=1e-5 * float(plain.detach().abs().max()))
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * scale)
+        assert_close(y, plain)
+        assert_close(found, expected, GRADIENT)
         assert "forward" not in module.__dict__
 
 
@@ -52,7 +52,7 @@ def test_extreme_numbers_make_no_nan() -> None:
             found.append((y, *torch.autograd.grad(y.sum(), x)))
         gates.__exit__()
         for a, b in zip(*found, strict=True):
-            torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3)
+            assert_close(b, a, RUN)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
@@ -95,8 +95,8 @@ def test_adapters_inside_are_still_called() -> None:
         with FrozenGates(Base.of(model)) as gates:
             assert len(gates.gates) == 2
             found = model(**inputs).logits
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            assert_close(found, expected, GRADIENT)
             for a, b in zip(
                 torch.autograd.grad(found.square().sum(), trained, allow_unused=True), gradients, strict=True
             ):
-                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+                assert_close(a, b, RUN)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import tanzaku as tz
+from close import HALF, RUN, assert_close
 from models import tiny
 from tanzaku.method import Method
 from tanzaku.tasks.classification import Split
@@ -212,11 +213,9 @@ def train(jobs: Sequence[Job], model: Any = None, **options: Any) -> Weighed:
     return pool
 
 
-def assert_same_weights(found: Weighed, expected: Weighed, tolerance: float = 1e-4) -> None:
-    assert found.weights.keys() == expected.weights.keys()
-    for name, values in expected.weights.items():
-        for value, other in zip(values, found.weights[name], strict=True):
-            torch.testing.assert_close(other, value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+def assert_same_weights(found: Weighed, expected: Weighed, half: bool = False) -> None:
+    roundings, dtype = (HALF, torch.bfloat16) if half else (RUN, None)
+    assert_close(found.weights, expected.weights, roundings, dtype=dtype)
 
 
 def everything() -> list[Job]:
@@ -302,7 +301,7 @@ def test_no_step_needs_more_than_the_limit(mix: str) -> None:
         some = train(jobs, model, memory=limit)
         assert {r.status for r in some.results.values()} == {"done"}, [r.error for r in some.results.values()]
         assert some.peak <= limit
-        assert_same_weights(some, free, tolerance=2e-2 if mix == "half precision" else 1e-4)
+        assert_same_weights(some, free, half=mix == "half precision")
         assert some.most < len(jobs)
 
 
@@ -386,8 +385,7 @@ def test_measuring_trains_nothing(accumulation: int) -> None:
     plain = train(jobs(), rows_per_step=1)
     measured = train(jobs(), rows_per_step=1, memory=PLENTY)
     assert torch.equal(torch.get_rng_state(), state)
-    for name, values in plain.weights.items():
-        assert all(torch.equal(a, b) for a, b in zip(values, measured.weights[name], strict=True)), name
+    assert_same_weights(measured, plain)
 
 
 def test_an_evaluation_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:

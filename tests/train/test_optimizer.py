@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from close import GRADIENT, assert_close
 from tanzaku.train import optimizer as module
 from tanzaku.train.optimizer import FlatAdamW
 
@@ -61,14 +62,14 @@ def test_it_is_torchs_adamw_with_clipping(max_norm: float) -> None:
             flat.step()
             plain.step()
             for a, b in zip(ours, theirs, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+                assert_close(a, b, GRADIENT)
                 if b.grad is None:
                     assert a.grad is None
                 else:  # a method may look at the clipped gradients afterwards
-                    torch.testing.assert_close(a.grad, b.grad)
+                    assert_close(a.grad, b.grad)
                 assert flat.state[a].keys() == plain.state[b].keys()
                 for key in plain.state[b]:
-                    torch.testing.assert_close(flat.state[a][key], plain.state[b][key], rtol=1e-5, atol=1e-6)
+                    assert_close(flat.state[a][key], plain.state[b][key], GRADIENT)
             flat.zero_grad()
 
     check()
@@ -101,7 +102,7 @@ def test_state_that_is_given_back_is_gone_on_from() -> None:
             give(resumed, [True] * len(SHAPES), number)
             again.step()
         for a, b in zip(resumed, through, strict=True):
-            assert torch.equal(a, b), way
+            assert_close(a, b, GRADIENT, at=way)
 
 
 def test_changes_in_place_reach_what_is_updated() -> None:

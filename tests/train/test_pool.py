@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import tanzaku as tz
+from close import RUN, assert_close
 from models import tiny
 from tanzaku.host import Adapter
 from tanzaku.method import Method
@@ -72,13 +73,8 @@ def train(
     return pool
 
 
-def assert_same_weights(found: Weights, expected: Weights, names: Sequence[str], atol: float = 1e-4) -> None:
-    for name in names:
-        assert found[name].keys() == expected[name].keys()
-        for key, value in expected[name].items():
-            torch.testing.assert_close(
-                found[name][key], value, rtol=1e-4, atol=atol, msg=lambda m, n=name, k=key: f"{n}, {k}: {m}"
-            )
+def assert_same_weights(found: Weights, expected: Weights, names: Sequence[str]) -> None:
+    assert_close({name: found[name] for name in names}, {name: expected[name] for name in names}, RUN)
 
 
 def assert_left_as_it_was(model: PreTrainedModel, before: dict[str, Tensor]) -> None:
@@ -294,8 +290,8 @@ def test_full_fine_tuning_runs_alone_after_the_others(expected: Weights) -> None
     assert order[-2:] == ["full", "full-2"]
     assert all(r.status == "done" for r in pool.results.values())
     assert {name for name, r in pool.results.items() if r.note and "alone" in r.note} == {"full", "full-2"}
-    assert_same_weights(pool.weights, expected, "abcd", atol=0.0)
-    assert_same_weights(pool.weights, train([jobs[0]]).weights, ["full"], atol=0.0)
+    assert_same_weights(pool.weights, expected, "abcd")
+    assert_same_weights(pool.weights, train([jobs[0]]).weights, ["full"])
     assert_left_as_it_was(model, before)
 
 

@@ -102,8 +102,9 @@ def _numbered(name: str, number: int) -> str:
 
 
 def read_adapter(name: str, path: Path) -> Saved:
-    from tanzaku.store import TENSORS, method_of, read_about, read_config
+    from tanzaku.store import TENSORS, adapter_dir, method_of, read_about, read_config
 
+    path = adapter_dir(path)
     config, about = read_config(path), read_about(path) or {}
     meta, base = (found if isinstance(found := about.get(key), dict) else {} for key in ("meta", "base"))
     labels = meta.get("labels")

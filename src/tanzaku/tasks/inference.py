@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.host import host_of, route
 from tanzaku.tasks.classification import Split, collate
+from tanzaku.tokens import without_cache
 from tanzaku.train.passes import CheapPasses
 from tanzaku.train.products import ABOVE
 
@@ -97,7 +98,7 @@ def _logits(
     host = host_of(model)
     takes = inspect.signature(model.forward).parameters
     # A cache of keys and values is for generation; here it would only be a copy of them a layer.
-    options = {"use_cache": False} if "use_cache" in takes else {}
+    options = without_cache(host.base)
     lengths = {name: [len(split.examples[row].input_ids) for row in rows] for name, split in splits.items()}
     longest = [max(of_row) for of_row in zip(*lengths.values(), strict=True)]
     order = sorted(range(len(rows)), key=lambda at: longest[at])
@@ -116,7 +117,7 @@ def _logits(
                     lengths=[lengths[name][i] for name in names for i in at],
                     virtual=[host.get(name).virtual for name in names for _ in at],
                     lowest=[ABOVE] * (len(names) * len(at)),  # no gradient is wanted
-                    route=host.sites.route,
+                    route=host.route,
                 ):
                     logits = model(**batch, **options).logits.float().cpu()
                 for name, part in zip(names, logits.split(len(at)), strict=True):

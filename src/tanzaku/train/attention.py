@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tanzaku.autograd import once_differentiable
 from tanzaku.routing import split
 
 
@@ -88,6 +89,7 @@ class _Rows(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         kept = iter(ctx.saved_tensors)
         gradient, (queries, keys), heads = gradients[0], ctx.sizes, ctx.shapes[1][1]

@@ -20,6 +20,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tanzaku import tree
+from tanzaku.autograd import once_differentiable
 from tanzaku.families import Base
 from tanzaku.sites import quiet
 
@@ -33,7 +35,7 @@ class FrozenGates:
     """While entered, the gated feed-forwards of a model's backbone compute as described above."""
 
     def __init__(self, base: Base):
-        modules = [m for m in base.backbone.modules() if all(hasattr(m, name) for name in (*_LAYERS, "act_fn"))]
+        modules = [m for m in tree.modules(base.backbone) if all(hasattr(m, name) for name in (*_LAYERS, "act_fn"))]
         self.gates = [
             (module, known)
             for module in modules
@@ -86,6 +88,7 @@ class _Gated(torch.autograd.Function):
         return _share(z, a, b).mul_(z).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         z, up = ctx.saved_tensors
         a, b = ctx.known

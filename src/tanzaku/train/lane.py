@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from tanzaku.errors import TanzakuError
 from tanzaku.families import features
 from tanzaku.host import Adapter
 from tanzaku.method import AttentionStrip, Method, TokenStrip
+from tanzaku.seeds import seed_of
 from tanzaku.tasks.classification import Example, class_weights, epoch_batches
 from tanzaku.tasks.prepare import ClassificationData
 from tanzaku.train.memory import Need
@@ -33,17 +34,28 @@ class Diverged(TanzakuError):
     """The loss of a job is no number any more."""
 
 
-class Lane:
-    """A job in training. The shared step gives it a loss; it answers with its own optimizer step.
-
-    `next_rows` are the rows it wants to train on next; None after its last batch.
+@dataclass(frozen=True)
+class _Batch:
+    """Rows of one forward pass. The loss of an optimizer step is the mean over its rows, however many batches they
+    come in: each batch's own mean counts by `share`.
     """
+
+    rows: list[int]
+    weight: float  # of its loss in that of the epoch: its rows, or what the classes of these weigh
+    share: float  # of its weight in that of the optimizer step that it is a part of
+    ends_step: bool
+    ends_epoch: bool
+
+
+class Lane:
+    """A job in training. The shared step gives it a loss; it answers with its own optimizer step."""
 
     def __init__(self, job: Job, adapter: Adapter, data: ClassificationData, result: JobResult, device: torch.device):
         self.job, self.adapter, self.data, self.result = job, adapter, data, result
         s = job.settings
         self.virtual, self.before = adapter.virtual, adapter.before
         self.lowest = lowest_layer(adapter)
+        self.left_out = False  # whether its last pass may have left out layers by chance
         self.draws: bool | None = None  # whether its forward pass draws random numbers; None: not yet known
         self.trained = [p for _, p in adapter.trained()]
         # Between its steps: weights, two moments, gradients that are not complete and their copies, and the best
@@ -69,6 +81,7 @@ class Lane:
         self.weights: Tensor | None = None
         if s.class_weights:
             self.weights = class_weights(labels, len(data.labels)).to(device)
+            self._class_weights: list[float] = self.weights.tolist()
         self.generator = torch.Generator()
         self.epoch, self.step, self.batch = 0, 0, 0
         self.batches = per_epoch * s.epochs
@@ -76,21 +89,21 @@ class Lane:
         self.rows_done = 0  # in the last step
         self.best: dict[str, Tensor] | None = None
         self._waited = 0
-        self._pending = 0
-        self._losses: list[float] = []
+        self._begun = False  # an optimizer step, of which some batches are done
+        self._losses: list[tuple[float, float]] = []  # of the epoch under way, and what each weighs
         self._order = self._epochs()
         self._advance()
         self.seconds = 0.0  # of the epoch under way
         self.logits: Tensor | None = None  # of the validation rows, by the weights as they are
         adapter.method.prepare(adapter, self.steps)
 
-    def _epochs(self) -> Iterator[tuple[list[int], int, bool]]:
-        """(rows of a batch, batches that share its optimizer step, whether the epoch ends), to the last epoch."""
+    def _epochs(self) -> Iterator[_Batch]:
+        """All batches that are left, to the last epoch."""
         s = self.job.settings
         lengths = [len(e.input_ids) for e in self.data.train.examples]
         for epoch in range(self.epoch, s.epochs):
             # Seeding by epoch makes the order of any epoch independent of what came before it.
-            self.generator.manual_seed(s.seed + epoch)
+            self.generator.manual_seed(seed_of("order", s.seed, epoch))
             batches = epoch_batches(
                 lengths,
                 s.batch_size,
@@ -98,13 +111,25 @@ class Lane:
                 group_by_length=s.group_by_length,
                 generator=self.generator,
             )
-            for at, rows in enumerate(batches):
-                first = at - at % s.accumulation
-                yield rows, min(s.accumulation, len(batches) - first), at == len(batches) - 1
+            for first in range(0, len(batches), s.accumulation):
+                step = batches[first : first + s.accumulation]
+                weights = [self._weight(rows) for rows in step]
+                for at, (rows, weight) in enumerate(zip(step, weights, strict=True), 1):
+                    ends = at == len(step)
+                    yield _Batch(rows, weight, weight / sum(weights), ends, ends and first + at == len(batches))
+
+    def _weight(self, rows: Sequence[int]) -> float:
+        if self.weights is None:
+            return len(rows)
+        return sum(self._class_weights[self.data.train.examples[row].label or 0] for row in rows)
 
     def _advance(self) -> None:
-        rows, self._next_share, self._next_ends = next(self._order, (None, 0, False))
-        self.next_rows: list[int] | None = rows
+        self._next = next(self._order, None)
+
+    @property
+    def next_rows(self) -> list[int] | None:
+        """The rows it wants to train on next; None after its last batch."""
+        return None if self._next is None else self._next.rows
 
     def examples(self) -> list[Example]:
         """The rows of its next batch."""
@@ -125,7 +150,7 @@ class Lane:
     @property
     def noise_seed(self) -> int:
         """Of the random numbers of its next batch."""
-        return hash((self.job.settings.seed, self.batch)) & (2**63 - 1)
+        return seed_of("dropout", self.job.settings.seed, self.batch)
 
     def loss(self, task_loss: Tensor) -> Tensor:
         """The task's loss with the method's penalty."""
@@ -146,7 +171,8 @@ class Lane:
 
     def accept(self, value: float) -> None:
         """Note the loss of a batch whose backward pass is done."""
-        self._losses.append(value)
+        assert self._next is not None
+        self._losses.append((value, self._next.weight))
         self.rows_done = len(self.next_rows or ())
 
     def spend(self, seconds: float) -> None:
@@ -155,12 +181,13 @@ class Lane:
         self.result.seconds += seconds
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """What to differentiate: the loss shared over accumulated batches."""
-        return self.scaler.scale(loss / self._next_share)
+        """What to differentiate: the batch's share of the loss of its optimizer step."""
+        assert self._next is not None
+        return self.scaler.scale(loss * self._next.share)
 
     def gradients(self) -> list[Tensor | None] | None:
         """Copies of what was accumulated so far, or None where nothing was."""
-        return [None if p.grad is None else p.grad.clone() for p in self.trained] if self._pending else None
+        return [None if p.grad is None else p.grad.clone() for p in self.trained] if self._begun else None
 
     def reset_gradients(self, kept: list[Tensor | None] | None) -> None:
         """Undo a backward pass that failed half way."""
@@ -173,12 +200,13 @@ class Lane:
         Raises:
             TanzakuError: the first backward pass reached nothing of what the method itself has to train.
         """
-        if self.batch == 0:
+        batch = self._next
+        assert batch is not None
+        if self.batch == 0 and not self.left_out:
             self._check_gradients()
-        self._pending += 1
         self.batch += 1
-        if self._pending == self._next_share:
-            self._pending = 0
+        self._begun = not batch.ends_step
+        if batch.ends_step:
             self.scaler.unscale_(self.optimizer)
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -186,14 +214,13 @@ class Lane:
             self.step += 1
             self.adapter.method.after_step(self.adapter, self.step)
             self.optimizer.zero_grad(set_to_none=True)
-        ended = self._next_ends
         self._advance()
-        return ended
+        return batch.ends_epoch
 
     def _check_gradients(self) -> None:
         # Some quantised layers compute forward only: then a head would learn, and all else stay as it was drawn.
         own = [(path, s) for path, s in self.adapter.at() if not isinstance(s, WeightStrip)]
-        trained = [p for _, strip in own for p in strip.parameters() if p.requires_grad]
+        trained = [p for _, strip in own if strip.trained for p in strip.parameters()]
         if trained and all(p.grad is None for p in trained):
             module = self.adapter.base.model.get_submodule(own[0][0])
             kind = type(getattr(module, "weight", None)).__name__
@@ -207,7 +234,7 @@ class Lane:
         self.epoch += 1
         record = EpochRecord(
             epoch=self.epoch,
-            train_loss=sum(self._losses) / len(self._losses),
+            train_loss=sum(loss * weight for loss, weight in self._losses) / sum(weight for _, weight in self._losses),
             learning_rate=float(self.schedule.get_last_lr()[0]),
             valid=valid,
             seconds=self.seconds,
@@ -235,7 +262,7 @@ class Lane:
 
     @property
     def last_loss(self) -> float:
-        return self._losses[-1] if self._losses else math.nan
+        return self._losses[-1][0] if self._losses else math.nan
 
     @property
     def finished(self) -> bool:

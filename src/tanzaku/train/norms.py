@@ -17,6 +17,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tanzaku import tree
+from tanzaku.autograd import once_differentiable
 from tanzaku.families import Base
 from tanzaku.sites import quiet
 
@@ -27,7 +29,7 @@ class FrozenNorms:
     def __init__(self, base: Base):
         self.norms = [
             (module, known)
-            for module in base.backbone.modules()
+            for module in tree.modules(base.backbone)
             if "forward" not in module.__dict__ and (known := _known(module)) is not None
         ]
 
@@ -85,6 +87,7 @@ class _Norm(torch.autograd.Function):
         return (x * scale).mul_(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         x, scale, weight = ctx.saved_tensors
         through = gradients[0] * weight

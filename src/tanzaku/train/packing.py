@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from tanzaku.families import Base
+from tanzaku.families.trace import PREFIX
 from tanzaku.method import AttentionCall
+from tanzaku.positions import numbering
 from tanzaku.routing import Ragged, Route, split
-from tanzaku.sites import PACKING, PREFIX, AttentionHook, register
+from tanzaku.sites import PACKING, AttentionHook, register
 from tanzaku.train.attention import row_attention, suits
 from tanzaku.train.products import Tokens
 from tanzaku.train.trim import last_layer_modules
@@ -38,7 +40,7 @@ class Packing:
         self.tokens: Tokens | None = None
         self._masks: dict[tuple[int, int | None, int], Tensor] = {}
         self.layers: list[nn.Module] = []
-        if base.family is None or base.family.positions != "column" or not last_layer_modules(base):
+        if not last_layer_modules(base) or numbering(base.backbone, base).kind != "column":
             return
         layers = [module for _, module in base.attention()]
         same = getattr(base.backbone, "embed_tokens", None) is base.model.get_input_embeddings()  # type: ignore[operator]

@@ -58,13 +58,13 @@ class CheapPasses:
             read = [before + column for before, column in zip(virtual, columns, strict=True)]
         tokens = Tokens(
             width=lead + input_ids.shape[1],
-            starts=[lead - before for before in virtual],
+            starts=[0] * len(virtual),
             lengths=[before + length for before, length in zip(virtual, lengths, strict=True)],
             lowest=lowest,
             device=input_ids.device,
             packed=route is not None,
             read=read,
         )
-        short = self.pooled.reading(input_ids) if route is None else self.packing.reading(tokens, route)
+        short = self.pooled.reading(input_ids, virtual) if route is None else self.packing.reading(tokens, route)
         with short, self.products.reading(tokens):
             yield

@@ -29,7 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tanzaku import tree
+from tanzaku.autograd import once_differentiable
 from tanzaku.families import Base
+from tanzaku.heads import heads_above
 from tanzaku.host import Adapter
 from tanzaku.routing import Ragged
 from tanzaku.train.memory import free
@@ -52,8 +55,9 @@ def lowest_layer(adapter: Adapter) -> int:
     base = adapter.base
     if base.encoder_decoder:
         return -1  # its two stacks count their layers alike
-    trained = [path for path, strip in adapter.at() if any(p.requires_grad for p in strip.parameters())]
-    layers = [layer_of(path) for path in trained if path not in base.head_names()]
+    trained = [path for path, strip in adapter.at() if strip.trained]
+    above = heads_above(base.model)
+    layers = [layer_of(path) for path in trained if path not in above]
     return min((-1 if layer is None else layer for layer in layers), default=ABOVE)
 
 
@@ -130,11 +134,11 @@ class FrozenProducts:
 
     def __init__(self, base: Base):
         self.tokens: Tokens | None = None
-        inside = {id(module) for module in base.backbone.modules()}
+        inside = {id(module) for module in tree.modules(base.backbone)}
         self.layers = [
             # What lies in no layer may lie behind them all, where every gradient passes.
             (module, ABOVE if (layer := layer_of(path)) is None else layer)
-            for path, module in base.model.named_modules()
+            for path, module in tree.named_modules(base.model)
             # A subclass has its own idea of a product, as a quantised weight has, and a patched layer somebody else's.
             if type(module) is nn.Linear and type(module.weight) is nn.Parameter
             if id(module) in inside and "forward" not in module.__dict__
@@ -244,6 +248,7 @@ class _Product(torch.autograd.Function):
         return _at(keep, x, weight if copies is None else copies.forward, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (weight,) = ctx.saved_tensors  # an error where it was changed in the meantime
         weight = weight.t() if ctx.copies is None else ctx.copies.backward
@@ -265,6 +270,7 @@ class _TrainedProduct(torch.autograd.Function):
         return multiply(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         gradient = gradients[0]

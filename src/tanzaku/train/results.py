@@ -30,7 +30,10 @@ class Job:
 
 @dataclass
 class EpochRecord:
-    """Figures after one epoch. Metrics are keyed loss, accuracy, roc_auc and macro_f1; times are in seconds."""
+    """Figures after one epoch. Metrics are keyed loss, accuracy, roc_auc and macro_f1; times are in seconds.
+
+    The training loss is the mean over the epoch's rows, of the weights that each of them met.
+    """
 
     epoch: int
     train_loss: float

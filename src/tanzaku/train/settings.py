@@ -19,7 +19,7 @@ class TrainSettings(BaseModel):
     weight_decay: float = Field(0.0, ge=0, description="decoupled decay; biases and norms are spared")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="learning rate after warm-up")
     warmup: float = Field(0.0, ge=0, description="steps of warm-up; below 1 it is a share of all steps")
-    accumulation: int = Field(1, ge=1, description="batches summed before one optimizer step")
+    accumulation: int = Field(1, ge=1, description="batches of one optimizer step, all rows alike")
     max_grad_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to this; 0 turns it off")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="smoothing of the gradient")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="smoothing of its square")

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tanzaku import __version__
+from tanzaku import __version__, tree
 from tanzaku.errors import TanzakuError
 from tanzaku.files import apart, written_beside
 from tanzaku.tasks.prepare import ClassificationData
@@ -127,7 +127,7 @@ def base_checksum(model: nn.Module) -> str:
     """Of the model's class, and of up to 64 numbers of each of its weights: another base gives another."""
     digest = hashlib.sha256(type(model).__name__.encode())
     # The class's own method: an active adapter's parameters are no part of the base.
-    for name, parameter in type(model).named_parameters(model):
+    for name, parameter in tree.named_parameters(model):
         digest.update(repr((name, tuple(parameter.shape), str(parameter.dtype))).encode())
         numbers = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]
         digest.update(repr(numbers.tolist()).encode())

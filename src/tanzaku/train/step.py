@@ -11,14 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from tanzaku import tree
 from tanzaku.families import Base
-from tanzaku.host import host_of
+from tanzaku.host import adapters, host_of
 from tanzaku.methods import METHODS
-from tanzaku.noise import Noise, Share
+from tanzaku.noise import Foreign, Noise, Share, foreign_generators, watch
 from tanzaku.routing import Entry, Route
+from tanzaku.survey import odd_dropouts
 from tanzaku.tasks.classification import Example, Split, classification_loss, collate
+from tanzaku.tokens import without_cache
 from tanzaku.train.lane import Lane
 from tanzaku.train.memory import Need, bytes_needed
 from tanzaku.train.passes import CheapPasses
@@ -44,12 +48,13 @@ class SharedStep:
         base = Base.of(model)
         self.max_positions, self.settings = base.max_positions, base.config.to_dict()
         self.passes = CheapPasses(base)
-        takes = inspect.signature(model.forward).parameters
-        self.takes_types = "token_type_ids" in takes
+        self.takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
         # A cache of keys and values is for generation; here it would only be a copy of them a layer.
-        self.options = {"use_cache": False} if "use_cache" in takes else {}
+        self.options = without_cache(base)
         self._route: tuple[list[Entry], Route] | None = None
         self._checkpointed = False
+        self._foreign: list[Foreign] | None = None
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> SharedStep:
         self.passes.__enter__()
@@ -57,7 +62,13 @@ class SharedStep:
 
     def __exit__(self, *error: Any) -> None:
         self._checkpoint(False)
+        if self._route is not None and adapters(self.model):
+            host_of(self.model).switch(None)
+        self._route = None
         self.passes.__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._foreign = [], None
         self._mode(training=False)
 
     @contextmanager
@@ -92,7 +103,7 @@ class SharedStep:
                 lane.draws = False if known and not _drops(self.settings) else None
         # The mode costs time at every operation: it is left out where nobody is known to draw.
         noisy = any(lane.draws is not False for lane in lanes)
-        noise = Noise(route, shares, width, lead) if noisy else nullcontext()
+        noise = Noise(route, shares, width, lead, self._watched()) if noisy else nullcontext()
         # Dropout tells jobs apart by rows.
         packed = not noisy and not padded
         with self._reading(inputs["input_ids"], lanes, batches, packed), noise:
@@ -104,6 +115,14 @@ class SharedStep:
             ]
         for lane, share in zip(lanes, shares, strict=True):
             lane.draws = (lane.draws or share.drew) if noisy else lane.draws
+            lane.left_out = share.left_out
+
+    def _watched(self) -> list[Foreign]:
+        """What a step that draws random numbers has to know of the model, and hooks where it needs them."""
+        if self._foreign is None:
+            self._foreign = foreign_generators(self.model)
+            self._handles = watch(self.model, odd_dropouts(Base.of(self.model)))
+        return self._foreign
 
     def need_of(self, lane: Lane, widest: int) -> Need:
         """What a step of this job needs. It takes the time of a few steps and trains nothing.
@@ -162,7 +181,7 @@ class SharedStep:
     def _wanting(self) -> Iterator[None]:
         """Within the block, gradients are wanted from the embedded tokens on: whatever autograd may keep, it keeps."""
         size = Base.of(self.model).vocab_size
-        tables = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == size]
+        tables = [m for m in tree.modules(self.model) if isinstance(m, nn.Embedding) and m.num_embeddings == size]
         handles = [m.register_forward_hook(lambda _m, _args, out: out.requires_grad_()) for m in tables]
         try:
             yield
@@ -218,7 +237,7 @@ class SharedStep:
         host = host_of(self.model)
         if len(set(entries)) == 1:
             entries = entries[:1]
-        if self._route is None or self._route[0] != entries or host.sites.route is not self._route[1]:
+        if self._route is None or self._route[0] != entries or host.route is not self._route[1]:
             self._route = (entries, Route.of(entries))
             host.switch(self._route[1])
         return self._route[1]
@@ -227,7 +246,7 @@ class SharedStep:
         if self.model.training == training:
             return
         self.model.train(training)
-        for module in self.model.modules():
+        for module in tree.modules(self.model):
             # Running statistics are the base's, and the base stays as it is.
             if isinstance(module, _BatchNorm):
                 module.eval()

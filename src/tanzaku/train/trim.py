@@ -8,7 +8,7 @@ the other positions, which nobody reads, get numbers without meaning. Loss and g
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,7 @@ def last_layer_modules(base: Base, asking: bool = False) -> list[nn.Module]:
     layers = getattr(base.backbone, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return []
-    query = [f"{family.attention}.{family.query}"] if asking and not family.fused else []
+    query = [f"{family.attention}.{family.query}"] if asking and family.query != family.key else []
     return [layers[-1].get_submodule(path) for path in (*query, *family.trim)]
 
 
@@ -57,17 +57,16 @@ class PooledOnly:
         x = args[0]
         if self._at is None or x.dim() != 3 or x.shape[1] in (1, *range(self._length)):
             return None  # one token is nothing to trim; and fewer than there are were trimmed before
-        # Virtual tokens lie before the row's own.
-        at = self._at + (x.shape[1] - self._length)
-        return (x[torch.arange(x.shape[0], device=x.device), at].unsqueeze(1), *args[1:])
+        return (x[torch.arange(x.shape[0], device=x.device), self._at].unsqueeze(1), *args[1:])
 
     @contextmanager
-    def reading(self, input_ids: Tensor) -> Iterator[None]:
-        """Within the block, the model's forward pass is for the logits of these rows (rows, length) alone."""
+    def reading(self, input_ids: Tensor, virtual: Sequence[int]) -> Iterator[None]:
+        """Within the block, the model's forward pass is for the logits of these rows (rows, length) alone, `virtual`
+        tokens before each."""
         if not self.modules or self.pad is None:
             yield
             return
-        self._at = pooled_columns(input_ids, self.pad)
+        self._at = pooled_columns(input_ids, self.pad) + torch.tensor(virtual, device=input_ids.device)
         self._length = input_ids.shape[1]
         handles = [module.register_forward_pre_hook(self._keep) for module in self.modules]
         try:
