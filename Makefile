@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test chromium check format bench bench-gpu clean
+.PHONY: install demo test test-all test-processors chromium check format bench bench-gpu clean
 
 install: $(STAMP)
 
@@ -18,8 +18,16 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/tanzaku demo $(ARGS)
 
+# Every method under every condition on one family; test-all: on all families.
 test: $(STAMP) chromium
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+test-all: $(STAMP) chromium
+	$(BIN)/python -m pytest -n 2 --dist worksteal --all $(ARGS)
+
+# What is compared with what, as other processors would round it: about an hour and a half.
+test-processors: $(STAMP)
+	PYTHON=$(BIN)/python .ci/processors $(ARGS)
 
 # The browser that looks at report.html, where it can be had.
 chromium:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tanzaku.errors import TanzakuError
@@ -17,6 +17,7 @@ def stack_of(found):
     return () if found is None else (found,) if isinstance(found, str) else found
 
 
+@settings(deadline=None)
 @given(routes, st.integers(1, 3))
 def test_groups_send_every_row_to_its_stack(entries, times):
     """Each row of the batch is in exactly one group, that of its entry; a multiple repeats entries in place."""
@@ -30,6 +31,7 @@ def test_groups_send_every_row_to_its_stack(entries, times):
     assert [seen[row] for row in range(len(wanted))] == wanted
 
 
+@settings(deadline=None)
 @given(routes, st.integers(1, 3), st.data())
 def test_put_replaces_rows_as_a_loop_does(entries, times, data):
     """Groups changed and put back, some left as they are, equal a loop over rows, gradients included."""
@@ -51,6 +53,7 @@ def test_put_replaces_rows_as_a_loop_does(entries, times, data):
     assert torch.equal(base, original)  # nothing is written in place
 
 
+@settings(deadline=None)
 @given(routes, st.integers(1, 30))
 def test_any_other_size_is_an_error(entries, rows):
     """A route of several stacks fits whole multiples of its length only; a route of one stack fits all."""
@@ -64,6 +67,7 @@ def test_any_other_size_is_an_error(entries, rows):
         assert sum(len(take(torch.arange(rows), at)) for _, at in route.groups(rows)) == rows
 
 
+@settings(deadline=None)
 @given(routes)
 def test_adapters_are_named_once_in_order(entries):
     """The names of a route, each once, as they appear."""

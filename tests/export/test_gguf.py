@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import tanzaku as tz
+from close import GRADIENT, HALF, assert_close
 from llama_cpp import (
     PROMPT,
     LlamaCpp,
@@ -77,13 +78,14 @@ def check(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     text: str = PROMPT,
-    tolerance: float = 1e-4,
+    roundings: int = GRADIENT,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """llama.cpp's log-probabilities of all tokens to come next, once they are seen to be transformers' own."""
     expected = log_probabilities(model, tokenizer(text).input_ids)
     spoken = tokenizer.convert_tokens_to_ids("a")
     found = running.log_probabilities(text, len(expected), spoken)
-    assert (found - expected).abs().max() < tolerance, text
+    assert_close(found, expected, roundings, dtype=dtype, at=text)
     return found
 
 
@@ -93,9 +95,10 @@ def test_llama_cpp_computes_the_same(
 ) -> None:
     model = built(family, tokenizer, monkeypatch)
     # llama.cpp looks GELU up in a table of half precision.
-    tolerance = 5e-3 if FAMILIES[family][0].startswith(("gemma", "gpt2")) else 1e-4
+    half = FAMILIES[family][0].startswith(("gemma", "gpt2"))
+    rounds: dict[str, Any] = {"roundings": HALF, "dtype": torch.float16} if half else {}
     base = export_model(model, tokenizer, tmp_path / "base.gguf", outtype="f32")
-    bare = check(LlamaCpp(base), model, tokenizer, tolerance=tolerance)
+    bare = check(LlamaCpp(base), model, tokenizer, **rounds)
 
     # Every kind of layer, with a scale of its own at some.
     every = tz.LoRA(r=3, lora_alpha=5, target_modules="all-linear", use_rslora=True, alpha_pattern={"down_proj": 2.0})
@@ -105,14 +108,14 @@ def test_llama_cpp_computes_the_same(
     tz.activate(model, "a")
     adapter = export_adapter(model, "a", tmp_path / "a.gguf", outtype="f32")
     adapted = LlamaCpp(base, adapter)
-    assert (check(adapted, model, tokenizer, tolerance=tolerance) - bare).abs().max() > 0.1
+    assert (check(adapted, model, tokenizer, **rounds) - bare).abs().max() > 0.1
     expected = continued(model, tokenizer, PROMPT, 8)
     without = unspoken(tokenizer, model.config.vocab_size)
     assert adapted.text(PROMPT, 8, without) == expected
 
     tz.merge(model, "a")
     merged = LlamaCpp(export_model(model, tokenizer, tmp_path / "merged.gguf", outtype="f32"))
-    check(merged, model, tokenizer, tolerance=tolerance)
+    check(merged, model, tokenizer, **rounds)
     assert merged.text(PROMPT, 8, without) == expected
 
 
@@ -125,14 +128,21 @@ def test_an_adapter_of_separate_embeddings(tokenizer: PreTrainedTokenizerBase, t
     check(LlamaCpp(base, adapter), model, tokenizer)
 
 
-@pytest.mark.parametrize(("outtype", "tolerance"), [("f16", 0.02), ("bf16", 0.1), ("q8_0", 0.1)])
-def test_types(outtype: str, tolerance: float, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+OUT_TYPES = {
+    "f16": {"roundings": 2 * HALF, "dtype": torch.float16},
+    "bf16": {"roundings": HALF, "dtype": torch.bfloat16},
+    "q8_0": {"roundings": HALF, "dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize(("outtype", "rounds"), OUT_TYPES.items())
+def test_types(outtype: str, rounds: dict[str, Any], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     model = tiny("llama", "lm", vocab_size=len(tokenizer))
     base = export_model(model, tokenizer, tmp_path / "base.gguf", outtype=outtype)
     attached(model, tz.LoRA(r=2))
     tz.activate(model, "a")
     adapter = export_adapter(model, "a", tmp_path / "a.gguf", outtype=outtype)
-    check(LlamaCpp(base, adapter), model, tokenizer, tolerance=tolerance)
+    check(LlamaCpp(base, adapter), model, tokenizer, **rounds)
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(base).tensors}
     assert kinds["blk.0.attn_q.weight"] == outtype.upper() and kinds["blk.0.attn_norm.weight"] == "F32"
     # A row of 48 is no whole number of blocks of 32.

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 import tanzaku as tz
 from interop.oracle import CONFIGS, PLAIN, config, in_peft, method
 from models import tiny
+from tiers import in_families
 
 
 def our_counts(base: torch.nn.Module, name: str, settings: dict[str, object]) -> tuple[int, int]:
@@ -41,7 +42,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES.values(), ids=CASES)
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@in_families("kind", ["llama", "mistral"])
 def test_a_tiny_classifier(kind: str, name: str, settings: dict[str, object]) -> None:
     base = tiny(kind, "cls")
     if kind == "mistral" and name == "adalora":

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from interop.oracle import CONFIGS, PLAIN, SOFT_PROMPTS, both, in_peft
 from models import batch, tiny
+from tiers import in_families
 
 DECODERS = ("llama", "gemma3", "gpt2", "opt")
 ENCODER_DECODERS = ("t5", "bart")
@@ -29,7 +30,7 @@ def written(model: PreTrainedModel | peft.PeftModel, given: dict[str, Tensor], *
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize(("kind", "name"), cases(*DECODERS, *ENCODER_DECODERS))
+@in_families(("kind", "name"), cases(*DECODERS, *ENCODER_DECODERS))
 def test_greedy_and_beams(kind: str, name: str, beams: int, tmp_path: Path) -> None:
     base, theirs = both(kind, "lm", name, tmp_path)
     given = batch(base, padding="left")

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import tanzaku as tz
+from close import GRADIENT, assert_close
 from interop.oracle import copy_trained, in_peft, inputs, method, trained_in_peft, trained_in_tanzaku
 from models import tiny
 from tanzaku.tasks.classification import collate
@@ -51,11 +52,13 @@ class Recorded(Trainer):
     # Left to itself it takes a classifier's loss for one shared over the accumulated batches already, which it is not.
     loss_is_scaled_for_ga = False
     losses: list[float]
+    rows: list[int]
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(model, *args, **kwargs)
         if model.training:
             self.losses.append(float(loss.detach()))
+            self.rows.append(len(args[0]["labels"]))
         return loss
 
 
@@ -88,14 +91,15 @@ def trainer(model: nn.Module, given: ClassificationData, settings: TrainSettings
         eval_dataset=given.valid.examples if given.valid else None,
         data_collator=lambda examples: collate(examples, given.pad_token_id),
     )
-    run.losses = []
+    run.losses, run.rows = [], []
     return run
 
 
-def means(losses: list[float], epochs: int) -> list[float]:
-    """Mean loss of each epoch."""
-    size = len(losses) // epochs
-    return [sum(losses[i : i + size]) / size for i in range(0, len(losses), size)]
+def means(run: Recorded, epochs: int) -> list[float]:
+    """Mean loss of the rows of each epoch."""
+    size = len(run.losses) // epochs
+    sums = [loss * rows for loss, rows in zip(run.losses, run.rows, strict=True)]
+    return [sum(sums[i : i + size]) / sum(run.rows[i : i + size]) for i in range(0, len(sums), size)]
 
 
 def started(base: PreTrainedModel, name: str, settings: TrainSettings, folder: Path) -> peft.PeftModel:
@@ -113,7 +117,7 @@ def assert_same_tensors(ours: Path, theirs: Path, start: Path) -> None:
     mine, other, before = (load_file(folder / TENSORS) for folder in (ours, theirs, start))
     assert mine.keys() == other.keys()
     for key in mine:
-        torch.testing.assert_close(mine[key], other[key], rtol=1e-5, atol=1e-5, msg=lambda text, k=key: f"{k}: {text}")
+        assert_close(mine[key], other[key], GRADIENT, at=key)
         assert not torch.allclose(mine[key], before[key], atol=1e-3), f"{key} was not trained"
 
 
@@ -145,9 +149,7 @@ def test_a_run_is_the_trainers(
 
     assert result.status == "done", result.error
     assert result.steps == run.state.global_step
-    assert [record.train_loss for record in result.epochs] == pytest.approx(
-        means(run.losses, settings.epochs), abs=1e-5
-    )
+    assert_close([record.train_loss for record in result.epochs], means(run, settings.epochs), GRADIENT)
     assert result.adapter is not None
     assert_same_tensors(tmp_path / result.adapter, tmp_path / "theirs", tmp_path / "start")
 
@@ -165,8 +167,8 @@ def test_figures_of_an_epoch_are_the_trainers(name: str, tmp_path: Path) -> None
     predicted = run.predict(given.valid.examples)
     scores = torch.tensor(predicted.predictions)
     expected = classification_metrics(scores, torch.tensor(predicted.label_ids))
-    assert result.epochs[-1].valid == pytest.approx(expected, abs=1e-5)
-    assert result.epochs[-1].valid["loss"] == pytest.approx(predicted.metrics["test_loss"], abs=1e-5)
+    assert_close(result.epochs[-1].valid, expected, GRADIENT)
+    assert_close(result.epochs[-1].valid["loss"], predicted.metrics["test_loss"], GRADIENT)
     assert {"accuracy", "roc_auc"} <= expected.keys()
 
 
@@ -183,10 +185,11 @@ def test_any_trainer_trains_an_active_adapter(name: str, tmp_path: Path) -> None
     runs = [trainer(model, given, settings, tmp_path / "trainer") for model in (base, theirs)]
     for run in runs:
         run.train()
-    assert runs[0].losses == pytest.approx(runs[1].losses, abs=1e-5)
+    assert_close(runs[0].losses, runs[1].losses, GRADIENT)
     tz.save(base, "ours", tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     assert_same_tensors(tmp_path / "ours", tmp_path / "theirs", tmp_path / "start")
+    tz.activate(base, None)
     assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
 
 
@@ -220,7 +223,7 @@ def test_adalora_prunes_as_pefts_does(budget: dict[str, Any]) -> None:
         assert penalty is not None
         ours_loss = base(**given, labels=labels).loss + penalty
         theirs_loss = theirs(**given, labels=labels).loss  # PEFT's model adds its penalty itself
-        assert ours_loss.item() == pytest.approx(theirs_loss.item(), abs=1e-5)
+        assert_close(ours_loss, theirs_loss, GRADIENT)
         for loss, optimizer in zip((ours_loss, theirs_loss), optimizers, strict=True):
             loss.backward()
             optimizer.step()
@@ -234,7 +237,7 @@ def test_adalora_prunes_as_pefts_does(budget: dict[str, Any]) -> None:
         assert ours_pattern == named, f"step {step}"
         patterns.append(named)
         for key, parameter in our_trained.items():
-            torch.testing.assert_close(parameter, their_trained[key], rtol=1e-5, atol=1e-5)
+            assert_close(parameter, their_trained[key], GRADIENT, at=key)
     left = sum(sum(kept) for kept in patterns[-1].values())
     assert left == int(settings["target_r"] * len(patterns[-1])), "the last budget was reached"
     if settings.get("tinit"):

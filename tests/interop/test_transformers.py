@@ -20,8 +20,10 @@ from transformers import (
 )
 
 import tanzaku as tz
+from close import assert_close
 from interop.oracle import PLAIN, PROMPT_LEARNING, method, scatter
 from models import batch, tiny
+from tiers import in_families
 
 # (family, head) -> transformers' Auto class, PEFT's.
 BASES: dict[tuple[str, str], tuple[Any, Any]] = {
@@ -69,7 +71,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "head", "name", "settings"), CASES)
+@in_families(("kind", "head", "name", "settings"), CASES)
 @torch.no_grad()
 def test_load_adapter(kind: str, head: str, name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     """`model.load_adapter`, under a name of its own, and `from_pretrained` of the adapter's directory."""
@@ -77,12 +79,12 @@ def test_load_adapter(kind: str, head: str, name: str, settings: dict[str, Any],
     model.load_adapter(str(tmp_path / "a"), adapter_name="poems")
     model.set_adapter("poems")
     assert model.active_adapters() == ["poems"]
-    torch.testing.assert_close(said(model, given), expected, rtol=1e-5, atol=1e-5)
+    assert_close(said(model, given), expected)
     again = BASES[kind, head][0].from_pretrained(tmp_path / "a").eval()
-    torch.testing.assert_close(said(again, given), expected, rtol=1e-5, atol=1e-5)
+    assert_close(said(again, given), expected)
 
 
-@pytest.mark.parametrize(
+@in_families(
     ("kind", "head", "name", "settings"),
     [
         *CASES,
@@ -100,7 +102,7 @@ def test_peft_finds_the_base_itself(kind: str, head: str, name: str, settings: d
     given = {**given, "attention_mask": torch.ones_like(given["input_ids"])} if "input_ids" in given else given
     found = BASES[kind, head][1].from_pretrained(tmp_path / "a").eval()
     # PEFT's logits have the virtual tokens, too.
-    torch.testing.assert_close(said(found, given)[:, -expected.shape[1] :], expected, rtol=1e-5, atol=1e-5)
+    assert_close(said(found, given)[:, -expected.shape[1] :], expected)
     assert peft.PeftConfig.from_pretrained(tmp_path / "a").base_model_name_or_path == str(tmp_path / "base")
 
 
@@ -117,7 +119,7 @@ def test_two_adapters_in_one_model_of_transformers(tmp_path: Path) -> None:
     model.load_adapter(str(tmp_path / "b"), adapter_name="b")
     for name, expected in (("a", first), ("b", second), ("a", first)):
         model.set_adapter(name)
-        torch.testing.assert_close(said(model, given), expected, rtol=1e-5, atol=1e-5)
+        assert_close(said(model, given), expected)
 
 
 @torch.no_grad()
@@ -131,4 +133,4 @@ def test_an_adapter_added_and_saved_by_transformers_loads_here(tmp_path: Path) -
     given = batch(base)
     tz.load(base, tmp_path, "a")
     tz.activate(base, "a")
-    torch.testing.assert_close(said(base, given), said(model, given), rtol=1e-5, atol=1e-5)
+    assert_close(said(base, given), said(model, given))

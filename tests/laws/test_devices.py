@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from variants import bamboo, gradients, hang, logits, losses, method, sharing
 
 import tanzaku as tz
+from close import GRADIENT, RUN, assert_close
 from models import batch
 from tanzaku.host import host_of
 from tanzaku.methods import METHODS
@@ -46,7 +47,7 @@ def test_a_batch_of_all_methods(device):
         }
         found[place] = {"logits": out.cpu(), **grads}
     for key, value in found["cpu"].items():
-        torch.testing.assert_close(found[device][key], value, rtol=1e-4, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+        assert_close(found[device][key], value, GRADIENT, at=key)
 
 
 @devices
@@ -59,7 +60,7 @@ def test_a_file_of_one_device_is_one_of_the_other(name, device, tmp_path):
     inputs = batch(here, rows=2)
     expected = logits(here, [name, name], inputs)
     found = logits(there, [name, name], {key: value.to(device) for key, value in inputs.items()})
-    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
+    assert_close(found.cpu(), expected, GRADIENT)
 
 
 @devices
@@ -70,7 +71,7 @@ def test_merging_and_taking_out_again(device):
     inputs = {key: value.to(device) for key, value in batch(model, rows=2).items()}
     expected = logits(model, ["lora", "lora"], inputs)
     tz.merge(model, "lora")
-    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+    assert_close(model(**inputs).logits, expected, GRADIENT)
     tz.unmerge(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -100,7 +101,7 @@ def test_candidates_end_as_they_end_alone(device, checkpointed, tmp_path):
     for job in jobs:
         _, alone = trained(device, [job], tmp_path / job.name)
         for key, value in alone.items():
-            torch.testing.assert_close(among[key], value, rtol=1e-3, atol=1e-3, msg=lambda m, k=key: f"{k}: {m}")
+            assert_close(among[key], value, RUN, at=key)
 
 
 @devices

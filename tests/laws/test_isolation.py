@@ -18,6 +18,7 @@ from variants import (
 )
 
 import tanzaku as tz
+from close import GRADIENT, assert_close
 from models import batch
 from tanzaku.host import host_of
 from tanzaku.methods import METHODS
@@ -48,7 +49,7 @@ def test_rows_of_one_adapter(name):
     inputs = batch(model, rows=3)
     together = logits(model, [name] * 3, inputs)
     for row in range(3):
-        torch.testing.assert_close(together[row : row + 1], logits(model, [name], rows_of(inputs, [row])))
+        assert_close(together[row : row + 1], logits(model, [name], rows_of(inputs, [row])))
 
 
 @pytest.mark.parametrize("second", sharing())
@@ -75,7 +76,7 @@ def test_every_method_in_one_batch(kind, head, padding):
     model = full_bamboo(kind, head)
     names = sharing()
     entries = [None, *names[::2], *names[1::2], names[0], None, f"{names[2]}-2"]
-    assert_isolated(model, entries, batch(model, rows=len(entries), padding=padding), atol=2e-5)
+    assert_isolated(model, entries, batch(model, rows=len(entries), padding=padding))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -84,7 +85,7 @@ def test_attention_implementations_and_padding(attention, padding):
     """The same on LLaMA for each attention function, and without a mask."""
     model = full_bamboo(attention=attention)
     entries = [*sharing(), None, *(f"{n}-2" for n in sharing())]
-    assert_isolated(model, entries, batch(model, rows=len(entries), padding=padding), atol=2e-5)
+    assert_isolated(model, entries, batch(model, rows=len(entries), padding=padding))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -94,7 +95,7 @@ def test_a_multiple_of_the_route_expands_it(kind):
     entries = ["lora", None, "prompt_tuning", "prefix_tuning"]
     inputs = batch(model, rows=8)
     twice = [entry for entry in entries for _ in range(2)]
-    torch.testing.assert_close(logits(model, entries, inputs), logits(model, twice, inputs), rtol=0, atol=0)
+    assert_close(logits(model, entries, inputs), logits(model, twice, inputs))
 
 
 @pytest.mark.parametrize("names", [["lora", None], ["ia3", "head"], ["prompt_tuning", None], ["prefix_tuning", "lora"]])
@@ -139,7 +140,7 @@ def test_a_whole_training_run(name):
     expected = dict(theirs.named_parameters())
     start = dict(hang(bamboo(), name).trained())
     for key, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter, expected[key], rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+        assert_close(parameter, expected[key], GRADIENT, at=key)
     assert any(not torch.equal(p, start[key]) for key, p in ours.trained())
 
 

@@ -7,12 +7,14 @@ import torch
 from safetensors.torch import load_file
 from variants import CASES, VARIANTS, all_variants, bamboo, method, sharing
 
+from close import RUN, assert_close
 from models import tiny
 from tanzaku.methods import METHODS
 from tanzaku.train.loop import train_jobs
 from tanzaku.train.results import Job
 from tanzaku.train.settings import TrainSettings
 from task_data import task
+from tiers import in_families
 
 BASE = {"epochs": 2, "learning_rate": 0.01, "batch_size": 2}
 
@@ -50,7 +52,7 @@ def assert_same_run(model_of, job: Job, tmp_path: Path, **options) -> None:
     among = weights(model_of(), [job, *company(variant)], tmp_path / "among", **options)
     assert alone.keys() == among.keys()
     for key, value in alone.items():
-        torch.testing.assert_close(among[key], value, rtol=2e-4, atol=2e-4, msg=lambda m, k=key: f"{k}: {m}")
+        assert_close(among[key], value, 4 * RUN, at=key)
 
 
 @all_variants
@@ -65,7 +67,7 @@ def test_every_method_in_a_worker_process(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize(
+@in_families(
     ("kind", "drop"),
     [
         ("bert", {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}),
@@ -119,7 +121,7 @@ def test_checkpointed_layers_draw_again_what_they_drew(tmp_path):
     others = [Job(j.name, j.method, j.settings.model_copy(update={"gradient_checkpointing": True})) for j in company(0)]
     found = weights(model_of(), [checkpointed, *others], tmp_path / "checkpointed")
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=2e-4, atol=2e-4)
+        assert_close(found[key], value, RUN)
 
 
 @pytest.mark.parametrize("rows_per_step", [1, 4, 1000])

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import tanzaku as tz
+from close import assert_close, close
 from models import VOCAB, tiny
 from tanzaku.host import host_of
 from tanzaku.methods import METHODS
@@ -79,7 +80,7 @@ def assert_alone(model: PreTrainedModel, found: dict[str, Tensor], splits: dict[
     assert list(found) == list(splits)
     for name, split in splits.items():
         expected = alone(model, name, split)
-        torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        assert_close(found[name], expected, at=name)
 
 
 @contextmanager
@@ -112,14 +113,14 @@ def test_streamed_rows_are_those_of_all_at_once(monkeypatch: pytest.MonkeyPatch)
     expected = probabilities_of(model, splits, 0, 4)
     for name, logits in logits_of(model, splits, 0, 4).items():
         assert expected[name].dtype == torch.float64
-        torch.testing.assert_close(expected[name], logits.double().softmax(-1))
+        assert_close(expected[name], logits.double().softmax(-1), dtype=torch.float32)
     monkeypatch.setattr(inference, "WINDOW", 2)
     for batch_size in (1, 2, 3, 8):
         streamed = list(probabilities(model, splits, 0, batch_size))
         assert len(streamed) == len(LENGTHS) and all(list(row) == list(splits) for row in streamed)
         for name in splits:
             found = torch.tensor([row[name] for row in streamed], dtype=torch.float64)
-            torch.testing.assert_close(found, expected[name], atol=1e-6, rtol=0)
+            assert_close(found, expected[name], dtype=torch.float32)
 
 
 def test_rows_stream_window_by_window(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +229,7 @@ def test_the_figures_are_those_of_training(tmp_path: Path) -> None:
     for result in results:
         assert result.predictions is not None
         expected = torch.tensor(result.predictions, dtype=torch.float64)
-        torch.testing.assert_close(found[result.name], expected, atol=2e-6, rtol=0)
+        assert_close(found[result.name], expected, dtype=torch.float32)
 
 
 def test_the_model_is_left_to_its_caller(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +246,7 @@ def test_the_model_is_left_to_its_caller(monkeypatch: pytest.MonkeyPatch) -> Non
         next(stream)
         assert not model.training
         found = model(**example).logits
-        assert found.requires_grad and torch.equal(found, expected)
+        assert found.requires_grad and close(found, expected)
 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("broken")
@@ -255,7 +256,7 @@ def test_the_model_is_left_to_its_caller(monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(RuntimeError, match="broken"):
             logits_of(model, splits, 0, 2)
     assert host_of(model).active == "lora"
-    assert torch.equal(model(**example).logits, expected)
+    assert_close(model(**example).logits, expected)
 
 
 def test_bad_calls() -> None:

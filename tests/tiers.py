@@ -1,0 +1,45 @@
+"""Two tiers of one suite: `make test` runs each method under each condition on one family, `make test-all` on all.
+
+A test that takes both a method and a family takes its families from here:
+
+    @in_families(("kind", "head"), [("llama", "cls"), ("bert", "cls")])
+    @all_methods
+    def test_padding(name, kind, head): ...
+
+The first family is in both tiers, and the others carry the marker `product`, which tests/conftest.py leaves out unless
+pytest is given `--all`, `-m` or the name of a test (`file.py::test`). A test of the families themselves, or one that
+has all methods in one batch, needs no tier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytest
+
+
+def in_families(names: str | Sequence[str], cases: Iterable[Any], *, by: int = 0) -> pytest.MarkDecorator:
+    """`pytest.mark.parametrize`, with all cases but those of the first family in the tier of all.
+
+    Args:
+        names: as pytest takes them.
+        cases, by: see :func:`tiered`.
+    """
+    return pytest.mark.parametrize(names, tiered(cases, by=by))
+
+
+def tiered(cases: Iterable[Any], *, by: int = 0) -> list[Any]:
+    """Cases of a parametrisation, of which those of another family than the first are in the tier of all.
+
+    Args:
+        cases: families, or tuples or `pytest.param`s that have one.
+        by: where it stands in these.
+    """
+    out: list[Any] = []
+    for case in cases:
+        is_param = isinstance(case, tuple) and hasattr(case, "marks")
+        param: Any = case if is_param else pytest.param(*(case if isinstance(case, tuple) else (case,)))
+        other = bool(out) and param.values[by] != out[0].values[by]
+        out.append(param._replace(marks=(*param.marks, pytest.mark.product)) if other else param)
+    return out
