@@ -1,4 +1,4 @@
-"""`python -m bench [TABLE ...]`: the tables asked for; all but quality, gpu, families and peft_suite by default.
+"""`python -m bench [TABLE ...]`: the tables asked for; all but busy, quality, gpu, families and peft_suite by default.
 
 `python -m bench families [--family NAME ...] [--method COLUMN ...]` and `python -m bench peft_suite PATH` are by
 themselves: their options come after them.
@@ -21,6 +21,7 @@ TABLES = {
     "inference": ("inference", "table"),
     "files": ("files", "table"),
     "startup": ("startup", "table"),
+    "busy": ("busy", "table"),
     "quality": ("quality", "table"),
     "gpu": ("gpu", "table"),
 }

@@ -31,17 +31,24 @@ def test_help_imports_nothing_heavy() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("chosen", [None, "0"])
-def test_large_pages_are_asked_for_before_torch_is_there(chosen: str | None) -> None:
-    """Unless the user has said otherwise."""
+@pytest.mark.parametrize(
+    "chosen, expected",
+    [
+        ({}, ("1", "1000")),
+        ({"THP_MEM_ALLOC_ENABLE": "0", "GOMP_SPINCOUNT": "5"}, ("0", "5")),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ("1", None)),  # a spin count would override it
+    ],
+)
+def test_torch_is_prepared_before_it_is_there(chosen: dict[str, str], expected: tuple[str, str | None]) -> None:
+    """Large pages, and threads that soon fall asleep; unless the user has said otherwise."""
+    names = ("THP_MEM_ALLOC_ENABLE", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     code = (
         "import os, sys; from tanzaku.cli import main; main(['--version']);"
-        "print(os.environ['THP_MEM_ALLOC_ENABLE'], 'torch' in sys.modules)"
+        f"print(tuple(os.environ.get(name) for name in {names[:2]}), 'torch' in sys.modules)"
     )
-    given = {key: value for key, value in os.environ.items() if key != "THP_MEM_ALLOC_ENABLE"}
-    given |= {} if chosen is None else {"THP_MEM_ALLOC_ENABLE": chosen}
+    given = {key: value for key, value in os.environ.items() if key not in names} | chosen
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=given)
-    assert done.stdout.splitlines()[-1] == f"{chosen or 1} False"
+    assert done.stdout.splitlines()[-1] == f"{expected} False"
 
 
 def test_help_and_version(tanzaku: Tanzaku) -> None:

@@ -52,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 a negative answer, 2 bad input, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
     given = [arg for arg in args if arg != "--debug"]  # it may stand before or after the verb
-    # Torch reads it when it is first imported. Large tensors then lie in pages of 2 MB, where the system has them: in
-    # full fine-tuning the gradient of an embedding, new in each step, spends most of its time on pages of 4 kB.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    _prepare_torch()
     try:
         code = app(given, prog_name="tanzaku", standalone_mode=False)
     except Interrupted as interrupted:
@@ -66,6 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code == 130:  # typer's word for Ctrl-C
         return _end("interrupted; nothing was finished yet, so run the same command again", 130)
     return code if isinstance(code, int) else 0
+
+
+def _prepare_torch() -> None:
+    """Settings that torch and its libraries read when torch is first imported; what the user set stays."""
+    # Large tensors lie in pages of 2 MB, where the system has them: in full fine-tuning the gradient of an embedding,
+    # new in each step, spends most of its time on pages of 4 kB.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # Threads of GNU's OpenMP fall asleep after a few microseconds in place of milliseconds. Where something else has
+    # the core of one, the others would spin for as long as it waits (python -m bench busy).
+    if "OMP_WAIT_POLICY" not in os.environ:  # which this would override
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _line(error: Exception) -> str:
