@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, DynamicCache, MambaConfig
 
 import tanzaku as tz
-from close import assert_close
+from close import assert_close, close
 from models import batch, tiny
 from tanzaku import caches, layout
 from tanzaku.families import Base
@@ -91,7 +91,7 @@ def test_a_row_of_a_batch_gets_what_it_gets_alone(name, side):
             length = row["input_ids"].shape[1]
             own = own[:, :length] if side == "right" else own[:, own.shape[1] - length :]
         assert_close(own, expected)
-        different += not torch.allclose(expected, run(model, row, [None]), atol=1e-2)
+        different += not close(expected, run(model, row, [None]))
     assert different == 3
 
 
@@ -438,7 +438,7 @@ def test_a_pass_that_failed_and_threads_do_not_meet():
     def work(name):
         for _ in range(10):
             found = run(model, inputs, [name] * 4)
-            wrong.extend([] if torch.allclose(found, wanted[name], atol=1e-4) else [name])
+            wrong.extend([] if close(found, wanted[name]) else [name])
 
     threads = [threading.Thread(target=work, args=(name,)) for name in "abab"]
     for thread in threads:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from close import assert_close, close
 from compat.program import CONFIGS
 from compat.test_model import logits, scatter, wrapped
 from models import batch, tiny
@@ -93,12 +94,10 @@ def test_layers_have_pefts_parts(name: str, kind: str) -> None:
             assert dict(b.scaling) == dict(a.scaling) and dict(b.lora_alpha) == dict(a.lora_alpha)
         if name == "lora":
             assert dict(b.r) == dict(a.r) and repr(b).startswith("lora.Linear(")
-            torch.testing.assert_close(
-                b.get_delta_weight("default"), a.get_delta_weight("default"), rtol=1e-4, atol=1e-5
-            )
+            assert_close(b.get_delta_weight("default"), a.get_delta_weight("default"))
         assert b.active_adapters == ["default"] and not b.merged and not b.disable_adapters
         assert (b.in_features, b.out_features) == (a.in_features, a.out_features)
-        torch.testing.assert_close(b.base_layer.weight, a.base_layer.weight)
+        assert_close(b.base_layer.weight, a.base_layer.weight)
 
 
 def test_a_layer_is_the_bases_own_module() -> None:
@@ -115,8 +114,8 @@ def test_a_layer_is_the_bases_own_module() -> None:
     )
     assert isinstance(module, nn.Linear) and isinstance(module, LoraLayer)
     x = torch.randn(1, 2, 32)
-    assert not torch.allclose(module(x), module.base_layer(x), atol=1e-3)
-    torch.testing.assert_close(module.base_layer(x), nn.functional.linear(x, module.weight))
+    assert not close(module(x), module.base_layer(x))
+    assert_close(module.base_layer(x), nn.functional.linear(x, module.weight))
     parent, target, last = _get_submodules(model, "base_model.model.model.layers.0.self_attn.q_proj")
     assert target is module and getattr(parent, last) is module
     assert model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default").weight.shape == (
@@ -136,19 +135,19 @@ def test_a_layers_parameters_are_the_adapters() -> None:
         layer.scaling["default"] *= 2
         assert isinstance(layer.lora_dropout["default"], nn.Dropout) and layer.lora_dropout["default"].p == 0.5
         layer.lora_dropout["default"].p = 0.0
-    assert not torch.allclose(logits(model), before, atol=1e-3)
+    assert not close(logits(model), before)
     for layer in layers:
         layer.scale_layer(0.5)
-    torch.testing.assert_close(logits(model), before)
+    assert_close(logits(model), before)
     model.train()
-    torch.testing.assert_close(logits(model), before)  # no dropout is left
+    assert_close(logits(model), before)  # no dropout is left
     with compat.helpers.rescale_adapter_scale(model, 0.0):
         off = logits(model)
-    torch.testing.assert_close(logits(model), before)
+    assert_close(logits(model), before)
     with torch.no_grad():
         for layer in layers:
             layer.lora_B["default"].weight.zero_()
-    torch.testing.assert_close(logits(model), off)
+    assert_close(logits(model), off)
     layers[0].lora_A["default"].weight = nn.Parameter(torch.full((2, 32), 3.0))
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
     assert float(dict(model.named_parameters())[name].detach().max()) == 3.0
@@ -186,11 +185,11 @@ def test_copies_of_modules() -> None:
     for part in ("modules_to_save.default.dense.weight", "original_module.dense.weight"):
         first, _, rest = part.partition(".")
         a, b = (getattr(each, first) for each in (theirs, ours))
-        torch.testing.assert_close(b.get_parameter(rest), a.get_parameter(rest))
+        assert_close(b.get_parameter(rest), a.get_parameter(rest))
     x = torch.randn(1, 3, 32)
-    torch.testing.assert_close(ours.original_module(x), theirs.original_module(x))
-    torch.testing.assert_close(ours.modules_to_save["default"](x), theirs.modules_to_save["default"](x))
-    assert not torch.allclose(ours.original_module(x), ours.modules_to_save["default"](x), atol=1e-3)
+    assert_close(ours.original_module(x), theirs.original_module(x))
+    assert_close(ours.modules_to_save["default"](x), theirs.modules_to_save["default"](x))
+    assert not close(ours.original_module(x), ours.modules_to_save["default"](x))
 
 
 @pytest.mark.parametrize("name", ["prompt_tuning", "p_tuning", "prefix_tuning"])
@@ -199,18 +198,18 @@ def test_prompt_encoders(name: str) -> None:
     theirs, ours = (dict(model.prompt_encoder.named_parameters()) for model in models)
     assert list(ours) == list(theirs) and all(p.requires_grad for p in ours.values())
     for key, parameter in theirs.items():
-        torch.testing.assert_close(ours[key], parameter)
+        assert_close(ours[key], parameter)
     a, b = (model.get_prompt_embedding_to_save("default") for model in models)
-    torch.testing.assert_close(b, a)
+    assert_close(b, a)
     if name != "prefix_tuning":
-        torch.testing.assert_close(models[1].get_prompt(2), models[0].get_prompt(2))
+        assert_close(models[1].get_prompt(2), models[0].get_prompt(2))
         assert list(models[1].prompt_tokens["default"]) == [0, 1, 2]
     else:
         for x, y in zip(models[1].get_prompt(2).layers, models[0].get_prompt(2).layers, strict=True):
-            torch.testing.assert_close(x.keys, y.keys)
+            assert_close(x.keys, y.keys)
     with torch.no_grad():
         next(models[1].prompt_encoder.parameters()).add_(1.0)
-    assert not torch.allclose(logits(models[1]), logits(models[0]), atol=1e-3)
+    assert not close(logits(models[1]), logits(models[0]))
 
 
 def test_the_gate_of_llama_adapter() -> None:
@@ -225,14 +224,14 @@ def test_copies_and_pickles(name: str) -> None:
     model = wrapped(compat, CONFIGS[name])
     expected = logits(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        torch.testing.assert_close(logits(other), expected)
+        assert_close(logits(other), expected)
         layers = [module for module in other.modules() if isinstance(module, BaseTunerLayer)]
         assert layers and all(layer._at.model is other for layer in layers)
         with torch.no_grad():
             for _, parameter in other._adapter_parameters():
                 parameter.mul_(1.5)
-        torch.testing.assert_close(logits(model), expected)
-        assert not torch.allclose(logits(other), expected, atol=1e-3)
+        assert_close(logits(model), expected)
+        assert not close(logits(other), expected)
 
 
 def test_a_copy_of_a_part_is_of_no_wrapped_model() -> None:
@@ -241,7 +240,7 @@ def test_a_copy_of_a_part_is_of_no_wrapped_model() -> None:
     assert type(copy.deepcopy(layer)) is nn.Linear
     base = copy.deepcopy(model.get_base_model())
     assert not any(isinstance(module, BaseTunerLayer) for module in base.modules())
-    torch.testing.assert_close(base(**batch(tiny("llama", "cls"), padding=None)).logits, logits(model))
+    assert_close(base(**batch(tiny("llama", "cls"), padding=None)).logits, logits(model))
 
 
 def test_hooks_on_a_layer_run() -> None:

@@ -14,6 +14,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from close import GRADIENT, RUN, assert_close
 from compat.test_model import logits, wrapped
 from models import tiny
 from tanzaku import TanzakuError
@@ -53,7 +54,7 @@ def test_peft_builds_our_models_from_our_configurations() -> None:
     torch.manual_seed(5)
     model = peft.get_peft_model(tiny("llama", "cls", num_labels=2), compat.LoraConfig(task_type="SEQ_CLS", r=2))
     assert type(model) is compat.PeftModelForSequenceClassification
-    torch.testing.assert_close(logits(model), logits(tiny("llama", "cls", num_labels=2)))
+    assert_close(logits(model), logits(tiny("llama", "cls", num_labels=2)))
     theirs = peft.get_peft_model(tiny("llama", "cls"), peft.LoraConfig(task_type="SEQ_CLS", r=2))
     assert type(theirs) is peft.PeftModelForSequenceClassification and not isinstance(theirs, compat.PeftModel)
     layer = next(m for m in model.modules() if isinstance(m, compat.tuners.tuners_utils.BaseTunerLayer))
@@ -100,7 +101,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def losses(library: Any, kind: str, how: str, config: str, folder: Path) -> tuple[Any, list[float]]:
-    trl = pytest.importorskip("trl")
+    import trl  # seconds, for these tests alone
+
     torch.manual_seed(5)
     settings: Any = {
         "output_dir": str(folder),
@@ -145,11 +147,12 @@ def losses(library: Any, kind: str, how: str, config: str, folder: Path) -> tupl
 def test_trl_trains_alike(kind: str, how: str, config: str, tmp_path: Path) -> None:
     theirs, ours = (losses(library, kind, how, config, tmp_path) for library in (peft, compat))
     assert isinstance(ours[0], compat.PeftModel) and type(ours[0]).__module__.startswith("tanzaku")
-    assert len(ours[1]) == 3 and ours[1] == pytest.approx(theirs[1], abs=2e-5)
+    assert len(ours[1]) == 3
+    assert_close(ours[1], theirs[1], RUN)
     found = dict(ours[0].named_parameters())
     for key, parameter in theirs[0].named_parameters():
         if parameter.requires_grad:
-            torch.testing.assert_close(found[key], parameter, rtol=1e-4, atol=2e-5)
+            assert_close(found[key], parameter, GRADIENT)
     assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").is_file()
 
 

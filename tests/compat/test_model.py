@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import tanzaku as tz
-from close import GRADIENT, assert_close
+from close import GRADIENT, assert_close, close
 from compat.program import CONFIGS
 from models import batch, tiny
 from tanzaku.compat import peft as compat
@@ -112,7 +112,7 @@ def test_two_adapters() -> None:
     assert ours_counts == counts
     for mine, other in zip(ours, theirs, strict=True):
         assert_close(mine, other)
-    assert not torch.allclose(ours[0], ours[1], atol=1e-3)
+    assert not close(ours[0], ours[1])
 
 
 def test_merging() -> None:
@@ -139,7 +139,7 @@ def test_merging() -> None:
 def test_a_prompt_is_there_while_the_wrapper_runs() -> None:
     model = wrapped(compat, PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3))
     plain = logits(tiny("llama", "cls", num_labels=2))
-    assert not torch.allclose(logits(model), plain, atol=1e-3)
+    assert not close(logits(model), plain)
     assert_close(logits(model.get_base_model()), plain)
     with model.disable_adapter():
         assert_close(logits(model), plain)
@@ -172,7 +172,7 @@ def test_loading(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         for _, parameter in model._adapter_parameters():
             parameter.add_(1.0)
-    assert not torch.allclose(logits(model), expected, atol=1e-3)
+    assert not close(logits(model), expected)
     model.load_adapter(tmp_path, "default")
     assert_close(logits(model), expected)
     model.load_adapter(tmp_path, "second")
@@ -211,7 +211,7 @@ def test_a_copy_is_its_own(name: str) -> None:
         for parameter in other.parameters():
             parameter.mul_(1.5)
     assert_close(logits(model), expected)
-    assert not torch.allclose(logits(other), expected, atol=1e-3)
+    assert not close(logits(other), expected)
 
 
 def test_adalora_allocates_as_pefts_does() -> None:
@@ -286,12 +286,12 @@ def test_biases_have_pefts_names(bias: str, kind: str, tmp_path: Path) -> None:
     assert {k for k, p in found.items() if p.requires_grad} == {k for k, p in expected.items() if p.requires_grad}
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     given = batch(tiny(kind, "cls"), padding=None)
-    torch.testing.assert_close(ours(**given).logits, theirs(**given).logits, rtol=1e-4, atol=1e-4)
+    assert_close(ours(**given).logits, theirs(**given).logits, GRADIENT)
     assert not ours.load_state_dict(ours.state_dict()).missing_keys
     for model, other in (ours, peft.PeftModel), (theirs, PeftModel):
         model.save_pretrained(tmp_path / other.__module__)
         again = other.from_pretrained(tiny(kind, "cls", num_labels=2), tmp_path / other.__module__).eval()
-        torch.testing.assert_close(again(**given).logits, theirs(**given).logits, rtol=1e-4, atol=1e-4)
+        assert_close(again(**given).logits, theirs(**given).logits, GRADIENT)
 
 
 def test_one_adapter_has_biases() -> None:
@@ -362,7 +362,7 @@ def test_several_adapters_merge() -> None:
         out += [logits(model), logits(model.merge_and_unload(adapter_names=["three", "default"]))]
         outs.append(out)
     for mine, other in zip(outs[1], outs[0], strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+        assert_close(mine, other, GRADIENT)
     broken = wrapped(compat, "LoraConfig(r=2)")
     with torch.no_grad():
         next(p for p in broken.parameters() if p.requires_grad).fill_(float("nan"))
@@ -387,7 +387,7 @@ def test_a_base_is_wrapped_again() -> None:
     scatter(first)
     with pytest.warns(UserWarning, match="modify a model with PEFT for a second time"):
         second = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=4))
-    assert torch.equal(logits(second), logits(tiny("llama", "cls", num_labels=2)))
+    assert_close(logits(second), logits(tiny("llama", "cls", num_labels=2)))
     assert {p.shape[0] for name, p in second.named_parameters() if "lora_A" in name} == {4}
     second.unload()
     with warnings.catch_warnings():
@@ -406,7 +406,7 @@ def test_another_checkpoint_of_the_base_is_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="was made for a base with other weights"):
         again = PeftModel.from_pretrained(tiny("llama", "cls", num_labels=2, seed=9), tmp_path)
     theirs = peft.PeftModel.from_pretrained(tiny("llama", "cls", num_labels=2, seed=9), tmp_path).eval()
-    torch.testing.assert_close(logits(again), logits(theirs), rtol=1e-5, atol=1e-5)
+    assert_close(logits(again), logits(theirs))
 
 
 def test_the_bases_state(tmp_path: Path) -> None:
@@ -449,15 +449,11 @@ def test_a_prompt_foretells_the_first_token(config: str, padding: str | None) ->
         if library is compat:
             assert found.logits.shape[1] == 9
             with torch.no_grad():
-                torch.testing.assert_close(
-                    model(input_ids=ids, attention_mask=mask).logits[mask == 1],
-                    found.logits[mask == 1],
-                    rtol=1e-4,
-                    atol=1e-5,
-                )
-    torch.testing.assert_close(out[1][0], out[0][0], rtol=1e-5, atol=1e-5)
+                again = model(input_ids=ids, attention_mask=mask).logits
+                assert_close(again[mask == 1], found.logits[mask == 1])
+    assert_close(out[1][0], out[0][0])
     for key, gradient in out[0][1].items():
-        torch.testing.assert_close(out[1][1][key], gradient, rtol=1e-4, atol=1e-5)
+        assert_close(out[1][1][key], gradient, GRADIENT)
 
 
 def test_trainers_checkpoint_is_read_by_load_adapter(tmp_path: Path) -> None:
@@ -467,13 +463,13 @@ def test_trainers_checkpoint_is_read_by_load_adapter(tmp_path: Path) -> None:
     before, optimizer = logits(model), list(model.parameters())
     scatter(model, 3)
     model.load_adapter(tmp_path, "default", is_trainable=True)
-    torch.testing.assert_close(logits(model.eval()), before)
+    assert_close(logits(model.eval()), before)
     assert all(a is b for a, b in zip(model.parameters(), optimizer, strict=True))
     scatter(model, 4)
     expected = logits(model)
     model.save_pretrained(tmp_path)  # by hand: what Trainer left there is older now
     model.load_adapter(tmp_path, "default")
-    torch.testing.assert_close(logits(model), expected)
+    assert_close(logits(model), expected)
 
 
 def test_a_base_for_quantised_training() -> None:
@@ -504,7 +500,7 @@ def test_weighted_adapters(kind: str, how: str | None) -> None:
         model.set_adapter("new")
         outs.append(logits(model))
         assert type(model.peft_config["new"]).__name__ == kind
-    torch.testing.assert_close(outs[1], outs[0], rtol=1e-3, atol=1e-4)
+    assert_close(outs[1], outs[0], GRADIENT)
     with pytest.raises(tz.TanzakuError, match="'new' already exists"):
         model.add_weighted_adapter(["default"], [1.0], "new")
     with pytest.raises(tz.TanzakuError, match=r"Adapter deflaut does not exist.*did you mean 'default'"):

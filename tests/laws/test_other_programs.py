@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 from variants import method
 
 import tanzaku as tz
+from close import RUN, assert_close, close
 from models import batch, tiny
 from tanzaku.methods import METHODS
 
@@ -62,12 +63,12 @@ def test_trainer_keeps_the_adapter(name, tmp_path):
     whole.train()
     again = trainer(tmp_path / "again", name)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
-    assert losses(again)[-1] == pytest.approx(losses(whole)[-1], rel=1e-4)
+    assert_close(losses(again)[-1], losses(whole)[-1], RUN)
     # The highest is called the best, so that it is not the last.
     best = trainer(tmp_path / "best", name, load_best_model_at_end=True, greater_is_better=True, learning_rate=0.01)
     best.train()
     found = losses(best)
-    assert best.evaluate()["eval_loss"] == pytest.approx(max(found), rel=1e-4)
+    assert_close(best.evaluate()["eval_loss"], max(found), RUN)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -86,10 +87,10 @@ def test_what_trainer_saves_is_read_by_transformers_and_by_tanzaku(name, tmp_pat
         base = model(**inputs).logits
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
-        torch.testing.assert_close(plain(**inputs).logits, base)
+        assert_close(plain(**inputs).logits, base)
         tz.load(plain, tmp_path / "out", "mine")
         tz.activate(plain, "mine")
-        torch.testing.assert_close(plain(**inputs).logits, expected)
+        assert_close(plain(**inputs).logits, expected)
 
 
 def test_trainer_decays_as_it_does_elsewhere(tmp_path):
@@ -115,13 +116,13 @@ def test_accelerate_keeps_the_state(name, tmp_path):
     accelerator.backward(model(**inputs).logits.square().sum())
     optimizer.step()
     with torch.no_grad():
-        assert not torch.allclose(model(**inputs).logits, before, atol=1e-4)
+        assert not close(model(**inputs).logits, before)
         accelerator.load_state(tmp_path / "state")
-        torch.testing.assert_close(model(**inputs).logits, before)
+        assert_close(model(**inputs).logits, before)
 
 
-def test_lightning_trains_it(tmp_path):
-    lightning = pytest.importorskip("lightning")
+def test_lightning_trains_it_and_its_checkpoints_hold_it(tmp_path):
+    import pytorch_lightning as lightning  # seconds, for this test alone
 
     class Program(lightning.LightningModule):
         def __init__(self):
@@ -140,6 +141,11 @@ def test_lightning_trains_it(tmp_path):
     fit.fit(program, torch.utils.data.DataLoader(DATA, batch_size=4))
     after = [p for p in program.parameters() if p.requires_grad]
     assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    fit.save_checkpoint(tmp_path / "last.ckpt")
+    again = Program()
+    again.load_state_dict(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"])
+    for trained, read in zip(after, (p for p in again.parameters() if p.requires_grad), strict=True):
+        assert torch.equal(trained, read)
 
 
 # -- bases that are kept elsewhere
@@ -187,7 +193,7 @@ def test_an_adapter_on_an_offloaded_base(plain, kind, tmp_path):
             with pytest.raises(tz.TanzakuError, match="that is offloaded, and cannot be used"):
                 away(**inputs)
         else:
-            torch.testing.assert_close(away(**inputs).logits, expected)
+            assert_close(away(**inputs).logits, expected)
     fresh = tz.attach(away, adapter.method, "b", seed=1)
     assert not any(p.is_meta for _, p in fresh.named_parameters())
     assert all(p.isfinite().all() for _, p in fresh.named_parameters())
@@ -207,6 +213,6 @@ def test_a_base_that_is_offloaded_with_its_adapter(plain, kind, tmp_path):
         except tz.TanzakuError as error:
             assert "offload" in str(error)
         else:
-            torch.testing.assert_close(found, expected)
+            assert_close(found, expected)
         with pytest.raises(tz.TanzakuError, match="offload"), tz.route(away, ["a"]):
             away(**inputs)

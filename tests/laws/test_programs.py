@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from variants import all_methods, bamboo, hang, logits, method, plain_logits
 
 import tanzaku as tz
+from close import GRADIENT, assert_close, close
 from models import batch
 from tanzaku import tree
 from tanzaku.compat.peft import get_peft_model
@@ -112,10 +113,10 @@ def test_a_parents_state_holds_what_is_active(name, api):
     with torch.no_grad():
         for parameter in trained(two):
             parameter.add_(0.1)
-    assert not torch.allclose(compute_net(one), compute_net(two), atol=1e-4)
+    assert not close(compute_net(one), compute_net(two))
     result = two.load_state_dict(one.state_dict())
     assert not result.missing_keys and not result.unexpected_keys
-    torch.testing.assert_close(compute_net(two), compute_net(one))
+    assert_close(compute_net(two), compute_net(one))
 
 
 def compute_net(net):
@@ -149,7 +150,7 @@ def test_a_parent_moves_the_adapter(name, api):
     before = compute(body)
     net = Net(body).double()
     assert {p.dtype for p in net.parameters()} == {torch.float64}
-    torch.testing.assert_close(compute(body).float(), before, rtol=1e-4, atol=1e-4)
+    assert_close(compute(body).float(), before, GRADIENT)
 
 
 def test_names_that_an_adapter_may_have():
@@ -173,15 +174,15 @@ def test_a_copy_has_an_adapter_of_its_own(name, api):
     before = compute(model)
     twin = copy.deepcopy(model)
     assert not {id(p) for p in twin.parameters()} & {id(p) for p in model.parameters()}
-    torch.testing.assert_close(compute(twin), before)
+    assert_close(compute(twin), before)
     assert len(trained(twin)) == len(trained(model))
     steps(twin)
-    torch.testing.assert_close(compute(model), before)
-    assert not torch.allclose(compute(twin), before, atol=1e-4)
+    assert_close(compute(model), before)
+    assert not close(compute(twin), before)
     if api == "native":
         tz.activate(twin, None)
-        torch.testing.assert_close(compute(model), before)
-        torch.testing.assert_close(compute(twin), compute(bamboo()))
+        assert_close(compute(model), before)
+        assert_close(compute(twin), compute(bamboo()))
         tz.detach(twin)
         assert name in tz.adapters(model) and not tz.adapters(twin)
 
@@ -203,7 +204,7 @@ def test_a_copy_of_a_part_leaves_the_whole_behind(name):
             with pytest.raises(tz.TanzakuError, match="copy of a part of a model"):
                 part(**inputs)
         else:
-            torch.testing.assert_close(part(**inputs).last_hidden_state, expected)
+            assert_close(part(**inputs).last_hidden_state, expected)
 
 
 @in_programs
@@ -216,7 +217,7 @@ def test_an_average_follows_the_adapter(name, api):
     steps(model, 1)
     average.update_parameters(model)
     for mean, old, new in zip(trained(average.module), first, trained(model), strict=True):
-        torch.testing.assert_close(mean, (old + new) / 2)
+        assert_close(mean, (old + new) / 2)
 
 
 @in_programs
@@ -229,10 +230,10 @@ def test_pickled_and_read_again(name, api):
     buffer.seek(0)
     twin = torch.load(buffer, weights_only=False)
     assert type(twin) is type(model)
-    torch.testing.assert_close(compute(twin), before)
+    assert_close(compute(twin), before)
     assert len(trained(twin)) == len(trained(model))
     steps(twin)
-    torch.testing.assert_close(compute(model), before)
+    assert_close(compute(model), before)
 
 
 def test_read_in_another_process(tmp_path):
@@ -252,7 +253,7 @@ def test_read_in_another_process(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
     for name, out in torch.load(tmp_path / "out.pt").items():
-        torch.testing.assert_close(out, found[name], msg=lambda m, n=name: f"{n}: {m}")
+        assert_close(out, found[name], at=name)
 
 
 # -- threads
@@ -278,7 +279,7 @@ def test_threads_have_routes_of_their_own(name):
     with switching_fast(), ThreadPoolExecutor(len(routes)) as pool:
         for want, found in zip(expected, pool.map(work, range(len(routes))), strict=True):
             for out in found:
-                torch.testing.assert_close(out, want)
+                assert_close(out, want)
 
 
 class switching_fast:
@@ -299,7 +300,7 @@ def test_two_models_in_two_threads():
     with switching_fast(), ThreadPoolExecutor(2) as pool:
         for want, found in zip(expected, pool.map(lambda m: [compute(m) for _ in range(30)], (one, two)), strict=True):
             for out in found:
-                torch.testing.assert_close(out, want)
+                assert_close(out, want)
 
 
 @all_methods
@@ -312,12 +313,12 @@ def test_what_is_active_is_so_in_all_threads(name):
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(compute, model).result()
 
-    torch.testing.assert_close(elsewhere(), expected)
+    assert_close(elsewhere(), expected)
     with tz.route(model, [None] * 4):
-        torch.testing.assert_close(elsewhere(), expected)
-        torch.testing.assert_close(compute(model), bare)
+        assert_close(elsewhere(), expected)
+        assert_close(compute(model), bare)
     tz.activate(model, None)
-    torch.testing.assert_close(elsewhere(), bare)
+    assert_close(elsewhere(), bare)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -347,7 +348,7 @@ def test_a_checkpointed_layer_keeps_its_route_in_another_thread(name, reentrant)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     for want, found in zip(expected, gradients(threaded=True), strict=True):
-        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+        assert_close(found, want, GRADIENT)
 
 
 # -- torch.compile
@@ -371,17 +372,17 @@ def test_compiled_code_is_never_stale(name):
         hang(model, name, as_="second")
         for entry in (name, "second", None, name, "second"):
             tz.activate(model, entry)
-            torch.testing.assert_close(fast(**inputs).logits, model(**inputs).logits)
+            assert_close(fast(**inputs).logits, model(**inputs).logits)
         tz.activate(model, None)
         routes = [[name] * 4, [None] * 4]
         if METHODS[name].shares_batch:
             routes += [[name, "second", None, name], [None, name, "second", "second"]]
         for route in routes:
             with tz.route(model, route):
-                torch.testing.assert_close(fast(**inputs).logits, model(**inputs).logits)
-        torch.testing.assert_close(fast(**inputs).logits, model(**inputs).logits)
+                assert_close(fast(**inputs).logits, model(**inputs).logits)
+        assert_close(fast(**inputs).logits, model(**inputs).logits)
         tz.detach(model)
-        torch.testing.assert_close(fast(**inputs).logits, model(**inputs).logits)
+        assert_close(fast(**inputs).logits, model(**inputs).logits)
 
 
 @pytest.mark.parametrize("entries", [["a"], ["a", "b", None, "c"], ["a", None, "a", "b"]], ids=str)
@@ -411,7 +412,7 @@ def test_inductor():
             found.append([p.grad.clone() for n in "ab" for _, p in host_of(model).get(n).trained()])
             model.zero_grad()
     for want, got in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+        assert_close(got, want, GRADIENT)
     assert len(trained(fast)) == len(trained(model)) > 0
 
 
@@ -425,10 +426,10 @@ def test_a_route_that_cannot_be_put_in_force_leaves_what_was_active():
     for wrong in (["nobody"], ["lora", "full"], "lora", [], [3]):
         with pytest.raises(tz.TanzakuError), tz.route(model, wrong):
             pass
-        torch.testing.assert_close(compute(model), before)
+        assert_close(compute(model), before)
     with pytest.raises(tz.TanzakuError):
         tz.activate(model, "nobody")
-    torch.testing.assert_close(compute(model), before)
+    assert_close(compute(model), before)
     assert trained(model)
 
 
@@ -454,4 +455,4 @@ def test_a_pass_that_was_cut_short_leaves_the_base():
         compute(model)
     handle.remove()
     tz.activate(model, None)
-    torch.testing.assert_close(compute(model), expected)
+    assert_close(compute(model), expected)
