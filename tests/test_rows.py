@@ -29,6 +29,7 @@ from transformers import (
 import tanzaku as tz
 from close import GRADIENT, assert_close, close
 from models import lively, tiny
+from tanzaku import survey as survey_module
 from tanzaku.families import Base
 from tanzaku.host import host_of
 from tanzaku.survey import survey
@@ -458,3 +459,17 @@ def test_a_survey_leaves_a_model_as_it_was() -> None:
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert survey(Base.of(model)) is seen
+
+
+def test_choices_that_did_not_change_are_the_rows_own() -> None:
+    """Experts may be the same ones for another text, and are its tokens' all the same; a table is everyone's."""
+    x, chosen, table = torch.randn(5 * 4, 3), torch.ones(5 * 4, 2, dtype=torch.long), torch.randn(7, 3)
+    other = x.clone()
+    other[4:8] += 1  # the tokens of row 1
+    axes = _axes(*({"x": each, "chosen": chosen, "table": table} for each in (x, other)))
+    assert [(axes[(name,)].dim, axes[(name,)].share) for name in ("x", "chosen")] == [(0, 4)] * 2
+    assert axes[("table",)].dim is None
+
+
+def _axes(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[Any, Any]:
+    return survey_module._axes(*map(survey_module._sketches, (one, other)), survey_module.Row(1, 5))
