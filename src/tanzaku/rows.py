@@ -126,6 +126,12 @@ def _place_of(seen: Survey, base: Base, path: str) -> Place | Within | None:
     return None
 
 
+def rows_at(base: Base, path: str, dims: int, returned: bool) -> int:
+    """The dimension that counts rows in a tensor of so many dimensions that a site reads or returns, 0 if unknown."""
+    place = _place_of(survey(base), base, path)
+    return place.dim if isinstance(place, Place) and place.dims[returned] == dims else 0
+
+
 def _direct(calls: Sequence[Call]) -> Place | None:
     """Where all calls of a module have the rows in the first tensor that they read and the first that they return."""
     found: set[Place] = set()

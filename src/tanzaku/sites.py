@@ -35,7 +35,7 @@ from tanzaku.families.prompt_call import catch
 from tanzaku.families.trace import PREFIX
 from tanzaku.method import AttentionCall, AttentionStrip, ModuleStrip, Strip, TokenStrip
 from tanzaku.routing import Cut, Route, Rows, put, take
-from tanzaku.rows import Entrance, Places, Split, SplitSite
+from tanzaku.rows import Entrance, Places, Split, SplitSite, rows_at
 from tanzaku.survey import Key, replaced, tensors
 from tanzaku.tokens import VirtualTokens
 from tanzaku.weights import WeightStrip, as_used, check_in_reach, check_shape, rows_in, rows_put
@@ -95,7 +95,9 @@ class InForce:
     def groups(self, path: str, x: Tensor, returned: bool) -> tuple[int, list[tuple[int, Rows]]]:
         """(dimension that counts rows, the rows of each stack) for a tensor of a site."""
         if self.places is None:
-            return 0, self.route.groups(x.shape[0] if x.dim() else 1)
+            # What is drawn for a job's rows lies as it does where others are beside them.
+            dim = 0 if noise.mark() is None else rows_at(self._base, path, x.dim(), returned)
+            return dim, self.route.groups(x.shape[dim] if x.dim() else 1)
         return self.places.groups(path, x, returned)
 
     def _plans_of(self, strip: Strip) -> Iterator[dict[str, Plan]]:

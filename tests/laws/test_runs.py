@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench import zoo
 from safetensors.torch import load_file
 from variants import CASES, VARIANTS, all_variants, bamboo, method, sharing
 
 from close import RUN, assert_close
 from models import tiny
+from tanzaku.families import Base
 from tanzaku.methods import METHODS
+from tanzaku.survey import sees_padding
 from tanzaku.train.loop import train_jobs
 from tanzaku.train.results import Job
 from tanzaku.train.settings import TrainSettings
@@ -129,6 +132,25 @@ def test_any_number_of_rows_a_step(rows_per_step, tmp_path):
     assert_same_run(
         lambda: bamboo(num_labels=2), Job("this", method("lora"), settings()), tmp_path, rows_per_step=rows_per_step
     )
+
+
+@pytest.mark.parametrize("kind", ["fnet", "mobilebert", "convbert", "nystromformer", "xlnet", "deberta"])
+def test_a_base_that_sees_padding(kind, tmp_path):
+    """Its rows are padded with others' as they are alone. (DeBERTa does not see it, and has a dropout of its own.)"""
+
+    def model_of():
+        return zoo.Subject(kind, "AutoModelForSequenceClassification", own={"num_labels": 2}).build()
+
+    assert sees_padding(Base.of(model_of())) == (kind != "deberta")
+    this = Job("this", method("lora", "dropout"), settings())
+    others = [
+        Job(f"other-{number}", method(name, "default"), settings(batch_size=1 + number, seed=number))
+        for number, name in enumerate(("lora", "ia3", "adalora"))
+    ]
+    alone = weights(model_of(), [this], tmp_path / "alone")
+    among = weights(model_of(), [this, *others], tmp_path / "among")
+    for key, value in alone.items():
+        assert_close(among[key], value, 4 * RUN, at=key)
 
 
 def test_the_table_of_variants_is_whole():

@@ -382,6 +382,8 @@ class Pool:
             return [first]
         length = first.virtual + first.length
         others = [lane for lane in ready if lane is not first and _goes_with(lane, first)]
+        if others and self.step.of_one_width:
+            others = [lane for lane in others if (lane.virtual, lane.length) == (first.virtual, first.length)]
         picked, rows = [first], len(first.next_rows or ())
         for lane in sorted(others, key=lambda lane: abs(lane.virtual + lane.length - length)):
             more, together = len(lane.next_rows or ()), [*picked, lane]

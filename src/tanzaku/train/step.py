@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from tanzaku.host import adapters, host_of
 from tanzaku.methods import METHODS
 from tanzaku.noise import Foreign, Noise, Share, foreign_generators, watch
 from tanzaku.routing import Entry, Route
-from tanzaku.survey import odd_dropouts
+from tanzaku.survey import odd_dropouts, sees_padding
 from tanzaku.tasks.classification import Example, Split, classification_loss, collate
 from tanzaku.tokens import without_cache
 from tanzaku.train.lane import Lane
@@ -70,6 +71,12 @@ class SharedStep:
             handle.remove()
         self._handles, self._foreign = [], None
         self._mode(training=False)
+
+    @cached_property
+    def of_one_width(self) -> bool:
+        """Whether jobs may share a step only where their rows come to the same length: in a model that sees padding
+        in spite of the mask, a job's rows are padded as they are when it is alone."""
+        return sees_padding(Base.of(self.model))
 
     @contextmanager
     def losses(
