@@ -726,7 +726,11 @@ def _rows_of(call: AttentionCall, rows: Rows) -> AttentionCall:
     if mask is not None and mask.shape[0] > 1:
         mask = take(mask, rows)
     query, key, value = (take(x, rows) for x in (call.query, call.key, call.value))
-    return replace(call, query=query, key=key, value=value, mask=mask)
+    # Biases and sinks that each row's tokens give, beside those of all rows.
+    size = len(call.query)
+    own = {n: x for n, x in call.options.items() if isinstance(x, Tensor) and x.dim() == 4 and len(x) == size > 1}
+    options = {**call.options, **{name: take(x, rows) for name, x in own.items()}}
+    return replace(call, query=query, key=key, value=value, mask=mask, options=options)
 
 
 def _joined(groups: list[tuple[int, Any]], plan: Plan) -> list[tuple[int, Any]]:

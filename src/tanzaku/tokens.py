@@ -338,10 +338,11 @@ class VirtualTokens:
 
     def _check_apart(self, module: nn.Module, last: bool) -> None:
         kind = self.base.kind
-        if kind in _SEE_PADDING or (last and kind in _SEE_WHAT_WAS) or "attention_mask" not in parameters(module):
+        after = kind in _SEE_WHAT_WAS or self.base.by_columns is not None
+        if kind in _SEE_PADDING or (last and after) or "attention_mask" not in parameters(module):
             raise TanzakuError(
                 f"tokens of model type {kind!r} see padding: rows of one batch need the same number of virtual tokens"
-                f"{' (or use_cache=False)' if kind in _SEE_WHAT_WAS else ''}"
+                f"{' (or use_cache=False)' if after else ''}"
             )
 
     def _check_mark(self, mark: caches.Virtual | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable
@@ -145,10 +146,22 @@ class Base:
     def vocab_size(self) -> int:
         return self.embedding.num_embeddings
 
-    def _number(self, *keys: str) -> int:
+    @property
+    def by_columns(self) -> str | None:
+        """A module that sums up so many columns at a time, wherever they have their positions; None: there is none."""
+        return next((path for path, m in tree.named_modules(self.model) if hasattr(m, "compress_rate")), None)
+
+    def setting(self, *keys: str) -> int | None:
+        """The first of these settings that the configuration has as one number for all layers."""
         for key in keys:
-            if isinstance(value := getattr(self.config, key, None), int):
-                return value
+            with contextlib.suppress(RuntimeError):  # transformers' word for one that differs by layer
+                if isinstance(value := getattr(self.config, key, None), int):
+                    return value
+        return None
+
+    def _number(self, *keys: str) -> int:
+        if (value := self.setting(*keys)) is not None:
+            return value
         raise TanzakuError(f"model type {self.kind!r}: its configuration has none of {', '.join(keys)}")
 
     @property
@@ -342,10 +355,9 @@ class Base:
     def _named_attention(self) -> list[Attention]:
         """Attention by its family's name, with the shapes that the configuration tells."""
         name = (self.family.attention if self.family else None) or "self_attn"
-        config = self.config
         heads = self._number("num_attention_heads", "n_head", "num_heads", "decoder_attention_heads")
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or self.hidden_size // heads
+        kv_heads = self.setting("num_key_value_heads") or heads
+        dim = self.setting("head_dim", "d_kv") or self.hidden_size // heads
         return [
             Attention(path, heads=heads, kv_heads=kv_heads, key_dim=dim, value_dim=dim)
             for path, _ in tree.named_modules(self.model)

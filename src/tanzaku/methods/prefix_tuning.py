@@ -118,6 +118,8 @@ class PrefixStrip(AttentionStrip):
         """Relative positions of the prefix, which lies before the row's own keys."""
         n = self.position_offset
         holder: Any = self.bias()
+        if holder is None:  # a bias that the row's own tokens give: the prefix stands in no relation to them
+            return F.pad(bias, (n, 0))
         before = holder.compute_bias(queries, n, device=bias.device, past_seen_tokens=n + keys - queries)
         return torch.cat([before.to(bias).expand(bias.shape[0], -1, -1, -1), bias], dim=-1)
 
@@ -171,6 +173,11 @@ class PrefixTuning(PromptLearning):
         if states := base.structure.remembers:
             raise TanzakuError(
                 f"{self.name}: {states[0]} of model type {base.kind!r} begins anew at position 0, which a prefix takes"
+            )
+        if base.by_columns:
+            raise TanzakuError(
+                f"{self.name}: {base.by_columns} of model type {base.kind!r} sums up columns by their number, and "
+                "a prefix, which takes positions and no columns, would let tokens see what comes after them"
             )
         self.check(base)
         self.num_transformer_submodules = submodules

@@ -57,14 +57,13 @@ class PromptLearning(Method):
         limit = base.max_positions
         if limit is not None and n >= limit:
             raise TanzakuError(f"{self.name}: {n} virtual tokens leave no room in the model's {limit} positions")
-        config = base.config
         self.num_transformer_submodules = 1
         self.token_dim = base.hidden_size
         for mine, keys in {
             "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
             "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
         }.items():
-            setattr(self, mine, next((v for k in keys if (v := getattr(config, k, None)) is not None), None))
+            setattr(self, mine, base.setting(*keys))
 
 
 @dataclass
