@@ -164,6 +164,10 @@ OWN: dict[str, dict[str, Any]] = {
     "convnext": _STAGES,
     "convnextv2": _STAGES,
     "data2vec-text": _FAIRSEQ,
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in _SLIDING},
+    },
     "dinov3_vit": {"rope_parameters": {"rope_theta": 100.0, "rope_type": "default"}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
@@ -180,6 +184,7 @@ OWN: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
     },
     "gemma4_text": {"layer_types": _SLIDING, "num_kv_shared_layers": 0},
+    "gemma4_unified_text": {"layer_types": _SLIDING, "num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
@@ -201,6 +206,13 @@ OWN: dict[str, dict[str, Any]] = {
     "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2, "num_experts": 2},
     "nystromformer": {"num_landmarks": 4, "segment_means_seq_len": 4, "conv_kernel_size": 3},
     "plbart": _FAIRSEQ,
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "rembert": {"input_embedding_size": 24, "output_embedding_size": 24},
     "resnet": _STAGES,
@@ -214,6 +226,8 @@ OWN: dict[str, dict[str, Any]] = {
     "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 2},
     "xlm-roberta": _FAIRSEQ,
     "xlm-roberta-xl": _FAIRSEQ,
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
     "zamba2": {
         "hybrid_layer_ids": [1],
         "layers_block_type": ["linear_attention", "hybrid"],
@@ -495,7 +509,7 @@ def more() -> dict[str, list[Subject]]:
         "Seq2SeqLM": ("SEQ_TO_SEQ_CAUSAL_LM", "text"),
         "ImageClassification": ("IMAGE_CLASSIFICATION", "pixels"),
     }
-    seen = set(NAMES)
+    seen = {subject.name for subjects in SUBJECTS.values() for subject in subjects}
     out: dict[str, list[Subject]] = {}
     for kind, (mapping, reads) in kinds.items():
         names = [n for n in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES") if n not in seen]
@@ -504,4 +518,4 @@ def more() -> dict[str, list[Subject]]:
     return out
 
 
-NAMES = {subject.name: subject for subjects in SUBJECTS.values() for subject in subjects}
+NAMES = {subject.name: subject for subjects in {**more(), **SUBJECTS}.values() for subject in subjects}

@@ -34,6 +34,41 @@ def test_cells(kind: str, column: str) -> None:
     assert families.kind(cell) == ("r" if column in KINDS[kind] else "ok"), cell.found
 
 
+@pytest.mark.parametrize(
+    ("kind", "column", "mark"),
+    [
+        ("nllb-moe", "LoRA all-linear", "ok"),  # experts' choices are the rows' own
+        ("dots3_note_text", "prompt", "ok"),  # a number of heads for each layer
+        ("inkling_text", "LLaMA-Adapter", "ok"),  # biases of attention that each row's tokens give
+        ("inkling2_text", "prefix", "ok"),  # and sinks
+        ("deepseek_v4", "prefix", "r"),  # columns are summed up by their number
+        ("deepseek_v4", "prompt", "mix-r"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*table of families names no layers")
+def test_architectures_of_their_own(kind: str, column: str, mark: str) -> None:
+    cell = families.Case(zoo.NAMES[kind]).cell(column)
+    assert cell.text.split(", ")[0] == mark, cell.found
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+
+
+def table_of_the_docs() -> dict[str, list[str]]:
+    rows = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in PAGE.read_text("utf-8").splitlines()]
+    return {row[0]: row[1:] for row in rows if len(row) == 1 + len(families.COLUMNS) and row[0] in zoo.NAMES}
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("name", table_of_the_docs())
+@pytest.mark.filterwarnings("ignore")
+def test_the_table_in_the_docs_holds(name: str) -> None:
+    cells, _ = families.check(zoo.NAMES[name], list(families.COLUMNS))
+    assert [cells[column].text if column in cells else "base" for column in families.COLUMNS] == table_of_the_docs()[
+        name
+    ]
+
+
 def cell_of(column: str) -> families.Cell:
     return families.Case(zoo.NAMES["llama"]).cell(column)
 

@@ -149,7 +149,14 @@ class Base:
     @property
     def by_columns(self) -> str | None:
         """A module that sums up so many columns at a time, wherever they have their positions; None: there is none."""
-        return next((path for path, m in tree.named_modules(self.model) if hasattr(m, "compress_rate")), None)
+        return next(
+            (
+                path
+                for path, m in tree.named_modules(self.model)
+                if hasattr(m, "compress_rate") or hasattr(m, "compress_ratio")
+            ),
+            None,
+        )
 
     def setting(self, *keys: str) -> int | None:
         """The first of these settings that the configuration has as one number for all layers."""
