@@ -166,6 +166,20 @@ def test_where(settings, expected):
     assert {path for path in strips(adapter) if path != "score"} == {f"model.layers.{p}" for p in expected.split()}
 
 
+@pytest.mark.parametrize("pattern", [None, "layers", ["h", "layers"]])
+def test_experts_lie_in_layers(pattern):
+    """Of several numbers in a path the first is the layer's, as in HF PEFT."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(3, 3)}) for _ in range(2))
+
+    model = nn.ModuleDict({"layers": nn.ModuleList(Block() for _ in range(3))})
+    method = tz.LoRA(target_modules=["up"], layers_to_transform=[1], layers_pattern=pattern)
+    assert set(strips(tz.attach(model, method, "x"))) == {"layers.1.experts.0.up", "layers.1.experts.1.up"}
+
+
 def test_all_linear_leaves_heads_out():
     """Every linear layer, but no head and no output embedding."""
     for kind, head, left in (("llama", "cls", "score"), ("llama", "lm", "lm_head"), ("gpt2", "lm", "lm_head")):

@@ -319,9 +319,9 @@ class Base:
         patterns = [pattern] if isinstance(pattern, str) else list(pattern or [])
 
         def number(path: str) -> int | None:
-            # PEFT's own rule: the number after the named list of layers, or else after any part of the path.
+            # After the named list of layers, or else after the first list in the path: experts lie in layers.
             for p in patterns or ["[^.]*"]:
-                if groups := groups_of(p, path, r"(?:|.*\.){}\.(\d+)\..*"):
+                if groups := groups_of(p, path, r"(?:|.*?\.){}\.(\d+)\..*"):
                     return int(groups[-1] or 0)
             return None
 
