@@ -152,6 +152,9 @@ _STAGES = {"num_stages": 2, "depths": [2, 2], "num_heads": [2, 4], "hidden_sizes
 _SLIDING = ["sliding_attention", "full_attention"]
 
 # What a family's configuration needs beside that.
+_BERT = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+_BERT |= {"num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0, "hidden_dropout_prob": 0.0}
+_BERT |= {"attention_probs_dropout_prob": 0.0}
 OWN: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"linear_num_heads": 4, "linear_head_dim": 8},
     "bamba": {"attn_layer_indices": [1]},
@@ -172,6 +175,11 @@ OWN: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "electra": {"embedding_size": 24},
+    "encoder-decoder": {
+        "encoder": {"model_type": "bert", **_BERT},
+        "decoder": {"model_type": "bert", **_BERT, "is_decoder": True, "add_cross_attention": True},
+        "decoder_start_token_id": 1,
+    },
     "esm": {"vocab_size": VOCAB, "mask_token_id": 6, "position_embedding_type": "absolute", **_FAIRSEQ},
     "esmc": {"num_key_value_heads": 4},
     "falcon": {"num_kv_heads": 4},

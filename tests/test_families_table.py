@@ -39,8 +39,10 @@ def test_cells(kind: str, column: str) -> None:
     [
         ("nllb-moe", "LoRA all-linear", "ok"),  # experts' choices are the rows' own
         ("dots3_note_text", "prompt", "ok"),  # a number of heads for each layer
+        ("fsmt", "LoRA (default)", "ok"),  # tokens first, of which the model takes views
         ("inkling_text", "LLaMA-Adapter", "ok"),  # biases of attention that each row's tokens give
         ("inkling2_text", "prefix", "ok"),  # and sinks
+        ("encoder-decoder", "prompt", "ok"),  # an encoder's own configuration says that it keeps no cache
         ("deepseek_v4", "prefix", "r"),  # columns are summed up by their number
         ("deepseek_v4", "prompt", "mix-r"),
     ],

@@ -382,7 +382,7 @@ class ModuleSite:
                         part = strip.inputs(module, part)
             parts.append(part)
         changed = cut.put(parts)
-        changed = changed.transpose(0, dim) if dim else changed
+        changed = changed.transpose(0, dim).contiguous() if dim else changed  # models take views of it
         return ((changed, *args[1:]), kwargs) if key == _FIRST else replaced((args, kwargs), {key: changed})
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -417,7 +417,7 @@ class ModuleSite:
                         part = strip.outputs(module, read[i], part)
             parts.append(part)
         changed = cut.put(parts)
-        changed = changed.transpose(0, dim) if dim else changed
+        changed = changed.transpose(0, dim).contiguous() if dim else changed  # models take views of it
         return changed if key == () else replaced(output, {key: changed})
 
     def _read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Key, Tensor]:

@@ -331,9 +331,10 @@ class VirtualTokens:
             return True
         if (wanted := given.get("use_cache")) is not None:
             return bool(wanted)
-        if getattr(self.base.config, "use_cache", True) is False:
+        config = getattr(module, "config", self.base.config)  # its own, where a model is made of two
+        if getattr(config, "use_cache", True) is False:
             return False
-        encoder = getattr(self.base.config, "is_decoder", None) is False
+        encoder = getattr(config, "is_decoder", None) is False
         return not encoder or any(getattr(m, "is_causal", False) is True for m in tree.modules(module))
 
     def _check_apart(self, module: nn.Module, last: bool) -> None:
