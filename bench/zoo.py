@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -292,6 +293,7 @@ def lively(model: nn.Module) -> None:
             parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
+MOST = 40_000_000  # parameters of a model that is tried
 Row = dict[str, Tensor]
 _PADDED = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
@@ -311,9 +313,14 @@ class Subject:
 
     def build(self, seed: int = 0) -> PreTrainedModel:
         """The model, in eval mode and without dropout."""
+        auto, config = getattr(transformers, self.auto), config_of(self.name, **self.own)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            size = sum(parameter.numel() for parameter in auto.from_config(copy.deepcopy(config)).parameters())
+        if size > MOST:
+            raise ValueError(f"{size / 1e6:.0f} million parameters, as small as its configuration is made here")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = getattr(transformers, self.auto).from_config(config_of(self.name, **self.own))
+            model = auto.from_config(config)
             lively(model)
         if (settings := getattr(model, "generation_config", None)) is not None:
             settings.eos_token_id = settings.forced_eos_token_id = None
