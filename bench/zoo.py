@@ -237,6 +237,12 @@ OWN: dict[str, dict[str, Any]] = {
     "xlm-roberta-xl": _FAIRSEQ,
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
+    "deit": {"architectures": ["DeiTForImageClassification"]},
+    "donut-swin": {"depths": [1, 1], "num_heads": [2, 4], "window_size": 2},
+    "lilt": {"hidden_size": 48, "channel_shrink_ratio": 4},
+    "mobilevitv2": {"image_size": 128},
+    "pvt": {"image_size": 64},
+    "segformer": {"image_size": 64},
     "zamba2": {
         "hybrid_layer_ids": [1],
         "layers_block_type": ["linear_attention", "hybrid"],
@@ -339,7 +345,8 @@ class Subject:
             row: Row = {}
             if self.reads == "pixels":
                 size = getattr(getattr(config, "vision_config", config), "image_size", TINY["image_size"])
-                row["pixel_values"] = torch.randn(1, 3, size, size, generator=generator)
+                sizes = (size, size) if isinstance(size, int) else tuple(size)
+                row["pixel_values"] = torch.randn(1, 3, *sizes, generator=generator)
             elif self.reads == "sound":
                 frames = 2 * config.max_source_positions
                 row["input_features"] = torch.randn(1, config.num_mel_bins, frames, generator=generator)
