@@ -273,7 +273,8 @@ def test_an_image_goes_to_the_adapter_of_the_row_that_has_its_place(kind: str, r
                     own["image_grid_thw"] = inputs["image_grid_thw"][first : first + number]
             start, first = start + parts, first + number
             with tz.route(model, [name]):
-                assert_close(mixed[row, :length], model(**own).logits[0])
+                # Two models one after another.
+                assert_close(mixed[row, :length], model(**own).logits[0], GRADIENT)
 
 
 def test_images_whose_rows_are_not_known_are_refused_but_for_one_adapter() -> None:

@@ -6,6 +6,7 @@ Each law runs for every method, by the native API and by HF PEFT's names.
 import copy
 import gc
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -398,6 +399,9 @@ def test_any_number_of_lora_is_one_graph(entries):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    os.environ.get("ATEN_CPU_CAPABILITY") == "default", reason="inductor writes vectors that torch then has not"
+)
 def test_inductor():
     """torch's own compiler, forward and backward, over a mixed batch."""
     model = bamboo(head="lm")
