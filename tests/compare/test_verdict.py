@@ -53,8 +53,8 @@ def test_tied_cheapest_and_worse() -> None:
     assert verdict([LORA, IA3, ADALORA, FULL]) == [
         BEST,
         "The data cannot tell lora from ia3 and adalora (each adjusted p is at least 0.05).",
-        "A difference of more than 0.103 would have shown.",
-        "Of these, ia3 is the cheapest: it trains 24,000 parameters.",
+        "A true difference of 0.091 is found in 80 of 100 such comparisons.",
+        "Nothing cheaper is shown to be as good as lora: it trains 1,500,000 parameters.",
         "full is worse than lora by 0.400 (0.341 to 0.459, adjusted p below 0.001).",
     ]
 
@@ -63,9 +63,19 @@ def test_two_that_are_tied() -> None:
     assert verdict([replace(LORA, trainable_parameters=10), IA3]) == [
         BEST,
         "The data cannot tell lora from ia3 (p 0.662).",
-        "A difference of more than 0.059 would have shown.",
+        "A true difference of 0.080 is found in 80 of 100 such comparisons.",
         "Of these, lora, the best, also is the cheapest: it trains 10 parameters.",
     ]
+
+
+def test_what_is_cheaper_and_as_good_is_named() -> None:
+    found = verdict([LORA, IA3], replace(FOLDS, margin=0.05))[-1]
+    assert found == (
+        "Of these, ia3 is the cheapest that is expected to lose no more than 0.05 against lora: "
+        "it trains 24,000 parameters."
+    )
+    loss = replace(FOLDS, metric="loss", margin=0.1)
+    assert "no more than 10% of it against" in verdict([IA3, replace(LORA, trainable_parameters=9)], loss)[-1]
 
 
 def test_everyone_is_tied() -> None:
@@ -101,7 +111,7 @@ def test_one_run_each_is_no_verdict() -> None:
         "measure with --seeds 3 or --folds 5.",
     ]
     assert verdict([seeded("lora", [90]), seeded("full", [40])], SPLIT) == [
-        "lora has the best accuracy, 0.900 (95% interval 0.841 to 0.959, 1 run).",
+        "lora has the best accuracy, 0.900 (other validation rows: 0.840 to 0.950, 1 run).",
         "One run each: what training anew would change is not known and not in the interval, so there is no verdict; "
         "measure with --seeds 3 or --folds 5.",
     ]
@@ -117,13 +127,13 @@ def test_one_candidate() -> None:
         "ia3 (out of memory) failed and is not ranked.",
     ]
     first, second = verdict([seeded("lora", [90])], SPLIT)
-    assert first == "lora is the only candidate: its accuracy is 0.900 (95% interval 0.841 to 0.959, 1 run)."
+    assert first == "lora is the only candidate: its accuracy is 0.900 (other validation rows: 0.840 to 0.950, 1 run)."
     assert second.startswith("One run: what training anew would change is not known and not in the interval, ")
 
 
 def test_seeds_that_differ_much_hide_every_difference() -> None:
     assert verdict([seeded("a", [90, 88]), seeded("b", [80, 40])], SPLIT)[2] == (
-        "With so few runs, hardly any difference would have shown; more seeds or folds would help."
+        "With so few runs, hardly any difference would be found; more seeds or folds would help."
     )
 
 
@@ -169,5 +179,5 @@ def test_every_candidate_is_spoken_of_once(seed: int) -> None:
     assert all(len(sentence) < 160 and sentence.endswith(".") for sentence in found)
     everyone = "any of the other" in found[1] or any(sentence.startswith("All ") for sentence in found)
     for name in ["six", "seven", *([] if everyone else set(names) - {ranking.best})]:
-        about = [s for s in found if re.search(rf"\b{name}\b", s) and not s.startswith("Of these")]
+        about = [s for s in found if re.search(rf"\b{name}\b", s) and not s.startswith(("Of these", "Nothing"))]
         assert len(about) == 1, name

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tanzaku.errors import TanzakuError
 
+MARGIN = 0.01  # of a metric: less is no reason to train more parameters
+
 Metric = Literal["loss", "accuracy", "roc_auc", "macro_f1"]
 Direction = Literal["minimize", "maximize"]
 
@@ -50,6 +52,12 @@ class CompareSettings(BaseModel):
     reduction: int = Field(3, ge=2, description="one trial in this many goes on where a search stops those that lag")
     finalists: int = Field(3, ge=1, description="best candidates whose adapters are kept and tested")
     rank_by: Metric = Field("roc_auc", description="validation figure that candidates are ranked by")
+    margin: float = Field(
+        MARGIN,
+        ge=0,
+        allow_inf_nan=False,
+        description="what of it a cheaper candidate may be expected to lose against the best; of a loss, a share",
+    )
     rows_per_step: int | None = Field(None, ge=1, description="rows of all candidates in one step (chosen)")
     workers: int | None = Field(
         None, ge=1, description="processes that share the frozen weights and the candidates (chosen; on a GPU 1)"

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
+from tanzaku.compare.settings import MARGIN
 from tanzaku.errors import TanzakuError, listed, nearest
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -23,6 +25,9 @@ Interval = tuple[float, float]
 
 METRICS = ("loss", "accuracy", "roc_auc", "macro_f1")
 LEVEL = 0.05  # below it, two candidates are told apart
+SIMULATED = 4000  # comparisons
+POWER = 0.8  # how often a difference that is said to be found would be
+ENOUGH = 5  # figures from which a t interval of their mean is given
 REPLICATES = 2000  # of the bootstrap
 CELLS = 2**17  # validation rows times replicates held at once: 1 MiB in float64
 ROUNDING = 1e-6  # nats: a mean loss of float32 logits is not known better
@@ -32,8 +37,9 @@ ROUNDING = 1e-6  # nats: a mean loss of float32 logits is not known better
 class Run:
     """One measured training run of a candidate.
 
-    `value` is the design's metric on the run's validation rows. `probabilities` of their labels, [n, C] in the order
-    of the file, are read for a fixed split alone.
+    `value` is the design's metric on the run's validation rows, `probabilities` [n, C] are those that it gives their
+    labels, in the order of the file. `labels` are the ids [n] of a fold's own rows; those of a fixed split are in its
+    design.
     """
 
     repeat: int
@@ -41,6 +47,7 @@ class Run:
     seed: int
     value: float
     probabilities: Array | None = None
+    labels: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,8 @@ class Design:
     """How all candidates were measured.
 
     `metric` is one of METRICS; of loss less is better, of the others more. `train_rows` and `valid_rows` are those of
-    one run, on average. `labels` are the ids [n] of a fixed split's validation rows.
+    one run, on average. `labels` are the ids [n] of a fixed split's validation rows. `margin` is how much less of the
+    metric a cheaper candidate may be expected to have: of a loss, a share of the best's.
     """
 
     kind: Literal["folds", "split"]
@@ -65,24 +73,34 @@ class Design:
     train_rows: float
     valid_rows: float
     labels: Array | None = None
+    margin: float = MARGIN
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A candidate in the order. `mean` is nan where a figure was no number; `interval` (95%) is None where unknown."""
+    """A candidate in the order. `mean` is nan where a figure was no number.
+
+    `interval` (95%; None where unknown) is of the mean over runs and rows, where there are five `figures` or more: one
+    of each fold, or of each seed of a fixed split. Of fewer it is `of_rows` alone: what other validation rows would
+    have given these very runs.
+    """
 
     name: str
     mean: float
     interval: Interval | None
     trainable_parameters: int
+    figures: tuple[float, ...] = ()
+    of_rows: bool = False
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Two candidates, `a` before `b` in the order. Where there is nothing to go by, figures are None.
 
-    `difference` is a's mean less b's, `interval` the 95% interval of this pair alone, `p` two-sided, `p_adjusted` over
-    all pairs (Holm). A difference larger than `visible` would be told, whatever comes of the other pairs.
+    `difference` is a's mean less b's, `interval` the 95% interval of this pair alone, `p` two-sided. `p_adjusted`
+    (Holm) is over the pairs with the best, for those; for others, which no verdict speaks of, over all pairs. Were all
+    others truly worse by `visible`, 80 of 100 of them would be found. `loss` is what of the metric is expected to be
+    lost by taking b in place of a.
     """
 
     a: str
@@ -92,6 +110,7 @@ class Comparison:
     p: float | None = None
     p_adjusted: float | None = None
     visible: float | None = None
+    loss: float | None = None
 
     @property
     def told(self) -> bool:
@@ -104,7 +123,8 @@ class Ranking:
     """Every candidate and every pair, best mean first.
 
     `tied`: the best and all that the data cannot tell from it. `cheapest`: of these, the one that trains the fewest
-    parameters. `runs`: how many each candidate had.
+    parameters, among the best itself and those whose expected loss against it is within the design's margin; that two
+    cannot be told apart is no sign that they are alike. `runs`: how many each candidate had.
     """
 
     candidates: tuple[Standing, ...]
@@ -139,25 +159,42 @@ def rank(scored: Sequence[Scored], design: Design) -> Ranking:
     order = sorted(scored, key=place)
     table = np.stack([figures[each.name] for each in order])
     noise = _Folds(table, design) if design.kind == "folds" else _Split(table, order, design)
-    standings = []
-    for i, each in enumerate(order):
-        own = noise.of_mean(i)
-        interval = None if own is None else own.interval(means[each.name], _bounds(design.metric))
-        standings.append(Standing(each.name, means[each.name], interval, each.trainable_parameters))
+    standings = [_standing(each, figures[each.name], noise.of_mean(i), design) for i, each in enumerate(order)]
     comparisons = _comparisons(standings, noise, design)
     best = standings[0]
-    apart = {pair.b for pair in comparisons if pair.a == best.name and pair.told}
+    with_best = {pair.b: pair for pair in comparisons if pair.a == best.name}
+    apart = {name for name, pair in with_best.items() if pair.told}
     tied = [each for each in standings if each.name not in apart and math.isnan(each.mean) == math.isnan(best.mean)]
-    cheapest = min(tied, key=lambda each: each.trainable_parameters)
+    margin = design.margin * (abs(best.mean) if design.metric == "loss" else 1)
+
+    def good(each: Standing) -> bool:
+        loss = None if each is best else with_best[each.name].loss
+        return each is best or (loss is not None and loss <= margin)
+
+    cheapest = min(filter(good, tied), key=lambda each: each.trainable_parameters)
     names = tuple(each.name for each in tied)
     return Ranking(tuple(standings), comparisons, best.name, names, cheapest.name, len(scored[0].runs))
+
+
+def _standing(each: Scored, figures: Array, noise: _Noise | None, design: Design) -> Standing:
+    mean, few = float(figures.mean()), len(figures) < ENOUGH
+    if few:
+        interval = None if math.isnan(mean) else _of_rows(each, design)
+    else:
+        interval = None if noise is None else noise.interval(mean, _bounds(design.metric))
+    own = tuple(figures.tolist())
+    return Standing(each.name, mean, interval, each.trainable_parameters, own, of_rows=few and interval is not None)
 
 
 def _comparisons(standings: Sequence[Standing], noise: _Folds | _Split, design: Design) -> tuple[Comparison, ...]:
     differences = {(a, b): standings[a].mean - standings[b].mean for a, b in combinations(range(len(standings)), 2)}
     known = {pair: found for pair in differences if (found := noise.of_difference(*pair)) is not None}
     p = {pair: found.p(differences[pair]) for pair, found in known.items()}
+    # The verdict speaks of the pairs with the best alone, so these are adjusted for each other alone.
+    first = [pair for pair in p if pair[0] == 0]
     adjusted = dict(zip(p, holm(list(p.values())), strict=True))
+    adjusted |= dict(zip(first, holm([p[pair] for pair in first]), strict=True))
+    sign = -1 if design.metric == "loss" else 1
     low, high = _bounds(design.metric)
     out = []
     for pair, difference in differences.items():
@@ -166,8 +203,9 @@ def _comparisons(standings: Sequence[Standing], noise: _Folds | _Split, design: 
             out.append(Comparison(a, b, difference))
             continue
         interval = found.interval(difference, (low - high, high - low))
-        visible = found.half(LEVEL / len(p))
-        out.append(Comparison(a, b, difference, interval, p[pair], adjusted[pair], visible))
+        visible = found.found(len(first) if pair in first else len(p))
+        loss = found.loss(sign * difference)
+        out.append(Comparison(a, b, difference, interval, p[pair], adjusted[pair], visible, loss))
     return tuple(out)
 
 
@@ -200,6 +238,40 @@ class _Noise:
 
     def p(self, difference: float) -> float:
         return 2 * float(stats.t.sf(abs(difference) / self.error, self.freedom))
+
+    def found(self, pairs: int) -> float:
+        """The true difference of each of so many pairs that is found in 80 of 100 of them."""
+        return self.error * _findable(pairs, max(1, round(self.freedom)))
+
+    def loss(self, ahead: float) -> float:
+        """What is expected to be lost against one that is `ahead` by so much: the mean of what of it is above 0, by the
+        correlated Bayesian t-test. Corani & Benavoli 2015, Machine Learning 100."""
+        z, n = ahead / self.error, self.freedom
+        if n <= 1:
+            return math.inf
+        density = float(stats.t.pdf(z, n)) * (n + z * z) / (n - 1)
+        return self.error * (z * float(stats.t.cdf(z, n)) + density)
+
+
+@cache
+def _findable(pairs: int, freedom: int) -> float:
+    """In standard errors, the true difference of several candidates from a better one that Holm's tests find in 80 of
+    100: simulated, since what one pair is held to depends on how many others were found before it."""
+    rng = np.random.default_rng(0)
+    size = (SIMULATED, pairs)
+    # All pairs have the best in common, which is half of the noise of each.
+    noise = (rng.normal(size=(SIMULATED, 1)) + rng.normal(size=size)) / math.sqrt(2)
+    errors = np.sqrt(rng.chisquare(freedom, size) / freedom)
+    limits = stats.t.isf(LEVEL / (2 * np.arange(pairs, 0, -1)), freedom)
+
+    def missed(shift: float) -> float:
+        ordered = -np.sort(-(shift + noise) / errors, axis=1)
+        return POWER - float((ordered > limits).cumprod(axis=1).mean())
+
+    high = float(limits[0]) + 2
+    while missed(high) > 0:
+        high *= 2
+    return float(optimize.brentq(missed, 0.0, high, xtol=1e-3))
 
 
 class _Folds:
@@ -279,18 +351,46 @@ def _grain(metric: str, share: float, figure: float) -> float:
     return max(share * abs(figure), ROUNDING) if metric == "loss" else share
 
 
+def _of_rows(each: Scored, design: Design) -> Interval | None:
+    """What the mean of these very runs would be on other validation rows, in 95 of 100 draws of them within each label;
+    None where they are not kept. A metric of few rows is far from normal near its ends, and percentiles stay within."""
+    runs = []
+    for run in sorted(each.runs, key=_key):
+        labels = run.labels if design.kind == "folds" else design.labels
+        if labels is None or run.probabilities is None or np.isnan(run.probabilities).any():
+            return None
+        runs.append((run.probabilities, labels, (run.repeat, run.fold)))
+    rng, total = np.random.default_rng(0), np.zeros(REPLICATES)
+    most = max(len(labels) for _, labels, _ in runs)
+    for columns in np.array_split(np.arange(REPLICATES), max(1, most * REPLICATES // CELLS)):
+        drawn: dict[tuple[int, int], Array] = {}  # runs on the same rows see the same draws of them
+        for probabilities, labels, rows in runs:
+            if rows not in drawn:
+                drawn[rows] = _draws(rng, labels, len(columns))
+            total[columns] += resampled(design.metric, probabilities, labels, drawn[rows]) / len(runs)
+    if not np.isfinite(total).all():
+        return None
+    low, high = np.percentile(total, [100 * LEVEL / 2, 100 * (1 - LEVEL / 2)])
+    return float(low), float(high)
+
+
+def _draws(rng: np.random.Generator, labels: Array, number: int) -> Array:
+    """[n, number]: how often each row is in each draw, as many of each label as there are."""
+    counts = np.zeros((len(labels), number))
+    for rows in (np.flatnonzero(labels == label) for label in np.unique(labels)):
+        counts[rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), number).T
+    return counts
+
+
 def _bootstrap(scored: Sequence[Scored], labels: Array, metric: str) -> Array:
     """[candidates, REPLICATES]: the metric, mean over a candidate's runs, on rows drawn anew within each label.
 
     In a replicate all candidates see the same rows, and every call draws the same.
     """
     rng = np.random.default_rng(0)
-    groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     out = np.zeros((len(scored), REPLICATES))
     for columns in np.array_split(np.arange(REPLICATES), max(1, len(labels) * REPLICATES // CELLS)):
-        counts = np.zeros((len(labels), len(columns)))
-        for rows in groups:
-            counts[rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), len(columns)).T
+        counts = _draws(rng, labels, len(columns))
         for i, each in enumerate(scored):
             for run in sorted(each.runs, key=_key):  # sums in another order differ in the last digits
                 assert run.probabilities is not None  # checked

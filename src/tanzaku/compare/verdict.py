@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from tanzaku.compare.statistics import LEVEL, Comparison, Design, Interval, Ranking, Standing
 
 METRIC_WORDS = {"loss": "validation loss", "accuracy": "accuracy", "roc_auc": "ROC-AUC", "macro_f1": "macro F1"}
 MORE = "measure with --seeds 3 or --folds 5"
 SHOWN = 6  # names in one sentence
+
+
+def tested_by(results: Mapping[str, Any]) -> list[str]:
+    """The figures of the test rows that a table shows: the one that ranks, with accuracy beside it, and macro F1 too
+    where there are more than two labels. None without test rows."""
+    if not any(each["test"] for each in results["candidates"]):
+        return []
+    labels = (results.get("data") or {}).get("labels") or []
+    return list(dict.fromkeys([results["design"]["metric"], "accuracy", *(["macro_f1"] if len(labels) > 2 else [])]))
 
 
 def sentences(ranking: Ranking | None, design: Design, failed: Mapping[str, str] | None = None) -> list[str]:
@@ -36,7 +46,7 @@ def sentences(ranking: Ranking | None, design: Design, failed: Mapping[str, str]
     if all(pair.p is None for pair in pairs) and (pairs or ranking.runs == 1):
         out.append(_too_few(ranking))
     elif tied:
-        out += [_tied(tied, best.name, not worse, only), _visible(tied, design.metric), _cheapest(ranking)]
+        out += [_tied(tied, best.name, not worse, only), _visible(tied, design.metric), _cheapest(ranking, design)]
     if worse:
         out.append(_worse(worse, best.name, not tied, only))
     if missing := [each.name for each in others if math.isnan(each.mean)]:
@@ -46,7 +56,8 @@ def sentences(ranking: Ranking | None, design: Design, failed: Mapping[str, str]
 
 def _best(best: Standing, runs: int, metric: str, alone: bool) -> str:
     metric = f"mean {metric}" if runs > 1 else metric
-    interval = f"95% interval {_range(best.interval)}, " if best.interval else ""
+    of = "other validation rows: " if best.of_rows else "95% interval "
+    interval = f"{of}{_range(best.interval)}, " if best.interval else ""
     figure = f"{_number(best.mean)} ({interval}{runs} run{'s' if runs > 1 else ''})"
     if alone:
         return f"{best.name} is the only candidate: its {metric} is {figure}."
@@ -67,17 +78,26 @@ def _tied(tied: Sequence[Comparison], best: str, everyone: bool, only: bool) -> 
 
 
 def _visible(tied: Sequence[Comparison], metric: str) -> str:
-    """The difference that each of these pairs would have been told by: what this much data can see at all."""
+    """What this much data can see at all."""
     least = max(pair.visible for pair in tied if pair.visible is not None)
     if least >= 0.5 and metric != "loss":
-        return "With so few runs, hardly any difference would have shown; more seeds or folds would help."
-    return f"A difference of more than {_number(least)} would have shown."
+        return "With so few runs, hardly any difference would be found; more seeds or folds would help."
+    return f"A true difference of {_number(least)} is found in 80 of 100 such comparisons."
 
 
-def _cheapest(ranking: Ranking) -> str:
-    parameters = next(each.trainable_parameters for each in ranking.candidates if each.name == ranking.cheapest)
-    also = ", the best, also" if ranking.cheapest == ranking.best else ""
-    return f"Of these, {ranking.cheapest}{also} is the cheapest: it trains {parameters:,} parameters."
+def _cheapest(ranking: Ranking, design: Design) -> str:
+    """That two cannot be told apart is no sign that they are alike: what is cheaper has to be shown to be as good."""
+    sizes = {each.name: each.trainable_parameters for each in ranking.candidates}
+    parameters = f"it trains {sizes[ranking.cheapest]:,} parameters"
+    if ranking.cheapest != ranking.best:
+        within = f"{design.margin:.0%} of it" if design.metric == "loss" else f"{design.margin:g}"
+        return (
+            f"Of these, {ranking.cheapest} is the cheapest that is expected to lose no more than {within} against "
+            f"{ranking.best}: {parameters}."
+        )
+    if all(sizes[name] >= sizes[ranking.best] for name in ranking.tied):
+        return f"Of these, {ranking.best}, the best, also is the cheapest: {parameters}."
+    return f"Nothing cheaper is shown to be as good as {ranking.best}: {parameters}."
 
 
 def _worse(worse: Sequence[Comparison], best: str, everyone: bool, only: bool) -> str:
