@@ -186,6 +186,7 @@ class Method:
     lengthens_rows: ClassVar[bool] = False  # by num_virtual_tokens, which go through every layer
     covers_head: ClassVar[bool] = False  # the method's own strips say what of the head is trained
     file_prefix: ClassVar[str] = "base_model.model."
+    learning_rate: ClassVar[float] = 1e-3  # where none is given; each method says where its own is from
     space: ClassVar[Spaces] = spaces(learning_rate=Range(1e-5, 1e-2, log=True))  # what a search draws; see open_space
 
     _to_fill = False  # True on one that is built for a file: its weights need not be drawn

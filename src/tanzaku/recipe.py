@@ -260,12 +260,13 @@ def checked(entry: MethodEntry, train: TrainSettings) -> tuple[Method, TrainSett
         TanzakuError: an unknown method, or a setting that it has not or that does not fit.
     """
     from tanzaku.methods import method_named
+    from tanzaku.train.results import for_method
 
-    method = method_named(entry.method)
-    method.check_names(entry.settings)  # an unknown name is told better than pydantic would
+    method_named(entry.method).check_names(entry.settings)  # an unknown name is told better than pydantic would
     try:
         own = TrainSettings.model_validate({**train.model_dump(), **entry.train})
-        return _adapter(entry.method).validate_python(entry.settings), own
+        method = _adapter(entry.method).validate_python(entry.settings)
+        return method, for_method(own, method)
     except ValidationError as error:
         raise TanzakuError(complaint(error, f"candidate {entry.name!r}", {"": TrainSettings}, {})) from None
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tanzaku.cli.display import Display
-from tanzaku.compare.verdict import METRIC_WORDS
+from tanzaku.compare.verdict import METRIC_WORDS, tested_by
 
 if TYPE_CHECKING:
     from tanzaku.compare.comparison import Comparison
@@ -187,32 +187,42 @@ class Live(Display):
         """The report's path, the ranking and the verdict."""
         self.say(f"\nreport: {out / report}\n")
         rows = []
+        tested = tested_by(results)
+        # Of few runs there is an interval of other rows for these very runs, and none of other runs.
+        of = ", of rows" if any(each["interval_of"] == "rows" for each in results["candidates"]) else ""
         for each in results["candidates"]:
             if each["status"] != "done":
                 continue
             low, high = each["interval"] or (None, None)
             span = f" ({_number(low)} to {_number(high)})" if low is not None else ""
-            test = each["test"]["accuracy"] if each["test"] else None
             rows.append(
                 [
                     str(each["rank"] or "-"),
                     each["name"],
                     _number(each["mean"]) + span,
-                    "-" if test is None else f"{test:.1%}",
+                    *(_tested(each["test"], metric) for metric in tested),
                     f"{each['trainable_parameters']:,}",
                     f"{(each['peak_memory_bytes'] or 0) / 2**20:,.0f}",
                     f"{each['seconds']:.1f}",
                 ]
             )
-        head = ["", "candidate", f"{self.word} (95% interval)", "test accuracy", "trained parameters", "MiB", "seconds"]
+        tests = [f"test {METRIC_WORDS[metric].removeprefix('validation ')}" for metric in tested]
+        head = ["", "candidate", f"{self.word} (95%{of})", *tests, "trained parameters", "MiB", "seconds"]
         self.table(head, rows, right=range(2, len(head)))
         for each in results["candidates"]:
             if each["status"] != "done":
                 self.say(f"{each['name']} {each['status']}: {each['error'] or 'not all of its runs were done'}")
+            for flag in each["flags"]:
+                self.say(f"{each['name']}: {flag}")
         self.say("\n" + "\n".join(results["verdict"]["sentences"]))
         kept = [each["adapter"] for each in results["candidates"] if each["adapter"]]
         if kept:
             self.say(f"\nadapters: {', '.join(str(out / adapter) for adapter in kept)}")
+
+
+def _tested(test: dict[str, float] | None, metric: str) -> str:
+    value = None if test is None else test.get(metric)
+    return "-" if value is None else f"{value:.1%}" if metric == "accuracy" else _number(value)
 
 
 def _number(value: float | None) -> str:

@@ -17,6 +17,7 @@ from tanzaku.recipe import MethodEntry, checked, named, spaces_of
 from tanzaku.space import Choice, Grid, Range, Space, Spaces, ends
 from tanzaku.train.settings import TrainSettings
 
+Rate = Literal["default", "own", "shared"]
 TRIALS = 16  # of an entry with ranges, where the comparison is not told
 LARGEST_GRID = 1000
 _CORNERS = 64
@@ -36,6 +37,7 @@ class Candidate:
     origin: Literal["recipe", "grid", "search"] = "recipe"
     entry: str = ""
     drawn: Mapping[str, Any] = field(default_factory=dict)
+    rate: Rate = "default"  # whose its learning rate is: the method's, its own, or that of all methods
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,20 @@ def expand(
             drawn = {key: Choice(space.values) if isinstance(space, Grid) else space for key, space in own.items()}
             searched.append(Searched(name, method, run, {**drawn, **rest}, settings.trials or TRIALS))
         elif own:
-            candidates += _product(name, method, run, {key: ends(space) for key, space in own.items()}, taken)
+            grids = {key: ends(space) for key, space in own.items()}
+            candidates += _product(name, method, run, grids, taken, _rate(entry, train))
         else:
-            candidates.append(Candidate(name, method, run, entry=name))
+            rate = _rate(entry, train)
+            candidates.append(Candidate(name, method, run, entry=name, rate=rate))
     _check_different(candidates, searched)
     _check_names(taken | {candidate.name for candidate in candidates}, searched)
     return candidates, searched
+
+
+def _rate(entry: MethodEntry, train: TrainSettings) -> Rate:
+    if "learning_rate" in entry.train:
+        return "own"
+    return "default" if train.learning_rate is None else "shared"
 
 
 def _without(entry: MethodEntry, keys: Iterable[str], **values: Any) -> MethodEntry:
@@ -129,15 +139,17 @@ def _candidate(
     drawn: Mapping[str, Any],
     name: str,
     origin: Literal["grid", "search"],
+    rate: Rate = "default",
 ) -> Candidate:
     """The candidate with what was drawn in place. The values are of the settings' own types already."""
     own = {key: value for key, value in drawn.items() if key not in TrainSettings.model_fields}
     run = train.model_copy(update={key: value for key, value in drawn.items() if key not in own})
-    return Candidate(name, replace(method, **own), run, origin, entry, dict(drawn))
+    rate = "own" if "learning_rate" in drawn else rate
+    return Candidate(name, replace(method, **own), run, origin, entry, dict(drawn), rate)
 
 
 def _product(
-    entry: str, method: Method, train: TrainSettings, grids: Mapping[str, Sequence[Any]], taken: set[str]
+    entry: str, method: Method, train: TrainSettings, grids: Mapping[str, Sequence[Any]], taken: set[str], rate: Rate
 ) -> list[Candidate]:
     """All candidates of an entry's grids, under names that join `taken`."""
     if (total := prod(map(len, grids.values()))) > LARGEST_GRID:
@@ -152,7 +164,7 @@ def _product(
         numbers = (f"{plain}-{n}" for n in count(2))
         name = next(name for name in chain([plain], numbers) if name not in taken)
         taken.add(name)
-        out.append(_candidate(entry, method, train, drawn, name, "grid"))
+        out.append(_candidate(entry, method, train, drawn, name, "grid", rate))
     return out
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from tanzaku import store
 from tanzaku.compare.candidates import Candidate, Searched
+from tanzaku.compare.flags import flags
 from tanzaku.compare.journal import Journal
 from tanzaku.compare.resamples import Resample, pooled, resamples
 from tanzaku.compare.search import Outcome, Search, rungs, survivors
@@ -137,7 +138,9 @@ class Comparison:
         scored = [each for each in map(self._scored, self.measured) if each is not None]
         self.ranking = rank(scored, self._statistics()) if scored else None
         order = [standing.name for standing in self.ranking.candidates] if self.ranking else []
-        self.finalists = order[: self.settings.finalists]
+        # Whoever is recommended is kept and tested, too.
+        also = {self.ranking.cheapest} if self.ranking else set()
+        self.finalists = [name for place, name in enumerate(order) if place < self.settings.finalists or name in also]
 
     def _finish(self) -> None:
         """The finalists' adapters and predictions."""
@@ -149,7 +152,8 @@ class Comparison:
             self._publish(candidate)
         self.tested = self.journal.kept("tested") or {}
         if self.tested.get("finalists") != self.finalists:
-            self.watcher.stage("test", 0, 0)
+            if self.data.test is not None:
+                self.watcher.stage("test", 0, 0)
             # Written once and read ever after: the test rows are looked at one time.
             self.tested = {"finalists": self.finalists, **self._test(best)}
             self.journal.keep_as("tested", self.tested)
@@ -271,14 +275,14 @@ class Comparison:
         records = self.records(candidate)
         if len(records) < len(self.resamples) or any(record["status"] != "done" for record in records):
             return None
-        split = self.design.folds is None
         runs = [
             Run(
                 at.repeat,
                 at.fold,
                 at.seed,
                 _figure(record["valid"] or {}, self.settings.rank_by),
-                _array(record["predictions"]) if split else None,
+                _array(record["predictions"]) if record["predictions"] else None,
+                None if at.data.valid is None else _labels(at.data.valid),
             )
             for at, record in zip(self.resamples, records, strict=True)
         ]
@@ -289,9 +293,9 @@ class Comparison:
         valid = [at.data.valid for at in self.resamples if at.data.valid is not None]
         labels = None
         if self.design.folds is None:
-            labels = np.array([example.label for example in valid[0].examples])
+            labels = _labels(valid[0])
         kind: Any = "split" if self.design.folds is None else "folds"
-        return Design(kind, self.settings.rank_by, train, plain.fmean(map(len, valid)), labels)
+        return Design(kind, self.settings.rank_by, train, plain.fmean(map(len, valid)), labels, self.settings.margin)
 
     def results(self) -> dict[str, Any]:
         """The part of results.json that the comparison fills, as far as it has come; docs/results.md says what."""
@@ -309,6 +313,7 @@ class Comparison:
                 "seeds": sorted({at.seed for at in self.resamples}),
                 "runs": len(self.resamples),
                 "metric": self.settings.rank_by,
+                "margin": self.settings.margin,
                 "train_rows": design.train_rows,
                 "valid_rows": design.valid_rows,
                 "rows_per_step": self.rows_per_step or self.settings.rows_per_step,
@@ -369,6 +374,8 @@ class Comparison:
             "scores": {m: [(record["valid"] or {}).get(m) for record in records] for m in metrics},
             "mean": standing.mean if standing else None,
             "interval": standing.interval if standing else None,
+            "interval_of": None if standing is None or standing.interval is None else _OF[standing.of_rows],
+            "flags": self._flags(candidate, records),
             "rank": place,
             "seconds": plain.fmean(record["seconds"] for record in records) if records else None,
             "peak_memory_bytes": first.get("step_bytes") or None,
@@ -378,6 +385,18 @@ class Comparison:
             "test_interval": tested.get("test_interval"),
             "confusion": tested.get("confusion"),
         }
+
+    def _flags(self, candidate: Candidate, records: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What a figure does not say of itself, in a few words each."""
+        done = [record for record in records if record["status"] == "done" and record["valid"]]
+        counts = np.bincount(_labels(self.data.train), minlength=len(self.data.labels))
+        out = flags(done, counts / counts.sum(), self.settings.rank_by, same_rows=self.design.folds is None)
+        if candidate.rate == "shared":
+            rate = candidate.settings.learning_rate
+            shared = {c.method.name for c in self.measured or self.candidates if c.rate == "shared"}
+            if len(shared) > 1:
+                out.append(f"its learning rate, {rate:g}, was shared with other methods and not searched")
+        return out
 
     def _searched(self, search: Search) -> dict[str, Any]:
         chosen = {candidate.name for candidate in search.best(self.settings.keep)}
@@ -461,6 +480,13 @@ def _name(candidate: str, what: str) -> str:
 def _figure(valid: Mapping[str, float | None], metric: str) -> float:
     value = valid.get(metric)
     return math.nan if value is None else float(value)
+
+
+_OF = {False: "runs", True: "rows"}
+
+
+def _labels(split: Split) -> np.ndarray[Any, np.dtype[Any]]:
+    return np.array([example.label for example in split.examples])
 
 
 def _array(rows: list[list[float | None]]) -> np.ndarray[Any, np.dtype[Any]]:

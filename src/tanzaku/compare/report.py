@@ -20,6 +20,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from tanzaku.compare.statistics import ENOUGH
+from tanzaku.compare.verdict import tested_by
 from tanzaku.files import written_beside
 
 _HERE = Path(__file__).parent
@@ -87,9 +89,16 @@ def _view(results: dict[str, Any]) -> dict[str, Any]:
     metric = design.get("metric") or "accuracy"
     candidates = sorted(results.get("candidates") or [], key=lambda candidate: candidate["rank"] is None)
     number = {candidate["name"]: at for at, candidate in enumerate(candidates)}
-    scale = _scale([end for entry in candidates for end in _ends(entry["mean"], entry["interval"])], metric)
+    ends = [end for entry in candidates for end in _ends(entry["mean"], entry["interval"])]
+    ends += [
+        value for entry in candidates for value in (entry.get("scores") or {}).get(metric) or [] if value is not None
+    ]
+    scale = _scale(ends, metric)
     for candidate in candidates:
         candidate["mark"] = _mark(candidate["mean"], candidate["interval"], scale)
+        own = (candidate.get("scores") or {}).get(metric) or []
+        # A few runs are a dot each: their spread is no interval.
+        candidate["dots"] = [_mark(value, None, scale) for value in own] if 1 < len(own) < ENOUGH else []
     pairs = results.get("comparisons") or []
     reach = max((abs(end) for pair in pairs for end in _ends(pair["difference"], pair["interval"])), default=0) or 1
     for pair in pairs:
@@ -117,7 +126,9 @@ def _view(results: dict[str, Any]) -> dict[str, Any]:
         "number": number,
         "verdict": {"sentences": [], "best": None, "tied": [], "cheapest": None} | (results.get("verdict") or {}),
         "scale": scale,
-        "tested": any(candidate["test"] for candidate in candidates),
+        "tested": tested_by({**results, "candidates": candidates}) if design else [],
+        "metrics": _METRICS,
+        "of_rows": any(candidate.get("interval_of") == "rows" for candidate in candidates),
         "pairs": pairs,
         "costs": costs,
         "cost_names": {cost: _COSTS[cost] for cost in costs},

@@ -22,6 +22,7 @@ class Full(Method):
     peft_type = "FULL"
     paper = "-"
     summary = "every weight; memory for weights, gradients and two moments"
+    learning_rate = 2e-5  # BERT (arXiv 1810.04805): 2e-5 to 5e-5.
     # BERT's authors tried 2e-5 to 5e-5; above 1e-4 pretrained weights are soon lost.
     space = spaces(learning_rate=Range(1e-6, 1e-4, log=True))
     shares_batch = False

@@ -30,6 +30,7 @@ class Head(Method):
     peft_type = "HEAD"
     paper = "-"
     summary = "the classifier's head alone, on frozen features"
+    learning_rate = 1e-3  # Adam's own (arXiv 1412.6980); a linear head has no depth to spoil.
     # A linear model on fixed features has no pretrained weights to lose: it takes steps that adapters do not.
     space = spaces(learning_rate=Range(1e-4, 1e-1, log=True))
     mergeable = True

@@ -95,6 +95,7 @@ class IA3(Method):
     paper = "arXiv 2205.05638"
     summary = "learned rescaling of keys, values and feed-forward activations"
     mergeable = True
+    learning_rate = 5e-3  # HF PEFT's method comparison; T-Few (arXiv 2205.05638): 3e-3.
     # The paper's 3e-3, and above: a factor starts at one and has far to go.
     space = spaces(learning_rate=Range(5e-4, 5e-2, log=True))
 

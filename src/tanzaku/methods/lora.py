@@ -264,6 +264,7 @@ class LoRA(Method):
     paper = "arXiv 2106.09685"
     summary = "low-rank change of weight matrices"
     mergeable = True
+    learning_rate = 3e-4  # HF PEFT's method comparison (MetaMathQA), and the upper half of the papers' 1e-4 to 5e-4.
     # The paper: ranks from 1 up do nearly alike, at 2e-4 (GPT-2) to 5e-4 (RoBERTa); a decade lies on either side.
     space = spaces(r=Choice((1, 4, 8, 16, 32)), learning_rate=Range(5e-5, 5e-3, log=True))
     targets: ClassVar[tuple[str, ...]] = ("query", "value", "mixer")  # roles, see families/family.py

@@ -74,6 +74,7 @@ class PTuning(PromptLearning):
     peft_type = "P_TUNING"
     paper = "arXiv 2103.10385"
     summary = "virtual tokens written by a small network"
+    learning_rate = 1e-3  # HF PEFT's example of sequence classification.
     # PEFT's guide has 20 tokens at 1e-3; the network's weights take smaller steps than the vectors of a prompt.
     space = spaces(num_virtual_tokens=Choice((5, 10, 20, 50)), learning_rate=Range(1e-4, 5e-2, log=True))
     lengthens_rows = True

@@ -153,6 +153,7 @@ class PrefixTuning(PromptLearning):
     peft_type = "PREFIX_TUNING"
     paper = "arXiv 2101.00190"
     summary = "learned keys and values at every attention layer"
+    learning_rate = 5e-3  # HF PEFT's method comparison; P-tuning v2 (arXiv 2110.07602): 5e-3 to 2e-2.
     # The paper: 5e-5 with the MLP; P-tuning v2: about 7e-3 without it, and short prefixes for classification.
     space = spaces(num_virtual_tokens=Choice((5, 10, 20, 50)), learning_rate=Range(5e-5, 5e-2, log=True))
 

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -359,7 +359,7 @@ def _optimizer(adapter: Adapter, job: Job) -> FlatAdamW:
     ]
     return FlatAdamW(
         [g for g in groups if g["params"]],
-        lr=s.learning_rate,
+        lr=cast(float, s.learning_rate),  # a job has one
         betas=(s.adam_beta1, s.adam_beta2),
         eps=s.adam_epsilon,
         max_norm=s.max_grad_norm,

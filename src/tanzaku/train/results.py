@@ -27,6 +27,16 @@ class Job:
     rungs: tuple[int, ...] = ()
     save: bool = True  # its adapter, where the run has a directory
 
+    def __post_init__(self) -> None:
+        self.settings = for_method(self.settings, self.method)
+
+
+def for_method(settings: TrainSettings, method: Method) -> TrainSettings:
+    """The settings with the method's own learning rate, where they give none."""
+    if settings.learning_rate is not None:
+        return settings
+    return settings.model_copy(update={"learning_rate": method.learning_rate})
+
 
 @dataclass
 class EpochRecord:

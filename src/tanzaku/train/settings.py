@@ -13,7 +13,9 @@ class TrainSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     epochs: int = Field(10, ge=1, description="passes over the training rows")
-    learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False, description="peak learning rate of AdamW")
+    learning_rate: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="peak learning rate of AdamW (each method's own)"
+    )
     batch_size: int = Field(1, ge=1, description="rows a step")
     eval_batch_size: int = Field(8, ge=1, description="rows an evaluation step")
     weight_decay: float = Field(0.0, ge=0, description="decoupled decay; biases and norms are spared")
