@@ -16,7 +16,10 @@ from tanzaku.cli.flags import fields, recipe_flags
 from tanzaku.compare.candidates import expand
 from tanzaku.compare.settings import CompareSettings
 from tanzaku.errors import TanzakuError
+from tanzaku.methods import METHODS
 from tanzaku.recipe import SECTIONS, MethodEntry, Recipe, build_recipe, jobs_of, load_recipe
+from tanzaku.space import ends
+from tanzaku.train.results import Job
 from tanzaku.train.settings import TrainSettings
 
 BASE = "model: some/model\ndata: {train: train.tsv}\n"
@@ -297,3 +300,20 @@ def test_candidates_can_be_built_in_python() -> None:
     entries = [MethodEntry.model_validate("lora"), MethodEntry.model_validate({"lora": {"r": 1}})]
     made = Recipe(model="m", data={"train": "t.tsv"}, methods=entries)
     assert [job.name for job in jobs_of(made)] == ["lora", "lora-2"]
+
+
+def test_each_method_has_a_learning_rate_of_its_own() -> None:
+    """One for all compares learning rates; the recipe's, and a candidate's, go before it."""
+    entries = [MethodEntry.model_validate(name) for name in METHODS]
+    candidates, _ = expand(entries, TrainSettings(), CompareSettings())
+    rates = {c.name: c.settings.learning_rate for c in candidates}
+    assert rates == {name: method.learning_rate for name, method in METHODS.items()}
+    assert rates["full"] < rates["lora"] < rates["ia3"] and {c.rate for c in candidates} == {"default"}
+    entries[0] = MethodEntry.model_validate({"lora": {}, "train": {"learning_rate": 0.5}})
+    told, _ = expand(entries[:2], TrainSettings(learning_rate=0.25), CompareSettings())
+    assert [(c.settings.learning_rate, c.rate) for c in told] == [(0.5, "own"), (0.25, "shared")]
+    assert Job("a", METHODS["ia3"](), TrainSettings()).settings.learning_rate == METHODS["ia3"].learning_rate
+    spaces = {name: method.open_space({}) for name, method in METHODS.items()}
+    for name, space in spaces.items():
+        low, high = ends(space["learning_rate"])[0], ends(space["learning_rate"])[-1]
+        assert low <= rates[name] <= high, "a search would not find it"

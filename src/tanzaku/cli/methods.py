@@ -11,7 +11,8 @@ import typer
 def methods(as_json: Annotated[bool, typer.Option("--json", help="for programs, settings included")] = False) -> None:
     """List the methods.
 
-    The name in recipes, PEFT's name, whether it merges into the base model, the paper.
+    The name in recipes, PEFT's name, whether it merges into the base model, the learning rate that it has where none is
+    given, the paper.
     """
     from tanzaku.cli.display import Display
     from tanzaku.methods import METHODS
@@ -22,6 +23,7 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="for programs, 
                 "name": method.name,
                 "peft_type": method.peft_type,
                 "mergeable": method.mergeable,
+                "learning_rate": method.learning_rate,
                 "paper": method.paper,
                 "summary": method.summary,
                 "settings": method().settings(),
@@ -31,6 +33,9 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="for programs, 
         typer.echo(json.dumps(table, indent=2, ensure_ascii=False))
         return
     Display().table(
-        ["name", "PEFT type", "merges", "paper", "what it does"],
-        [[m.name, m.peft_type, "yes" if m.mergeable else "no", m.paper, m.summary] for m in METHODS.values()],
+        ["name", "PEFT type", "merges", "learning rate", "paper", "what it does"],
+        [
+            [m.name, m.peft_type, "yes" if m.mergeable else "no", f"{m.learning_rate:g}", m.paper, m.summary]
+            for m in METHODS.values()
+        ],
     )
