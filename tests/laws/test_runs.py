@@ -142,7 +142,7 @@ def test_a_base_that_sees_padding(kind, tmp_path):
         return zoo.Subject(kind, "AutoModelForSequenceClassification", own={"num_labels": 2}).build()
 
     assert sees_padding(Base.of(model_of())) == (kind != "deberta")
-    this = Job("this", method("lora", "dropout"), settings())
+    this = Job("this", method("lora", "dropout"), settings(epochs=1))
     others = [
         Job(f"other-{number}", method(name, "default"), settings(batch_size=1 + number, seed=number))
         for number, name in enumerate(("lora", "ia3", "adalora"))

@@ -214,7 +214,7 @@ def train(jobs: Sequence[Job], model: Any = None, **options: Any) -> Weighed:
 
 
 def assert_same_weights(found: Weighed, expected: Weighed, half: bool = False) -> None:
-    roundings, dtype = (HALF, torch.bfloat16) if half else (RUN, None)
+    roundings, dtype = (4 * HALF, torch.bfloat16) if half else (RUN, None)  # steps, and no pass alone
     assert_close(found.weights, expected.weights, roundings, dtype=dtype)
 
 
