@@ -15,7 +15,7 @@ from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.recipe_errors import complaint
 from tanzaku.recipe_yaml import parse_yaml, read_yaml
 from tanzaku.space import Space, space_of
-from tanzaku.tasks.data import SUFFIXES
+from tanzaku.tasks.sources import SPLIT, STDIN, SUFFIXES, is_address, suffix_of
 from tanzaku.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -130,9 +130,11 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
 
 def _beside(folder: Path, source: str) -> str:
     """Files and folders lie beside the recipe; any other name is left to the datasets library."""
-    path = folder / Path(source).expanduser()
-    local = path.exists() or path.suffix.lower() in SUFFIXES or (folder / source.rpartition(":")[0]).is_dir()
-    return str(path) if source.strip() and (local or source.startswith(".")) else source
+    if not source.strip() or source == STDIN or is_address(source):
+        return source
+    path, split = folder / Path(source).expanduser(), SPLIT.fullmatch(source)
+    local = path.exists() or suffix_of(path) in SUFFIXES or (split is not None and (folder / split["name"]).is_dir())
+    return str(path) if local or source.startswith(".") else source
 
 
 def build_recipe(file: Path | None, flags: Mapping[str, Any], default_methods: Sequence[str] = ()) -> Recipe:

@@ -142,6 +142,13 @@ def test_paths_are_taken_from_the_recipe_and_other_names_left_alone(tmp_path: Pa
     assert os.path.relpath(raw["data"]["train"], folder) == "train.tsv"
 
 
+@pytest.mark.parametrize("name", ["imdb", "user/rows", "-", "https://example.com/a.csv", "s3://b/x.parquet"])
+def test_what_is_no_path_is_left_alone(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"data: {{train: '{name}'}}\n", encoding="utf-8")
+    assert load_recipe(file)["data"] == {"train": name}
+
+
 # What is refused: (text of the recipe after model and data, what the one line must say).
 REFUSED = [
     ("trian: {epochs: 1}", ["recipe.yaml", "'trian'", "did you mean 'train'"]),

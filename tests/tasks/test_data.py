@@ -1,9 +1,16 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
+import os
+import socket
+import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow
@@ -17,6 +24,8 @@ from tanzaku.tasks.data import Table, read_table
 
 Put = Callable[[str, "str | bytes"], Path]
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)))
+# Lines in a cell that look like rows are refused: a quote may have been forgotten.
+CELL = TEXT.filter(lambda text: not ({"\n", "\r"} & {*text} and {"\t", ","} & {*text}))
 
 
 @pytest.fixture
@@ -31,10 +40,10 @@ def put(tmp_path: Path) -> Put:
     return write
 
 
-def complaint(source: str | Path, split: str | None = None) -> str:
+def complaint(source: str | Path, split: str | None = None, **options: Any) -> str:
     """The message of the error, which must be one line."""
     with pytest.raises(TanzakuError) as caught:
-        read_table(source, split)
+        read_table(source, split, **options)
     message = str(caught.value)
     assert len(message.splitlines()) == 1, message
     return message
@@ -44,7 +53,7 @@ def complaint(source: str | Path, split: str | None = None) -> str:
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(rows=st.lists(st.tuples(TEXT, TEXT), min_size=1), suffix=st.sampled_from([".tsv", ".csv"]))
+@given(rows=st.lists(st.tuples(CELL, CELL), min_size=1), suffix=st.sampled_from([".tsv", ".csv"]))
 def test_any_text_survives_a_delimited_file(tmp_path: Path, rows: list[tuple[str, str]], suffix: str) -> None:
     path = tmp_path / f"round{suffix}"
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -106,7 +115,7 @@ def test_parquet_keeps_types(tmp_path: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that ``datasets`` reads as two splits."""
+    """A folder of two tables."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     data = tmp_path / "poems"
     data.mkdir()
@@ -115,27 +124,40 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return data
 
 
-def test_a_folder_is_a_dataset(folder: Path) -> None:
-    assert read_table(f"{folder}:train").columns == {"text": ["a", "b"], "label": [1, 0]}
-    assert read_table(folder, split="test").columns == {"text": ["c"], "label": [1]}
+def test_a_split_of_a_folder_is_the_table_of_that_name(folder: Path) -> None:
+    assert read_table(f"{folder}:train").columns == {"text": ["a", "b"], "label": ["1", "0"]}
+    assert read_table(folder, split="test").columns == {"text": ["c"], "label": ["1"]}
     assert read_table(f"{folder}:test", split="test").source == f"{folder}:test"
 
 
-def test_a_single_split_needs_no_name(folder: Path) -> None:
+def test_the_only_table_of_a_folder_needs_no_name(folder: Path) -> None:
     (folder / "test.csv").unlink()
-    assert len(read_table(folder)) == 2
+    (folder / "notes.md").write_text("about")
+    table = read_table(folder)
+    assert (len(table), table.source) == (2, str(folder / "train.csv"))
 
 
-def test_splits_to_choose_from(folder: Path) -> None:
+@pytest.mark.parametrize("other", ["poems_test.csv", "old/train.csv", "validation.tsv"])
+def test_splits_are_not_guessed_from_names(folder: Path, other: str) -> None:
+    (folder / "old").mkdir()
+    (folder / "test.csv").rename(folder / other)
     message = complaint(folder)
-    assert "train, test" in message
-    assert f"{folder}:train" in message
+    assert "is a folder of 2 tables" in message
+    assert other in message
+    assert f"name one, as in {folder}" in message
+
+
+def test_shards_are_read_by_their_own_library(folder: Path) -> None:
+    for name, new in (("train", "train-00000-of-00001"), ("test", "test-00000-of-00001")):
+        (folder / f"{name}.csv").rename(folder / f"{new}.csv")
+    assert len(read_table(f"{folder}:train")) == 2
+    assert f"has splits train, test; name one, as in {folder}:train" in complaint(folder)
 
 
 def test_unknown_split(folder: Path) -> None:
     message = complaint(f"{folder}:trian")
-    assert "trian" in message
-    assert "'train', 'test'" in message
+    assert "no table named 'trian' (did you mean 'train'?)" in message
+    assert "test.csv, train.csv" in message
 
 
 def test_two_splits_at_once() -> None:
@@ -203,15 +225,6 @@ def test_header_only(put: Put, tmp_path: Path) -> None:
     assert "header (text) but no rows" in complaint(tmp_path / "a.parquet")
 
 
-@pytest.mark.parametrize("codec", ["cp932", "euc_jp", "utf-16", "cp1252"])
-def test_other_encodings_are_named(put: Put, codec: str) -> None:
-    text = "text\tlabel\nfoo\t1\né\t0\n" if codec == "cp1252" else "text\tlabel\nfoo\t1\n古池や、蛙\t0\n"
-    message = complaint(put("a.tsv", text.encode(codec)))
-    assert f"decodes as {codec}" in message
-    assert "iconv" in message
-    assert ("line 1, byte 1" if codec == "utf-16" else "line 3, byte 1;") in message
-
-
 def test_place_of_a_byte_that_is_not_utf8(put: Put) -> None:
     assert "line 2, byte 4;" in complaint(put("a.tsv", b"\xef\xbb\xbftext\nfoo\x81\xff\x81\n"))
 
@@ -243,7 +256,7 @@ def test_broken_line(put: Put, rows: str, place: str, found: str) -> None:
 
 
 def test_a_field_beyond_the_limit(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tanzaku.tasks.data._LONGEST_FIELD", 10)
+    monkeypatch.setattr("tanzaku.tasks.delimited._LONGEST_FIELD", 10)
     message = complaint(put("a.tsv", "text\nfoo\n" + "a" * 11 + "\n"))
     assert "line 3: field larger than field limit (10)" in message
 
@@ -256,7 +269,6 @@ def test_a_field_beyond_the_limit(put: Put, monkeypatch: pytest.MonkeyPatch) -> 
         ("a.csv", '"te\nxt",label', r"'te\nxt'"),
         ("a.csv", "\ntext,label", "line 1 is blank"),
         ("a.csv", "text\tlabel", r"separated by '\t'; expected ','"),
-        ("a.csv", "text;label", "separated by ';'; expected ','"),
         ("a.tsv", "text,label", r"separated by ','; expected '\t'"),
     ],
 )
@@ -308,3 +320,293 @@ def test_unknown_column() -> None:
     with pytest.raises(TanzakuError) as caught:
         Table({"text": ["a"], "label": [1]}, "train.tsv").column("txt")
     assert str(caught.value) == ("train.tsv has no column 'txt' (did you mean 'text'?); its columns are text, label")
+
+
+def test_a_header_that_is_a_row(put: Put) -> None:
+    for content in ("rain\t0\nsnow\t1\nsea\t0\n", "rain\tmild\nsnow\tharsh\nsea\tmild\n"):
+        with pytest.raises(TanzakuError, match="looks like a row: add a line of column names"):
+            read_table(put("a.tsv", content)).column("text")
+    with pytest.raises(TanzakuError) as caught:
+        read_table(put("a.tsv", "words\tclass\nrain\t0\n")).column("text")
+    assert "looks like a row" not in str(caught.value)
+
+
+def test_names_that_differ_in_width_or_space_are_near() -> None:
+    for name in ("ｔｅｘｔ", " TEXT"):
+        with pytest.raises(TanzakuError) as caught:
+            Table({name: ["a"]}, "train.tsv").column("text")
+        assert f"did you mean {name!r}?" in str(caught.value)
+
+
+# --- which file it is ---
+
+
+@pytest.mark.parametrize("name", ["https://example.com/train.csv", "https://example.com/train", "s3://b/x.parquet"])
+def test_addresses_are_not_read(name: str) -> None:
+    assert f"{name} is an address, which is not read; download it" in complaint(name)
+
+
+def test_patterns_are_not_expanded(put: Put, tmp_path: Path) -> None:
+    put("a1.tsv", "text\na\n")
+    put("a2.tsv", "text\na\n")
+    message = complaint(tmp_path / "a*.tsv")
+    assert "is a pattern" in message
+    assert "a1.tsv" in message and "a2.tsv" in message
+    assert "matches no file" in complaint(tmp_path / "b?.tsv")
+    assert len(read_table(put("[a].tsv", "text\na\n"))) == 1
+
+
+def test_files_that_could_keep_a_reader_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tsv")
+    assert "a.tsv is a FIFO; expected a file, a folder, or - for standard input" in complaint(tmp_path / "a.tsv")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "b.tsv"))
+        assert "b.tsv is a socket" in complaint(tmp_path / "b.tsv")
+    (tmp_path / "c.tsv").symlink_to("/dev/zero")
+    assert "c.tsv is a device" in complaint(tmp_path / "c.tsv")
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl", ".json"])
+def test_packed_files(put: Put, suffix: str) -> None:
+    content = {".tsv": "text\tlabel\na\tb\n", ".csv": "text,label\na,b\n"}.get(suffix, '{"text": "a", "label": "b"}\n')
+    path = put(f"a{suffix}.GZ", gzip.compress(content.encode()))
+    assert read_table(path).columns == {"text": ["a"], "label": ["b"]}
+
+
+def test_packed_files_that_are_none(put: Put) -> None:
+    assert "not a whole gzip file" in complaint(put("a.csv.gz", gzip.compress(b"text\n" + bytes(500))[:-9]))
+    assert "not a whole gzip file" in complaint(put("a.csv.gz", "text\na\n"))
+    assert "ends with .gz" in complaint(put("a.csv", gzip.compress(b"text\na\n")))
+    assert "a.csv.gz is empty" in complaint(put("a.csv.gz", gzip.compress(b"")))
+
+
+def test_what_a_file_is_goes_before_its_name(put: Put, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.csv", "w") as archive:
+        archive.writestr("xl/workbook.xml", "")
+    assert "a.csv is an Excel file, whatever its name; name it .xlsx, or in the spreadsheet" in complaint(
+        tmp_path / "a.csv"
+    )
+    with zipfile.ZipFile(tmp_path / "b.csv", "w") as archive:
+        archive.writestr("b.csv", "text\na\n")
+    assert "b.csv is a zip archive" in complaint(tmp_path / "b.csv")
+    assert "old Excel file" in complaint(put("c.csv", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"))
+    assert "is a Parquet file" in complaint(put("d.csv", b"PAR1...PAR1"))
+    assert "is a spreadsheet; in the spreadsheet program, save it as CSV" in complaint(put("e.ods", "x"))
+
+
+def test_excel(tmp_path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (["text", "label", None], ["春の雨", 1, None], [None, None, None], ["sea", 0, None]):
+        book.active.append(row)
+    book.create_sheet("empty")
+    book.save(tmp_path / "a.xlsx")
+    assert read_table(tmp_path / "a.xlsx").columns == {"text": ["春の雨", "sea"], "label": [1, 0]}
+    book["empty"].append(["text"])
+    book.save(tmp_path / "a.xlsx")
+    assert "2 sheets with content: Sheet, empty" in complaint(tmp_path / "a.xlsx")
+    (tmp_path / "b.xlsx").write_text("text\na\n")
+    assert "b.xlsx is not a readable Excel file" in complaint(tmp_path / "b.xlsx")
+
+
+def test_excel_without_its_library(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    assert "takes openpyxl: pip install openpyxl, or save it as CSV" in complaint(put("a.xlsx", b"PK\x03\x04"))
+
+
+def test_a_format_goes_before_the_suffix(put: Put) -> None:
+    assert read_table(put("a.txt", "text\tlabel\na,b\tc\n"), format="tsv").columns == {"text": ["a,b"], "label": ["c"]}
+    assert read_table(put("a.csv", "text\tlabel\na,b\tc\n"), format="tsv").columns == {"text": ["a,b"], "label": ["c"]}
+    assert "--format" in complaint(put("a.txt", "text\na\n"))
+
+
+@pytest.mark.parametrize(
+    ("content", "format"),
+    [
+        ("text\tlabel\na\tb\n", None),
+        ("text,label\na,b\n", None),
+        ("text;label\na;b\n", None),
+        ('{"text": "a", "label": "b"}\n', None),
+        ('[{"text": "a", "label": "b"}]', None),
+        ("text\tlabel\na\tb\n", "tsv"),
+        ('{"text": "a", "label": "b"}\n', "jsonl"),
+    ],
+)
+def test_standard_input(monkeypatch: pytest.MonkeyPatch, content: str, format: str | None) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+    table = read_table("-", format=format)
+    assert (table.columns, table.source) == ({"text": ["a"], "label": ["b"]}, "standard input")
+    assert "standard input is empty" in complaint("-")
+
+
+# --- encodings ---
+
+
+JAPANESE = "text\tlabel\nfoo\t1\n古池や、蛙飛びこむ\t0\n"
+WESTERN = "text\tlabel\ncafé au lait, naïve\t1\n“für” – schöne Grüße\t0\n"
+
+
+@pytest.mark.parametrize(
+    ("codec", "content", "name"),
+    [
+        ("cp932", JAPANESE, "cp932"),
+        ("cp932", JAPANESE.replace("foo", "ﾃｽﾄ"), "cp932"),
+        ("euc_jp", JAPANESE, "euc_jp"),
+        ("iso2022_jp", JAPANESE, "iso2022_jp"),
+        ("iso2022_jp_ext", JAPANESE.replace("foo", "ﾃｽﾄ"), "iso2022_jp_ext"),
+        ("utf-16", JAPANESE, "utf-16"),
+        ("utf-32", JAPANESE, "utf-32"),
+        ("cp1252", WESTERN, "cp1252"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".tsv", ".tsv.gz"])
+def test_other_encodings_are_read_and_said(put: Put, codec: str, content: str, name: str, suffix: str) -> None:
+    raw, said = content.encode(codec), list[str]()
+    path = put(f"a{suffix}", gzip.compress(raw) if suffix.endswith("gz") else raw)
+    assert read_table(path, note=said.append).columns == read_table(put("b.tsv", content)).columns
+    assert said == [f"{path} is read as {name}; --encoding overrules it"]
+    assert read_table(path, encoding=codec, note=said.append).columns == read_table(put("b.tsv", content)).columns
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "codec", "could"),
+    [
+        ("東京都\t良\n", "cp932", "cp932 or cp1252"),  # no kana: Chinese and Korean have bytes like these, too
+        ("东西很好\t好\n", "gb18030", "euc_jp or cp932 or cp1252"),
+        ("안녕하세요 세계\t1\n", "euc_kr", "euc_jp or cp1252"),
+        ("ｱｲｳ\t1\n", "cp932", "cp932 or cp1252"),
+        ("élan\t1\n", "cp1252", "cp932 or cp1252"),
+        ("привет, мир\t1\n", "cp1251", "cp1252"),
+        ("Ελληνικά κείμενο\t1\n", "cp1253", "cp1252"),
+    ],
+)
+def test_what_could_be_several_encodings_is_refused(put: Put, content: str, codec: str, could: str) -> None:
+    path = put("a.tsv", b"text\tlabel\n" + content.encode(codec))
+    message = complaint(path)
+    assert f"a.tsv is not UTF-8 at line 2, byte 1; it could be {could}: say what it is with --encoding" in message
+    assert read_table(path, encoding=codec).columns["text"] == [content.split("\t")[0]]
+
+
+def test_a_mix_of_encodings(put: Put) -> None:
+    mixed = JAPANESE.encode() + "夏の海\t1\n".encode("cp932")
+    message = complaint(put("a.tsv", mixed))
+    assert "not UTF-8 at line 4, byte 1" in message
+    assert "1 of its 2 lines" in message
+    assert "it mixes encodings" in message and "--encoding" in message
+    assert "is not cp932 at" in complaint(put("a.tsv", mixed), encoding="cp932")
+
+
+def test_encodings_that_are_none(put: Put) -> None:
+    path = put("a.tsv", "text\na\n")
+    assert "encoding 'cp923' is not known (did you mean 'cp932'?)" in complaint(path, encoding="cp923")
+    assert "encoding 'hex' is not known" in complaint(path, encoding="hex")
+
+
+@pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be"])
+def test_two_bytes_a_letter_without_a_mark(put: Put, codec: str) -> None:
+    path = put("a.tsv", JAPANESE.encode(codec))
+    assert f"give --encoding {codec}" in complaint(path)
+    assert len(read_table(path, encoding=codec)) == 2
+
+
+# --- what spreadsheets and pandas write ---
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("sep=,\ntext,label\na,b\n", ""),
+        ("sep=;\r\ntext;label\r\na;b\r\n", ""),
+        ("text;label\na;b\n", "is separated by semicolons"),
+        (",text,label\n7,a,b\n", "numbers the rows and is without a name: left out"),
+        ("Unnamed: 0,text,label\n7,a,b\n", "is named 'Unnamed: 0': left out"),
+        ("text,label,,\na,b,,\n", "2 empty columns without a name"),
+        ("text,label,,\na,b\n", "2 empty columns without a name"),
+        ("text,label\na,b, \n", "1 empty columns without a name"),
+    ],
+)
+def test_habits_of_spreadsheets(put: Put, content: str, said: str) -> None:
+    notes: list[str] = []
+    assert read_table(put("a.csv", content), note=notes.append).columns == {"text": ["a"], "label": ["b"]}
+    assert len(notes) == (1 if said else 0)
+    assert said in "".join(notes)
+
+
+def test_notes_go_to_standard_error(put: Put, capsys: pytest.CaptureFixture[str]) -> None:
+    read_table(put("a.csv", "text;label\na;b\n"))
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+
+
+def test_what_only_looks_like_a_habit(put: Put) -> None:
+    assert "line 3: found 1, expected 2" in complaint(put("a.csv", "sep=;\ntext;label\na\n"))
+    assert "column 1 of" in complaint(put("a.csv", ",text\nx,a\n"))  # no row numbers
+    assert "column 1 of" in complaint(put("a.csv", ",text\n1,a\n1,b\n"))
+    assert "column 3 of" in complaint(put("a.csv", "text,label,\na,b,c\n"))
+    assert list(read_table(put("a.csv", "Unnamed: 0,text\nx,a\n")).columns) == ["Unnamed: 0", "text"]
+    assert "line 3: found 3, expected 2" in complaint(put("a.csv", "text,label\na,b\nc,d,\n"))
+
+
+# --- a quote that only opens ---
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "lines"),
+    [
+        ("a.tsv", 'text\tlabel\nx\t1\n"a\t0\nb\t1\nc"\t0\ny\t0\n', "lines 3 to 5"),
+        ("a.tsv", 'text\tlabel\nx\t1\n"a\t1\nb"\t0\n', "lines 3 to 4"),
+        ("a.csv", 'text,label\nx,mild\n"a,mild\nb",mild\ny,harsh\n', "lines 3 to 4"),
+        ("a.csv", 'label,text\nmild,x\nharsh,"a\nmild,b"\n', "lines 3 to 4"),
+        ("a.csv", 'id,text\n1,x\n2,"a\n3,b\n4,c"\n5,y\n', "lines 3 to 5"),
+    ],
+)
+def test_a_stray_quote_swallows_no_rows(put: Put, name: str, rows: str, lines: str) -> None:
+    message = complaint(put(name, rows))
+    assert lines in message
+    assert "what looks like" in message and 'write each quote in it twice ("")' in message
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        'text,label\n"Dear Sir,\nI write, and wait",mild\nx,harsh\n',
+        'text,label\n"one\ntwo",mild\n"three\nfour",harsh\n',
+        'id,text\n1,"a\nb, c"\n2,"x, y\nz"\n',
+    ],
+)
+def test_cells_of_several_lines_are_read(put: Put, rows: str) -> None:
+    assert len(read_table(put("a.csv", rows))) == 2
+
+
+# --- shapes of JSON ---
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"text": ["a", "b"], "label": [1, 0]}',
+        '{\n "text": ["a", "b"],\n "label": [1, 0]\n}',
+        '{"text": {"0": "a", "1": "b"}, "label": {"0": 1, "1": 0}}',
+        '[\n {\n  "text": "a",\n  "label": 1\n },\n {\n  "text": "b",\n  "label": 0\n }\n]',
+        '{\n "version": "1",\n "data": [\n  {"text": "a", "label": 1},\n  {"text": "b", "label": 0}\n ]\n}',
+    ],
+)
+def test_json_of_several_shapes(put: Put, text: str) -> None:
+    assert read_table(put("a.json", text)).columns == {"text": ["a", "b"], "label": [1, 0]}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.json", '{"text": ["a"], "label": [1, 0]}', "different lengths: text 1, label 2"),
+        ("a.json", '{"text": {"0": "a"}, "label": {"1": 1}}', "'text' and 'label' have other keys"),
+        ("a.json", '{"train": [{"a": 1}], "test": [{"a": 2}]}', "lists of objects at train, test"),
+        ("a.json", '{\n "a": 1\n}', "one object with the keys a; expected a list"),
+        ("a.json", "5", "a.json is 5, expected a list"),
+        ("a.json", '{"text": [], "label": []}', "no rows"),
+        ("a.jsonl", '[\n {"a": 1}\n]', "one JSON value over 3 lines, not one a line; name it .json"),
+    ],
+)
+def test_json_of_other_shapes(put: Put, name: str, text: str, expected: str) -> None:
+    assert expected in complaint(put(name, text))
