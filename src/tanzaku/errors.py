@@ -17,12 +17,15 @@ class TanzakuError(ValueError):
     def __str__(self) -> str:
         text = super().__str__()
         text = text if len(text) <= _LONG else f"{text[: _LONG // 2]} [...] {text[-_LONG // 2 :]}"
-        return "".join(
-            c if unicodedata.category(c)[0] != "C" and c not in "\u2028\u2029" else ascii(c)[1:-1] for c in text
-        )
+        return printable(text)
 
 
 _LONG = 1000
+
+
+def printable(text: str) -> str:
+    """Any text as one line for a terminal: characters that are no text are escaped."""
+    return "".join(c if unicodedata.category(c)[0] != "C" and c not in "\u2028\u2029" else ascii(c)[1:-1] for c in text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

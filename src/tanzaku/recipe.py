@@ -15,6 +15,7 @@ from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.recipe_errors import complaint
 from tanzaku.recipe_yaml import parse_yaml, read_yaml
 from tanzaku.space import Space, space_of
+from tanzaku.tasks.checks import Check
 from tanzaku.tasks.sources import SPLIT, STDIN, SUFFIXES, is_address, suffix_of
 from tanzaku.train.settings import TrainSettings
 
@@ -28,12 +29,19 @@ class DataSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    train: str = Field(min_length=1, description="training rows: .tsv, .csv, .jsonl, .parquet or a dataset")
+    train: str = Field(
+        min_length=1, description="training rows: .tsv, .csv, .jsonl, .json, .parquet, .xlsx, - or a dataset"
+    )
     valid: str | None = Field(default=None, min_length=1, description="validation rows, for figures after each epoch")
     test: str | None = Field(default=None, min_length=1, description="test rows, for figures at the end")
-    text: str = Field(default="text", description="column of the text")
-    text_pair: str | None = Field(default=None, description="column of a second text")
-    label: str = Field(default="label", description="column of the label")
+    text: str = Field(default="text", min_length=1, description="column of the text")
+    text_pair: str | None = Field(default=None, min_length=1, description="column of a second text")
+    label: str = Field(default="label", min_length=1, description="column of the label")
+    encoding: str | None = Field(default=None, min_length=1, description="of the files, such as cp932 (detected)")
+    format: Literal["tsv", "csv", "jsonl", "json"] | None = Field(
+        default=None, description="of the files, whatever their names say"
+    )
+    allow: list[Check] = Field(default=[], description="pass this check of rows (repeatable; tanzaku check names them)")
 
 
 class MethodEntry(BaseModel):
@@ -149,17 +157,9 @@ def build_recipe(file: Path | None, flags: Mapping[str, Any], default_methods: S
     Raises:
         TanzakuError: a key that is unknown or missing, or a value that does not fit, and where it stands.
     """
-    raw = {"data": {}} | (load_recipe(file) if file is not None else {})
-    raw = {key: {} if key in SECTIONS and value is None else value for key, value in raw.items()}
     keys = {key: value for key, value in flags.items() if key not in ("methods", "set")}
-    for key, value in keys.items():
-        below = raw.get(key, {})
-        if not isinstance(value, Mapping):
-            raw[key] = value
-        elif isinstance(below, Mapping):  # else the schema tells that the file's section is none
-            raw[key] = {**below, **value}
     try:
-        recipe = Recipe.model_validate(raw)
+        recipe = Recipe.model_validate(laid_over(load_recipe(file) if file is not None else {}, keys))
     except ValidationError as error:
         raise TanzakuError(complaint(error, str(file or ""), SECTIONS, keys)) from None
     entries = named(recipe.methods)
@@ -170,6 +170,18 @@ def build_recipe(file: Path | None, flags: Mapping[str, Any], default_methods: S
     for assignment in flags.get("set", []):
         entries = _assigned(entries, assignment)
     return recipe.model_copy(update={"methods": entries})
+
+
+def laid_over(raw: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as it is written, with flags over it that are nested alike."""
+    raw = {key: {} if key in SECTIONS and value is None else value for key, value in {"data": {}, **raw}.items()}
+    for key, value in flags.items():
+        below = raw.get(key, {})
+        if not isinstance(value, Mapping):
+            raw[key] = value
+        elif isinstance(below, Mapping):  # else the schema tells that the file's section is none
+            raw[key] = {**below, **value}
+    return raw
 
 
 def named(entries: Sequence[MethodEntry]) -> list[MethodEntry]:

@@ -38,18 +38,19 @@ def complaint(
     where, kind, value = first["loc"], first["type"], first["input"]
     section = str(where[0]) if len(where) > 1 else ""
     known = sections[section].model_fields if section in sections else {}
-    from_flag = bool(where) and where[-1] in (flags.get(section, {}) if section else flags)
+    key = next((part for part in reversed(where) if isinstance(part, str)), "")  # of a list, not of its item
+    from_flag = key in (flags.get(section, {}) if section else flags)
     prefix = f"{source}: " if source and not from_flag else ""
     if kind == "extra_forbidden":
         near = nearest(str(where[-1]), known)
         return f"{prefix}{section or 'the recipe'} has no key {str(where[-1])!r}{near}; it has {listed(known, 40)}"
     if kind == "missing":
         return f"{prefix}{_dotted(where)} is missing; write it in a recipe or give {flag(str(where[-1]))}"
-    name = flag(str(where[-1])) if from_flag else _dotted(where)
+    name = flag(key) if from_flag else _dotted(where)
     if kind == "value_error":  # raised by the schema's own checks, as one line already
         return f"{prefix}{name}: {first['ctx']['error']}"
     expected = _WORDS.get(kind) or first["msg"].removeprefix("Input should ").removeprefix("be ")
-    near = nearest(value, _choices(first)) if isinstance(value, str) else ""
+    near = nearest(value, _choices(first)) if isinstance(value, str) and value else ""
     if section == "train" and isinstance(value, Mapping):
         near = "; a grid or a range stands in a candidate's own train section"
     return f"{prefix}{name} is {_short(value)}, expected {expected}{near}"

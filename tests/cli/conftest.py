@@ -42,8 +42,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def work(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current directory, with train.tsv, valid.tsv, test.tsv and recipe.yaml in it."""
     monkeypatch.chdir(tmp_path)
-    for name in ("train", "valid", "test"):
-        write_tsv(tmp_path / f"{name}.tsv", ROWS)
+    for name, before in (("train", ""), ("valid", "the "), ("test", "a ")):  # no row is in two of them
+        write_tsv(tmp_path / f"{name}.tsv", [(before + text, label) for text, label in ROWS])
     (tmp_path / "recipe.yaml").write_text(
         f"model: {model_dir}\n"
         "data: {train: train.tsv, valid: valid.tsv, test: test.tsv}\n"

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from tanzaku import __version__
-from tanzaku.cli import compare, demo, export, merge, methods, predict, train
+from tanzaku.cli import check, compare, demo, export, merge, methods, predict, train
 from tanzaku.cli.run import Interrupted
 from tanzaku.errors import TanzakuError
 
@@ -25,7 +25,16 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich cuts long flags short in a narrow terminal, and takes its time
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _verb in (demo.demo, train.train, compare.compare, predict.predict, merge.merge, export.export, methods.methods):
+for _verb in (
+    demo.demo,
+    check.check,
+    train.train,
+    compare.compare,
+    predict.predict,
+    merge.merge,
+    export.export,
+    methods.methods,
+):
     app.command()(_verb)
 
 

@@ -46,7 +46,7 @@ def recipe_flags(
         file, overwrite = given.pop("recipe"), given.pop("overwrite")
         flags: dict[str, Any] = {"methods": given.pop("method") or [], "set": given.pop("set") or []}
         for section, name, _ in fields(sections):
-            if given[name] is not None:
+            if given[name] not in (None, []):
                 (flags.setdefault(section, {}) if section else flags)[name] = given[name]
         run(file, flags, overwrite, **{name: given[name] for name in switches})
 
@@ -65,32 +65,36 @@ def _parameters(sections: Collection[str], switches: Mapping[str, str]) -> list[
     )
     overwrite = "replace the run that the output directory holds"
     return [
-        _parameter("recipe", Path | None, recipe),
-        _parameter("method", list[str] | None, method),
-        _parameter("set", list[str] | None, assign),
-        *(_flag(name, field) for _, name, field in fields(sections)),
+        parameter("recipe", Path | None, recipe),
+        parameter("method", list[str] | None, method),
+        parameter("set", list[str] | None, assign),
+        *(flag_of(name, field) for _, name, field in fields(sections)),
         *(
-            _parameter(name, bool, typer.Option(flag(name), help=about), False)
+            parameter(name, bool, typer.Option(flag(name), help=about), False)
             for name, about in {**switches, "overwrite": overwrite}.items()
         ),
     ]
 
 
-def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
-    default = "" if field.default is None or field.is_required() else f" ({_shown(field.default)})"
+def flag_of(name: str, field: FieldInfo) -> inspect.Parameter:
+    """The flag of one key of a schema."""
+    default = "" if field.default in (None, []) or field.is_required() else f" ({_shown(field.default)})"
     about = f"{field.description or name.replace('_', ' ')}{default}"
     if field.annotation is bool:
         names = f"{flag(name)}/{flag('no_' + name)}"
-        return _parameter(name, bool | None, typer.Option(names, help=about, show_default=False))
-    return _parameter(name, str | None, typer.Option(flag(name), metavar=_metavar(field.annotation), help=about))
+        return parameter(name, bool | None, typer.Option(names, help=about, show_default=False))
+    if typing.get_origin(field.annotation) is list:
+        return parameter(name, list[str] | None, typer.Option(flag(name), metavar="NAME", help=about))
+    return parameter(name, str | None, typer.Option(flag(name), metavar=_metavar(field.annotation), help=about))
 
 
-def _parameter(name: str, kind: Any, info: Any, default: Any = None) -> inspect.Parameter:
+def parameter(name: str, kind: Any, info: Any, default: Any = None) -> inspect.Parameter:
+    """A parameter of a command, as typer reads it from a signature."""
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
 def _metavar(annotation: Any) -> str:
-    if isinstance(annotation, types.UnionType):  # `X | None`
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):  # `X | None`
         annotation = typing.get_args(annotation)[0]
     if typing.get_origin(annotation) is Literal:
         return "|".join(typing.get_args(annotation))

@@ -111,7 +111,8 @@ def sitting(
         _check_sense(recipe, name, settings)
     quieten()
     device = device_named(recipe.device)
-    tables = read_classification(recipe.data)
+    folded = command != "train" and recipe.compare.design(recipe.data.valid is not None).folds is not None
+    tables = read_classification(recipe.data, folded)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     out = Path(recipe.out or f"runs/{command}-{stamp}").expanduser()
     if not resume:

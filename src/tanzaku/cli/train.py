@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from tanzaku.cli.flags import recipe_flags
 from tanzaku.cli.resume import begin, resumed, switch
 from tanzaku.cli.run import Interrupted, sitting
@@ -14,18 +16,29 @@ from tanzaku.errors import TanzakuError, listed
 from tanzaku.recipe import build_recipe, jobs_of
 
 
-@partial(recipe_flags, switches={"resume": switch("a run")})
-def train(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: bool) -> None:
+@partial(
+    recipe_flags,
+    switches={"resume": switch("a run"), "dry_run": "print what tanzaku check does of the rows, and train nothing"},
+)
+def train(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: bool, dry_run: bool) -> None:
     """Train one adapter.
 
     Shows figures after each epoch and a confusion matrix; the adapter goes into the run's directory. A run that is cut
     off goes on after its last epoch.
     """
+    if resume and dry_run:
+        raise TanzakuError("--dry-run trains nothing, so nothing can go on; leave --resume out")
     recipe = resumed("train", file, flags) if resume else build_recipe(file, flags)
     if len(recipe.methods) != 1:
         found = listed(str(entry.name) for entry in recipe.methods) or "no method"
         raise TanzakuError(f"train takes one method, found {found}; name one with --method, or use tanzaku compare")
     [job] = jobs_of(recipe)
+    if dry_run:
+        from tanzaku.cli.card import show_card
+
+        if not show_card(recipe.data, recipe.model, recipe.train.max_length):
+            raise typer.Exit(1)
+        return
     methods = [(job.name, job.method, job.settings)]
     with sitting("train", recipe, methods, overwrite, resume) as run:
         from tanzaku.cli.display import Display

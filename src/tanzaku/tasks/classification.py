@@ -14,11 +14,11 @@ from torch.nn.functional import cross_entropy
 
 from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.tasks.data import Table
+from tanzaku.tasks.labels import NUMBER, label_name, missing, spelling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can hold one alone; no tokenizer takes it
 _MEGA_BATCH = 50  # batches sorted by length together: little padding, yet much of the order stays random
 
@@ -36,11 +36,11 @@ class Labels:
         The numbers 1 and 1.0 and the text "1" are one label. A TanzakuError names ``source`` and the row
         without a label, or the only class.
         """
-        names = {_name(value, f"{source} row {row}") for row, value in enumerate(values, 1)}
+        names = {label_name(value, f"{source} row {row}") for row, value in enumerate(values, 1)}
         if len(names) < 2:
             found = f"only the label {next(iter(names))!r}" if names else "no labels"
             raise TanzakuError(f"{source} has {found}; expected at least two classes to tell apart")
-        numbers = all(_NUMBER.fullmatch(name) for name in names)
+        numbers = all(NUMBER.fullmatch(name) for name in names)
         return cls(tuple(sorted(names, key=lambda name: (float(name) if numbers else 0.0, name))))
 
     def __len__(self) -> int:
@@ -48,34 +48,18 @@ class Labels:
 
     def encode(self, value: Any, where: str) -> int:
         """The id of a label; ``where`` is its place, as in ``valid.tsv row 7``, for the TanzakuError."""
-        name = _name(value, where)
+        name = label_name(value, where)
         if name not in self.names:
-            raise TanzakuError(
-                f"label {name!r} in {where} is not among the training labels "
-                f"{' '.join(listed(self.names).split())}{nearest(name, self.names)}"
-            )
+            same = next((each for each in self.names if spelling(each) == spelling(name)), None)
+            fix = nearest(name, self.names) if same is None else f"; write it {same!r}, as in training"
+            known = " ".join(listed(self.names).split())
+            raise TanzakuError(f"label {name!r} in {where} is not among the training labels {known}{fix}")
         return self.names.index(name)
 
     def to_config(self) -> dict[str, Any]:
         """``id2label`` and ``label2id`` as a transformers config has them."""
         ids = dict(enumerate(self.names))
         return {"id2label": ids, "label2id": {name: index for index, name in ids.items()}}
-
-
-def _name(value: Any, where: str) -> str:
-    """A label as text, the same for every way a file format may hold it."""
-    value = value.strip() if isinstance(value, str) else value
-    if _missing(value):
-        raise TanzakuError(f"{where} has no label; fill it in or drop the row")
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if not isinstance(value, str | int | float):
-        raise TanzakuError(f"the label in {where} is a {type(value).__name__}; expected a name or an integer")
-    return str(value)
-
-
-def _missing(value: Any) -> bool:
-    return value is None or value == "" or value != value  # only NaN differs from itself
 
 
 @dataclass(frozen=True)
@@ -128,7 +112,7 @@ def encode_split(
         room = f"no room for text beside {special} special tokens"
         raise TanzakuError(f"max_length {max_length} leaves {room}; expected at least {shortest}")
     columns = [text] if text_pair is None else [text, text_pair]
-    texts = [_texts(table, column) for column in columns]
+    texts = [texts_of(table, column) for column in columns]
     lengths = [_lengths(table, column, tokenizer) for column in columns]
     cut = {"truncation": "longest_first", "max_length": max_length, "return_attention_mask": False}
     encoded = tokenizer(*texts, **cut)
@@ -143,13 +127,18 @@ def encode_split(
     )
 
 
-def _texts(table: Table, column: str) -> list[str]:
+def texts_of(table: Table, column: str) -> list[str]:
+    """A column of texts.
+
+    Raises:
+        TanzakuError: a row (counted from 1) without text, or with something that is none.
+    """
     values = table.column(column)
     if not values:
         raise TanzakuError(f"{table.source} has no rows; expected at least one")
     for row, value in enumerate(values, 1):
         where = f"{table.source} row {row}: column {column!r}"
-        if _missing(value):
+        if missing(value):
             raise TanzakuError(f"{where} has no text; fill it in or drop the row")
         if not isinstance(value, str):
             raise TanzakuError(f"{where} is {str(value)[:40]} ({type(value).__name__}), expected text")
