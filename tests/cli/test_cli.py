@@ -116,7 +116,7 @@ def test_the_recipe_may_be_elsewhere(work: Path, tanzaku: Tanzaku, monkeypatch: 
 def test_cut_texts_are_counted(work: Path, tanzaku: Tanzaku) -> None:
     said = tanzaku("train", "recipe.yaml", "--max-length", "2", "--out", "run")
     assert "2 of 6 training texts were cut at 2 tokens" in said.out
-    assert results_of(work / "run")["data"]["truncated"] == {"train": 2, "valid": 2, "test": 2}
+    assert results_of(work / "run")["data"]["truncated"] == {"train": 2, "valid": 6, "test": 6}
 
 
 def test_methods(tanzaku: Tanzaku) -> None:

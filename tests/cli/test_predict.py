@@ -74,7 +74,7 @@ def test_one_adapter(work: Path, tanzaku: Tanzaku) -> None:
     assert (said.code, said.err) == (0, "")
     assert said.out.startswith("text\tlabel\tp_harsh\tp_mild\n")
     rows = table(said)
-    assert [row["text"] for row in rows] == [text for text, _ in ROWS]
+    assert [row["text"] for row in rows] == [f"a {text}" for text, _ in ROWS]
     for row, probabilities in zip(rows, expected, strict=True):
         found = [float(row["p_harsh"]), float(row["p_mild"])]
         assert_close(found, probabilities, scale=1)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import typer
+
 from tanzaku.cli.display import Display
 from tanzaku.errors import printable
 from tanzaku.tasks.checks import TITLES, findings
@@ -33,11 +35,12 @@ class _Tokens:
     lengths: dict[str, list[int]]
 
 
-def show_card(data: DataSettings, model: str | None, max_length: int, folded: bool = False) -> bool:
-    """Print the card; whether the rows can be trained on.
+def show_card(data: DataSettings, model: str | None, max_length: int, folded: bool = False) -> None:
+    """Print the card; without a model, in characters alone.
 
     Raises:
         TanzakuError: rows that cannot be read, or no such model.
+        typer.Exit: with code 1, a check would stop training.
     """
     display, notes = Display(), list[str]()
     read = open_classification(data, notes.append)
@@ -56,7 +59,8 @@ def show_card(data: DataSettings, model: str | None, max_length: int, folded: bo
     if not (notes or found):
         display.say("nothing odd was found")
     _first_rows(display, read, data, tokens, tokenizer)
-    return not stops
+    if stops:
+        raise typer.Exit(1)
 
 
 def _tokenizer(model: str) -> PreTrainedTokenizerBase:

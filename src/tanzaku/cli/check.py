@@ -55,8 +55,7 @@ def check(**given: Any) -> None:
         rows = _Rows.model_validate(laid_over(raw, flags))
     except ValidationError as error:
         raise TanzakuError(complaint(error, file, SECTIONS, flags)) from None
-    if not show_card(rows.data, rows.model, rows.train.max_length, rows.compare.folds is not None):
-        raise typer.Exit(1)
+    show_card(rows.data, rows.model, rows.train.max_length, rows.compare.folds is not None)
 
 
 check.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

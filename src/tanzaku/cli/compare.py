@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from tanzaku.cli.flags import recipe_flags
-from tanzaku.cli.resume import begin, resumed, switch
+from tanzaku.cli.resume import DRY_RUN, begin, resumed, switch
 from tanzaku.cli.run import Interrupted, sitting
 from tanzaku.errors import TanzakuError
 from tanzaku.recipe import SECTIONS, Recipe, build_recipe
@@ -22,13 +22,18 @@ DEFAULT = ("lora", "adalora", "prompt_tuning", "p_tuning", "prefix_tuning", "ia3
 REPORT, EPOCHS = "report.html", "epochs.parquet"
 
 
-@partial(recipe_flags, sections=SECTIONS, switches={"resume": switch("a comparison")})
-def compare(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: bool) -> None:
+@partial(recipe_flags, sections=SECTIONS, switches={"resume": switch("a comparison"), "dry_run": DRY_RUN})
+def compare(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: bool, dry_run: bool) -> None:
     """Train many candidates at once, and say which is better.
 
     All share one frozen model and its steps. Where no method is named, every one but full is a candidate.
     """
     recipe = resumed("compare", file, flags, DEFAULT) if resume else build_recipe(file, flags, DEFAULT)
+    if dry_run:
+        from tanzaku.cli.card import show_card
+
+        folded = recipe.compare.design(recipe.data.valid is not None).folds is not None
+        return show_card(recipe.data, recipe.model, recipe.train.max_length, folded)
     run_comparison("compare", recipe, overwrite, resume)
 
 

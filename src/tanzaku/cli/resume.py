@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from tanzaku.tasks.prepare import ClassificationData
 
 
+DRY_RUN = "print what tanzaku check tells of the rows, and train nothing"
+
+
 def switch(what: str) -> str:
     """The help of a verb's flag."""
     return f"go on with {what} that was cut off: the one in --out, or else the newest in runs"

@@ -7,27 +7,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from tanzaku.cli.flags import recipe_flags
-from tanzaku.cli.resume import begin, resumed, switch
+from tanzaku.cli.resume import DRY_RUN, begin, resumed, switch
 from tanzaku.cli.run import Interrupted, sitting
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.recipe import build_recipe, jobs_of
 
 
-@partial(
-    recipe_flags,
-    switches={"resume": switch("a run"), "dry_run": "print what tanzaku check does of the rows, and train nothing"},
-)
+@partial(recipe_flags, switches={"resume": switch("a run"), "dry_run": DRY_RUN})
 def train(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: bool, dry_run: bool) -> None:
     """Train one adapter.
 
     Shows figures after each epoch and a confusion matrix; the adapter goes into the run's directory. A run that is cut
     off goes on after its last epoch.
     """
-    if resume and dry_run:
-        raise TanzakuError("--dry-run trains nothing, so nothing can go on; leave --resume out")
     recipe = resumed("train", file, flags) if resume else build_recipe(file, flags)
     if len(recipe.methods) != 1:
         found = listed(str(entry.name) for entry in recipe.methods) or "no method"
@@ -36,9 +29,7 @@ def train(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: boo
     if dry_run:
         from tanzaku.cli.card import show_card
 
-        if not show_card(recipe.data, recipe.model, recipe.train.max_length):
-            raise typer.Exit(1)
-        return
+        return show_card(recipe.data, recipe.model, recipe.train.max_length)
     methods = [(job.name, job.method, job.settings)]
     with sitting("train", recipe, methods, overwrite, resume) as run:
         from tanzaku.cli.display import Display
