@@ -556,6 +556,7 @@ def test_what_only_looks_like_a_habit(put: Put) -> None:
     [
         ("a.tsv", 'text\tlabel\nx\t1\n"a\t0\nb\t1\nc"\t0\ny\t0\n', "lines 3 to 5"),
         ("a.tsv", 'text\tlabel\nx\t1\n"a\t1\nb"\t0\n', "lines 3 to 4"),
+        ("a.tsv", 'name\ttext\nx\tone\nthree\t"two\nfour\tfive\nsix\tseven"\ny\teight\n', "lines 3 to 5"),
         ("a.csv", 'text,label\nx,mild\n"a,mild\nb",mild\ny,harsh\n', "lines 3 to 4"),
         ("a.csv", 'label,text\nmild,x\nharsh,"a\nmild,b"\n', "lines 3 to 4"),
         ("a.csv", 'id,text\n1,x\n2,"a\n3,b\n4,c"\n5,y\n', "lines 3 to 5"),
@@ -573,6 +574,7 @@ def test_a_stray_quote_swallows_no_rows(put: Put, name: str, rows: str, lines: s
         'text,label\n"Dear Sir,\nI write, and wait",mild\nx,harsh\n',
         'text,label\n"one\ntwo",mild\n"three\nfour",harsh\n',
         'id,text\n1,"a\nb, c"\n2,"x, y\nz"\n',
+        'text,more\n"a, b\nc",d\n"e, f\ng",h\n',
     ],
 )
 def test_cells_of_several_lines_are_read(put: Put, rows: str) -> None:

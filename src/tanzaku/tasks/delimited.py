@@ -152,31 +152,42 @@ def _check_quotes(names: Sequence[str], rows: Sequence[_Record], delimiter: str,
     """A quote that only opens takes the rows up to the next one for one field. They are rows to the eye.
 
     A line within a quoted field is taken for such a row if it has as many fields as the table, of which one but the
-    field itself is what others are in its column: a label that others have, or a number among numbers.
+    field itself is what others are in its column: a label that others have, or a number among numbers. Tabs, which
+    hardly any text has, are enough where each line has as many.
     """
     doubtful = [record for record in rows if record.first < record.last]
     if not doubtful or len(names) < 2:
         return
-    plain = [record.fields for record in rows if record.first == record.last]
-    columns = [[fields[at] for fields in plain] for at in range(len(names))]
+    others = [record.fields for record in rows if record.first == record.last]
+    columns = [[fields[at] for fields in others] for at in range(len(names))]
     known = [{value for value in column if value.strip()} for column in columns]
     numeric = [len(column) > 1 and all(map(_is_number, column)) for column in columns]
     for record in doubtful:
         for column, value in enumerate(record.fields):
-            lines = re.split(r"\r\n|\r|\n", value)
-            for number, line in enumerate(lines if len(lines) > 1 else []):
-                cells = line.split(delimiter)
-                before = column if number == 0 else 0  # the first line goes on from the fields before it
-                after = len(names) - 1 - column if number == len(lines) - 1 else 0  # and others follow the last
-                if len(cells) < 2 or before + len(cells) + after != len(names):
-                    continue
-                others = [(at, cell) for at, cell in enumerate(cells, before) if at != column]
-                if any(cell in known[at] or (numeric[at] and _is_number(cell)) for at, cell in others):
-                    raise TanzakuError(
-                        f'{record.place(source)}: the quote (") that opens {line[:20]!r} takes in what looks like '
-                        f"{len(lines)} rows; take it away, or quote the whole field and write each quote in it twice "
-                        '("")'
-                    )
+            lines = [line for line in re.split(r"\r\n|\r|\n", value) if line]
+            rowlike = list(_rowlike(lines, column, len(names), delimiter))
+            alike = any(
+                cell in known[at] or (numeric[at] and _is_number(cell))
+                for cells in rowlike
+                for at, cell in cells
+                if at != column
+            )
+            if alike or (delimiter == "\t" and len(rowlike) == len(lines) > 1):
+                raise TanzakuError(
+                    f'{record.place(source)}: the quote (") that opens {lines[0][:20]!r} takes in what looks like '
+                    f'{len(lines)} rows; take it away, or quote the whole field and write each quote in it twice (""); '
+                    "if it is one field, give the rows as JSON Lines"
+                )
+
+
+def _rowlike(lines: Sequence[str], column: int, width: int, delimiter: str) -> Iterator[list[tuple[int, str]]]:
+    """Of each line within a field that has as many cells as a row, its cells by column."""
+    for number, line in enumerate(lines):
+        cells = line.split(delimiter)
+        before = column if number == 0 else 0  # the first line goes on from the fields before it
+        after = width - 1 - column if number == len(lines) - 1 else 0  # and others follow the last
+        if before + len(cells) + after == width:
+            yield list(enumerate(cells, before))
 
 
 def _is_number(text: str) -> bool:
