@@ -82,7 +82,7 @@ def test_what_is_inferred_is_in_the_card(work: Path, tanzaku: Tanzaku) -> None:
     assert (said.code, said.err) == (0, "")
     assert "note: train.csv is read as cp932; --encoding overrules it\n" in said.out
     assert "note: train.csv is separated by semicolons: read so\n" in said.out
-    assert "note: 1 of the 7 rows of train.csv repeat an earlier one" in said.out
+    assert "note: repeated rows in train.csv: 1 of 7" in said.out
 
 
 @pytest.mark.parametrize(

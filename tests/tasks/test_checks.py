@@ -75,7 +75,7 @@ def test_repeated_rows_are_a_note_and_across_folds_an_error() -> None:
     repeated = [*GOOD, GOOD[1]]
     [(check, line)] = found(repeated)
     assert check is None
-    assert "1 of the 5 rows of train.tsv repeat an earlier one; the first: row 5 repeats row 2" in line
+    assert "repeated rows in train.tsv: 1 of 5; the first: row 5 repeats row 2" in line
     [(check, line)] = found(repeated, folded=True)
     assert check == "duplicates-across-folds"
     assert "drop the repeated rows; if it is meant, pass --allow duplicates-across-folds" in line
@@ -89,7 +89,7 @@ def test_one_text_under_two_labels() -> None:
     notes = found([*GOOD, ("春の雨", "1")])
     assert notes[0] == (
         None,
-        "1 of the texts of train.tsv have more than one label; the first: row 1 is '0' and row 5 is '1'",
+        "texts with more than one label in train.tsv: 1; the first: row 1 is '0' and row 5 is '1'",
     )
 
 
@@ -127,7 +127,7 @@ def test_few_or_frequent_labels_are_no_measurements() -> None:
 def test_words_that_say_no_label(word: str) -> None:
     [(check, line)] = found([*GOOD, ("朝の光", word)])
     assert check == "labels-missing"
-    assert f"the label {word!r} in 1 rows, first in row 5" in line
+    assert f"the label {word!r} in 1 of 5 rows, first in row 5" in line
 
 
 @pytest.mark.parametrize(

@@ -521,9 +521,9 @@ def test_two_bytes_a_letter_without_a_mark(put: Put, codec: str) -> None:
         ("text;label\na;b\n", "is separated by semicolons"),
         (",text,label\n7,a,b\n", "numbers the rows and is without a name: left out"),
         ("Unnamed: 0,text,label\n7,a,b\n", "is named 'Unnamed: 0': left out"),
-        ("text,label,,\na,b,,\n", "2 empty columns without a name"),
-        ("text,label,,\na,b\n", "2 empty columns without a name"),
-        ("text,label\na,b, \n", "1 empty columns without a name"),
+        ("text,label,,\na,b,,\n", "empty columns without a name at the end of its rows, left out: 2"),
+        ("text,label,,\na,b\n", "empty columns without a name at the end of its rows, left out: 2"),
+        ("text,label\na,b, \n", "empty columns without a name at the end of its rows, left out: 1"),
     ],
 )
 def test_habits_of_spreadsheets(put: Put, content: str, said: str) -> None:

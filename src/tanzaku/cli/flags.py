@@ -21,7 +21,7 @@ _NONE: Mapping[str, str] = types.MappingProxyType({})
 
 
 def fields(sections: Collection[str] = _TRAIN) -> list[tuple[str, str, FieldInfo]]:
-    """(section, name, field) of every key of these sections that holds one value."""
+    """(section, name, field) of every key of these sections but for the candidates and the sections themselves."""
     return [
         (section, name, field)
         for section in sections

@@ -89,8 +89,8 @@ def _labels(names: Sequence[str], table: Table, data: DataSettings) -> Iterator[
     for name, count in classes.items():
         if name.casefold() in _MISSING:
             yield Finding(
-                f"{where} has the label {name!r} in {count} rows, first in row {names.index(name) + 1}, which says "
-                "that there is none: fill it in or drop the rows",
+                f"{where} has the label {name!r} in {count} of {rows} rows, first in row {names.index(name) + 1}, "
+                "which says that there is none: fill it in or drop the rows",
                 "labels-missing",
             )
     alike: dict[str, list[str]] = {}
@@ -134,13 +134,13 @@ def _within(texts: Sequence[tuple[str, ...]], names: Sequence[str], source: str,
     if torn:
         row, before = next(iter(torn.values()))
         yield Finding(
-            f"{len(torn)} of the texts of {source} have more than one label; the first: row {before + 1} is "
+            f"texts with more than one label in {source}: {len(torn)}; the first: row {before + 1} is "
             f"{names[before]!r} and row {row + 1} is {names[row]!r}"
         )
     if again:
         row, before = again[0]
-        what = f"{len(again)} of the {len(texts)} rows of {source} repeat an earlier one; the first: row {row + 1} "
-        what += f"repeats row {before + 1}"
+        what = f"repeated rows in {source}: {len(again)} of {len(texts)}; "
+        what += f"the first: row {row + 1} repeats row {before + 1}"
         if folded:
             yield Finding(
                 f"{what}. Folds would train on one of them and measure on the other: drop the repeated rows",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tanzaku.errors import TanzakuError, listed, nearest
+from tanzaku.errors import TanzakuError, listed, nearest, printable
 from tanzaku.tasks.delimited import read_delimited
 from tanzaku.tasks.encodings import decoded
 from tanzaku.tasks.jsonrows import Columns, read_json, read_json_lines
@@ -34,7 +34,7 @@ _DELIMITERS = {"tsv": "\t", "csv": ","}
 
 def to_stderr(line: str) -> None:
     """Say a line beside the output."""
-    print(line, file=sys.stderr)
+    print(printable(line), file=sys.stderr)
 
 
 @dataclass(frozen=True)

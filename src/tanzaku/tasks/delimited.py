@@ -131,7 +131,7 @@ def _cut(
             )
     if width == len(names):
         return names, rows
-    note(f"{source}: {width - len(names)} empty columns without a name at the end of its rows: left out")
+    note(f"{source}: empty columns without a name at the end of its rows, left out: {width - len(names)}")
     return names, [_Record(record.fields[: len(names)], record.first, record.last) for record in rows]
 
 
