@@ -324,3 +324,20 @@ def test_each_method_has_a_learning_rate_of_its_own() -> None:
     for name, space in spaces.items():
         low, high = ends(space["learning_rate"])[0], ends(space["learning_rate"])[-1]
         assert low <= rates[name] <= high, "a search would not find it"
+
+
+@pytest.mark.parametrize(
+    ("allow", "says"),
+    [
+        ("[duplicate]", ["data.allow item 1 is 'duplicate'", "'duplicates-across-splits'"]),
+        ("duplicates-across-splits", ["data.allow is 'duplicates-across-splits'", "a list"]),
+        ("[label-spelings]", ["did you mean 'label-spellings'"]),
+    ],
+)
+def test_checks_are_allowed_by_name(tmp_path: Path, allow: str, says: list[str]) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model: some/model\ndata: {{train: train.tsv, allow: {allow}}}\n", encoding="utf-8")
+    with pytest.raises(TanzakuError) as caught:
+        build_recipe(file, {})
+    for part in says:
+        assert part in str(caught.value)

@@ -154,6 +154,11 @@ def test_shards_are_read_by_their_own_library(folder: Path) -> None:
     assert f"has splits train, test; name one, as in {folder}:train" in complaint(folder)
 
 
+def test_a_folder_of_everything(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tanzaku.tasks.sources._MANY", 1)
+    assert "is a folder of more than 1 files; name the table" in complaint(folder)
+
+
 def test_unknown_split(folder: Path) -> None:
     message = complaint(f"{folder}:trian")
     assert "no table named 'trian' (did you mean 'train'?)" in message
@@ -479,6 +484,9 @@ def test_other_encodings_are_read_and_said(put: Put, codec: str, content: str, n
         ("élan\t1\n", "cp1252", "cp932 or cp1252"),
         ("привет, мир\t1\n", "cp1251", "cp1252"),
         ("Ελληνικά κείμενο\t1\n", "cp1253", "cp1252"),
+        ("ışık, dağ ve deniz\t1\n", "cp1254", "cp1252"),
+        ("żółć, być\t1\n", "cp1250", "cp1252"),
+        ("ý, ještě příští týden\t1\n", "cp1250", "cp1252"),
     ],
 )
 def test_what_could_be_several_encodings_is_refused(put: Put, content: str, codec: str, could: str) -> None:

@@ -24,8 +24,9 @@ _ESCAPES = re.compile(rb"\x1b\$[@B]|\x1b\([IJ]")
 _KANA = re.compile("[\u3041-\u309f\u30a1-\u30ff]")
 _NOT_ASCII = re.compile("[^\0-\x7f]")
 _PRIVATE = re.compile("[\ue000-\uf8ff]")
-# Letters, quotation marks and dashes: what Western text has, and mojibake of Japanese only by chance.
-_WESTERN = re.compile("[À-ÖØ-öø-ÿŒœŠšŽžŸ“”‘’„‚–—…€•«»‹›°§©®™¡¿£ºª·´\xa0\xad]+")
+# Letters, quotation marks and dashes: what Western text has, and mojibake of Japanese only by chance. Without ð, ý and
+# þ, whose bytes are Turkish letters in cp1254, and ¹ and ³, which are Polish ones in cp1250: Icelandic has to be named.
+_WESTERN = re.compile("[À-ÏÑ-ÖØ-Üß-ïñ-öø-üÿŒœŠšŽžŸ“”‘’„‚–—…€•«»‹›°§©®™¡¿£ºª·´\xa0\xad]+")
 
 
 def decoded(raw: bytes, source: str, encoding: str | None = None) -> tuple[str, str]:

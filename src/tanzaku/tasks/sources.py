@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from glob import glob, has_magic
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
 from tanzaku.errors import TanzakuError, listed, nearest
@@ -20,6 +21,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 SPLIT = re.compile(r"(?P<name>.+?):(?P<split>\w+(\[.*\])?)")
 _SHARD = re.compile(r"\w+-\d{5}-of-\d{5}")  # how the datasets library itself names the parts of a split
 _KINDS = {stat.S_ISFIFO: "a FIFO", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device", stat.S_ISSOCK: "a socket"}
+_MANY = 10_000  # files in a folder
 _AS_CSV = "in the spreadsheet program, save it as CSV (UTF-8)"
 
 
@@ -67,7 +69,10 @@ def table_in(folder: Path, split: str | None) -> Path | None:
     Raises:
         TanzakuError: several tables, or none of that name.
     """
-    tables = sorted(path for path in folder.rglob("*") if path.is_file() and suffix_of(path) in SUFFIXES)
+    inside = list(islice(folder.rglob("*"), _MANY + 1))
+    if len(inside) > _MANY:  # / or a home directory by mistake: looking through it could take minutes
+        raise TanzakuError(f"{folder} is a folder of more than {_MANY:,} files; name the table")
+    tables = sorted(path for path in inside if suffix_of(path) in SUFFIXES and path.is_file())
     if all(_SHARD.fullmatch(path.stem) for path in tables):
         return None
     named = [path for path in tables if split in (None, path.name.split(".")[0])]
