@@ -444,6 +444,14 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch, content: str, format: s
     assert "standard input is empty" in complaint("-")
 
 
+def test_a_terminal_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(b""))
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    for stdin in (terminal, None):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert "nothing is piped into it" in complaint("-")
+
+
 # --- encodings ---
 
 
