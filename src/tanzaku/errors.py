@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import unicodedata
 from collections.abc import Iterable
 
@@ -21,6 +22,14 @@ class TanzakuError(ValueError):
 
 
 _LONG = 1000
+
+# What moves a terminal's cursor or ends a line, and what no encoding has.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """The text in one line, its control characters escaped."""
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def printable(text: str) -> str:

@@ -19,6 +19,20 @@ from tanzaku.train.products import ABOVE
 WINDOW = 256  # rows that are sorted together: little padding, yet the first results come early
 
 
+class NotFinite(TanzakuError):
+    """Logits of an adapter (`name`) that are no numbers, and at which row, counted from 0."""
+
+    def __init__(self, name: str, row: int, logits: list[float]):
+        super().__init__(
+            f"adapter {name!r}: the logits of row {row + 1} are {_numbers(logits)}, expected finite numbers"
+        )
+        self.name, self.row, self.found = name, row, _numbers(logits)
+
+
+def _numbers(values: list[float]) -> str:
+    return listed((f"{value:g}" for value in values), 4)
+
+
 def probabilities(
     model: PreTrainedModel, splits: Mapping[str, Split], pad_token_id: int, batch_size: int
 ) -> Iterator[dict[str, list[float]]]:
@@ -35,12 +49,18 @@ def probabilities(
 
     Raises:
         TanzakuError: no adapter, one that is not attached, rows that differ in number, or a batch size below 1.
+        NotFinite: an adapter gives nothing that could be told apart.
     """
     rows = _number_of_rows(model, splits, batch_size)
-    window = batch_size * max(1, WINDOW // batch_size)
+    window = window_of(batch_size)
     parts = (range(start, min(start + window, rows)) for start in range(0, rows, window))
     passes = CheapPasses(host_of(model).base)
     return _each(_logits(passes, model, splits, pad_token_id, batch_size, part) for part in parts)
+
+
+def window_of(batch_size: int) -> int:
+    """Rows that are computed together: whole batches."""
+    return batch_size * max(1, WINDOW // batch_size)
 
 
 def probabilities_of(
@@ -77,7 +97,13 @@ def _number_of_rows(model: PreTrainedModel, splits: Mapping[str, Split], batch_s
 
 
 def _each(windows: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, list[float]]]:
+    before = 0
     for window in windows:
+        for name, logits in window.items():
+            if not (finite := logits.isfinite().all(dim=-1)).all():
+                at = int((~finite).int().argmax())
+                raise NotFinite(name, before + at, logits[at].tolist())
+        before += len(next(iter(window.values())))
         lists = [logits.double().softmax(-1).tolist() for logits in window.values()]
         for row in zip(*lists, strict=True):
             yield dict(zip(window, row, strict=True))
