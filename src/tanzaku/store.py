@@ -180,6 +180,13 @@ def read_meta(path: str | Path) -> dict[str, Any]:
     return meta if isinstance(meta, dict) else {}
 
 
+def checksum(path: str | Path) -> str:
+    """Of all that the adapter's directory says and holds."""
+    folder = adapter_dir(Path(path))
+    there = [folder / name for name in (CONFIG, TENSORS, META) if (folder / name).is_file()]
+    return hashlib.sha256(" ".join(map(_sha256, there)).encode()).hexdigest()
+
+
 # -- names and shapes
 
 

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import itertools
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from cli_kit import ROWS, Said, Tanzaku, assert_refused, results_of, write_tsv
+from safetensors.torch import load_file, save_file
 
 from close import assert_close
 from tanzaku.cli import main
 from tanzaku.cli.adapters import names_of
-from tanzaku.tasks import inference
+from tanzaku.tasks import inference, stream
+
+module = importlib.import_module("tanzaku.cli.predict")
 
 TEXTS = ["the warm rain of spring", "sea", "a cold wind of the winter sea", "warm sea", "the cold wind", "rain"]
 # Of each run: flags of its training.
@@ -72,19 +83,23 @@ def test_one_adapter(work: Path, tanzaku: Tanzaku) -> None:
     expected = results_of(work / "run")["jobs"][0]["predictions"]
     said = tanzaku("predict", "run/adapters/lora", "--data", "test.tsv")
     assert (said.code, said.err) == (0, "")
-    assert said.out.startswith("text\tlabel\tp_harsh\tp_mild\n")
+    assert said.out.startswith("text\tlabel\tpredicted\tp_harsh\tp_mild\n")
     rows = table(said)
     assert [row["text"] for row in rows] == [f"a {text}" for text, _ in ROWS]
     for row, probabilities in zip(rows, expected, strict=True):
         found = [float(row["p_harsh"]), float(row["p_mild"])]
         assert_close(found, probabilities, scale=1)
-        assert row["label"] == ["harsh", "mild"][found.index(max(found))]
+        assert row["predicted"] == ["harsh", "mild"][found.index(max(found))]
+    assert [row["label"] for row in rows] == [label for _, label in ROWS]
     said = tanzaku("predict", "run/adapters/lora", "--data", "test.tsv", "--out", "a.jsonl")
     assert (said.code, said.out, said.err) == (0, "", "6 rows written to a.jsonl\n")
     lines = [json.loads(line) for line in (work / "a.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [line["label"] for line in lines] == [row["label"] for row in rows]
+    assert [line["predicted"] for line in lines] == [row["predicted"] for row in rows]
     for line, row in zip(lines, rows, strict=True):
-        assert list(line) == ["text", "label", "probabilities"] and list(line["probabilities"]) == ["harsh", "mild"]
+        assert list(line) == ["text", "label", "predicted", "probabilities"] and list(line["probabilities"]) == [
+            "harsh",
+            "mild",
+        ]
         assert f"{line['probabilities']['mild']:.6f}" == row["p_mild"]
     assert not list(work.glob(".*partial"))
 
@@ -95,16 +110,16 @@ def test_one_adapter(work: Path, tanzaku: Tanzaku) -> None:
 def test_together_as_each_alone(work: Path, tanzaku: Tanzaku) -> None:
     said = tanzaku("predict", *RUNS, "--data", "new.tsv")
     together = table(said)
-    assert list(together[0]) == ["text", *(c for n in RUNS for c in (f"label_{n}", f"p_{n}_harsh", f"p_{n}_mild"))]
+    assert list(together[0]) == ["text", *(c for n in RUNS for c in (f"predicted_{n}", f"p_{n}_harsh", f"p_{n}_mild"))]
     assert [row["text"] for row in together] == TEXTS
     assert said.err == (
-        "2 of 6 texts were cut at 3 tokens for prompt_tuning\n"
         "full (full) changes every weight: it takes a pass of its own\n"
+        "2 of 6 texts were cut at 3 tokens for prompt_tuning\n"
     )
     every = []
     for name in RUNS:
         alone = table(tanzaku("predict", name, "--data", "new.tsv"))
-        assert [row[f"label_{name}"] for row in together] == [row["label"] for row in alone]
+        assert [row[f"predicted_{name}"] for row in together] == [row["predicted"] for row in alone]
         for mine, theirs in zip(numbers(together, f"_{name}"), numbers(alone), strict=True):
             assert_close(mine, theirs, scale=1)
         every.append(numbers(alone))
@@ -123,7 +138,7 @@ def test_json_lines_of_any_batch_size(work: Path, tanzaku: Tanzaku, size: int) -
         assert list(line) == ["text", "adapters"] and list(line["adapters"]) == list(RUNS)
         assert line["text"] == row["text"]
         for name, found in line["adapters"].items():
-            assert found["label"] == row[f"label_{name}"]
+            assert found["predicted"] == row[f"predicted_{name}"]
             expected = {label: float(row[f"p_{name}_{label}"]) for label in ("harsh", "mild")}
             assert_close(found["probabilities"], expected, scale=1)
 
@@ -144,7 +159,11 @@ ORDERS = [
 def test_adapters_may_stand_anywhere(work: Path, tanzaku: Tanzaku, words: str) -> None:
     assert tanzaku("predict", *words.split()).code == 0
     head = (work / "x.tsv").read_text(encoding="utf-8").splitlines()[0].split("\t")
-    assert [name for name in head if name.startswith("label")] == ["label_lora", "label_ia3", "label_full"]
+    assert [name for name in head if name.startswith("predicted")] == [
+        "predicted_lora",
+        "predicted_ia3",
+        "predicted_full",
+    ]
 
 
 def test_one_row_and_many_adapters(work: Path, tanzaku: Tanzaku) -> None:
@@ -161,7 +180,7 @@ def test_directories_of_one_name(work: Path, tanzaku: Tanzaku) -> None:
         shutil.copytree(work / name, work / run / "adapters" / "best")
     said = tanzaku("predict", "a/adapters/best", "b/adapters/best/", "--data", "new.tsv")
     rows = table(said)
-    assert list(rows[0])[1::3] == ["label_a-best", "label_b-best"]
+    assert list(rows[0])[1::3] == ["predicted_a-best", "predicted_b-best"]
     assert said.err == "a-best is a/adapters/best\nb-best is b/adapters/best\n"
     for name, whose in (("lora", "_a-best"), ("ia3", "_b-best")):
         alone = numbers(table(tanzaku("predict", name, "--data", "new.tsv")))
@@ -188,7 +207,7 @@ def test_names(paths: list[str], expected: list[str]) -> None:
 
 def test_the_directory_one_is_in_has_its_name(work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(work / "lora")
-    assert "label_lora\t" in tanzaku("predict", ".", "../ia3", "--data", "../new.tsv").out
+    assert "predicted_lora\t" in tanzaku("predict", ".", "../ia3", "--data", "../new.tsv").out
 
 
 # -- refusals
@@ -212,7 +231,7 @@ REFUSED: dict[str, tuple[Prepare, list[str], list[str]]] = {
     "missing folder": (_nothing, ["lora", "lorra/x"], ["no adapter lorra/x, nor a folder lorra (did you mean 'lora'"]),
     "file": (_nothing, ["lora", "new.tsv"], ["new.tsv", "is a file", "directory"]),
     "below a file": (_nothing, ["new.tsv/lora"], ["no adapter new.tsv/lora, nor a folder new.tsv"]),
-    "no adapter": (lambda work: (work / "empty").mkdir(), ["lora", "empty"], ["empty has no tanzaku.json"]),
+    "no adapter": (lambda work: (work / "empty").mkdir(), ["lora", "empty"], ["empty has no adapter_config.json"]),
     "run": (
         lambda work: shutil.copytree(work / "lora", work / "run" / "adapters" / "lora"),
         ["run"],
@@ -268,7 +287,7 @@ REFUSED: dict[str, tuple[Prepare, list[str], list[str]]] = {
         ["x", "x_a"],
         ["two columns would be 'p_x_a_1'", ".jsonl"],
     ),
-    "suffix": (_nothing, ["lora", "ia3", "--out", "a.csv"], [".tsv or .jsonl"]),
+    "suffix": (_nothing, ["lora", "ia3", "--out", "a.tvs"], ["did you mean '.tsv'", ".parquet", "--format"]),
     "no such folder": (_nothing, ["lora", "ia3", "--out", "no/a.tsv"], ["a directory that exists"]),
     "output is the input": (_nothing, ["lora", "ia3", "--out", "new.tsv"], ["choose another"]),
     "device": (_nothing, ["lora", "--device", "gpu"], ["'gpu'"]),
@@ -291,8 +310,6 @@ def test_refused(work: Path, model_dir: Path, tanzaku: Tanzaku, name: str) -> No
 
 def twin(model_dir: Path, path: Path) -> None:
     """A base of the same shape with other weights."""
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(model_dir, path)
     weights = load_file(path / "model.safetensors")
     save_file({name: tensor * 2 for name, tensor in weights.items()}, path / "model.safetensors", {"format": "pt"})
@@ -305,23 +322,286 @@ def test_flags_overrule_what_adapters_say(work: Path, model_dir: Path, tanzaku: 
     assert found == expected
 
 
+# -- rows that come in and go out
+
+
+FORMATS = ["tsv", "csv", "jsonl", "parquet"]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows of any format, with the columns of one adapter as TSV has them."""
+    if path.suffix == ".parquet":
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    elif path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for row in rows:
+            row.update({f"p_{label}": p for label, p in (row.pop("probabilities") or {}).items()})
+    else:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+    return rows
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    else:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+@pytest.mark.parametrize("large", [0, 2**23])
+@pytest.mark.parametrize("into", FORMATS)
+@pytest.mark.parametrize("of", FORMATS)
+def test_every_column_is_kept(
+    work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch, of: str, into: str, large: int
+) -> None:
+    monkeypatch.setattr(stream, "LARGE", large)
+    lines = of in ("tsv", "csv") or into in ("tsv", "csv")
+    rows = [{"id": n, "text": text, "note": 'a "b", c\u3000d'} for n, text in enumerate(TEXTS)]
+    write(work / f"in.{of}", rows)
+    expected = table(tanzaku("predict", "lora", "--data", "new.tsv"))
+    said = tanzaku("predict", "lora", "--data", f"in.{of}", "--out", f"out.{into}")
+    assert (said.code, said.err) == (0, f"6 rows written to out.{into}\n")
+    found = read(work / f"out.{into}")
+    assert [list(row) for row in found] == [["id", "text", "note", "predicted", "p_harsh", "p_mild"]] * 6
+    for row, given, theirs in zip(found, rows, expected, strict=True):
+        assert (row["text"], row["note"]) == (given["text"], given["note"])
+        assert row["id"] == (str(given["id"]) if lines else given["id"])
+        assert row["predicted"] == theirs["predicted"]
+        assert_close([float(row[f"p_{x}"]) for x in ("harsh", "mild")], numbers([theirs])[0], scale=1)
+
+
+def test_a_row_without_text_is_marked(work: Path, tanzaku: Tanzaku) -> None:
+    texts = ["warm sea", "", "rain", "  ", None, "cold"]
+    write(work / "in.jsonl", [{"n": n, "text": text} for n, text in enumerate(texts)])
+    full = [row for row in enumerate(texts) if row[1] and row[1].strip()]
+    write(work / "full.jsonl", [{"n": n, "text": text} for n, text in full])
+    assert tanzaku("predict", "lora", "--data", "full.jsonl", "--out", "full.tsv").code == 0
+    for name in ("out.tsv", "out.jsonl", "out.parquet"):
+        said = tanzaku("predict", "lora", "--data", "in.jsonl", "--out", name)
+        assert said.code == 0 and "3 of 6 rows have no text, so they have no label" in said.err
+        rows = read(work / name)
+        assert len(rows) == 6
+        assert [row["predicted"] or None for n, row in enumerate(rows) if n in (1, 3, 4)] == [None] * 3
+    found = read(work / "out.tsv")
+    assert found[1]["p_mild"] == ""
+    assert [row for row in found if row["predicted"]] == read(work / "full.tsv")
+
+
+def test_a_pair_keeps_both_texts(work: Path, tanzaku: Tanzaku) -> None:
+    write(work / "in.csv", [{"text": "warm sea", "reply": "the rain"}, {"text": "cold", "reply": ""}])
+    rows = table(tanzaku("predict", "lora", "--data", "in.csv", "--text-pair", "reply"))
+    assert [row["reply"] for row in rows] == ["the rain", ""]
+    assert rows[0]["predicted"] and not rows[1]["predicted"]  # half of a pair is none
+    alone = table(tanzaku("predict", "lora", "--data", "in.csv"))
+    assert alone[0]["p_mild"] != rows[0]["p_mild"]
+
+
+def test_names_that_clash(work: Path, tanzaku: Tanzaku) -> None:
+    assert tanzaku("predict", "lora", "--data", "new.tsv", "--out", "a.tsv").code == 0
+    said = tanzaku("predict", "ia3", "--data", "a.tsv", "--out", "b.tsv")
+    assert_refused(said, "a.tsv has a column 'predicted'", "--prefix new_")
+    assert_refused(tanzaku("predict", "ia3", "--data", "a.tsv", "--json"), "has a column 'predicted'")
+    rows = table(tanzaku("predict", "ia3", "--data", "a.tsv", "--prefix", "new_"))
+    alone = table(tanzaku("predict", "ia3", "--data", "new.tsv"))
+    for row, first, second in zip(rows, read(work / "a.tsv"), alone, strict=True):
+        assert row == {**first, **{f"new_{key}": value for key, value in second.items() if key != "text"}}
+
+
+def test_formats_of_standard_output(work: Path, tanzaku: Tanzaku) -> None:
+    said = tanzaku("predict", "lora", "--data", "new.tsv", "--json")
+    assert said.code == 0
+    assert [json.loads(line)["text"] for line in said.out.splitlines()] == TEXTS
+    assert tanzaku("predict", "lora", "--data", "new.tsv", "--format", "jsonl").out == said.out
+    assert tanzaku("predict", "lora", "--data", "new.tsv", "--format", "csv").out.startswith("text,predicted,p_harsh")
+    assert tanzaku("predict", "lora", "--data", "new.tsv", "--format", "csv", "--out", "x.dat").code == 0
+    assert (work / "x.dat").read_text(encoding="utf-8").startswith("text,predicted,p_harsh")
+    assert_refused(tanzaku("predict", "lora", "--data", "new.tsv", "--format", "parquet"), "needs --out")
+    assert_refused(tanzaku("predict", "lora", "--data", "new.tsv", "--format", "jsonn"), "did you mean 'jsonl'")
+    assert_refused(tanzaku("predict", "lora", "--data", "new.tsv", "--json", "--format", "tsv"), "one of the two")
+    assert_refused(tanzaku("predict", "lora", "--data", "new.tsv", "--resume"), "--resume needs --out")
+
+
+def test_output_is_utf8_whatever_the_terminal_speaks(work: Path) -> None:
+    write(work / "in.tsv", [{"text": "warm sea", "note": "海"}])
+    command = [sys.executable, "-m", "tanzaku", "predict", "lora", "--data", "in.tsv"]
+    said = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=False)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.decode("utf-8").splitlines()[1].startswith("warm sea\t海\t")
+    said = subprocess.run(["sh", "-c", f"{' '.join(command)} >&-"], capture_output=True, check=False)
+    assert said.returncode == 2 and b"standard output is closed" in said.stderr
+
+
+def test_nothing_is_overwritten_unasked(work: Path, tanzaku: Tanzaku) -> None:
+    (work / "x.tsv").write_text("mine", encoding="utf-8")
+    args = ["predict", "lora", "--data", "new.tsv", "--out", "x.tsv"]
+    assert_refused(tanzaku(*args), "--out x.tsv is there already", "--overwrite")
+    assert_refused(tanzaku(*args, "--resume"), "nothing to resume")
+    assert (work / "x.tsv").read_text(encoding="utf-8") == "mine"
+    assert tanzaku(*args, "--overwrite").code == 0
+    assert len(read(work / "x.tsv")) == 6
+
+
+def test_labels_do_not_reach_the_terminal_raw(work: Path, tanzaku: Tanzaku) -> None:
+    change(work / "lora", labels=["a\x1b[31m", "b\tc\nd\x9b"])
+    said = tanzaku("predict", "lora", "--data", "new.tsv")
+    assert said.code == 0 and len(said.out.splitlines()) == 7
+    assert said.out.startswith("text\tpredicted\tp_a\\x1b[31m\tp_b\\tc\\nd\\x9b\n")
+    assert not set("\x1b\x9b") & set(said.out)
+    said = tanzaku("predict", "lora", "--data", "new.tsv", "--json")
+    assert not set("\x1b\x9b") & set(said.out)
+    assert json.loads(said.out.splitlines()[0])["predicted"] in ("a\x1b[31m", "b\tc\nd\x9b")
+
+
+def test_logits_that_are_not_finite(work: Path, tanzaku: Tanzaku) -> None:
+    tensors = load_file(work / "lora" / "adapter_model.safetensors")
+    tensors = {name: tensor * 1e30 if "lora" in name else tensor for name, tensor in tensors.items()}
+    save_file(tensors, work / "lora" / "adapter_model.safetensors", {"format": "pt"})
+    about = json.loads((work / "lora" / "tanzaku.json").read_text(encoding="utf-8"))
+    about.pop("sha256")
+    (work / "lora" / "tanzaku.json").write_text(json.dumps(about), encoding="utf-8")
+    write_tsv(work / "in.tsv", [("", ""), ("warm sea", "")])
+    for out in ([], ["--out", "x.tsv"], ["--out", "x.parquet"]):
+        said = tanzaku("predict", "ia3", "lora", "--data", "in.tsv", *out)
+        assert_refused(said, "lora gives in.tsv row 2 the logits nan", "expected finite numbers")
+        assert said.out == "" and not [path for path in work.iterdir() if "x." in path.name]
+
+
+def test_precision_is_that_of_training(work: Path, trained: Path, model_dir: Path, tanzaku: Tanzaku) -> None:
+    train = ["train", "--model", model_dir, "--train", "train.tsv", "--epochs", "1", "--method", "lora"]
+    assert tanzaku(*train, "--precision", "bf16", "--out", "half").code == 0
+    about = json.loads((work / "half" / "adapters" / "lora" / "tanzaku.json").read_text(encoding="utf-8"))
+    assert about["meta"]["precision"] == "bf16"
+    half = tanzaku("predict", "half/adapters/lora", "--data", "new.tsv").out
+    assert tanzaku("predict", "half/adapters/lora", "--data", "new.tsv", "--precision", "bf16").out == half
+    full = tanzaku("predict", "half/adapters/lora", "--data", "new.tsv", "--precision", "fp32").out
+    assert full != half
+    # Beside an adapter of another precision each is computed in its own.
+    together = table(tanzaku("predict", "ia3", "half/adapters/lora", "--data", "new.tsv"))
+    alone = table(tanzaku("predict", "ia3", "--data", "new.tsv"))
+    assert [row["p_ia3_mild"] for row in together] == [row["p_mild"] for row in alone]
+    assert_refused(tanzaku("predict", "lora", "--data", "new.tsv", "--precision", "fp8"), "--precision is 'fp8'")
+
+
+def test_adapters_of_hf_peft(work: Path, model_dir: Path, tanzaku: Tanzaku) -> None:
+    expected = table(tanzaku("predict", "lora", "--data", "new.tsv"))
+    (work / "lora" / "tanzaku.json").unlink()
+    # The base's config has two labels, as transformers names them.
+    found = table(tanzaku("predict", "lora", "--data", "new.tsv"))
+    names = {"LABEL_0": "harsh", "LABEL_1": "mild"}
+    assert [names[row["predicted"]] for row in found] == [row["predicted"] for row in expected]
+    assert table(tanzaku("predict", "lora", "--data", "new.tsv", "--labels", "harsh,mild")) == expected
+    assert_refused(tanzaku("predict", "lora", "--data", "new.tsv", "--labels", "a,b,c"), "2 labels", "--labels")
+    assert_refused(tanzaku("predict", "lora", "--data", "new.tsv", "--labels", "a,a"), "each once")
+    assert_refused(tanzaku("predict", "lora", "--data", "new.tsv", "--text", "poem"), "no column 'poem'")
+    config = json.loads((work / "lora" / "adapter_config.json").read_text(encoding="utf-8"))
+    for task in ("CAUSAL_LM", None):
+        (work / "lora" / "adapter_config.json").write_text(json.dumps({**config, "task_type": task}), encoding="utf-8")
+        assert_refused(tanzaku("predict", "lora", "--data", "new.tsv"), "expected task_type 'SEQ_CLS'")
+
+
+class Clock:
+    """Three seconds pass between two looks."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 3
+        return self.now
+
+
+def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(terminal: bool, quiet: bool = False) -> str:
+        monkeypatch.setattr(module.sys.stderr, "isatty", lambda: terminal)
+        monkeypatch.setattr(module, "time", Clock())
+        say = module._Progress(1200, quiet)
+        for done in range(300, 1300, 100):  # 200 rows were there before
+            say(done, 100)
+        return capsys.readouterr().err
+
+    assert told(False) == "600 of 1,200 rows, 33 rows/s\n1,000 of 1,200 rows, 33 rows/s\n"
+    lines = told(True).split("\r\x1b[K")
+    assert lines[1] == "300 of 1,200 rows, 33 rows/s" and lines[-1] == "1,200 of 1,200 rows, 33 rows/s\n"
+    assert told(True, quiet=True) == ""
+
+
 # -- stopping
 
 
-def test_interrupted_leaves_no_half_file(work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
+def stops_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Ctrl-C in a window of two rows."""
     compute, calls = inference._logits, []
 
     def stop(*args: Any) -> Any:
         calls.append(args)
-        if len(calls) == 3:
-            assert list(work.glob(".x.tsv.partial"))
+        if len(calls) == number:
             raise KeyboardInterrupt
         return compute(*args)
 
     monkeypatch.setattr(inference, "WINDOW", 2)
     monkeypatch.setattr(inference, "_logits", stop)
-    (work / "x.tsv").write_text("mine", encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_an_interrupted_file_goes_on(work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    out = f"x.{kind}"
+    args = ["predict", "lora", "prompt_tuning", "--data", "new.tsv", "--batch-size", "2", "--out", out]
+    write(work / "new.tsv", [{"n": n, "text": text} for n, text in enumerate([*TEXTS[:4], "", TEXTS[5]])])
+    monkeypatch.setattr(inference, "WINDOW", 2)
+    whole = tanzaku(*args[:-1], f"whole.{kind}")
+    assert whole.code == 0
     before = sorted(work.rglob("*"))
-    said = tanzaku("predict", "lora", "ia3", "--data", "new.tsv", "--batch-size", "2", "--out", "x.tsv")
+    (work / out).write_text("mine", encoding="utf-8")
+    with monkeypatch.context() as patch:
+        stops_at(patch, 3)
+        said = tanzaku(*args, "--overwrite")
+        assert (said.code, said.err.count("\n")) == (130, 1)
+        assert "4 of 6 rows are kept" in said.err and "--resume" in said.err
+    assert (work / out).read_text(encoding="utf-8") == "mine"
+    with (work / f".{out}.partial").open("ab") as file:
+        file.write(b"half a ch")  # what a kill leaves
+    other = [arg for arg in args if arg != "prompt_tuning"]
+    assert_refused(tanzaku(*other, "--overwrite", "--resume"), "begun with another adapter", "same command")
+    other = ["4" if arg == "2" else arg for arg in args]
+    assert_refused(tanzaku(*other, "--overwrite", "--resume"), "begun with another", "same command")
+    said = tanzaku(*args, "--overwrite", "--resume")
+    assert said.code == 0 and said.err.startswith("going on after row 4 of 6\n"), said.err
+    assert said.err.removeprefix("going on after row 4 of 6\n") == whole.err.replace("whole", "x")
+    assert (work / out).read_bytes() == (work / f"whole.{kind}").read_bytes()
+    (work / out).unlink()
+    assert sorted(work.rglob("*")) == before
+
+
+def test_interrupted_before_the_first_rows(work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
+    stops_at(monkeypatch, 1)
+    before = sorted(work.rglob("*"))
+    said = tanzaku("predict", "lora", "--data", "new.tsv", "--out", "x.tsv")
     assert (said.code, said.err.count("\n")) == (130, 1) and "run the same command again" in said.err
-    assert sorted(work.rglob("*")) == before and (work / "x.tsv").read_text(encoding="utf-8") == "mine"
+    assert sorted(work.rglob("*")) == before
+    # --resume may be said before there is anything to go on with.
+    assert tanzaku("predict", "lora", "--data", "new.tsv", "--out", "x.tsv", "--resume").code == 0
+
+
+def test_killed_and_resumed(work: Path) -> None:
+    rows = [{"n": n, "text": TEXTS[n % 6] + " sea" * (n % 7)} for n in range(6000)]
+    write(work / "many.csv", rows)
+    command = [sys.executable, "-m", "tanzaku", "predict", "lora", "--data", "many.csv", "--batch-size", "1", "--out"]
+    process = subprocess.Popen([*command, "x.csv"], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (work / ".x.csv.partial.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    refused = main([*command[3:], "x.csv", "--resume"])  # one process writes
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and refused == 2
+    assert not (work / "x.csv").exists()
+    assert main([*command[3:], "x.csv", "--resume"]) == 0
+    assert main([*command[3:], "y.csv"]) == 0
+    assert (work / "x.csv").read_bytes() == (work / "y.csv").read_bytes()
+    assert [int(row["n"]) for row in read(work / "x.csv")] == list(range(6000))
+    assert not [path for path in work.iterdir() if path.name.startswith(".")]

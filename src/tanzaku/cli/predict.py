@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import hashlib
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,16 +14,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tanzaku.cli.adapters import check_paths, names_of, note
-from tanzaku.errors import TanzakuError, listed, nearest
-from tanzaku.files import written_beside
+from tanzaku.cli.run import Interrupted
+from tanzaku.errors import TanzakuError, listed, nearest, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from tanzaku.cli.output import Lines, Parquet
     from tanzaku.tasks.classification import Split
-    from tanzaku.tasks.data import Table
+    from tanzaku.tasks.stream import Row, Rows
 
-_SUFFIXES = (".tsv", ".jsonl")
+_FORMATS = ("tsv", "csv", "jsonl", "parquet")
+_PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -32,212 +33,548 @@ class _Adapter:
     name: str  # in the output and on the model
     path: Path
     meta: dict[str, Any]
+    precision: str
 
 
 def predict(
     data: Annotated[str, typer.Option(metavar="TEXT", help="rows to label: .tsv, .csv, .jsonl, .parquet or a dataset")],
     adapters: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="ADAPTER", help="directories of adapters, from train or compare", show_default=False),
+        typer.Argument(
+            metavar="ADAPTER", help="directories of adapters, from train or compare, or HF PEFT's", show_default=False
+        ),
     ] = None,
     named: Annotated[
         list[Path] | None, typer.Option("--adapters", metavar="ADAPTER...", help="the same, as in --adapters A B C")
     ] = None,
     text: Annotated[str | None, typer.Option(metavar="TEXT", help="column of the text (as in training)")] = None,
     text_pair: Annotated[str | None, typer.Option(metavar="TEXT", help="column of a second text")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="a .tsv or .jsonl file (standard output)")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="a .tsv, .csv, .jsonl or .parquet file (standard output)")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option("--format", metavar="|".join(_FORMATS), help="of the output (as --out ends, or tsv)")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="the same as --format jsonl")] = False,
+    prefix: Annotated[str, typer.Option(metavar="TEXT", help="what the names of new columns begin with")] = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an --out that is there")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with an --out that was cut off, by the same command")
+    ] = False,
     model: Annotated[str | None, typer.Option(metavar="TEXT", help="where the base model is now")] = None,
+    labels: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="names of the labels, where the adapter does not say them")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(metavar="INTEGER", min=1, help="texts are cut after this many tokens (as in training)")
+    ] = None,
     batch_size: Annotated[
         int, typer.Option(metavar="INTEGER", min=1, help="texts a step; each goes through every adapter")
     ] = 8,
+    precision: Annotated[
+        str | None, typer.Option(metavar="|".join(_PRECISIONS), help="arithmetic (as in training)")
+    ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|mps", help="where the model runs")] = "auto",
 ) -> None:
     """Label texts with trained adapters.
 
-    One line a row: the text, its label and the probability of each label. Several adapters of one base model, of any
-    methods, go through it together; each has columns of its own, label_NAME and p_NAME_LABEL. NAME is the adapter's
-    directory; of two directories with one name, it begins with the nearest folder that tells them apart (a-lora and
-    b-lora for a/adapters/lora and b/adapters/lora), or ends with a number.
+    Each row keeps its columns, and gets its label (predicted) and the probability of each label (p_LABEL). Several
+    adapters of one base model, of any methods, go through it together; each has columns of its own, predicted_NAME and
+    p_NAME_LABEL. NAME is the adapter's directory; of two directories with one name, it begins with the nearest folder
+    that tells them apart (a-lora and b-lora for a/adapters/lora and b/adapters/lora), or ends with a number. A row
+    without text gets no label.
     """
     # The option takes one word; the others fall to the argument.
     paths = [*(named or []), *(adapters or [])]
     check_paths(paths)
-    _check_out(out, data)
-    if device not in ("auto", "cpu", "cuda", "mps"):
-        raise TanzakuError(f"--device is {device!r}, expected auto, cpu, cuda or mps")
+    kind = _format(out, kind, as_json)
+    _check_out(out, data, overwrite, resume)
+    for flag, value, known in (
+        ("--device", device, ("auto", "cpu", "cuda", "mps")),
+        ("--precision", precision, _PRECISIONS),
+    ):
+        if value is not None and value not in known:
+            raise TanzakuError(f"{flag} is {value!r}{nearest(value, known)}, expected {listed(known)}")
     from tanzaku.cli.machine import device_named, quieten
-    from tanzaku.models import load_classifier, load_tokenizer
-    from tanzaku.tasks.data import read_table
-    from tanzaku.tasks.inference import probabilities
+    from tanzaku.cli.output import Partial
+    from tanzaku.models import load_tokenizer
+    from tanzaku.tasks.stream import open_rows
 
     quieten()
-    given = [_Adapter(name, path, _meta(path)) for name, path in zip(names_of(paths), paths, strict=True)]
-    _check_fit(given, model, text, text_pair)
-    place = device_named(device)
+    asked = {"model": model, "labels": _names(labels), "text": text, "text_pair": text_pair, "max_length": max_length}
+    given = [_adapter(name, path, asked, precision) for name, path in zip(names_of(paths), paths, strict=True)]
+    _check_fit(given, asked)
     meta = given[0].meta
-    labels: list[str] = meta["labels"]
-    names = [adapter.name for adapter in given]
-    suffix = ".tsv" if out is None else out.suffix
-    head = _head(names, labels, suffix)
-    base = model or meta["model"]
-    columns = text or meta["text"], text_pair or meta["text_pair"]
-    table = read_table(data)
+    place = device_named(device)
+    rows = open_rows(data)
+    columns = [column for column in (meta["text"], meta["text_pair"]) if column is not None]
     for column in columns:
-        if column is not None:
-            table.column(column)
-    tokenizer = load_tokenizer(base, on_progress=note)
-    splits = _encoded(given, table, tokenizer, *columns)
-    classifier = load_classifier(base, len(labels), id2label=dict(enumerate(labels)))
-    _load(classifier, given)
-    classifier.to(place)
-    rows = probabilities(classifier, splits, int(tokenizer.pad_token_id), batch_size)
-    texts = splits[names[0]].texts
-    lines = _lines(texts, labels, rows, head)
+        rows.check_column(column)
+    added = _added([adapter.name for adapter in given], meta["labels"], kind, prefix)
+    _check_names(rows, added)
+    digest = _check_texts(rows, columns)
+    form = _form(kind, rows, added, out)
+    tokenizer = load_tokenizer(meta["model"], on_progress=note)
+    run = _Run(given, rows, columns, tokenizer, batch_size, place)
+    say = _Progress(len(rows), quiet=out is None and sys.stderr.isatty())
+
+    def label(start: int, counts: Counter[str]) -> Iterator[tuple[int, list[Row]]]:
+        """Rows as they are written, and how many are done."""
+        done = start
+        for chunk, found in run.label(start, counts):
+            done += len(chunk)
+            yield done, _written(chunk, found, given, kind, prefix)
+            say(done, len(chunk))
+
+    counts: Counter[str] = Counter()
     if out is None:
-        for line in lines:
-            sys.stdout.write(line)
-        sys.stdout.flush()
-        return
-    with written_beside(out) as beside, beside.open("w", encoding="utf-8", newline="") as file:
-        file.writelines(lines)
-    note(f"{len(texts)} rows written to {out}")
+        _print(form, label(0, counts), len(rows))
+    else:
+        about = {
+            "data": digest,
+            "adapter": _digest(given),
+            "format": kind,
+            "set of flags": repr((meta["model"], meta["labels"], columns, batch_size, place, prefix)),
+            "precision": repr([adapter.precision for adapter in given]),
+            "max length": repr([adapter.meta["max_length"] for adapter in given]),
+        }
+        partial = Partial(out, form, about, resume)
+        try:
+            with partial:
+                counts.update(partial.counts)
+                if partial.rows:
+                    note(f"going on after row {partial.rows} of {len(rows)}")
+                for done, chunk in label(partial.rows, counts):
+                    counts["rows"] = done
+                    partial.add(chunk, counts)
+                partial.finish()
+        except KeyboardInterrupt:
+            kept = f"{partial.rows} of {len(rows)} rows are kept; go on with the same command and --resume"
+            raise Interrupted(f"interrupted; {kept if partial.rows else 'run the same command again'}") from None
+    run.report(counts)
+    if out is not None:
+        note(f"{len(rows)} rows written to {out}")
 
 
 # -- which adapters
 
 
-def _meta(path: Path) -> dict[str, Any]:
-    from tanzaku.store import META, read_meta
+def _names(labels: str | None) -> list[str] | None:
+    if labels is None:
+        return None
+    names = [name.strip() for name in labels.split(",")]
+    if len(names) < 2 or "" in names or len({*names}) < len(names):
+        raise TanzakuError(f"--labels is {labels!r}, expected two names or more, as in --labels mild,harsh, each once")
+    return names
+
+
+def _adapter(name: str, path: Path, asked: dict[str, Any], precision: str | None) -> _Adapter:
+    """What is known of an adapter; a flag overrules what it says."""
+    from tanzaku.store import META, adapter_dir, read_about
 
     inside = sorted(str(each.parent) for each in path.glob(f"adapters/*/{META}"))
     if inside and not (path / META).exists():
         raise TanzakuError(f"{path} holds a run and is no adapter; its adapters are {listed(inside)}")
-    meta = read_meta(path)
-    wanted = {"labels": list, "model": str, "text": str, "max_length": int}
-    for key, kind in wanted.items():
-        if not isinstance(meta.get(key), kind):
+    about = read_about(adapter_dir(path))
+    meta = _meta(path, asked) if about is not None else _foreign(name, path, asked)
+    if asked["labels"] is not None and len(asked["labels"]) != len(meta["labels"]):
+        raise TanzakuError(
+            f"--labels names {len(asked['labels'])} labels, and {path} has {len(meta['labels'])}: "
+            f"{listed(meta['labels'])}"
+        )
+    meta |= {key: value for key, value in asked.items() if value is not None}
+    return _Adapter(name, path, meta, precision or meta.get("precision") or "fp32")
+
+
+def _meta(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """What Tanzaku has written beside an adapter."""
+    from tanzaku.store import META, read_meta
+
+    meta = {"text_pair": None, "precision": "fp32", **read_meta(path)}
+    whose = f"{path / META}: meta."
+    for key in ("labels", "model", "text", "max_length"):
+        if meta.get(key) is None and asked[key] is None:
             raise TanzakuError(
                 f"{path} does not say its {key}; expected an adapter that tanzaku train or compare has written"
             )
-    return {"text_pair": None, **meta}
+    names = meta["labels"]
+    if not isinstance(names, list) or not all(isinstance(each, str) for each in names) or len(names) < 2:
+        raise TanzakuError(f"{whose}labels is {_short(names)}, expected two names or more")
+    if twice := [each for each, times in Counter(names).items() if times > 1]:
+        raise TanzakuError(f"{whose}labels has {twice[0]!r} twice, expected each label once")
+    for key in ("model", "text", "text_pair"):
+        if asked[key] is None and not (isinstance(meta[key], str) or (key == "text_pair" and meta[key] is None)):
+            raise TanzakuError(f"{whose}{key} is {_short(meta[key])}, expected a name; give --{key.replace('_', '-')}")
+    length = meta["max_length"]
+    if asked["max_length"] is None and (type(length) is not int or not 0 < length <= _LONGEST):
+        raise TanzakuError(f"{whose}max_length is {_short(length)}, expected 1 to {_LONGEST}; give --max-length")
+    if meta["precision"] not in _PRECISIONS:
+        raise TanzakuError(f"{whose}precision is {_short(meta['precision'])}, expected {listed(_PRECISIONS)}")
+    return meta
 
 
-def _check_fit(adapters: Sequence[_Adapter], model: str | None, text: str | None, text_pair: str | None) -> None:
+_LONGEST = 2**24  # tokens of a text, more than any model reads
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _foreign(name: str, path: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """What HF PEFT's files and the base say of an adapter."""
+    from tanzaku.cli.adapters import read_adapter
+    from tanzaku.models import read_config, read_tokenizer
+    from tanzaku.store import read_config as adapter_config
+
+    found = read_adapter(name, path)
+    task = adapter_config(found.path).get("task_type")
+    if task != "SEQ_CLS":
+        raise TanzakuError(
+            f"{path} is an adapter for {'no task' if task is None else repr(task)}, which gives texts no labels; "
+            "expected task_type 'SEQ_CLS'"
+        )
+    base = asked["model"] or found.base
+    if base is None:
+        raise TanzakuError(f"{path} does not name its base model; say with --model where it is")
+    config = read_config(base, on_progress=note)
+    own = [str(label) for _, label in sorted((config.id2label or {}).items())]
+    width = found.num_labels or len(asked["labels"] or own)
+    names = asked["labels"] or own
+    if len(names) != width:
+        found_names = f"--labels names {len(names)}" if asked["labels"] else f"its base {base!r} names {len(names)}"
+        raise TanzakuError(f"{path} tells {width} labels apart, and {found_names}; give --labels with {width} names")
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limits = [read_tokenizer(base, on_progress=note).model_max_length, positions or _LONGEST, _LONGEST]
+    length = asked["max_length"] or min(limits)
+    return {"labels": names, "model": base, "text": "text", "text_pair": None, "max_length": int(length)}
+
+
+def _check_fit(adapters: Sequence[_Adapter], asked: dict[str, Any]) -> None:
     """Adapters in one pass have one base, one list of labels and the same columns; a flag overrules what they say."""
     one_by_one = "predict with them one by one"
     rules = [
-        ("model", model, "base models", f"{one_by_one}, or say with --model where the one base of both is"),
-        ("labels", None, "labels", one_by_one),
-        ("text", text, "text columns", "say with --text which to read"),
-        ("text_pair", text_pair, "columns of a second text", f"{one_by_one}, or say with --text-pair which to read"),
+        ("model", "base models", f"{one_by_one}, or say with --model where the one base of both is"),
+        ("labels", "labels", one_by_one),
+        ("text", "text columns", "say with --text which to read"),
+        ("text_pair", "columns of a second text", f"{one_by_one}, or say with --text-pair which to read"),
     ]
     expected, *others = adapters
     for adapter in others:
-        for key, flag, what, fix in rules:
+        for key, what, fix in rules:
             mine, theirs = expected.meta[key], adapter.meta[key]
-            if flag is None and mine != theirs:
+            if mine != theirs:
                 found = f"{expected.path} has {_shown(mine)}, {adapter.path} has {_shown(theirs)}"
                 if key == "labels":
-                    odd = sorted({*map(str, mine)} ^ {*map(str, theirs)})
+                    odd = sorted({*mine} ^ {*theirs})
                     found += f"; they differ in {listed(odd)}" if odd else "; their order differs"
                 raise TanzakuError(f"adapters with different {what}: {found}; {fix}")
 
 
 def _shown(value: Any) -> str:
-    return listed(map(str, value)) if isinstance(value, list) else "none" if value is None else repr(value)
+    return listed(value) if isinstance(value, list) else "none" if value is None else repr(value)
+
+
+def _load(model: PreTrainedModel, adapters: Sequence[_Adapter]) -> None:
+    """Attach the adapters to the model, and say what is not as one might expect."""
+    from tanzaku.heads import left_random
+    from tanzaku.store import load
+    from tanzaku.weights import copied_in
+
+    for adapter in adapters:
+        loaded = load(model, adapter.path, adapter.name)
+        if drawn := left_random(model, copied_in(loaded.at())):
+            raise TanzakuError(
+                f"neither {adapter.path} nor its base has {listed(drawn, 3)}, which would stay random; expected the "
+                "model that the adapter was trained on (--model)"
+            )
+        if len(adapters) > 1 and adapter.name != adapter.path.name:
+            note(f"{adapter.name} is {adapter.path}")
+        if len(adapters) > 1 and not loaded.method.shares_batch:
+            note(f"{adapter.name} ({loaded.method.name}) changes every weight: it takes a pass of its own")
+
+
+def _digest(adapters: Sequence[_Adapter]) -> str:
+    from tanzaku.store import checksum
+
+    return " ".join(f"{adapter.name} {checksum(adapter.path)}" for adapter in adapters)
 
 
 # -- what goes in
 
 
-def _encoded(
-    adapters: Sequence[_Adapter],
-    table: Table,
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    text_pair: str | None,
-) -> dict[str, Split]:
-    """By adapter, the rows cut at its own length."""
-    from tanzaku.tasks.classification import encode_split
-
-    lengths = list(dict.fromkeys(adapter.meta["max_length"] for adapter in adapters))
-    splits = {length: encode_split(table, "data", tokenizer, text, text_pair, None, None, length) for length in lengths}
-    for length, split in splits.items():
-        if split.truncated:
-            names = [adapter.name for adapter in adapters if adapter.meta["max_length"] == length]
-            whose = f" for {listed(names)}" if len(lengths) > 1 else ""
-            note(f"{split.truncated} of {len(split)} texts were cut at {length} tokens{whose}")
-    return {adapter.name: splits[adapter.meta["max_length"]] for adapter in adapters}
+def _check_texts(rows: Rows, columns: Sequence[str]) -> str:
+    """A checksum of all rows; an error where a text is none."""
+    digest = hashlib.sha256()
+    for number, row in enumerate(rows, 1):
+        digest.update(repr(row).encode("utf-8", "backslashreplace"))
+        for column in columns:
+            value, where = row[column], f"{rows.source} row {number}: column {column!r}"
+            if not isinstance(value, str) and not _blank(value):
+                raise TanzakuError(f"{where} is {str(value)[:40]} ({type(value).__name__}), expected text")
+            if isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+                raise TanzakuError(f"{where} has half of a surrogate pair, no character; repair the text")
+    return digest.hexdigest()
 
 
-def _load(model: PreTrainedModel, adapters: Sequence[_Adapter]) -> None:
-    """Hang the adapters on the model, and say what is not as one might expect."""
-    from tanzaku.store import load
+def _blank(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())  # only NaN differs so
 
-    for adapter in adapters:
-        method = load(model, adapter.path, adapter.name).method
-        if len(adapters) > 1 and adapter.name != adapter.path.name:
-            note(f"{adapter.name} is {adapter.path}")
-        if len(adapters) > 1 and not method.shares_batch:
-            note(f"{adapter.name} ({method.name}) changes every weight: it takes a pass of its own")
+
+class _Run:
+    """Labels rows, some hundred at a time; what is read, encoded and computed goes again."""
+
+    def __init__(
+        self,
+        adapters: Sequence[_Adapter],
+        rows: Rows,
+        columns: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        device: str,
+    ):
+        self.adapters, self.rows, self.columns = adapters, rows, columns
+        self.tokenizer, self.batch_size, self.device = tokenizer, batch_size, device
+        self.lengths = list(dict.fromkeys(adapter.meta["max_length"] for adapter in adapters))
+
+    def label(
+        self, start: int, counts: Counter[str]
+    ) -> Iterator[tuple[list[Row], list[dict[str, list[float]] | None]]]:
+        """Chunks of rows from number `start`, and for each row the probabilities by adapter; None without a text.
+
+        Args:
+            counts: of rows without text, and of texts that were cut by the length they were cut at, go here.
+        """
+        from tanzaku.tasks.inference import window_of
+
+        model = None
+        for chunk in self.rows.chunks(window_of(self.batch_size), start):
+            there, splits = self._encoded(chunk, counts)
+            found: list[dict[str, list[float]] | None] = [None] * len(chunk)
+            if there:
+                model = self._model() if model is None else model  # the first rows are encoded: they can be used
+                for at, row in zip(there, self._probabilities(model, splits, start, there), strict=True):
+                    found[at] = row
+            yield chunk, found
+            start += len(chunk)
+
+    def report(self, counts: Counter[str]) -> None:
+        """Say what happened to rows on the way."""
+        for length in self.lengths:
+            if cut := counts[f"cut at {length}"]:
+                names = [adapter.name for adapter in self.adapters if adapter.meta["max_length"] == length]
+                whose = f" for {listed(names)}" if len(self.lengths) > 1 else ""
+                note(f"{cut} of {len(self.rows)} texts were cut at {length} tokens{whose}")
+        if blank := counts["blank"]:
+            note(f"{blank} of {len(self.rows)} rows have no text, so they have no label")
+
+    def _encoded(self, chunk: list[Row], counts: Counter[str]) -> tuple[list[int], dict[int, Split]]:
+        """Which rows have a text, and by length they are cut at, these rows as tokens."""
+        from tanzaku.tasks.classification import encode_split
+        from tanzaku.tasks.data import Table
+
+        there = [at for at, row in enumerate(chunk) if not any(_blank(row[column]) for column in self.columns)]
+        for column in self.columns:
+            texts = [chunk[at][column] for at in there]
+            tokens = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+            there = [at for at, ids in zip(there, tokens, strict=True) if ids]
+        counts["blank"] += len(chunk) - len(there)
+        if not there:
+            return [], {}
+        table = Table({column: [chunk[at][column] for at in there] for column in self.columns}, self.rows.source)
+        text, pair = (*self.columns, None)[:2]
+        splits = {}
+        for length in self.lengths:
+            splits[length] = encode_split(table, "data", self.tokenizer, str(text), pair, None, None, length)
+            counts[f"cut at {length}"] += splits[length].truncated
+        return there, splits
+
+    def _model(self) -> PreTrainedModel:
+        import torch
+
+        from tanzaku.models import load_classifier
+
+        meta = self.adapters[0].meta
+        half = all(adapter.precision == "bf16" for adapter in self.adapters)  # as in training
+        kind = torch.bfloat16 if half else torch.float32
+        names = dict(enumerate(map(printable, meta["labels"])))
+        model = load_classifier(meta["model"], len(names), id2label=names, dtype=kind)
+        _load(model, self.adapters)
+        model.to(self.device)
+        return model
+
+    def _probabilities(
+        self, model: PreTrainedModel, splits: dict[int, Split], start: int, there: Sequence[int]
+    ) -> list[dict[str, list[float]]]:
+        from tanzaku.tasks.inference import NotFinite, probabilities
+        from tanzaku.train.step import autocast
+
+        rows: list[dict[str, list[float]]] = [{} for _ in there]
+        for precision in dict.fromkeys(adapter.precision for adapter in self.adapters):
+            group = [adapter for adapter in self.adapters if adapter.precision == precision]
+            texts = {adapter.name: splits[adapter.meta["max_length"]] for adapter in group}
+            try:
+                with autocast(model.device, precision):
+                    found = list(probabilities(model, texts, int(self.tokenizer.pad_token_id), self.batch_size))
+            except NotFinite as error:
+                path = next(adapter.path for adapter in group if adapter.name == error.name)
+                fix = "" if precision == "fp32" else ", or --precision fp32"
+                raise TanzakuError(
+                    f"{path} gives {self.rows.source} row {start + there[error.row] + 1} the logits {error.found}, "
+                    f"expected finite numbers; the adapter's weights are too large: train it anew{fix}"
+                ) from None
+            for row, each in zip(rows, found, strict=True):
+                row.update(each)
+        return [{adapter.name: row[adapter.name] for adapter in self.adapters} for row in rows]
 
 
 # -- what comes out
 
 
-def _check_out(out: Path | None, data: str) -> None:
+def _format(out: Path | None, kind: str | None, as_json: bool) -> str:
+    if as_json and kind not in (None, "jsonl"):
+        raise TanzakuError(f"--json is --format jsonl, and --format is {kind!r}; give one of the two")
+    kind = "jsonl" if as_json else kind
+    if kind is not None and kind not in _FORMATS:
+        raise TanzakuError(f"--format is {kind!r}{nearest(kind, _FORMATS)}, expected {listed(_FORMATS)}")
     if out is None:
+        if kind == "parquet":
+            raise TanzakuError("--format parquet needs --out: a table of Parquet is written as a whole file")
+        return kind or "tsv"
+    suffixes = [f".{each}" for each in _FORMATS]
+    if kind is None and out.suffix.lower() not in suffixes:
+        near = nearest(out.suffix, suffixes)
+        raise TanzakuError(
+            f"--out {out} ends with {out.suffix or 'no suffix'}{near}; expected {listed(suffixes)}, or --format"
+        )
+    return kind or out.suffix.lower().removeprefix(".")
+
+
+def _check_out(out: Path | None, data: str, overwrite: bool, resume: bool) -> None:
+    if out is None:
+        for flag, given in (("--overwrite", overwrite), ("--resume", resume)):
+            if given:
+                raise TanzakuError(f"{flag} needs --out, the file to write")
+        if sys.stdout is None:
+            raise TanzakuError("standard output is closed; give --out, the file to write")
         return
-    if out.suffix not in _SUFFIXES:
-        near = nearest(out.suffix, _SUFFIXES)
-        raise TanzakuError(f"--out {out} ends with {out.suffix or 'no suffix'}{near}; expected .tsv or .jsonl")
     if out.is_dir() or not out.parent.is_dir():
         raise TanzakuError(f"--out {out}: expected a file in a directory that exists")
     if out.exists() and Path(data).exists() and out.samefile(data):
         raise TanzakuError(f"--out {out} is the file that --data reads; choose another")
+    if out.exists() and not out.is_file():
+        raise TanzakuError(f"--out {out} is no regular file; leave --out out to write to standard output")
+    if (out.exists() or out.is_symlink()) and not overwrite:
+        done = ", whole, so there is nothing to resume" if resume else ""
+        raise TanzakuError(f"--out {out} is there already{done}; choose another, or give --overwrite")
 
 
-def _head(names: Sequence[str], labels: Sequence[str], suffix: str) -> list[str] | None:
-    """The names of the columns of a TSV; None for JSON lines."""
-    if suffix != ".tsv":
-        return None
-    head = ["text"]
+def _added(names: Sequence[str], labels: Sequence[str], kind: str, prefix: str) -> dict[str, str]:
+    """The new columns, and whether each is text or a number."""
+    if kind == "jsonl":
+        last = "probabilities" if len(names) == 1 else None
+        return {f"{prefix}predicted": "text", f"{prefix}{last}": "number"} if last else {f"{prefix}adapters": "text"}
+    added: list[tuple[str, str]] = []
     for name in names:
         whose = "" if len(names) == 1 else f"_{name}"
-        head += [f"label{whose}", *(f"p{whose}_{label}" for label in labels)]
-    twice = [column for column, times in Counter(head).items() if times > 1]
-    if twice:
-        raise TanzakuError(f"two columns would be {twice[0]!r}; rename an adapter's directory, or use --out X.jsonl")
-    return head
+        added.append((f"{prefix}predicted{whose}", "text"))
+        added += [(f"{prefix}p{whose}_{label}", "number") for label in labels]
+    for column, times in Counter(name for name, _ in added).items():
+        if times > 1:
+            raise TanzakuError(f"two columns would be {column!r}; rename an adapter's directory, or use --out X.jsonl")
+    return dict(added)
 
 
-def _lines(
-    texts: Sequence[str],
-    labels: Sequence[str],
-    rows: Iterator[dict[str, list[float]]],
-    head: Sequence[str] | None,
-) -> Iterator[str]:
-    """A header and a line a row in TSV, or, without a header, an object a row in JSON lines."""
+def _check_names(rows: Rows, added: dict[str, str]) -> None:
+    for name in rows.names:
+        if name in added:
+            raise TanzakuError(
+                f"{rows.source} has a column {name!r}, and a new one would be named so; rename it, or begin the names "
+                "of new columns otherwise, as in --prefix new_"
+            )
 
-    def tsv(cells: Sequence[str]) -> str:
-        line = io.StringIO()
-        csv.writer(line, delimiter="\t", lineterminator="\n").writerow(cells)
-        return line.getvalue()
 
-    if head is not None:
-        yield tsv(head)
-    for text, row in zip(texts, rows, strict=True):
-        best = {name: labels[of_one.index(max(of_one))] for name, of_one in row.items()}
-        if head is not None:
-            cells = [[best[name], *(f"{p:.6f}" for p in of_one)] for name, of_one in row.items()]
-            yield tsv([text, *(cell for each in cells for cell in each)])
-            continue
-        found: dict[str, Any] = {
-            name: {
-                "label": best[name],
-                "probabilities": {label: round(p, 6) for label, p in zip(labels, of_one, strict=True)},
-            }
-            for name, of_one in row.items()
-        }
-        one = next(iter(found.values()))
-        yield json.dumps({"text": text, **(one if len(found) == 1 else {"adapters": found})}, ensure_ascii=False) + "\n"
+def _form(kind: str, rows: Rows, added: dict[str, str], out: Path | None) -> Lines | Parquet:
+    from tanzaku.cli.output import Lines, Parquet, schema_of
+
+    if kind == "parquet":
+        return Parquet(schema_of(rows, added))
+    on_terminal = out is None and sys.stdout.isatty()
+    return Lines(kind, [*rows.names, *added], printable if on_terminal else str)
+
+
+def _written(
+    chunk: Sequence[Row],
+    found: Sequence[dict[str, list[float]] | None],
+    adapters: Sequence[_Adapter],
+    kind: str,
+    prefix: str,
+) -> list[Row]:
+    """The rows with what was found."""
+    labels: list[str] = adapters[0].meta["labels"]
+    out = []
+    for row, of_row in zip(chunk, found, strict=True):
+        new: Row = {}
+        for adapter in adapters:
+            numbers: list[float] | None = None if of_row is None else [round(p, 6) for p in of_row[adapter.name]]
+            best = None if of_row is None else labels[of_row[adapter.name].index(max(of_row[adapter.name]))]
+            if kind == "jsonl":
+                share = None if numbers is None else dict(zip(labels, numbers, strict=True))
+                new[adapter.name] = {"predicted": best, "probabilities": share}
+                continue
+            whose = "" if len(adapters) == 1 else f"_{adapter.name}"
+            lines = kind in ("tsv", "csv")
+            new[f"{prefix}predicted{whose}"] = printable(best) if lines and best is not None else best
+            for at, label in enumerate(labels):
+                number = None if numbers is None else numbers[at]
+                new[f"{prefix}p{whose}_{label}"] = f"{number:.6f}" if lines and number is not None else number
+        if kind == "jsonl":
+            new = {"adapters": new} if len(adapters) > 1 else new[adapters[0].name]
+            new = {f"{prefix}{key}": value for key, value in new.items()}
+        out.append({**row, **new})
+    return out
+
+
+def _print(form: Lines | Parquet, chunks: Iterator[tuple[int, list[Row]]], rows: int) -> None:
+    done, begun = 0, False
+    binary = getattr(sys.stdout, "buffer", None)
+
+    def write(data: bytes) -> None:
+        if binary is not None and not sys.stdout.isatty():
+            binary.write(data)  # in UTF-8, whatever the terminal speaks: it is a file's content
+        else:
+            sys.stdout.write(data.decode("utf-8"))
+        sys.stdout.flush()
+
+    try:
+        for done, chunk in chunks:  # noqa: B007
+            # The header waits for the first rows: an error before leaves nothing.
+            write((b"" if begun else form.head()) + form.rows(chunk))
+            begun = True
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted after {done} of {rows} rows; with --out, --resume could go on there") from None
+
+
+class _Progress:
+    """How far it is, on standard error: one line that changes on a terminal, else a new line each ten seconds."""
+
+    def __init__(self, rows: int, quiet: bool):
+        self.rows, self.quiet = rows, quiet
+        self.terminal = sys.stderr is not None and sys.stderr.isatty()
+        self.every = 0.2 if self.terminal else 10.0  # seconds
+        self.began = self.told = time.monotonic()
+        self.start: int | None = None  # where this sitting began
+
+    def __call__(self, done: int, chunk: int) -> None:
+        now = time.monotonic()
+        self.start = done - chunk if self.start is None else self.start
+        last = done == self.rows
+        if self.quiet or (now - self.told < self.every and not (last and self.terminal)):
+            return
+        self.told = now
+        pace = (done - self.start) / max(now - self.began, 1e-9)
+        line = f"{done:,} of {self.rows:,} rows, {pace:,.0f} rows/s"
+        if self.terminal:
+            print(f"\r\x1b[K{line}", end="\n" if last else "", file=sys.stderr, flush=True)
+        else:
+            note(line)

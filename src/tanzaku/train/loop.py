@@ -520,7 +520,8 @@ class Pool:
             where = Path("adapters") / lane.job.name
             rows = {split.name: len(split) for split in lane.data.splits()}
             record = training_record(lane.result, rows, self.meta.get("files", {}))
-            store.save(self.model, lane.job.name, self.out / where, meta=self.meta, training=record)
+            meta = {**self.meta, "precision": lane.job.settings.precision}
+            store.save(self.model, lane.job.name, self.out / where, meta=meta, training=record)
             lane.result.adapter = where.as_posix()
         self._end(lane, "done")
 
