@@ -21,6 +21,13 @@ class TanzakuError(ValueError):
         return printable(text)
 
 
+class TooLarge(TanzakuError):
+    """A tensor that settings ask for, which no machine would hold."""
+
+    def __init__(self, size: Iterable[int]):
+        super().__init__(f"its settings ask for a tensor of {' x '.join(map(str, size))} numbers: too large")
+
+
 _LONG = 1000
 
 # What moves a terminal's cursor or ends a line, and what no encoding has.

@@ -214,9 +214,11 @@ def _changes(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None) -> I
             kind = parameter.dtype if plain(parameter) else cast(torch.dtype, dtype)
             most = max(map(abs, torch.stack(torch.aminmax(value)).tolist())) if value.numel() else 0.0
             if not most <= torch.finfo(kind).max:
+                wide = torch.finfo(kind).max > 1e38
+                fix = "its numbers are too large: train it anew" if wide else "load the base in float32 or bfloat16"
                 raise TanzakuError(
                     f"{adapter.method.name}: {full} would hold {most:.3g}, expected at most "
-                    f"{torch.finfo(kind).max:.3g} in {kind}; load the base in float32 or bfloat16"
+                    f"{torch.finfo(kind).max:.3g} in {kind}; {fix}"
                 )
             # A strip's own weights stay its own, and may be trained on.
             yield full, value.detach().clone() if whole else value.detach()

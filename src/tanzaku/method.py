@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from tanzaku import tree
 from tanzaku.context import Local
-from tanzaku.errors import TanzakuError, nearest
+from tanzaku.errors import TanzakuError, TooLarge, nearest
 from tanzaku.heads import Part, heads_of, named_heads
 from tanzaku.space import Choice, Range, Spaces, spaces
 
@@ -302,6 +302,17 @@ class Method:
                 finite = not isinstance(number, float) or math.isfinite(number)
                 self.require(finite, f"{key}={value}", "a finite number")
 
+    def largest(self) -> str:
+        """The largest setting, as `r=8`: what to name where there is no memory."""
+        flat = {
+            f"{key}.{part}" if part else key: number
+            for key, value in self.settings().items()
+            for part, number in (value.items() if isinstance(value, dict) else [("", value)])
+        }
+        numbers = {key: value for key, value in flat.items() if type(value) is int}
+        key = max(numbers, key=lambda each: numbers[each], default="")
+        return f"{key}={numbers[key]}" if key else self.name
+
     def require(self, ok: bool, found: str, expected: str) -> None:
         """Raise a clear error unless `ok`."""
         if not ok:
@@ -324,9 +335,14 @@ def home(like: Tensor) -> torch.device:
     return like.device if there is None or not like.is_meta else there
 
 
+_LARGEST = 2**48  # numbers in a tensor, beyond which torch's own errors speak of overflow
+
+
 def trainable(*size: int, like: Tensor, fill: Callable[[Tensor], Any] | None = None) -> nn.Parameter:
     """A new parameter on `like`'s device; fp32 also on a base of half precision, which trains badly, as in PEFT."""
     dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
+    if not all(n < _LARGEST for n in size) or math.prod(size) >= _LARGEST:
+        raise TooLarge(size)
     tensor = torch.zeros(*size, device=home(like), dtype=dtype)
     if fill is not None and tensor.device.type != "meta":
         fill(tensor)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tanzaku import tree
-from tanzaku.errors import TanzakuError, listed
+from tanzaku.errors import TanzakuError, TooLarge, listed
 from tanzaku.export.card import CARD, card, digest_of, kept
 from tanzaku.families import Base
 from tanzaku.files import apart, directory_beside, recover, to_disk
@@ -33,10 +33,11 @@ from tanzaku.merging import before_merging
 from tanzaku.method import Copy, Method, Strip
 from tanzaku.methods import METHODS
 from tanzaku.survey import may_not_run, survey
-from tanzaku.untrusted import Allowance, from_file
+from tanzaku.untrusted import Allowance, from_file, is_there
 from tanzaku.weights import BiasStrip, WeightStrip, copied_in, copy_of
 
 CONFIG, TENSORS, META = "adapter_config.json", "adapter_model.safetensors", "tanzaku.json"
+FORMAT = 2  # of tanzaku.json
 
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -81,7 +82,7 @@ def save(
             checksum = aside.submit(_sha256, beside / TENSORS)
             aside.submit(to_disk, beside / TENSORS)  # so that little is left to wait for at the end
             about = {
-                "format": 2,
+                "format": FORMAT,
                 "base": describe(host.base, adapter),
                 "copies": _recorded(adapter),
                 "meta": meta or {},
@@ -140,6 +141,7 @@ def adapter_dir(folder: Path) -> Path:
 def _load(model: nn.Module, folder: Path, name: str, strict: bool, method: Method | None, any_base: bool) -> Adapter:
     config = read_config(folder)
     about = read_about(folder)
+    _check_tensors(folder)
     with ThreadPoolExecutor(1) as aside:  # a checksum takes as long as all the rest, and needs no lock
         checksum = None if about is None else aside.submit(_sha256, folder / TENSORS)
         tensors = read_tensors(folder)
@@ -159,8 +161,11 @@ def _load(model: nn.Module, folder: Path, name: str, strict: bool, method: Metho
     method._to_fill = True
     # Initial values are drawn by a seed, so that loading leaves torch's global generator alone.
     numbers = [*tensors.values(), *tree.parameters(model)]
-    with Allowance(sum(tensor.numel() for tensor in numbers)):
-        adapter = attach(model, method, name, seed=0)
+    try:
+        with Allowance(sum(tensor.numel() for tensor in numbers)):
+            adapter = attach(model, method, name, seed=0)
+    except TooLarge as error:
+        raise TanzakuError(f"{folder / CONFIG}: {method.largest()}: {error}") from None
     adapter.method._to_fill = False
     try:
         _own_embeddings(model, adapter, tensors)
@@ -651,7 +656,7 @@ def _differing(pairs: dict[str, tuple[list[float], list[float]]]) -> list[str]:
 def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise TanzakuError(f"{folder} is no directory; expected an adapter's, with {CONFIG} and {TENSORS}")
-    if not (folder / CONFIG).is_file():
+    if not is_there(folder / CONFIG):
         found = sorted(path.name for path in folder.iterdir())
         base = "config.json" in found and any(name.startswith("model") for name in found)
         fix = "; it is a model's, and no adapter was active when it was saved" if base else ""
@@ -660,7 +665,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_about(folder: Path) -> dict[str, Any] | None:
-    return _read_object(folder / META) if (folder / META).is_file() else None
+    if not is_there(folder / META):
+        return None
+    about = _read_object(folder / META)
+    version = about.get("format", FORMAT)
+    if type(version) is not int or not 0 < version <= FORMAT:
+        newer = "; a newer tanzaku has written it: upgrade" if type(version) is int and version > FORMAT else ""
+        raise TanzakuError(f"{folder / META}: format is {version!r}, and this version reads 1 to {FORMAT}{newer}")
+    return about
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -682,17 +694,22 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = _check_tensors(folder)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, OverflowError) as error:
+        raise TanzakuError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+
+
+def _check_tensors(folder: Path) -> Path:
     path = folder / TENSORS
-    if not path.is_file():
+    if not is_there(path):
         pickled = folder / "adapter_model.bin"
         hint = (
             "; adapter_model.bin is a pickle, which is never read: save it as safetensors" if pickled.exists() else ""
         )
         raise TanzakuError(f"{folder} has no {TENSORS}{hint}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError, OverflowError) as error:
-        raise TanzakuError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+    return path
 
 
 def _sha256(path: Path) -> str:

@@ -102,12 +102,14 @@ def _numbered(name: str, number: int) -> str:
 
 
 def read_adapter(name: str, path: Path) -> Saved:
-    from tanzaku.store import TENSORS, adapter_dir, method_of, read_about, read_config
+    from tanzaku.store import META, TENSORS, adapter_dir, method_of, read_about, read_config
 
     path = adapter_dir(path)
     config, about = read_config(path), read_about(path) or {}
     meta, base = (found if isinstance(found := about.get(key), dict) else {} for key in ("meta", "base"))
     labels = meta.get("labels")
+    if labels is not None:
+        check_labels(labels, path / META)
     task = config.get("task_type")
     kind = base.get("architecture") or AUTO_CLASSES.get(str(task))
     named = meta.get("model") or config.get("base_model_name_or_path")
@@ -117,16 +119,33 @@ def read_adapter(name: str, path: Path) -> Saved:
         method=method_of(config),
         base=named if isinstance(named, str) and named else None,
         kind=kind if isinstance(kind, str) else None,
-        labels=tuple(map(str, labels)) if isinstance(labels, list) else None,
-        num_labels=len(labels) if isinstance(labels, list) else _width(path / TENSORS),
+        labels=None if labels is None else tuple(labels),
+        num_labels=_width(path / TENSORS) if labels is None else len(labels),
     )
+
+
+def check_labels(labels: Any, file: Path) -> None:
+    """An error unless they are two names or more, each once."""
+    if not isinstance(labels, list) or not all(isinstance(each, str) for each in labels) or len(labels) < 2:
+        raise TanzakuError(f"{file}: meta.labels is {short(labels)}, expected two names or more")
+    if twice := [each for each, times in Counter(labels).items() if times > 1]:
+        raise TanzakuError(f"{file}: meta.labels has {twice[0]!r} twice, expected each label once")
+
+
+def short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _width(tensors: Path) -> int | None:
     """How many labels the classifier's head in a file tells apart: the fewest rows of a matrix in it."""
     from safetensors import SafetensorError, safe_open
 
+    from tanzaku.untrusted import is_there
+
     try:
+        if not is_there(tensors):
+            return None
         with safe_open(tensors, framework="pt") as file:
             shapes = [file.get_slice(key).get_shape() for key in file.keys() if _HEADS.search(key)]  # noqa: SIM118
     except (OSError, SafetensorError):

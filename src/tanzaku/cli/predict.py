@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tanzaku.cli.adapters import check_paths, names_of, note
+from tanzaku.cli.adapters import check_labels, check_paths, names_of, note, short
 from tanzaku.cli.run import Interrupted
 from tanzaku.errors import TanzakuError, listed, nearest, printable
 
@@ -197,28 +197,19 @@ def _meta(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
             raise TanzakuError(
                 f"{path} does not say its {key}; expected an adapter that tanzaku train or compare has written"
             )
-    names = meta["labels"]
-    if not isinstance(names, list) or not all(isinstance(each, str) for each in names) or len(names) < 2:
-        raise TanzakuError(f"{whose}labels is {_short(names)}, expected two names or more")
-    if twice := [each for each, times in Counter(names).items() if times > 1]:
-        raise TanzakuError(f"{whose}labels has {twice[0]!r} twice, expected each label once")
+    check_labels(meta["labels"], path / META)
     for key in ("model", "text", "text_pair"):
         if asked[key] is None and not (isinstance(meta[key], str) or (key == "text_pair" and meta[key] is None)):
-            raise TanzakuError(f"{whose}{key} is {_short(meta[key])}, expected a name; give --{key.replace('_', '-')}")
+            raise TanzakuError(f"{whose}{key} is {short(meta[key])}, expected a name; give --{key.replace('_', '-')}")
     length = meta["max_length"]
     if asked["max_length"] is None and (type(length) is not int or not 0 < length <= _LONGEST):
-        raise TanzakuError(f"{whose}max_length is {_short(length)}, expected 1 to {_LONGEST}; give --max-length")
+        raise TanzakuError(f"{whose}max_length is {short(length)}, expected 1 to {_LONGEST}; give --max-length")
     if meta["precision"] not in _PRECISIONS:
-        raise TanzakuError(f"{whose}precision is {_short(meta['precision'])}, expected {listed(_PRECISIONS)}")
+        raise TanzakuError(f"{whose}precision is {short(meta['precision'])}, expected {listed(_PRECISIONS)}")
     return meta
 
 
 _LONGEST = 2**24  # tokens of a text, more than any model reads
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _foreign(name: str, path: Path, asked: dict[str, Any]) -> dict[str, Any]:
