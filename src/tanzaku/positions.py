@@ -63,6 +63,17 @@ def numbering(stack: nn.Module, base: Base) -> Numbering:
     return found
 
 
+def room(base: Base) -> int | None:
+    """Tokens that a row may have, virtual ones included; None where there is no limit, or none is known."""
+    limit, tables = base.max_positions, _embeddings(base.model)
+    relative = getattr(base.config, "relative_attention_num_buckets", None) or getattr(
+        base.config, "relative_attention", False
+    )
+    if limit is None or (relative and not tables):  # only distances count
+        return None
+    return limit - by_structure(base.model).first
+
+
 def parameters(module: Any) -> tuple[str, ...]:
     """Names of what a module's forward pass takes, in order."""
     # A forward pass that was wrapped on the module itself still takes what its class says.

@@ -50,7 +50,7 @@ def complaint(
     if kind == "value_error":  # raised by the schema's own checks, as one line already
         return f"{prefix}{name}: {first['ctx']['error']}"
     expected = _WORDS.get(kind) or first["msg"].removeprefix("Input should ").removeprefix("be ")
-    near = nearest(value, _choices(first)) if isinstance(value, str) and value else ""
+    near = nearest(value, _choices(first)) if isinstance(value, str) and value.strip() else ""
     if section == "train" and isinstance(value, Mapping):
         near = "; a grid or a range stands in a candidate's own train section"
     return f"{prefix}{name} is {_short(value)}, expected {expected}{near}"

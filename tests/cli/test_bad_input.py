@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from cli_kit import Tanzaku, assert_refused, write_tsv
+from transformers import AutoConfig, AutoModel
 
 
 def _write(name: str, content: bytes) -> Callable[[Path], object]:
@@ -109,3 +111,129 @@ def test_a_run_is_not_overwritten_unless_asked(work: Path, tanzaku: Tanzaku) -> 
     (work / "mine" / "adapters").write_text("precious", encoding="utf-8")
     assert_refused(tanzaku("train", "recipe.yaml", "--out", "mine", "--overwrite"), "no run")
     assert (work / "mine" / "adapters").is_file()
+
+
+NUMBERS = {
+    "warmup": (["inf", "nan", "-1"], "--warmup is"),
+    "weight_decay": (["inf", "nan", "-1"], "--weight-decay is"),
+    "learning_rate": (["inf", "nan", "0"], "--learning-rate is"),
+    "max_grad_norm": (["inf", "nan"], "--max-grad-norm is"),
+    "adam_epsilon": (["inf", "nan"], "--adam-epsilon is"),
+    "adam_beta1": (["nan", "1"], "--adam-beta1 is"),
+    "adam_beta2": (["nan", "1"], "--adam-beta2 is"),
+    "seed": (["99999999999999999999", str(-(2**63)), "0.5"], "--seed is"),
+}
+
+
+@pytest.mark.parametrize("verb", ["train", "compare"])
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, (values, _) in NUMBERS.items() for value in values])
+def test_numbers_that_cannot_be(work: Path, tanzaku: Tanzaku, verb: str, key: str, value: str) -> None:
+    says = NUMBERS[key][1]
+    assert_refused(tanzaku(verb, "recipe.yaml", says.split()[0], value), says, "expected")
+    recipe = yaml.safe_load((work / "recipe.yaml").read_text(encoding="utf-8"))
+    number = float(value) if value in ("inf", "nan", "0.5") else int(value)
+    write_recipe(work, train={**recipe["train"], key: number})
+    assert_refused(tanzaku(verb, "recipe.yaml"), f"recipe.yaml: train.{key} is", "expected")
+
+
+@pytest.mark.parametrize("rank", [10**7, 10**9, 10**13, 10**30])
+def test_ranks_that_no_machine_has_room_for(
+    work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    monkeypatch.setattr("tanzaku.train.memory.free", lambda: 10**10)
+    for verb in ("train", "compare"):
+        said = tanzaku(verb, "recipe.yaml", "--set", f"r={rank}", "--out", "run")
+        assert_refused(said, f"candidate 'lora': r={rank}: ")
+        assert "GB" in said.err or "too large" in said.err
+        assert not (work / "run").exists()
+
+
+def test_other_sizes_that_no_machine_has_room_for(work: Path, tanzaku: Tanzaku) -> None:
+    for method, key in (("p_tuning", "encoder_hidden_size"), ("llama_adapter", "adapter_len"), ("adalora", "init_r")):
+        said = tanzaku("train", "recipe.yaml", "--method", method, "--set", f"{key}={10**15}")
+        assert_refused(said, f"candidate '{method}': ", str(10**15))
+
+
+def test_a_text_as_target_is_a_pattern(work: Path, tanzaku: Tanzaku) -> None:
+    said = tanzaku("train", "recipe.yaml", "--set", "target_modules=q_proj")
+    assert_refused(said, "'q_proj' matches no module", "a text is a pattern for a whole path, so write [q_proj]")
+    assert "did you mean" not in said.err
+    assert tanzaku("train", "recipe.yaml", "--set", "target_modules=[q_proj]").code == 0
+
+
+def small(model_dir: Path, path: Path, kind: str, **settings: Any) -> Path:
+    """A model of another kind with the tokenizer of the first."""
+    shutil.copytree(model_dir, path, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 14, "pad_token_id": 0}
+    config = AutoConfig.for_model(kind, **sizes | settings)
+    AutoModel.from_config(config).save_pretrained(path)
+    return path
+
+
+# Kinds of positions, and how many tokens a row may have where the config says 8.
+POSITIONS = {"llama": 8, "bert": 8, "gpt2": 8, "opt": 8, "roberta": 7}
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_rows_longer_than_the_model_reads(work: Path, model_dir: Path, tanzaku: Tanzaku, kind: str) -> None:
+    room = POSITIONS[kind]
+    own = {"intermediate_size": 32, "ffn_dim": 32, "word_embed_proj_dim": 16, "max_position_embeddings": 8}
+    small(model_dir, work / "small", kind, **own)
+    flags = ["train", "recipe.yaml", "--model", "small", "--out", "run", "--overwrite"]
+    write_tsv(work / "valid.tsv", [("sea", "mild"), ("sea " * (room + 1), "harsh")])
+    said = tanzaku(*flags, "--max-length", "99")
+    assert_refused(said, f"valid.tsv row 2 has {room + 1} tokens at max_length 99, and the model {room} positions")
+    assert f"use --max-length {room}" in said.err
+    assert tanzaku(*flags, "--max-length", room).code == 0
+    prompts = ["--method", "prompt_tuning", "--set", "num_virtual_tokens=3"]
+    assert_refused(tanzaku(*flags, *prompts, "--max-length", room), "3 virtual ones", f"--max-length {room - 3}")
+    said = tanzaku("predict", "run/adapters/lora", "--data", "valid.tsv", "--max-length", room + 1)
+    assert_refused(said, f"valid.tsv row 2 has {room + 1} tokens", f"{room} positions")
+
+
+def test_models_that_know_distances_alone_read_on(work: Path, model_dir: Path, tanzaku: Tanzaku) -> None:
+    small(model_dir, work / "small", "t5", d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, n_positions=8)
+    write_tsv(work / "train.tsv", [("sea " * 9, "mild"), ("cold " * 9, "harsh"), ("rain", "mild")])
+    for name in ("valid", "test"):
+        shutil.copy(work / "train.tsv", work / f"{name}.tsv")
+    said = tanzaku("train", "recipe.yaml", "--model", "small", "--max-length", "12")
+    assert "positions" not in said.err
+
+
+def test_a_tokenizer_of_another_model(work: Path, model_dir: Path, tanzaku: Tanzaku) -> None:
+    sizes = {"intermediate_size": 32, "max_position_embeddings": 64}
+    small(model_dir, work / "small", "llama", vocab_size=9, **sizes)
+    said = tanzaku("train", "recipe.yaml", "--model", "small")
+    assert_refused(said, "train.tsv row 1 has token number 12, and the model knows 9 tokens", "tokenizer")
+
+
+def test_trackers(work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
+    assert_refused(tanzaku("train", "recipe.yaml", "--tracker", "wandb"), "'wandb' is not installed: pip install wandb")
+    assert_refused(tanzaku("train", "recipe.yaml", "--tracker", "comet_ml"), "pip install comet-ml")
+    assert_refused(tanzaku("train", "recipe.yaml", "--tracker", "wandbb"), "did you mean 'wandb'", "tensorboard")
+
+
+def test_labels_of_few_rows_in_folds(work: Path, tanzaku: Tanzaku) -> None:
+    write_tsv(work / "train.tsv", [("sea", "mild"), ("rain", "mild"), ("cold sea", "mild"), ("wind", "harsh")])
+    write_recipe(work, data={"train": "train.tsv"})
+    said = tanzaku("compare", "recipe.yaml", "--folds", "2")
+    assert_refused(said, "label 'harsh' has 1 row, too few for 2 folds; add rows of it, or leave it out")
+    write_tsv(work / "train.tsv", [(f"{text} rain", label) for text in ("sea", "rain") for label in ("mild", "harsh")])
+    assert_refused(tanzaku("compare", "recipe.yaml", "--folds", "3", "--out", "other"), "has 2 rows", "use --folds 2 or fewer")
+    assert tanzaku("compare", "recipe.yaml", "--folds", "2", "--epochs", "1", "--seed", 2**40).code == 0
+
+
+def test_default_layers_of_llama_adapter(work: Path, tanzaku: Tanzaku) -> None:
+    assert tanzaku("train", "recipe.yaml", "--method", "llama_adapter", "--out", "run").code == 0
+    config = (work / "run" / "adapters" / "llama_adapter" / "adapter_config.json").read_text(encoding="utf-8")
+    assert json.loads(config)["adapter_layers"] == 2  # the model's
+    said = tanzaku("train", "recipe.yaml", "--method", "llama_adapter", "--set", "adapter_layers=8")
+    assert_refused(said, "adapter_layers=8", "1 to the model's 2")
+
+
+def test_an_empty_name_has_no_neighbour(work: Path, tanzaku: Tanzaku) -> None:
+    for flag in ("--out", "--model", "--train"):
+        said = tanzaku("train", "recipe.yaml", flag, "")
+        assert_refused(said, f"{flag} is '', expected a name")
+        assert "did you mean" not in said.err

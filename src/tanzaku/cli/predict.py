@@ -397,10 +397,16 @@ class _Run:
     def _probabilities(
         self, model: PreTrainedModel, splits: dict[int, Split], start: int, there: Sequence[int]
     ) -> list[dict[str, list[float]]]:
-        from tanzaku.tasks.inference import NotFinite, probabilities
+        from tanzaku.host import host_of
+        from tanzaku.tasks.inference import NotFinite, check_rows, probabilities
         from tanzaku.train.step import autocast
 
         rows: list[dict[str, list[float]]] = [{} for _ in there]
+        host = host_of(model)
+        for adapter in self.adapters:
+            length = adapter.meta["max_length"]
+            numbers = [start + at + 1 for at in there]
+            check_rows(host.base, splits[length], length, host.get(adapter.name).before, numbers)
         for precision in dict.fromkeys(adapter.precision for adapter in self.adapters):
             group = [adapter for adapter in self.adapters if adapter.precision == precision]
             texts = {adapter.name: splits[adapter.meta["max_length"]] for adapter in group}

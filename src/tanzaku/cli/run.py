@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tanzaku.errors import TanzakuError
+from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Sitting:
         labels = data.labels.to_config()["id2label"]
         kind = _dtype([settings for _, _, settings in methods])
         model = load_classifier(recipe.model, len(labels), id2label=labels, dtype=kind, seed=recipe.train.seed)
-        _check_fit(model, methods)
+        _check_fit(model, methods, data, recipe.train.max_length, self.device)
         model.to(self.device)
         display.say(f"model: {recipe.model}, {model.num_parameters():,} parameters, on {self.device}")
         return model, data
@@ -107,8 +107,12 @@ def sitting(
     from tanzaku.cli.record import prepare_out
     from tanzaku.tasks.prepare import read_classification
 
+    if resume and overwrite:
+        raise TanzakuError("--resume goes on with a run, and --overwrite replaces it; give one of the two")
     for name, _, settings in methods:
         _check_sense(recipe, name, settings)
+    for tracker in dict.fromkeys(settings.tracker for _, _, settings in methods):
+        _check_tracker(tracker)
     quieten()
     device = device_named(recipe.device)
     folded = command != "train" and recipe.compare.design(recipe.data.valid is not None).folds is not None
@@ -140,20 +144,66 @@ def _check_sense(recipe: Recipe, name: str, settings: TrainSettings) -> None:
         raise TanzakuError(f"candidate {name!r}: {key} needs validation rows; give --valid, or leave it out")
 
 
-def _check_fit(model: PreTrainedModel, methods: Sequence[tuple[str, Method, TrainSettings]]) -> None:
-    """Hang every method on a copy without weights, so that the last of many does not fail after hours."""
+def _check_fit(
+    model: PreTrainedModel,
+    methods: Sequence[tuple[str, Method, TrainSettings]],
+    data: ClassificationData,
+    max_length: int,
+    device: str,
+) -> None:
+    """Attach every method to a copy without weights, so that the last of many does not fail after hours."""
     import torch
 
+    from tanzaku.errors import TooLarge
+    from tanzaku.families import Base
     from tanzaku.host import attach, detach
+    from tanzaku.tasks.inference import check_rows
 
+    for split in data.splits():
+        check_rows(Base.of(model), split, max_length)
     with torch.device("meta"):
         twin = type(model)(model.config)
     for name, method, _ in methods:
         try:
-            attach(twin, method, name)
+            adapter = attach(twin, method, name)
+            _check_memory(sum(parameter.numel() for _, parameter in adapter.trained()), method.largest(), device)
+            for split in data.splits() if adapter.before else ():
+                check_rows(Base.of(model), split, max_length, adapter.before)
             detach(twin, name)
+        except TooLarge as error:
+            raise TanzakuError(f"candidate {name!r}: {method.largest()}: {error}") from None
         except TanzakuError as error:
             raise TanzakuError(f"candidate {name!r}: {error}") from None
+        except (RuntimeError, TypeError, OverflowError) as error:  # sizes that torch itself cannot count
+            raise TanzakuError(f"candidate {name!r}: {method.largest()}: {str(error).splitlines()[0]}") from None
+
+
+def _check_memory(trained: int, largest: str, device: str) -> None:
+    import torch
+
+    from tanzaku.train.memory import free
+
+    # In fp32: the parameter, its gradient, and the two means of AdamW.
+    needed = 16 * trained
+    there = torch.cuda.mem_get_info()[0] if device == "cuda" else free()
+    if needed > there:
+        raise TanzakuError(
+            f"{largest}: {trained:,} trained parameters take {needed / 1e9:,.1f} GB with gradients and AdamW's means, "
+            f"and {there / 1e9:,.1f} GB are free; choose a smaller one"
+        )
+
+
+def _check_tracker(name: str | None) -> None:
+    if name is None:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = [str(each) for each in LOGGER_TYPE_TO_CLASS]
+    if name not in known:
+        raise TanzakuError(f"tracker is {name!r}{nearest(name, known)}, expected one of {listed(known)}")
+    if name not in {each.value for each in get_available_trackers()}:
+        package = {"comet_ml": "comet-ml"}.get(name, name)
+        raise TanzakuError(f"tracker {name!r} is not installed: pip install {package}, or leave it out")
 
 
 def _dtype(settings: Sequence[TrainSettings]) -> torch.dtype:

@@ -47,13 +47,14 @@ def resamples(data: ClassificationData, design: Design, seed: int) -> list[Resam
     labels = np.array([example.label for example in rows.examples])
     few, number = min(Counter(labels.tolist()).items(), key=lambda item: item[1])
     if number < design.folds:
+        fix = f"use --folds {number} or fewer, or add rows" if number > 1 else "add rows of it, or leave it out"
         raise TanzakuError(
-            f"label {data.labels.names[few]!r} has {number} rows, too few for {design.folds} folds; "
-            f"use --folds {max(2, number)} or fewer, or add rows"
+            f"label {data.labels.names[few]!r} has {number} {'row' if number == 1 else 'rows'}, too few for "
+            f"{design.folds} folds; {fix}"
         )
     out = []
     for repeat in range(design.repeats):
-        cut = StratifiedKFold(design.folds, shuffle=True, random_state=seed + repeat)
+        cut = StratifiedKFold(design.folds, shuffle=True, random_state=(seed + repeat) % 2**32)
         for fold, (train, valid) in enumerate(cut.split(np.zeros(len(labels)), labels)):
             part = replace(data, train=subset(rows, train, "train"), valid=subset(rows, valid, "valid"), test=None)
             out += [Resample(repeat, fold, each, part) for each in seeds]

@@ -294,9 +294,12 @@ class Base:
         ]
         for name in wanted:
             if not any(matches(name, path) for path, _ in modules):
+                there = self.candidates()
+                # PEFT's rule: a text is a pattern, and only a list has last names.
+                pattern = f": a text is a pattern for a whole path, so write [{name}]" if name in there else None
                 raise TanzakuError(
                     f"target_modules: {name!r} matches no module of {type(self.model).__name__}"
-                    f"{nearest(name, self.candidates())}; candidates are {listed(self.candidates())}"
+                    f"{pattern or nearest(name, there)}; candidates are {listed(there)}"
                 )
         if layers is not None:
             found = self._only_layers(found, [layers] if isinstance(layers, int) else list(layers), layers_pattern)

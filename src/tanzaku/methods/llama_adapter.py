@@ -63,7 +63,8 @@ class LlamaAdapter(Method):
     As in PEFT, a classifier's head is not trained along unless `modules_to_save` names it; it is saved all the same.
 
     Args:
-        adapter_len: learned prompts a layer. adapter_layers: how many layers, counted from the top.
+        adapter_len: learned prompts a layer. adapter_layers: how many layers, counted from the top; None takes
+            8, or all of a model that has fewer.
         target_modules: last name of the attention modules; None takes the model's.
     """
 
@@ -77,12 +78,14 @@ class LlamaAdapter(Method):
     space = spaces(adapter_len=Choice((5, 10, 20)), learning_rate=Range(5e-4, 5e-2, log=True))
 
     adapter_len: int = 10
-    adapter_layers: int = 8
+    adapter_layers: int | None = None
     target_modules: str | None = None
 
     def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
         self.require(self.adapter_len > 0, f"adapter_len={self.adapter_len}", "1 or more")
         layers = base.attention_layers()
+        if self.adapter_layers is None:
+            self.adapter_layers = min(8, len(layers))
         self.require(
             0 < self.adapter_layers <= len(layers),
             f"adapter_layers={self.adapter_layers}",

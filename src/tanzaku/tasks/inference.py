@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tanzaku.errors import TanzakuError, listed
+from tanzaku.families import Base
 from tanzaku.host import host_of, route
+from tanzaku.positions import room
 from tanzaku.tasks.classification import Split, collate
 from tanzaku.tokens import without_cache
 from tanzaku.train.passes import CheapPasses
@@ -56,6 +58,43 @@ def probabilities(
     parts = (range(start, min(start + window, rows)) for start in range(0, rows, window))
     passes = CheapPasses(host_of(model).base)
     return _each(_logits(passes, model, splits, pad_token_id, batch_size, part) for part in parts)
+
+
+def check_rows(
+    base: Base, split: Split, max_length: int, virtual: int = 0, numbers: Sequence[int] | None = None
+) -> None:
+    """Check that the model has a vector for each token, and a position.
+
+    Args:
+        max_length: what the rows were cut at. virtual: tokens that an adapter puts before them.
+        numbers: of the rows in their file, counted from 1.
+
+    Raises:
+        TanzakuError: it has not; which row, and what to do.
+    """
+
+    def where(row: int) -> str:
+        return f"{split.source} row {row + 1 if numbers is None else numbers[row]}"
+
+    lengths = [len(example.input_ids) for example in split.examples]
+    longest, limit = max(range(len(lengths)), key=lengths.__getitem__), room(base)
+    if limit is not None and lengths[longest] + virtual > limit:
+        beside = f" and {virtual} virtual ones" if virtual else ""
+        fix = f"use --max-length {limit - virtual}" if limit > virtual else "use fewer virtual tokens"
+        raise TanzakuError(
+            f"{where(longest)} has {lengths[longest]} tokens at max_length {max_length}{beside}, and the model "
+            f"{limit} positions; {fix}"
+        )
+    try:
+        known = base.vocab_size
+    except TanzakuError:
+        return  # no table of tokens
+    for row, example in enumerate(split.examples):
+        if (highest := max(example.input_ids)) >= known:
+            raise TanzakuError(
+                f"{where(row)} has token number {highest}, and the model knows {known} tokens: its tokenizer is that "
+                "of another model; save the model's own beside it"
+            )
 
 
 def window_of(batch_size: int) -> int:

@@ -18,19 +18,25 @@ class TrainSettings(BaseModel):
     )
     batch_size: int = Field(1, ge=1, description="rows a step")
     eval_batch_size: int = Field(8, ge=1, description="rows an evaluation step")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled decay; biases and norms are spared")
+    weight_decay: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="decoupled decay; biases and norms are spared"
+    )
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="learning rate after warm-up")
-    warmup: float = Field(0.0, ge=0, description="steps of warm-up; below 1 it is a share of all steps")
+    warmup: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="steps of warm-up; below 1 it is a share of all steps"
+    )
     accumulation: int = Field(1, ge=1, description="batches of one optimizer step, all rows alike")
-    max_grad_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to this; 0 turns it off")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="smoothing of the gradient")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="smoothing of its square")
-    adam_epsilon: float = Field(1e-8, gt=0, description="added to the denominator")
+    max_grad_norm: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="gradient norm is clipped to this; 0 turns it off"
+    )
+    adam_beta1: float = Field(0.9, ge=0, lt=1, allow_inf_nan=False, description="smoothing of the gradient")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, allow_inf_nan=False, description="smoothing of its square")
+    adam_epsilon: float = Field(1e-8, gt=0, allow_inf_nan=False, description="added to the denominator")
     max_length: int = Field(200, ge=1, description="texts are cut after this many tokens, and counted")
     shuffle: bool = Field(True, description="draw a new order of the rows each epoch")
     group_by_length: bool = Field(False, description="batch rows of like length together, for less padding")
     class_weights: bool = Field(False, description="weigh the loss by inverse class frequency")
-    seed: int = Field(0, description="of initial weights, data order and dropout")
+    seed: int = Field(0, ge=-(2**62), lt=2**62, description="of initial weights, data order and dropout")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="arithmetic of the forward pass")
     gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
     metric: Literal["loss", "accuracy", "roc_auc", "macro_f1"] = Field(

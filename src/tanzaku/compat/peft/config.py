@@ -514,7 +514,7 @@ class AdaptionPromptConfig(PeftConfig, LlamaAdapter):
     needed = ("adapter_len", "adapter_layers")
 
     adapter_len: int | None = None  # type: ignore[assignment]
-    adapter_layers: int | None = None  # type: ignore[assignment]
+    adapter_layers: int | None = None
 
 
 CONFIGS: dict[str, type[PeftConfig]] = {
