@@ -220,7 +220,9 @@ def test_labels_of_few_rows_in_folds(work: Path, tanzaku: Tanzaku) -> None:
     said = tanzaku("compare", "recipe.yaml", "--folds", "2")
     assert_refused(said, "label 'harsh' has 1 row, too few for 2 folds; add rows of it, or leave it out")
     write_tsv(work / "train.tsv", [(f"{text} rain", label) for text in ("sea", "rain") for label in ("mild", "harsh")])
-    assert_refused(tanzaku("compare", "recipe.yaml", "--folds", "3", "--out", "other"), "has 2 rows", "use --folds 2 or fewer")
+    assert_refused(
+        tanzaku("compare", "recipe.yaml", "--folds", "3", "--out", "other"), "has 2 rows", "use --folds 2 or fewer"
+    )
     assert tanzaku("compare", "recipe.yaml", "--folds", "2", "--epochs", "1", "--seed", 2**40).code == 0
 
 

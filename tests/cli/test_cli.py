@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -22,6 +23,49 @@ from tanzaku.train import loop
 DATA = Path(demo.__file__).parents[1] / "data"
 
 # -- help and exit codes
+
+
+def test_help_of_a_command(tanzaku: Tanzaku) -> None:
+    said = tanzaku("help")
+    assert said.code == 0 and said.out == tanzaku("--help").out
+    for verb in ("train", "predict", "methods"):
+        said = tanzaku("help", verb)
+        assert (said.code, said.err) == (0, "") and said.out == tanzaku(verb, "--help").out
+    assert_refused(tanzaku("help", "trian"), "no command 'trian' (did you mean 'train'?)")
+
+
+OPTIONS = {
+    "train --lr 1": " (did you mean '--learning-rate'?); tanzaku train --help",
+    "train --learning-rat 1": " (did you mean '--learning-rate'?)",
+    "train --batch_size 1": " (did you mean '--batch-size'?)",
+    "train --quiet": "; tanzaku train --help lists them",
+    "train --dry-run": "; tanzaku train --help lists them",
+    "predict --jsn": " (did you mean '--json'?)",
+    "--versoin": " (did you mean '--version'?); tanzaku --help",
+}
+
+
+@pytest.mark.parametrize("words", OPTIONS)
+def test_options_that_are_none(tanzaku: Tanzaku, words: str) -> None:
+    option = next(word for word in words.split() if word.startswith("--"))
+    assert_refused(tanzaku(*words.split()), f"there is no option {option}{OPTIONS[words]}")
+
+
+def test_libraries_keep_still(tanzaku: Tanzaku, capfd: pytest.CaptureFixture[str]) -> None:
+    assert tanzaku("--version").code == 0  # before anything is imported
+    logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_terminal_that_knows_few_letters(work: Path) -> None:
+    rows = "text\tlabel\n" + "".join(f"sea\t{label}\n" for label in ("春", "冬", "春", "冬"))
+    (work / "train.tsv").write_text(rows, encoding="utf-8")
+    command = [sys.executable, "-m", "tanzaku", "train", "recipe.yaml", "--out", "run"]
+    for name in ("valid", "test"):
+        (work / f"{name}.tsv").write_text(rows, encoding="utf-8")
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"labels \\u51ac, \\u6625" in done.stdout
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -159,6 +160,141 @@ def test_cut_off_between_the_last_epoch_and_the_end(
             patch.setattr(Display, "step_done", never)
             assert tanzaku("train", "--resume", "--out", "run").code == 0, place
         assert_same_run(work / "run", whole)
+
+
+def cut_off(tanzaku: Tanzaku, *args: str) -> None:
+    """A run in `run` that was cut off after its second epoch."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop(patch, 2, KeyboardInterrupt)
+        assert tanzaku("train", "recipe.yaml", "--out", "run", *args).code == 130
+
+
+def test_a_flipped_bit_in_the_state_is_noticed(work: Path, whole: Path, tanzaku: Tanzaku) -> None:
+    cut_off(tanzaku)
+    state = work / "run" / "state" / "under_way" / "lora.safetensors"
+    kept = state.read_bytes()
+    header = int.from_bytes(kept[:8], "little")
+    figure = kept.index(b"train_loss") + 16
+    for at in (8 + header + 5, len(kept) - 3, figure):
+        digit = b"2" if kept[at : at + 1] == b"1" else b"1"
+        other = digit if at == figure else bytes([kept[at] ^ 1])
+        state.write_bytes(kept[:at] + other + kept[at + 1 :])
+        assert_refused(tanzaku("train", "--resume", "--out", "run"), "is damaged", "remove it to train 'lora' anew")
+    state.write_bytes(kept)
+    assert tanzaku("train", "--resume", "--out", "run").code == 0
+    assert_same_adapter(work / "run", whole)
+
+
+DAMAGED: dict[str, Any] = {
+    "not JSON": lambda about: "{",
+    "a list": lambda about: "[]",
+    "no command": lambda about: json.dumps({k: v for k, v in about.items() if k != "command"}),
+    "no version": lambda about: json.dumps({k: v for k, v in about.items() if k != "tanzaku"}),
+    "no rows": lambda about: json.dumps({k: v for k, v in about.items() if k != "rows"}),
+    "a bad recipe": lambda about: json.dumps(
+        {**about, "recipe": {**about["recipe"], "train": {**about["recipe"]["train"], "epochs": "x"}}}
+    ),
+    "half a recipe": lambda about: json.dumps({**about, "recipe": {"model": "m"}}),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_records(work: Path, whole: Path, tanzaku: Tanzaku, name: str) -> None:
+    cut_off(tanzaku)
+    path = work / "run" / "state" / "run.json"
+    path.write_text(DAMAGED[name](json.loads(path.read_text(encoding="utf-8"))), encoding="utf-8")
+    said = tanzaku("train", "--resume", "--out", "run")
+    assert_refused(said, "run/state/run.json is damaged", "begin anew with --overwrite")
+    (work / "run" / "results.json").write_text("{", encoding="utf-8")
+    assert tanzaku("train", "recipe.yaml", "--out", "run", "--overwrite").code == 0
+    assert_same_adapter(work / "run", whole)
+
+
+def test_resume_and_overwrite(work: Path, whole: Path, tanzaku: Tanzaku) -> None:
+    cut_off(tanzaku)
+    for verb in ("train", "compare"):
+        said = tanzaku(verb, "--resume", "--out", "run" if verb == "train" else "other", "--overwrite")
+        assert_refused(said, "--resume" if verb == "train" else "holds no run")
+    assert_refused(tanzaku("train", "--resume", "--out", "run", "--overwrite"), "give one of the two")
+    assert_refused(tanzaku("train", "recipe.yaml", "--out", "run"), "not empty", "go on with --resume")
+
+
+def test_one_run_at_a_time(work: Path, whole: Path, tanzaku: Tanzaku) -> None:
+    cut_off(tanzaku)
+    code = "import sys; from pathlib import Path; from tanzaku.cli.record import locked\n"
+    code += "import os, time\nwith locked(Path('run')):\n"
+    # A worker that outlives its parent does not hold the lock.
+    code += " os.fork() or (time.sleep(60), os._exit(0)); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        for args in (["recipe.yaml", "--overwrite"], ["--resume"], ["recipe.yaml"]):
+            said = tanzaku("train", *args, "--out", "run")
+            assert_refused(said, "run is in use by another run", "another --out")
+        other.kill()  # the lock goes with it
+    assert tanzaku("train", "--resume", "--out", "run").code == 0
+    assert_same_adapter(work / "run", whole)
+
+
+@pytest.mark.parametrize("verb", ["train", "compare"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "tanzaku.models.load_tokenizer",
+        "tanzaku.models.load_classifier",
+        "tanzaku.train.state.base_checksum",
+        "tanzaku.compare.journal.Journal.begin",
+        "tanzaku.train.loop.train_jobs",
+        "tanzaku.compare.comparison.resamples",
+        "tanzaku.train.step.SharedStep.__enter__",
+    ],
+)
+@pytest.mark.parametrize("kill", [False, True])
+def test_the_same_command_works_again(work: Path, tanzaku: Tanzaku, verb: str, place: str, kill: bool) -> None:
+    """Ctrl-C or a kill before anything was finished: the advice holds, and nothing is in the way."""
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise Kill if kill else KeyboardInterrupt
+
+    command = [verb, "recipe.yaml", "--out", "run", "--epochs", "1"]
+    command += ["--seeds", "1", "--workers", "1"] if verb == "compare" else []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place, stopped)
+        if kill:
+            with contextlib.suppress(Kill):
+                tanzaku(*command)
+        else:
+            said = tanzaku(*command)
+            if said.code == 0:
+                return  # this verb does not come by
+            assert (said.code, said.err.count("\n")) == (130, 1)
+            if "--resume" in said.err:
+                command = [verb, "--resume", "--out", "run"]
+            else:
+                assert "run the same command again" in said.err
+    if kill and (work / "run" / "adapters").exists():
+        return
+    assert tanzaku(*command).code == 0
+
+
+def test_a_second_ctrl_c_says_how_to_go_on(work: Path, tanzaku: Tanzaku) -> None:
+    command = ["compare", "recipe.yaml", "--method", "lora", "--method", "head", "--out", "run", "--workers", "1"]
+
+    presses = []
+
+    def stopped(*_: Any, **__: Any) -> None:
+        presses.append(1)
+        raise KeyboardInterrupt
+
+    def pressed(results: Any, path: Path) -> None:
+        if presses:  # while what was finished is written down
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tanzaku.compare.comparison.Comparison._test", stopped)
+        patch.setattr("tanzaku.compare.report.write_report", pressed)
+        said = tanzaku(*command)
+    assert said.code == 130 and "go on with tanzaku compare --resume --out run" in said.err
+    assert tanzaku("compare", "--resume", "--out", "run").code == 0
 
 
 @pytest.mark.slow

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
+import io
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tanzaku import __version__
 from tanzaku.cli import check, compare, demo, export, merge, methods, predict, train
 from tanzaku.cli.run import Interrupted
-from tanzaku.errors import TanzakuError
+from tanzaku.errors import TanzakuError, listed, nearest, printable
 
 # Some versions of typer bring their own click and some do not; this is click's UsageError in all of them.
 _UsageError = typer.BadParameter.__bases__[0]
@@ -25,6 +28,25 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich cuts long flags short in a narrow terminal, and takes its time
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def help_of(
+    context: typer.Context,
+    verb: Annotated[str | None, typer.Argument(metavar="VERB", help="a command", show_default=False)] = None,
+) -> None:
+    """Show the help of a command."""
+    whole = context.parent
+    assert whole is not None
+    if verb is None:
+        typer.echo(whole.get_help())
+        return
+    verbs = getattr(whole.command, "commands", {})
+    if verb not in verbs:
+        raise TanzakuError(f"there is no command {verb!r}{nearest(verb, verbs)}; expected {listed(verbs)}")
+    with verbs[verb].make_context(verb, [], parent=whole, resilient_parsing=True) as of_verb:
+        typer.echo(of_verb.get_help())
+
+
 for _verb in (
     demo.demo,
     check.check,
@@ -36,6 +58,7 @@ for _verb in (
     methods.methods,
 ):
     app.command()(_verb)
+app.command("help")(help_of)
 
 
 def _print_version(wanted: bool) -> None:
@@ -62,6 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     given = [arg for arg in args if arg != "--debug"]  # it may stand before or after the verb
     _prepare_torch()
+    # It tells of faster kernels whenever it is imported, which may be at once.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that knows few letters
     try:
         code = app(given, prog_name="tanzaku", standalone_mode=False)
     except Interrupted as interrupted:
@@ -88,6 +116,8 @@ def _prepare_torch() -> None:
 
 def _line(error: Exception) -> str:
     """What went wrong, in one line."""
+    if type(error).__name__ == "NoSuchOption":
+        return _no_option(error)
     if isinstance(error, _UsageError):
         return f"{error.format_message()} (tanzaku --help, tanzaku VERB --help)"  # type: ignore[attr-defined]
     if isinstance(error, TanzakuError):
@@ -97,6 +127,17 @@ def _line(error: Exception) -> str:
         full = "; free some space or choose another --out" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         return f"{where}{error.strerror or error}{full}"
     return f"{type(error).__name__}: {error} (unforeseen: --debug shows the traceback)"
+
+
+def _no_option(error: Any) -> str:
+    name, verb = error.option_name, error.ctx.info_name if error.ctx.parent is not None else ""
+    bare = name.lstrip("-")
+    known = [option[2:] for each in error.ctx.command.params for option in each.opts if option.startswith("--")]
+    near = [option for option in known if "".join(word[:1] for word in option.split("-")) == bare]  # --lr
+    near = near or difflib.get_close_matches(bare, known, n=1, cutoff=0.6)
+    fix = f" (did you mean '--{near[0]}'?)" if near else ""
+    of = " ".join(filter(None, ["tanzaku", verb, "--help"]))
+    return f"there is no option {printable(name)}{fix}; {of} lists them"
 
 
 def _end(line: str, code: int) -> int:

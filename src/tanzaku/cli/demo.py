@@ -35,4 +35,4 @@ def demo(
         recipe = resumed("demo", None, {"out": out})
     else:
         recipe = build_recipe(Path(str(resources.files("tanzaku"))) / "data" / "demo.yaml", flags)
-    run_comparison("demo", recipe, overwrite or command_of(Path(out).expanduser()) == "demo", resume)
+    run_comparison("demo", recipe, overwrite or (not resume and command_of(Path(out).expanduser()) == "demo"), resume)

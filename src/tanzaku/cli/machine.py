@@ -15,10 +15,8 @@ _LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "scikit-lear
 
 def quieten() -> None:
     """Keep other libraries' notices and bars off the terminal: a run says what matters itself."""
-    import logging as log
     import warnings
 
-    log.getLogger("bitsandbytes").setLevel(log.ERROR)  # it tells of faster kernels at every start
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +23,64 @@ if TYPE_CHECKING:
 
 RESULTS, ADAPTERS = "results.json", "adapters"
 WRITTEN = (RESULTS, "epochs.parquet", "report.html")
+STATE, BEGUN = "state", "state/run.json"
 
 
 def command_of(out: Path) -> str | None:
-    """The command whose run the directory holds, or None where it holds none."""
+    """The command whose run the directory holds, done or cut off, or None where it holds none."""
+    for name in (RESULTS, BEGUN):
+        with suppress(OSError, ValueError):
+            found = json.loads((out / name).read_text(encoding="utf-8"))
+            if isinstance(found, dict) and "tanzaku" in found:
+                return str(found.get("command"))
+    return "damaged" if (out / BEGUN).is_file() else None
+
+
+def only_leftovers(out: Path) -> bool:
+    """Whether the directory holds nothing but what a run has left that was cut off before it had finished anything."""
+    ours = {STATE, ADAPTERS, *WRITTEN, *(f".{name}.partial" for name in WRITTEN)}
+    if not (out / BEGUN).is_file() or any(entry.name not in ours for entry in out.iterdir()):
+        return False
+    # Searches note what they draw before it is trained.
+    kept = [path for path in (out / STATE).rglob("*") if path.is_file() and not path.name.startswith((".", "search."))]
+    return kept == [out / BEGUN] and not any((out / ADAPTERS).glob("*"))
+
+
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """In a worker, which is a fork: the lock is its parent's, and goes with that one alone."""
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """The directory belongs to this process within the block, and to nobody once the process is gone.
+
+    Raises:
+        TanzakuError: it belongs to another process.
+    """
+    handle = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
+    _held.add(handle)
     try:
-        found = json.loads((out / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return str(found.get("command")) if isinstance(found, dict) and "tanzaku" in found else None
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise TanzakuError(
+                    f"{out} is in use by another run; wait until it has ended, or choose another --out"
+                ) from None
+        yield
+    finally:
+        if handle in _held:
+            _held.remove(handle)
+            os.close(handle)
 
 
 def prepare_out(out: Path, overwrite: bool) -> None:
@@ -39,9 +92,10 @@ def prepare_out(out: Path, overwrite: bool) -> None:
     try:
         if out.exists() and not out.is_dir():
             raise TanzakuError(f"{out} is a file; expected a directory for the run, so choose another --out")
-        if out.is_dir() and any(out.iterdir()):
+        if out.is_dir() and any(out.iterdir()) and not only_leftovers(out):
             if not overwrite:
-                raise TanzakuError(f"{out} is not empty; choose another --out or pass --overwrite")
+                on = ", or go on with --resume" if (out / BEGUN).is_file() else ""
+                raise TanzakuError(f"{out} is not empty; choose another --out or pass --overwrite{on}")
             if command_of(out) is None:
                 raise TanzakuError(f"{out} holds files but no run, so --overwrite spares it; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
@@ -55,7 +109,7 @@ def clear(out: Path) -> None:
     """Remove an earlier run; files of other names stay."""
     for name in WRITTEN:
         (out / name).unlink(missing_ok=True)
-    for folder in (ADAPTERS, "state"):
+    for folder in (ADAPTERS, STATE):
         shutil.rmtree(out / folder, ignore_errors=True)
 
 

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
+from tanzaku.cli.record import BEGUN
 from tanzaku.cli.run import portable
 from tanzaku.errors import TanzakuError
-from tanzaku.recipe import Recipe, build_recipe
-from tanzaku.recipe_errors import flag
+from tanzaku.recipe import SECTIONS, Recipe, build_recipe
+from tanzaku.recipe_errors import complaint, flag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +40,7 @@ def resumed(command: str, file: Path | None, flags: dict[str, Any], default_meth
     from tanzaku.compare.journal import Journal
 
     out = Path(flags["out"]).expanduser() if flags.get("out") else _newest(command)
+    _check_whole(out)
     about = Journal(out).about()
     begun = about["command"]
     if (begun == "train") != (command == "train"):
@@ -56,7 +60,25 @@ def resumed(command: str, file: Path | None, flags: dict[str, Any], default_meth
                     part += "." + next(k for k in value if value[k] != now[key].get(k))
                 fix = "leave recipe and flags out, or choose another --out"
                 raise TanzakuError(f"--resume: {out} was begun with another {part}; {fix}")
-    return Recipe.model_validate({**kept, "out": str(out)})
+    try:
+        return Recipe.model_validate({**kept, "out": str(out)})
+    except ValidationError as error:
+        raise _damaged(out, complaint(error, "its recipe", SECTIONS, {})) from None
+
+
+def _check_whole(out: Path) -> None:
+    """An error where what a run wrote down as it was begun is there, and does not say what it should."""
+    path = out / BEGUN
+    if not path.is_file():
+        return
+    about = _read(path)
+    kinds = {"tanzaku": str, "command": str, "recipe": dict, "started": str, "rows": str, "base model": str}
+    if lacking := [key for key, kind in kinds.items() if not isinstance(about.get(key), kind)]:
+        raise _damaged(out, f"it does not say its {lacking[0]}")
+
+
+def _damaged(out: Path, why: str) -> TanzakuError:
+    return TanzakuError(f"--resume: {out / BEGUN} is damaged: {why}; begin anew with --overwrite")
 
 
 def begin(
@@ -76,6 +98,7 @@ def begin(
         clear(run.out)
         recipe = {"command": run.command, "recipe": _anywhere(run.recipe), "started": about["started"]}
         journal.begin({**recipe, **now})
+        run.begun = True
         return about
     kept = journal.about()
     for what, value in now.items():

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ class Sitting:
     out: Path
     device: str
     tables: ClassificationTables
+    begun: bool = False  # whether the directory holds this run
     clock: float = field(default_factory=time.monotonic)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
 
@@ -104,7 +106,7 @@ def sitting(
         TanzakuError: bad input.
     """
     from tanzaku.cli.machine import device_named, quieten
-    from tanzaku.cli.record import prepare_out
+    from tanzaku.cli.record import locked, prepare_out
     from tanzaku.tasks.prepare import read_classification
 
     if resume and overwrite:
@@ -117,18 +119,40 @@ def sitting(
     device = device_named(recipe.device)
     folded = command != "train" and recipe.compare.design(recipe.data.valid is not None).folds is not None
     tables = read_classification(recipe.data, folded)
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    out = Path(recipe.out or f"runs/{command}-{stamp}").expanduser()
-    if not resume:
+    out = Path(recipe.out).expanduser() if recipe.out else _new(command)
+    fresh = not out.is_dir()
+    if fresh:
         prepare_out(out, overwrite)
-    try:
-        yield Sitting(command, recipe, out, device, tables)
-    finally:
-        # They go only if they are empty: a run that could not begin leaves nothing.
-        with suppress(OSError):
-            out.rmdir()
-            if recipe.out is None:
-                out.parent.rmdir()
+    with locked(out):
+        if not fresh and not resume:
+            prepare_out(out, overwrite)
+        run = Sitting(command, recipe, out, device, tables, begun=resume)
+        try:
+            yield run
+        except KeyboardInterrupt:
+            raise Interrupted(_how_to_go_on(run)) from None
+        finally:
+            # They go only if they are empty: a run that could not begin leaves nothing.
+            with suppress(OSError):
+                out.rmdir()
+                if recipe.out is None:
+                    out.parent.rmdir()
+
+
+def _new(command: str) -> Path:
+    name = f"runs/{command}-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
+    names = (name if number == 1 else f"{name}-{number}" for number in count(1))
+    return next(path for path in map(Path, names) if not path.exists())
+
+
+def _how_to_go_on(run: Sitting) -> str:
+    from tanzaku.cli.record import clear, only_leftovers
+
+    if run.begun and not only_leftovers(run.out):
+        return f"interrupted; go on with tanzaku {run.command} --resume --out {run.out}"
+    if run.begun:
+        clear(run.out)
+    return "interrupted; nothing was finished yet, so run the same command again"
 
 
 def portable(model: str) -> str:

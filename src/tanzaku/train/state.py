@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -83,7 +84,8 @@ def save_state(lane: Lane, folder: Path) -> Path:
         if free < 2 * size:
             raise TanzakuError(f"its state takes {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free in {folder}")
         with written_beside(path) as beside:
-            save_file(tensors, beside, metadata={_HEADER: json.dumps({"of": _about(lane), "figures": figures})})
+            header = {"of": _about(lane), "figures": figures}
+            save_file(tensors, beside, metadata={_HEADER: json.dumps({**header, "sha256": _sha256(header, tensors)})})
     except (OSError, SafetensorError) as error:
         raise TanzakuError(f"cannot write {path}: {error}") from None
     return path
@@ -104,6 +106,8 @@ def restore_state(lane: Lane, folder: Path) -> bool:
             of, figures = header["of"], header["figures"]
             _check_same(path, of, _about(lane))
             tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if header.pop("sha256") != _sha256(header, tensors):
+            raise ValueError("its checksum is not the one written in it")
         lane.resume(tensors, figures)
     except TanzakuError:
         raise
@@ -148,6 +152,16 @@ def _about(lane: Lane) -> dict[str, Any]:
         }
         lane.about = json.loads(json.dumps(about, default=str))
     return lane.about
+
+
+def _sha256(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for key in sorted(tensors):
+        tensor = tensors[key].contiguous()
+        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        bytes_of: Any = tensor.flatten().view(torch.uint8).numpy()  # mypy knows no buffer in it
+        digest.update(bytes_of)
+    return digest.hexdigest()
 
 
 def _check_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
