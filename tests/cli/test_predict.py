@@ -605,3 +605,10 @@ def test_killed_and_resumed(work: Path) -> None:
     assert (work / "x.csv").read_bytes() == (work / "y.csv").read_bytes()
     assert [int(row["n"]) for row in read(work / "x.csv")] == list(range(6000))
     assert not [path for path in work.iterdir() if path.name.startswith(".")]
+
+
+def test_a_reader_that_has_seen_enough(work: Path) -> None:
+    write(work / "many.csv", [{"text": TEXTS[n % 6]} for n in range(3000)])
+    command = f"{sys.executable} -m tanzaku predict lora --data many.csv | head -1"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, check=False)
+    assert (done.stdout, done.stderr) == (b"text\tpredicted\tp_harsh\tp_mild\n", b"")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import time
 from collections import Counter
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from tanzaku.cli.output import Lines, Parquet
     from tanzaku.tasks.classification import Split
     from tanzaku.tasks.stream import Row, Rows
+    from tanzaku.train.passes import CheapPasses
 
 _FORMATS = ("tsv", "csv", "jsonl", "parquet")
 _PRECISIONS = ("fp32", "bf16", "fp16")
@@ -326,6 +328,7 @@ class _Run:
     ):
         self.adapters, self.rows, self.columns = adapters, rows, columns
         self.tokenizer, self.batch_size, self.device = tokenizer, batch_size, device
+        self.passes: CheapPasses | None = None
         self.lengths = list(dict.fromkeys(adapter.meta["max_length"] for adapter in adapters))
 
     def label(
@@ -399,10 +402,12 @@ class _Run:
     ) -> list[dict[str, list[float]]]:
         from tanzaku.host import host_of
         from tanzaku.tasks.inference import NotFinite, check_rows, probabilities
+        from tanzaku.train.passes import CheapPasses
         from tanzaku.train.step import autocast
 
         rows: list[dict[str, list[float]]] = [{} for _ in there]
         host = host_of(model)
+        self.passes = self.passes or CheapPasses(host.base)
         for adapter in self.adapters:
             length = adapter.meta["max_length"]
             numbers = [start + at + 1 for at in there]
@@ -412,7 +417,8 @@ class _Run:
             texts = {adapter.name: splits[adapter.meta["max_length"]] for adapter in group}
             try:
                 with autocast(model.device, precision):
-                    found = list(probabilities(model, texts, int(self.tokenizer.pad_token_id), self.batch_size))
+                    pad = int(self.tokenizer.pad_token_id)
+                    found = list(probabilities(model, texts, pad, self.batch_size, self.passes))
             except NotFinite as error:
                 path = next(adapter.path for adapter in group if adapter.name == error.name)
                 fix = "" if precision == "fp32" else ", or --precision fp32"
@@ -548,6 +554,8 @@ def _print(form: Lines | Parquet, chunks: Iterator[tuple[int, list[Row]]], rows:
             # The header waits for the first rows: an error before leaves nothing.
             write((b"" if begun else form.head()) + form.rows(chunk))
             begun = True
+    except BrokenPipeError:  # who reads has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted after {done} of {rows} rows; with --out, --resume could go on there") from None
 

@@ -36,7 +36,11 @@ def _numbers(values: list[float]) -> str:
 
 
 def probabilities(
-    model: PreTrainedModel, splits: Mapping[str, Split], pad_token_id: int, batch_size: int
+    model: PreTrainedModel,
+    splits: Mapping[str, Split],
+    pad_token_id: int,
+    batch_size: int,
+    passes: CheapPasses | None = None,
 ) -> Iterator[dict[str, list[float]]]:
     """For each row, in the order of the splits: by adapter, the probabilities of each label.
 
@@ -48,6 +52,7 @@ def probabilities(
         model: a classifier with the adapters that `splits` names.
         splits: the same rows for every adapter, each encoded as that adapter wants them.
         batch_size: rows of text a step; a pass has so many for each of its adapters.
+        passes: of this model, for who calls again and again: they take a while to make.
 
     Raises:
         TanzakuError: no adapter, one that is not attached, rows that differ in number, or a batch size below 1.
@@ -56,7 +61,7 @@ def probabilities(
     rows = _number_of_rows(model, splits, batch_size)
     window = window_of(batch_size)
     parts = (range(start, min(start + window, rows)) for start in range(0, rows, window))
-    passes = CheapPasses(host_of(model).base)
+    passes = passes or CheapPasses(host_of(model).base)
     return _each(_logits(passes, model, splits, pad_token_id, batch_size, part) for part in parts)
 
 
