@@ -584,7 +584,8 @@ def test_interrupted_before_the_first_rows(work: Path, tanzaku: Tanzaku, monkeyp
     assert (said.code, said.err.count("\n")) == (130, 1) and "run the same command again" in said.err
     assert sorted(work.rglob("*")) == before
     # --resume may be said before there is anything to go on with.
-    assert tanzaku("predict", "lora", "--data", "new.tsv", "--out", "x.tsv", "--resume").code == 0
+    said = tanzaku("predict", "lora", "--data", "new.tsv", "--out", "x.tsv", "--resume")
+    assert said.code == 0 and said.err.startswith("nothing of it is left to go on with: it begins anew\n")
 
 
 def test_killed_and_resumed(work: Path) -> None:

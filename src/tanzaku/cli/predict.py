@@ -144,8 +144,9 @@ def predict(
         try:
             with partial:
                 counts.update(partial.counts)
-                if partial.rows:
-                    note(f"going on after row {partial.rows} of {len(rows)}")
+                if resume:
+                    after = f"after row {partial.rows} of {len(rows)}"
+                    note(f"going on {after}" if partial.rows else "nothing of it is left to go on with: it begins anew")
                 for done, chunk in label(partial.rows, counts):
                     counts["rows"] = done
                     partial.add(chunk, counts)
