@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import unicodedata
 from collections.abc import Iterable
 
 
@@ -30,18 +29,13 @@ class TooLarge(TanzakuError):
 
 _LONG = 1000
 
-# What moves a terminal's cursor or ends a line, and what no encoding has.
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+# What moves a terminal's cursor, ends a line or turns the direction of a text, and what no encoding has.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
     """The text in one line, its control characters escaped."""
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
-
-
-def printable(text: str) -> str:
-    """Any text as one line for a terminal: characters that are no text are escaped."""
-    return "".join(c if unicodedata.category(c)[0] != "C" and c not in "\u2028\u2029" else ascii(c)[1:-1] for c in text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

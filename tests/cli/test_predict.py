@@ -613,3 +613,12 @@ def test_a_reader_that_has_seen_enough(work: Path) -> None:
     command = f"{sys.executable} -m tanzaku predict lora --data many.csv | head -1"
     done = subprocess.run(["sh", "-c", command], capture_output=True, check=False)
     assert (done.stdout, done.stderr) == (b"text\tpredicted\tp_harsh\tp_mild\n", b"")
+
+
+def test_encodings(work: Path, tanzaku: Tanzaku) -> None:
+    """Found out or said, and written as UTF-8."""
+    rows = "text\n" + "the poem\n" * 3 + "春はあけぼの、やうやう白くなりゆく\n"
+    (work / "sjis.csv").write_bytes(rows.encode("cp932"))
+    found = [tanzaku("predict", "lora", "--data", "sjis.csv", *more).out for more in ([], ["--encoding", "cp932"])]
+    assert found[0] == found[1] and "春はあけぼの" in found[0]
+    assert_refused(tanzaku("predict", "lora", "--data", "sjis.csv", "--encoding", "utf-8"), "--encoding")

@@ -51,6 +51,9 @@ def predict(
     ] = None,
     text: Annotated[str | None, typer.Option(metavar="TEXT", help="column of the text (as in training)")] = None,
     text_pair: Annotated[str | None, typer.Option(metavar="TEXT", help="column of a second text")] = None,
+    encoding: Annotated[
+        str | None, typer.Option(metavar="NAME", help="of --data, such as cp932 (found out)", show_default=False)
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="a .tsv, .csv, .jsonl or .parquet file (standard output)")
     ] = None,
@@ -108,7 +111,7 @@ def predict(
     _check_fit(given, asked)
     meta = given[0].meta
     place = device_named(device)
-    rows = open_rows(data)
+    rows = open_rows(data, encoding)
     columns = [column for column in (meta["text"], meta["text_pair"]) if column is not None]
     for column in columns:
         rows.check_column(column)
