@@ -191,3 +191,9 @@ def test_an_encoder_with_a_table_of_its_own(method):
     assert_close(mixed[1], base[1])
     assert_close(mixed[:1], alone)
     assert not torch.allclose(mixed[0], base[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("method", [tz.PTuning, lambda **s: tz.PrefixTuning(prefix_projection=True, **s)])
+def test_a_network_has_some_width(method):
+    with pytest.raises(tz.TanzakuError, match="encoder_hidden_size=0, expected 1 or more"):
+        tz.attach(tiny("llama"), method(encoder_hidden_size=0), "x")

@@ -203,7 +203,8 @@ def test_a_saved_adapter_predicts_what_the_job_did(tmp_path: Path) -> None:
     data = task(test=6)
     model = tiny("llama", num_labels=2)
     [result] = train_jobs(model, data, [job()], out=tmp_path, meta={"labels": ["a", "b"]})
-    assert result.adapter is not None and read_meta(tmp_path / result.adapter) == {"labels": ["a", "b"]}
+    assert result.adapter is not None
+    assert read_meta(tmp_path / result.adapter) == {"labels": ["a", "b"], "precision": "fp32"}
     tz.load(model, tmp_path / result.adapter, "mine")
     assert data.test is not None
     for example, expected in zip(data.test.examples, result.predictions or [], strict=True):

@@ -90,7 +90,8 @@ class PTuning(PromptLearning):
         kind = self.encoder_reparameterization_type.upper().rsplit(".", 1)[-1]
         self.require(kind in ("MLP", "LSTM"), f"encoder_reparameterization_type={kind!r}", "'MLP' or 'LSTM'")
         hidden = self.token_dim = base.embedding_size
-        self.encoder_hidden_size = self.encoder_hidden_size or hidden
+        self.encoder_hidden_size = hidden if self.encoder_hidden_size is None else self.encoder_hidden_size
+        self.require(self.encoder_hidden_size > 0, f"encoder_hidden_size={self.encoder_hidden_size}", "1 or more")
         like = weight_of(base.embedding)
         if self.inference_mode:
             yield (

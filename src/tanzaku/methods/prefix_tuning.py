@@ -190,7 +190,8 @@ class PrefixTuning(PromptLearning):
         size = sum(heads * dim for heads, dim in shapes)
         self.num_layers, self.num_attention_heads = len(layers), found[0].kv_heads
         self.token_dim = size // len(shapes)  # on average, where layers have keys and values of their own size
-        self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
+        self.encoder_hidden_size = self.token_dim if self.encoder_hidden_size is None else self.encoder_hidden_size
+        self.require(self.encoder_hidden_size > 0, f"encoder_hidden_size={self.encoder_hidden_size}", "1 or more")
         projected = self.prefix_projection and not self.inference_mode
         device = home(next(tree.parameters(base.model)))
         with torch.device(device):
