@@ -458,3 +458,20 @@ def test_a_state_space_reads_its_prompt_once():
         second = model(input_ids=ids[:, :1], cache_params=first.cache_params, use_cache=True)
         whole = model(input_ids=torch.cat([ids, ids[:, :1]], 1)).logits
     assert_close(second.logits[:, -1], whole[:, -1])
+
+
+@pytest.mark.parametrize("method", [tz.PromptTuning(num_virtual_tokens=2), tz.PrefixTuning(num_virtual_tokens=2)])
+@torch.no_grad()
+def test_positions_end_where_a_table_that_keeps_rows_for_padding_does(method):
+    """RoBERTa's first token has the position behind the padding token's id, so its table has less room than rows."""
+    model = hung(tiny("roberta"), method)
+    room = model.config.max_position_embeddings - model.config.pad_token_id - 1
+    ids = torch.randint(5, 50, (2, room), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    with tz.route(model, ["a", "a"]):
+        alone = model(input_ids=ids[:, :-2], attention_mask=mask[:, :-2]).logits
+        for length in (room - 1, room):
+            with pytest.raises(tz.TanzakuError, match=f"{length} tokens and 2 virtual tokens .* {room} positions"):
+                model(input_ids=ids[:, :length], attention_mask=mask[:, :length])
+        ids[:, -2:], mask[:, -2:] = model.config.pad_token_id, 0
+        assert_close(model(input_ids=ids, attention_mask=mask).logits, alone)  # padding takes none

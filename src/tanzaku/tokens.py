@@ -14,6 +14,7 @@ import inspect
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -25,7 +26,7 @@ from tanzaku import caches, layout, tree
 from tanzaku.errors import TanzakuError
 from tanzaku.families import Base
 from tanzaku.layout import Layout
-from tanzaku.positions import numbering, parameters
+from tanzaku.positions import Numbering, numbering, parameters, room
 from tanzaku.routing import Route
 
 # (module, "forward_pre" or "forward", what runs there). Hooks get keyword arguments; those behind a forward pass also
@@ -87,6 +88,11 @@ class VirtualTokens:
         self.offsets, self.placed = offsets, placed
         self.width = max(self.counts)
         self._neutral: int | None = None
+
+    @cached_property
+    def room(self) -> int | None:
+        """Positions that the model has for a row's tokens."""
+        return room(self.base)
 
     def hooks(self) -> list[Hook]:
         """All that runs at the model's modules, in order."""
@@ -191,7 +197,7 @@ class VirtualTokens:
         counts = state.counts
         if not self.width:
             self._skip(state, mask)
-            self._check_room(length, max(self.offsets))
+            self._check_room(length, max(self.offsets), module, mask)
             return
         if any(given.get(key) is not None for key in _OTHER_ORDERS):
             names = " or ".join(key for key in _OTHER_ORDERS if given.get(key) is not None)
@@ -211,7 +217,8 @@ class VirtualTokens:
         else:
             lay = layout.in_front(counts, mask, length, device)
         if several is None:
-            self._check_room(length, max(c + o for c, o in zip(self.counts, self.offsets, strict=True)))
+            most = max(c + o for c, o in zip(self.counts, self.offsets, strict=True))
+            self._check_room(length, most, module, mask)
         state.layout = state.whole = lay
         state.length = lay.columns
         if own is not None:
@@ -377,9 +384,13 @@ class VirtualTokens:
                 "at first"
             )
 
-    def _check_room(self, length: int, virtual: int) -> None:
-        limit = self.base.max_positions
-        if limit is not None and length + virtual > limit:
+    def _check_room(self, length: int, virtual: int, module: nn.Module, mask: Any) -> None:
+        limit = self.room
+        if limit is None or length + virtual <= limit:
+            return
+        if isinstance(mask, Tensor) and mask.dim() == 2 and self._numbering(module).kind in ("mask", "ids"):
+            length = int((mask != 0).sum(1).max())  # padding takes no position
+        if length + virtual > limit:
             raise TanzakuError(
                 f"{length} tokens and {virtual} virtual tokens make {length + virtual}, more than the model's "
                 f"{limit} positions: shorten the texts (max_length) or use fewer virtual tokens"
@@ -399,7 +410,7 @@ class VirtualTokens:
             cache = caches.held(given)[1]
             state.read = 0 if cache is None else caches.length(cache) or 0
             if not state.read:
-                self._check_room(state.length, max(self.offsets))
+                self._check_room(state.length, max(self.offsets), module, given.get("attention_mask"))
         self._number(state, module, given, self.offsets)
         return (), given
 
@@ -432,7 +443,7 @@ class VirtualTokens:
                 raise TanzakuError(f"{type(module).__name__}: pass position_ids to go on with virtual tokens in a row")
             if any(key.endswith("grid_thw") and value is not None for key, value in given.items()):
                 return  # with images in the text it numbers what the mask shows
-        found = numbering(_text_stack(self.base, module), self.base)
+        found = self._numbering(module)
         if found.kind == "unknown":
             raise TanzakuError(
                 f"{type(module).__name__} numbers positions in a way that leaves no room for what stands before a "
@@ -446,10 +457,13 @@ class VirtualTokens:
         elif found.kind == "told":
             state.positions = self._within((columns - skipped).clamp(min=0) + offset).expand(rows, -1)
 
+    def _numbering(self, module: nn.Module) -> Numbering:
+        return numbering(_text_stack(self.base, module), self.base)
+
     def _within(self, positions: Tensor) -> Tensor:
         """Positions that the model has: there is room for a row's own (`_check_room`), and what else stands in its
         columns is masked."""
-        limit = self.base.max_positions
+        limit = self.room
         return positions if limit is None else positions.clamp(max=limit - 1)
 
     def _place(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

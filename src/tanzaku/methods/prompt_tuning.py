@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tanzaku.errors import TanzakuError
 from tanzaku.families import Base, weight_of
 from tanzaku.method import Method, Strip, TokenStrip, trainable
+from tanzaku.positions import room
 from tanzaku.space import Choice, Range, spaces
 from tanzaku.tokens import check_entrance
 
@@ -54,7 +55,7 @@ class PromptLearning(Method):
         """Check the number of tokens, and note the model's sizes."""
         n = self.num_virtual_tokens
         self.require(n > 0, f"num_virtual_tokens={n}", "1 or more")
-        limit = base.max_positions
+        limit = room(base)
         if limit is not None and n >= limit:
             raise TanzakuError(f"{self.name}: {n} virtual tokens leave no room in the model's {limit} positions")
         self.num_transformer_submodules = 1

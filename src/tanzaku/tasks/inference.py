@@ -203,14 +203,14 @@ def _passes(model: PreTrainedModel, lengths: Mapping[str, list[int]]) -> Iterato
     the same lengths go together.
     """
     host = host_of(model)
-    room = host.base.max_positions
+    limit = room(host.base)
     shared = [name for name in lengths if host.get(name).method.shares_batch]
     alike: dict[tuple[int, ...], list[str]] = {}
     for name in shared:
         alike.setdefault(tuple(lengths[name]), []).append(name)
     if len(alike) > 1:
         longest, lead = max(map(max, alike)), max(host.get(name).before for name in shared)
-        if room is None or longest + lead <= room:
+        if limit is None or longest + lead <= limit:
             alike = {(): shared}
     yield from alike.values()
     yield from ([name] for name in lengths if name not in shared)

@@ -20,6 +20,7 @@ from tanzaku.families import Base
 from tanzaku.host import adapters, host_of
 from tanzaku.methods import METHODS
 from tanzaku.noise import Foreign, Noise, Share, foreign_generators, watch
+from tanzaku.positions import room
 from tanzaku.routing import Entry, Route
 from tanzaku.survey import odd_dropouts, sees_padding
 from tanzaku.tasks.classification import Example, Split, classification_loss, collate
@@ -47,7 +48,7 @@ class SharedStep:
     def __init__(self, model: PreTrainedModel, pad_token_id: int):
         self.model, self.pad_token_id, self.device = model, pad_token_id, model.device
         base = Base.of(model)
-        self.max_positions, self.settings = base.max_positions, base.config.to_dict()
+        self.max_positions, self.settings = room(base), base.config.to_dict()
         self.passes = CheapPasses(base)
         self.takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
         # A cache of keys and values is for generation; here it would only be a copy of them a layer.
