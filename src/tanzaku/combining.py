@@ -354,7 +354,7 @@ def _check_copies(parts: list[Adapter], copies: str | None) -> None:
 def _one(strips: list[WeightStrip]) -> bool:
     """Whether several copies of a module are one and the same."""
     first, *others = strips
-    return all(torch.equal(p, other.own[key]) for other in others for key, p in first.own.items())
+    return all(torch.equal(t, other.tensors[key]) for other in others for key, t in first.tensors.items())
 
 
 def _fill_copies(adapter: Adapter, parts: list[Adapter], weights: list[float], copies: str | None) -> None:
@@ -372,11 +372,11 @@ def _fill_copies(adapter: Adapter, parts: list[Adapter], weights: list[float], c
         total = sum(w for _, _, w in found)
         if not own and abs(total) < 1e-6:
             raise TanzakuError(f"combine: the weights of {path} sum to 0, which has no mean; take one with copies=NAME")
-        for key, parameter in strip.own.items():
+        for key, tensor in strip.tensors.items():
             if own:
-                parameter.copy_(own[0].own[key])
+                tensor.copy_(own[0].tensors[key])
             else:
-                parameter.copy_(torch.stack([s.own[key] * (w / total) for _, s, w in found]).sum(0))
+                tensor.copy_(torch.stack([s.tensors[key] * (w / total) for _, s, w in found]).sum(0))
 
 
 # -- what was asked for

@@ -50,6 +50,10 @@ class Part:
         """Whether the module at `path` lies in this part."""
         return self.whole and (not self.path or path == self.path or path.startswith(f"{self.path}."))
 
+    def tensors(self, module: nn.Module) -> list[str]:
+        """Names below its path, with what is saved beside the parameters, such as running statistics."""
+        return [name for name, _ in tree.saved(module)] if self.whole else list(self.names)
+
     @property
     def parameters(self) -> list[str]:
         """Names in the model."""

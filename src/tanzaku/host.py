@@ -319,14 +319,15 @@ def _at_home(base: Base) -> Iterator[None]:
 def _extra(base: Base, method: Method, strips: list[tuple[str, Strip]]) -> Iterator[tuple[str, Strip]]:
     """The adapter's own copies of modules, beside the `strips` that it has: see :meth:`Method.copies`."""
     done = copied_in(strips)
-    tied: dict[int, nn.Parameter] = {}
+    tied: dict[int, Tensor] = {}
     for each in method.copies(base):
-        part = each.part
-        names = [name for name, full in zip(part.names, part.parameters, strict=True) if full not in done]
-        if names:
-            done.update(part.parameters)
-            strip = copy_of(base.model.get_submodule(part.path), names, tied if each.tied else None)
-            yield part.path, strip if each.trained else strip.requires_grad_(False)
+        path, module = each.part.path, base.model.get_submodule(each.part.path)
+        names = {name: f"{path}.{name}" if path else name for name in each.part.tensors(module)}
+        left = [name for name, full in names.items() if full not in done]
+        if left:
+            done.update(names.values())
+            strip = copy_of(module, left, tied if each.tied else None)
+            yield path, strip if each.trained else strip.requires_grad_(False)
 
 
 def _say_what_stays_random(adapter: Adapter) -> None:

@@ -103,10 +103,10 @@ def merge(
         for full, value in (change for adapter in stack for change in _changes(model, adapter, dtype)):
             path, _, key = full.rpartition(".")
             module = model.get_submodule(path)
-            before = full_weight(module, path) if key == "weight" else model.get_parameter(full).float()
+            before = full_weight(module, path) if key == "weight" else _tensor(model, full).float()
             if dtype is not None and quantised(module):
                 undo.append(_replace(model, path, dtype))
-            parameter = model.get_parameter(full)
+            parameter = _tensor(model, full)
             value = value.view(parameter.shape)
             stored = value.to(parameter.dtype)
             lost[full] = _lost(before, value, stored)
@@ -173,7 +173,8 @@ def _changes(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None) -> I
         dtype: of what takes the place of quantised weights; None: they are an error.
     """
     tied = _names_of_one_tensor(model)
-    own = {_full(path, key): p for path, s in adapter.at() if isinstance(s, WeightStrip) for key, p in s.own.items()}
+    copies = [(path, s) for path, s in adapter.at() if isinstance(s, WeightStrip)]
+    own = {_full(path, key): tensor for path, s in copies for key, tensor in s.tensors.items()}
     changed = {_full(path, "weight") for path, s in adapter.at() if isinstance(s, ModuleStrip)} | set(own)
     done: set[int] = set()
     for path, strip in adapter.at():
@@ -185,7 +186,7 @@ def _changes(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None) -> I
                 "nothing can be merged into it; load the base whole"
             )
         if isinstance(strip, WeightStrip):
-            new = dict(strip.own)
+            new = strip.tensors
         elif isinstance(strip, ModuleStrip):
             new = strip.merged(module)
         if not new:
@@ -199,7 +200,7 @@ def _changes(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None) -> I
             full = _full(path, key)
             whole = isinstance(strip, WeightStrip)
             # Tied weights stay one tensor only where the adapter's own copies of them are one, too.
-            others = [name for name in tied[full] if name != full and not (whole and own.get(name) is value)]
+            others = [name for name in tied.get(full, ()) if name != full and not (whole and own.get(name) is value)]
             if others:
                 left = [name for name in others if name not in changed]
                 how = "leaves as it is" if left else "changes to other values"
@@ -210,10 +211,10 @@ def _changes(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None) -> I
             if whole and id(value) in done:  # the same tensor under its second name
                 continue
             done.add(id(value))
-            parameter = model.get_parameter(full)
+            parameter = _tensor(model, full)
             kind = parameter.dtype if plain(parameter) else cast(torch.dtype, dtype)
             most = max(map(abs, torch.stack(torch.aminmax(value)).tolist())) if value.numel() else 0.0
-            if not most <= torch.finfo(kind).max:
+            if value.is_floating_point() and not most <= torch.finfo(kind).max:
                 wide = torch.finfo(kind).max > 1e38
                 fix = "its numbers are too large: train it anew" if wide else "load the base in float32 or bfloat16"
                 raise TanzakuError(
@@ -254,7 +255,13 @@ def before_merging(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _put(model: nn.Module, key: str, value: Tensor) -> None:
-    model.get_parameter(key).data = value
+    _tensor(model, key).data = value
+
+
+def _tensor(model: nn.Module, key: str) -> Tensor:
+    """A parameter or a buffer by its name."""
+    path, _, last = key.rpartition(".")
+    return cast(Tensor, getattr(model.get_submodule(path), last))
 
 
 def _back(undo: list[Callable[[], None]]) -> None:

@@ -38,7 +38,7 @@ from tanzaku.routing import Cut, Route, Rows, put, take
 from tanzaku.rows import Entrance, Places, Split, SplitSite, rows_at
 from tanzaku.survey import Key, replaced, tensors
 from tanzaku.tokens import VirtualTokens
-from tanzaku.weights import WeightStrip, as_used, check_in_reach, check_shape, rows_in, rows_put
+from tanzaku.weights import WeightStrip, rows_in, rows_put
 
 # One list of strips per stack of the route, in stacking order.
 Plan = list[list[Any]]
@@ -538,19 +538,13 @@ class WeightSite:
         if force.places is not None:
             force.places.check(self.path, args, kwargs)
         for number, strips in enumerate(plan):
-            own = strips[-1].below(part) if strips else {}
-            if own:
+            if strips and strips[-1].below(part):
                 at = partial(_rows_of_stack, force.route, number)
                 picked, named = rows_in((args, kwargs), at, self.path)
-                for name in own:
-                    check_in_reach(module.get_submodule(name.rpartition(".")[0]))
-                base = {name: module.get_parameter(name) for name in own}
-                for name, parameter in own.items():
-                    check_shape(name, parameter, base[name])
-                used = {name: as_used(p, base[name]) for name, p in own.items()}
                 noise.rewind(mark, number)
-                with quiet(), force.route.running(number, base=True):
-                    result = torch.func.functional_call(module, used, picked, named)
+                whole = self.sites.base.model.get_submodule(self.path)
+                with strips[-1].swapped(whole, part), quiet(), force.route.running(number, base=True):
+                    result = module(*picked, **named)
                 output = rows_put(output, result, at, self.path)
         return output
 

@@ -243,14 +243,15 @@ def _drop_strangers(model: nn.Module, method: Method) -> None:
 def _recorded(adapter: Adapter) -> list[dict[str, Any]]:
     """What of the base the adapter has copies of, for tanzaku.json: another base may have other heads."""
     strips = [(path, strip) for path, strip in adapter.at() if isinstance(strip, WeightStrip) and not strip.resized]
-    times = Counter(id(p) for _, strip in strips for p in set(strip.own.values()))
+    times = Counter(key for _, strip in strips for key in {id(t) for t in strip.tensors.values()})
     out = []
     for path, strip in strips:
         each: dict[str, Any] = {"path": path}
-        if set(strip.own) != set(Part.of(path, adapter.base.model.get_submodule(path)).names):
-            each["names"] = list(strip.own)
+        module = adapter.base.model.get_submodule(path)
+        if set(strip.tensors) != set(Part.of(path, module).tensors(module)):
+            each["names"] = list(strip.tensors)
         each["trained"] = strip.trained
-        if any(times[id(p)] > 1 for p in strip.own.values()):
+        if any(times[id(t)] > 1 for t in strip.tensors.values()):
             each["tied"] = True
         out.append(each)
     return out
@@ -276,7 +277,7 @@ def _copies(model: nn.Module, recorded: Any, settings: list[str], folder: Path) 
         if path in modules:  # if not, its tensors have no place, which is told where they are read
             part = Part.of(path, modules[path])
             if names is not None:
-                part = Part(path, tuple(name for name in part.names if name in names), whole=False)
+                part = Part(path, tuple(n for n in part.tensors(modules[path]) if n in names), whole=False)
             out.append(Copy(part, trained=bool(each.get("trained")), tied=bool(each.get("tied"))))
     paths = [each["path"] for each in recorded]
     for name in settings:
@@ -423,10 +424,10 @@ def _fill(
     expected = list(_entries(adapter))
     keys = {key for key, *_ in expected}
     problems = []
-    missing = [(key, strip) for key, _, _, strip in expected if key not in tensors]
-    if kept := [key for key, strip in missing if _frozen_copy(strip)]:
+    missing = [(key, _not_trained(name, strip)) for key, name, _, strip in expected if key not in tensors]
+    if kept := [key for key, spare in missing if spare]:
         warnings.warn(f"{folder} holds no {listed(kept)}: the model's own is used", stacklevel=3)
-    if lost := [key for key, strip in missing if not _frozen_copy(strip)]:
+    if lost := [key for key, spare in missing if not spare]:
         problems.append(f"missing {listed(lost, 3)}")
     problems += _strange(model, adapter.method, [key for key in tensors if key not in keys], tensors)
     local: dict[Strip, dict[str, Tensor]] = {}
@@ -440,8 +441,9 @@ def _fill(
         twice = key == "prompt_embeddings" and found.shape[1:] == tensor.shape[1:] and len(found) == 2 * len(tensor)
         if found.shape != tensor.shape and not twice:
             problems.append(f"{key} is {tuple(found.shape)}, expected {tuple(tensor.shape)}")
-        elif not found.is_floating_point():
-            problems.append(f"{key} is {str(found.dtype).removeprefix('torch.')}, expected floating point numbers")
+        elif found.is_floating_point() != tensor.is_floating_point():
+            kind = "floating point numbers" if tensor.is_floating_point() else str(tensor.dtype)
+            problems.append(f"{key} is {found.dtype}, expected {kind}".replace("torch.", ""))
         else:
             here[name] = found
             if not found.float().isfinite().all():
@@ -464,9 +466,9 @@ def _fill(
             strip.restore(named)
 
 
-def _frozen_copy(strip: Strip) -> bool:
-    """Whether the strip is a copy of the base's weights that is not trained, such as a head's."""
-    return isinstance(strip, WeightStrip) and not strip.trained
+def _not_trained(name: str, strip: Strip) -> bool:
+    """Whether a tensor is a copy of the base's that is not trained: of a head, or of running statistics."""
+    return isinstance(strip, WeightStrip) and (not strip.trained or name not in strip.own)
 
 
 def method_of(config: dict[str, Any]) -> Method:

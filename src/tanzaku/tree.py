@@ -110,6 +110,15 @@ def parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     return (parameter for _, parameter in named_parameters(model))
 
 
+def saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint of the base holds, by all of its names: parameters, and the buffers that are no mere cache."""
+    yield from named_parameters(model, remove_duplicate=False)
+    for path, module in named_modules(model, remove_duplicate=False):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, buffer
+
+
 def tensors(model: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers of the base."""
     for module in modules(model):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -24,64 +24,71 @@ from tanzaku.routing import Rows, put, take
 class WeightStrip(Strip):
     """The adapter's own copy of a module's weights, used in their place while the module runs.
 
-    `own` maps the module's parameter names to the adapter's. They stand in the strip's tree by these names, so that
-    whoever goes by names (weight decay, sharding) knows them again; tied parameters stand there once, by their first.
+    `own` maps the names of the module's tensors to the adapter's: parameters, and what is kept beside them, such as
+    running statistics. They stand in the strip's tree by these names, so that whoever goes by names (weight decay,
+    sharding) knows them again; tied ones stand there once, by their first.
 
     Args:
         resized: they are the embeddings of a base whose vocabulary was resized, which files hold as the base's.
     """
 
-    def __init__(self, own: dict[str, nn.Parameter], resized: bool = False):
+    def __init__(self, own: Mapping[str, Tensor], resized: bool = False):
         super().__init__()
         self.resized = resized
         first: dict[int, str] = {}
-        self._place = {name: first.setdefault(id(parameter), name) for name, parameter in own.items()}
-        for name, parameter in own.items():
+        self._place = {name: first.setdefault(id(tensor), name) for name, tensor in own.items()}
+        for name, tensor in own.items():
             if self._place[name] == name:
                 owner, last = _owner(self, name)
-                owner._parameters[last] = parameter
+                table: dict[str, Any] = owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers
+                table[last] = tensor
 
     @property
-    def own(self) -> dict[str, nn.Parameter]:
-        """The module's names -> the adapter's parameters, read off the tree: somebody may have put others there."""
+    def tensors(self) -> dict[str, Tensor]:
+        """The module's names -> the adapter's tensors, read off the tree: somebody may have put others there."""
         found = {}
         for name, place in self._place.items():
             owner, last = _owner(self, place)
-            found[name] = cast(nn.Parameter, owner._parameters[last])
+            found[name] = _table(owner, last)[last]
         return found
 
-    def below(self, part: str) -> dict[str, nn.Parameter]:
-        """Those of :attr:`own` below a part of the module, by their names there."""
+    @property
+    def own(self) -> dict[str, nn.Parameter]:
+        """Those of :attr:`tensors` that are parameters."""
+        return {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, nn.Parameter)}
+
+    def below(self, part: str) -> dict[str, Tensor]:
+        """Those of :attr:`tensors` below a part of the module."""
         start = f"{part}." if part else ""
-        return {name.removeprefix(start): p for name, p in self.own.items() if name.startswith(start)}
-
-    def export(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self.named_parameters()}
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                parameter.copy_(tensors[name])
+        return {name: tensor for name, tensor in self.tensors.items() if name.startswith(start)}
 
     @contextmanager
-    def swapped(self, module: nn.Module) -> Iterator[None]:
-        """The module with this strip's weights in place of its own."""
-        owners = []
-        for name, parameter in self.own.items():
+    def swapped(self, module: nn.Module, part: str = "") -> Iterator[None]:
+        """The module with this strip's tensors in place of its own, or those of a part of it."""
+        put = []
+        for name, tensor in self.below(part).items():
             path, _, last = name.rpartition(".")
             owner = module.get_submodule(path)
-            original = owner._parameters[last]
+            table = _table(owner, last)
+            original = table[last]
             if original is not None:
                 self.check_here(original)
-                check_shape(name, parameter, original)
+                check_shape(name, tensor, original)
             check_in_reach(owner)
-            owners.append((owner, last, original))
-            owner._parameters[last] = cast(nn.Parameter, as_used(parameter, original))
+            put.append((table, last, original, tensor))
+            table[last] = as_used(tensor, original)
         try:
             yield
         finally:
-            for owner, last, original in owners:
-                owner._parameters[last] = original
+            for table, last, original, tensor in put:
+                now, table[last] = table[last], original
+                if now is not tensor and not isinstance(tensor, nn.Parameter):
+                    tensor.copy_(now)  # the module made a new one of it, or changed it in another type
+
+
+def _table(owner: nn.Module, last: str) -> dict[str, Any]:
+    """Where a module keeps its tensor of this name."""
+    return owner._buffers if last in owner._buffers else owner._parameters
 
 
 def check_shape(name: str, own: Tensor, original: Tensor) -> None:
@@ -105,8 +112,8 @@ def check_in_reach(owner: nn.Module) -> None:
 
 
 def copied_in(strips: Iterable[tuple[str, Strip]]) -> set[str]:
-    """Names of the base's parameters that (path, strip) pairs have own copies of."""
-    own = ((path, key) for path, strip in strips if isinstance(strip, WeightStrip) for key in strip.own)
+    """Names of the base's tensors that (path, strip) pairs have own copies of."""
+    own = ((path, key) for path, strip in strips if isinstance(strip, WeightStrip) for key in strip.tensors)
     return {f"{path}.{key}" if path else key for path, key in own}
 
 
@@ -125,38 +132,42 @@ def _owner(tree: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def copy_of(
-    module: nn.Module, names: Iterable[str] | None = None, copies: dict[int, nn.Parameter] | None = None
+    module: nn.Module, names: Iterable[str] | None = None, copies: dict[int, Tensor] | None = None
 ) -> WeightStrip:
-    """An adapter's own, trainable copy of every weight below `module`; tied weights stay tied.
+    """An adapter's own, trainable copy of every weight below `module`, and of what is saved beside weights, such as
+    running statistics; tied tensors stay tied.
 
     Args:
-        names: only these. copies: those made already, by the id of the base's parameter, where ties reach further.
+        names: only these. copies: those made already, by the id of the base's tensor, where ties reach further.
     """
     copies = {} if copies is None else copies
     chosen = None if names is None else set(names)
     own = {}
-    for name, parameter in tree.named_parameters(module, remove_duplicate=False):
+    for name, tensor in tree.saved(module):
         if chosen is not None and name not in chosen:
             continue
-        if not plain(parameter):
-            raise TanzakuError(f"cannot copy {name!r}: it holds quantised values ({type(parameter).__name__})")
-        if id(parameter) not in copies:
-            # As in `trainable`: half precision trains badly, so the copy is in full.
-            full = parameter.dtype if parameter.dtype == torch.float64 else torch.float32
-            copies[id(parameter)] = nn.Parameter(_at_hand(module, name).detach().to(full, copy=True))
-        own[name] = copies[id(parameter)]
+        if id(tensor) not in copies:
+            if not isinstance(tensor, nn.Parameter):
+                copies[id(tensor)] = _at_hand(module, name).detach().clone()
+            elif plain(tensor):
+                # As in `trainable`: half precision trains badly, so the copy is in full.
+                full = tensor.dtype if tensor.dtype == torch.float64 else torch.float32
+                copies[id(tensor)] = nn.Parameter(_at_hand(module, name).detach().to(full, copy=True))
+            else:
+                raise TanzakuError(f"cannot copy {name!r}: it holds quantised values ({type(tensor).__name__})")
+        own[name] = copies[id(tensor)]
     return WeightStrip(own)
 
 
 def _at_hand(module: nn.Module, name: str) -> Tensor:
-    """The values of a parameter, also of one that is kept elsewhere between passes."""
+    """The values of a tensor, also of one that is kept elsewhere between passes."""
     path, _, last = name.rpartition(".")
     owner = module.get_submodule(path)
-    found = cast(Tensor, owner._parameters[last])
+    found = cast(Tensor, _table(owner, last)[last])
     if not found.is_meta or offloaded.get() is None:
         return found
     with align_module_device(owner, offloaded.get()):
-        return cast(Tensor, owner._parameters[last]).detach().clone()
+        return cast(Tensor, _table(owner, last)[last]).detach().clone()
 
 
 class BiasStrip(ModuleStrip):

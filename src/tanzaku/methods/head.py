@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor
 
 from tanzaku import tree
 from tanzaku.families import Base
@@ -41,11 +41,12 @@ class Head(Method):
     def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
         if self._copies is not None:
             return  # a file says what they are
-        tied: dict[int, nn.Parameter] = {}
+        tied: dict[int, Tensor] = {}
         if self.target_modules is None and (parts := self.heads(base) or task_head(base.model)):
             self.target_modules = [part.path for part in parts]
             for part in parts:
-                yield part.path, copy_of(base.model.get_submodule(part.path), part.names, tied)
+                module = base.model.get_submodule(part.path)
+                yield part.path, copy_of(module, part.tensors(module), tied)
             return
         if self.target_modules is None:
             self.target_modules = [

@@ -661,11 +661,12 @@ _HOOKS = (
 def _with(module: nn.Module, strip: WeightStrip) -> nn.Module:
     """A module like `module` with the tensors of an adapter's copy."""
     new = bare(module)
-    new.__dict__["_parameters"] = dict(new._parameters)
+    new.__dict__.update(_parameters=dict(new._parameters), _buffers=dict(new._buffers))
     new.__dict__["_modules"] = {n: child and _with(child, _Part(strip, n)) for n, child in module._modules.items()}
-    for name, parameter in strip.own.items():
+    for name, tensor in strip.tensors.items():
         if "." not in name:
-            new._parameters[name] = parameter
+            table: dict[str, Any] = new._buffers if name in new._buffers else new._parameters
+            table[name] = tensor
     return new
 
 
@@ -675,11 +676,11 @@ class _Part(WeightStrip):
     def __init__(self, whole: WeightStrip, name: str):
         nn.Module.__init__(self)
         start = f"{name}."
-        self.__dict__["part"] = {k.removeprefix(start): p for k, p in whole.own.items() if k.startswith(start)}
+        self.__dict__["part"] = {k.removeprefix(start): t for k, t in whole.below(name).items()}
 
     @property
-    def own(self) -> dict[str, nn.Parameter]:
-        return cast(dict[str, nn.Parameter], self.__dict__["part"])
+    def tensors(self) -> dict[str, Tensor]:
+        return cast(dict[str, Tensor], self.__dict__["part"])
 
 
 def _low(strip: LoraStrip, name: str, layer: Any) -> nn.Module:

@@ -45,8 +45,9 @@ class Merging(Wrapped):
             for path, strip in self._host.get(name).at():
                 if isinstance(strip, WeightStrip):
                     with torch.no_grad():
-                        for key, parameter in strip.own.items():
-                            base.get_submodule(path).get_parameter(key).copy_(parameter)
+                        for key, tensor in strip.tensors.items():
+                            place, _, last = key.rpartition(".")
+                            getattr(base.get_submodule(path).get_submodule(place), last).copy_(tensor)
         return self._without_adapters()
 
     def _check_mergeable(self) -> None:

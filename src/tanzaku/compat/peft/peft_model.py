@@ -569,7 +569,7 @@ class PeftModel(Prompting, Merging):
         base, old, beside = self.get_base_model(), self._host.get(name), f"{name}-loading"
         self._load(folder, settings, beside, is_trainable, autocast)
         new = self._host.get(beside)
-        mine, theirs = dict(old.named_parameters()), dict(new.named_parameters())
+        mine, theirs = ({**dict(a.named_parameters()), **dict(a.named_buffers())} for a in (old, new))
         fits = {key: p.shape for key, p in mine.items()} == {key: p.shape for key, p in theirs.items()}
         detach(base, beside)
         self._forget(beside)

@@ -157,6 +157,16 @@ class Wrapped(nn.Module):
                     if id(parameter) in trained or not isinstance(strip, WeightStrip):
                         yield in_peft(adapter, path, strip, key), parameter
 
+    def _adapter_tensors(self) -> dict[str, Tensor]:
+        """Their parameters, and what their copies of modules keep beside them, such as running statistics."""
+        found: dict[str, Tensor] = {}
+        for adapter in self._adapters():
+            trained = {id(p) for p in self._trained[adapter.name]}
+            for path, strip in adapter.at():
+                if isinstance(strip, WeightStrip) and trained & {id(p) for p in strip.parameters()}:
+                    found |= {in_peft(adapter, path, strip, key): buffer for key, buffer in strip.named_buffers()}
+        return dict(self._adapter_parameters()) | found
+
     @property
     def _root(self) -> str:
         """Where the base stands in this module's tree."""
@@ -254,7 +264,7 @@ class Wrapped(nn.Module):
         names = self._base_names(own)
         out = full.__class__() if destination is None else destination
         out.update({prefix + names[name]: tensor for name, tensor in own.items()})
-        out.update({prefix + name: p if keep_vars else p.detach() for name, p in self._adapter_parameters()})
+        out.update({prefix + name: t if keep_vars else t.detach() for name, t in self._adapter_tensors().items()})
         return out
 
     @torch.no_grad()
@@ -267,7 +277,7 @@ class Wrapped(nn.Module):
         if assign:
             raise TanzakuError("load_state_dict: assign=True is not supported; values are copied into what is there")
         own = self.state_dict(keep_vars=True)
-        of_adapters = dict(self._adapter_parameters())
+        of_adapters = self._adapter_tensors()
         state = {key: value for key, value in state_dict.items() if key.startswith(f"{STATE}.")}
         missing = [key for key in (own if strict else of_adapters) if key not in state_dict]
         unexpected = [key for key in state_dict if key not in own and key not in state]
@@ -289,7 +299,7 @@ class Wrapped(nn.Module):
 
     def _training_state(self) -> dict[str, Tensor]:
         """What training goes on from: the adapters' own parameters, and what a method has beside them."""
-        out: dict[str, Tensor] = {name: p.detach() for name, p in self._adapter_parameters()}
+        out: dict[str, Tensor] = {name: t.detach() for name, t in self._adapter_tensors().items()}
         for adapter in self._adapters():
             if adapter.method.__dict__.get("_prepared"):
                 state = adapter.method.training_state(adapter)
@@ -363,22 +373,22 @@ def from_peft_names(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> 
     base = [k for k in nn.Module.state_dict(model, keep_vars=True) if not k.startswith(place) and k not in hidden]
     names = {peft: key for key, peft in model._base_names(base).items()}
     real = dict(_real_names(model))
-    at = {id(p): key for key, p in real.items()}
-    names |= {peft: at[id(p)] for peft, p in model._adapter_parameters()}
+    at = {id(t): key for key, t in real.items()}
+    names |= {peft: at[id(t)] for peft, t in model._adapter_tensors().items()}
     for peft, key in names.items():
         if peft != key and prefix + peft in state:
             state[prefix + key] = state.pop(prefix + peft)
-    for key, p in real.items():
+    for key, tensor in real.items():
         # A head that PEFT has no copy of, or a bias that the adapter has a copy of.
         if key in hidden or (key.startswith(place) and key not in names.values()):
-            state.setdefault(prefix + key, p)
+            state.setdefault(prefix + key, tensor)
 
 
-def _real_names(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters as they stand in the tree, whatever names the wrapper gives them."""
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield prefix + name, parameter
+def _real_names(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers as they stand in the tree, whatever names the wrapper gives them."""
+    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        if tensor is not None:
+            yield prefix + name, tensor
     for name, child in module._modules.items():
         if child is not None:
             yield from _real_names(child, f"{prefix}{name}.")
