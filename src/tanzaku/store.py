@@ -34,7 +34,7 @@ from tanzaku.method import Copy, Method, Strip
 from tanzaku.methods import METHODS
 from tanzaku.survey import may_not_run, survey
 from tanzaku.untrusted import Allowance, from_file, is_there
-from tanzaku.weights import BiasStrip, WeightStrip, copied_in, copy_of
+from tanzaku.weights import BiasStrip, WeightStrip, copied_in, copy_of, elsewhere
 
 CONFIG, TENSORS, META = "adapter_config.json", "adapter_model.safetensors", "tanzaku.json"
 FORMAT = 2  # of tanzaku.json
@@ -571,19 +571,25 @@ def _heads(base: Base) -> set[str]:
 
 def _sample(base: Base, left_out: set[str], names: set[str] | None = None) -> dict[str, str]:
     """For each weight its shape and a few numbers, such as "48x32: 0.125 -0.5". Quantised weights, those of other
-    processes and those not in memory tell nothing, and are left out."""
+    processes and those that are nowhere in memory tell nothing, and are left out."""
     merged = before_merging(base.model)
     picked: dict[Any, list[tuple[str, Tensor, Tensor]]] = {}
     places: dict[Any, Tensor] = {}
     for name, parameter in tree.named_parameters(base.model):
-        kind, size = (parameter.device, parameter.dtype), parameter.numel()
-        plain = type(parameter) is nn.Parameter and parameter.dtype in _READABLE and parameter.device.type != "meta"
+        size = parameter.numel()
+        plain = type(parameter) is nn.Parameter and parameter.dtype in _READABLE
         if not plain or size <= _PLACES[0] or name in left_out or (names is not None and name not in names):
             continue
-        count = sum(place < size for place in _PLACES)
-        if (count, kind) not in places:
-            places[count, kind] = torch.tensor(_PLACES[:count], device=parameter.device)
         weight = merged.get(name, parameter).detach()
+        if weight.is_meta:
+            path, _, last = name.rpartition(".")
+            kept = elsewhere(base.model.get_submodule(path), last)
+            if kept is None:
+                continue
+            weight = kept[0]
+        count, kind = sum(place < size for place in _PLACES), (weight.device, weight.dtype)
+        if (count, kind) not in places:
+            places[count, kind] = torch.tensor(_PLACES[:count], device=weight.device)
         picked.setdefault(kind, []).append((name, weight, weight.take(places[count, kind])))
     out = {}
     for each in picked.values():

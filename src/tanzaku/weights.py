@@ -245,11 +245,19 @@ def in_memory(module: nn.Module, name: str) -> Tensor:
     tensor = cast(Tensor, getattr(module, name))
     if not tensor.is_meta:
         return tensor
+    kept = elsewhere(module, name)
+    if kept is None:
+        raise TanzakuError(f"the {name} of a {type(module).__name__} of the base is not in memory; load the base whole")
+    return kept[0].to(kept[1])
+
+
+def elsewhere(module: nn.Module, name: str) -> tuple[Tensor, Any] | None:
+    """A tensor that accelerate keeps elsewhere while the module does not run, and the device that it goes to."""
     hook = module.__dict__.get("_hf_hook")
     for each in getattr(hook, "hooks", [hook]):
-        if getattr(each, "offload", False):
-            return cast(Any, each).weights_map[name].to(cast(Any, each).execution_device)  # type: ignore[no-any-return]
-    raise TanzakuError(f"the {name} of a {type(module).__name__} of the base is not in memory; load the base whole")
+        if getattr(each, "offload", False) and name in cast(Any, each).weights_map:
+            return cast(Any, each).weights_map[name], cast(Any, each).execution_device
+    return None
 
 
 def as_used(own: Tensor, original: Tensor | None) -> Tensor:

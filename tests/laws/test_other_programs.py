@@ -199,6 +199,19 @@ def test_an_adapter_on_an_offloaded_base(plain, kind, tmp_path):
     assert all(p.isfinite().all() for _, p in fresh.named_parameters())
 
 
+@pytest.mark.parametrize("kind", OFFLOADERS)
+def test_a_file_knows_an_offloaded_base(kind, tmp_path):
+    """Its weights are read where they are kept: another base is an error, and so is one that the file was made on."""
+    away, other = (OFFLOADERS[kind](tiny("llama", "lm", seed=seed), tmp_path / str(seed)) for seed in (0, 1))
+    tz.attach(away, tz.LoRA(r=2), "a")
+    tz.save(away, "a", tmp_path / "a")
+    tz.load(away, tmp_path / "a", "same")
+    tz.load(tiny("llama", "lm"), tmp_path / "a", "same")
+    for wrong in (other, tiny("llama", "lm", seed=1)):
+        with pytest.raises(tz.TanzakuError, match="a base with other weights"):
+            tz.load(wrong, tmp_path / "a", "a")
+
+
 @pytest.mark.parametrize("kind", ["cpu", "disk"])
 @pytest.mark.parametrize("plain", METHODS, indirect=True)
 def test_a_base_that_is_offloaded_with_its_adapter(plain, kind, tmp_path):
