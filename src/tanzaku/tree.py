@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tanzaku.errors import listed
+
 PLACE = "tanzaku"
 
 
@@ -47,7 +49,13 @@ def _hide(place: Any, state: Any, prefix: str, metadata: dict[str, Any]) -> None
         notes.pop(key, None)
 
 
-def _spare(place: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _spare(place: Any, state: dict[str, Any], prefix: str, _notes: Any, _strict: Any, *found: list[str]) -> None:
+    held = {key.removeprefix(prefix).partition(".")[0] for key in state if key.startswith(prefix)}
+    active = place.__dict__["host"].active_names
+    if held and active and not held & {*active}:
+        # Also where it need not be strict: an optimizer's state, say, would go on with the other's parameters.
+        first = min(held)
+        found[2].append(f"found adapter {first!r}, and {listed(active)} is active: activate(model, {first!r}) first")
     # What a state says nothing of stays as it is, and is not missing.
     for name in place.hidden():
         for key, tensor in place._modules[name].state_dict(keep_vars=True).items():

@@ -104,6 +104,28 @@ def test_trainer_decays_as_it_does_elsewhere(tmp_path):
     assert any("score.weight" in name for name in own) and not any("norm" in name for name in own)
 
 
+def two_adapters():
+    model = model_with("lora")
+    tz.attach(model, tz.LoRA(r=2), "other", seed=1)
+    return model
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_of_another_adapter_is_refused(strict):
+    """An optimizer's state that stands beside it would go on with other parameters, as in Trainer."""
+    model = two_adapters()
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    tz.activate(model, "other")
+    with pytest.raises(
+        RuntimeError, match=r"found adapter 'lora', and other is active: activate\(model, 'lora'\) first"
+    ):
+        model.load_state_dict(state, strict=strict)
+    base = {key: tensor for key, tensor in state.items() if not key.startswith("tanzaku.")}
+    assert model.load_state_dict(base, strict=False).missing_keys
+    tz.activate(model, ("lora", "other"))
+    assert model.load_state_dict(state, strict=False).missing_keys
+
+
 @pytest.mark.parametrize("name", ["lora", "prefix_tuning", "prompt_tuning"])
 def test_accelerate_keeps_the_state(name, tmp_path):
     """`save_state` and `load_state` of accelerate."""
