@@ -19,9 +19,12 @@ from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -177,6 +180,9 @@ class _Span(NamedTuple):
     sizes: tuple[int, ...] = ()
 
 
+# Ids of the parameters whose gradients each DDP shares between processes.
+_shared: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
+
 # What is in force here, by the number of the model's sites; a model that is not named has what is active in it.
 _routes: Local[Mapping[int, InForce | None]] = Local("tanzaku_routes")
 
@@ -274,6 +280,9 @@ class Sites:
                     fresh = True
                     self._hang_attention(path)
                     kept["attention", path] = []
+            if ("processes",) not in kept and dist.is_available() and dist.is_initialized():
+                fresh = True
+                kept[("processes",)] = [_register(self.base.model, "forward_pre", self._check_shared)]
             if force.places is not None:
                 fresh |= self._hang_splits(force.places)
             if force.attention and ("entrance",) not in kept:
@@ -330,6 +339,22 @@ class Sites:
                 f"{path} of {type(self.base.model).__name__} does not go through transformers' attention interface"
             )
         module.__dict__[_ATTEND] = AttentionSite(self, path)
+
+    def _check_shared(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Under DDP, which shares the gradients of what required them when it was made, and of nothing else."""
+        force, around = self.in_force(), DistributedDataParallel._active_ddp_module
+        if force is None or around is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        if around not in _shared:
+            buckets = around.reducer._get_zeros_like_grad_buckets()
+            _shared[around] = {id(parameter) for bucket in buckets for parameter in bucket.parameters()}
+        shared = _shared[around]
+        for names, stack in zip(force.route.stacks, force.stacks, strict=True):
+            if any(p.requires_grad and id(p) not in shared for _, strip in stack for p in strip.parameters()):
+                raise TanzakuError(
+                    f"DistributedDataParallel was made while {listed(names)} was not active, so processes would not "
+                    "share its gradients: activate it, then wrap the model again"
+                )
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """At the backbone's entrance: what a pass needs before its first layer."""

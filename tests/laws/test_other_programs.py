@@ -126,6 +126,28 @@ def test_a_state_of_another_adapter_is_refused(strict):
     assert model.load_state_dict(state, strict=False).missing_keys
 
 
+def test_parallel_processes_share_what_is_trained(tmp_path):
+    """DDP shares gradients of what was active when it was made; of another's every process would have its own."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        model = two_adapters()
+        inputs = batch(model)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        wrapped(**inputs).logits.sum().backward()
+        tz.activate(model, "other")
+        with torch.no_grad():
+            wrapped(**inputs)
+        with pytest.raises(tz.TanzakuError, match="made while other was not active"):
+            wrapped(**inputs)
+        with pytest.raises(tz.TanzakuError, match="made while other"), tz.route(model, ["lora", None, "other", "lora"]):
+            wrapped(**inputs)
+        torch.nn.parallel.DistributedDataParallel(model)(**inputs).logits.sum().backward()
+        tz.activate(model, "lora")
+        wrapped(**inputs).logits.sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("name", ["lora", "prefix_tuning", "prompt_tuning"])
 def test_accelerate_keeps_the_state(name, tmp_path):
     """`save_state` and `load_state` of accelerate."""
