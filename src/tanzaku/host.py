@@ -28,6 +28,8 @@ from tanzaku.sites import InForce, Sites
 from tanzaku.survey import of_use
 from tanzaku.weights import WeightStrip, copied_in, copy_of
 
+MERGED = "_tanzaku_merged"  # a model's record of the adapters that are folded into its weights
+
 
 class Adapter(nn.Module):
     """One adapter: a method's settings and its strips, which stand in the tree below it by the paths of their sites."""
@@ -171,6 +173,12 @@ class Host:
     def _plan(self, route: Route) -> InForce:
         """What a route does, with the hooks that it needs. Nothing is in force by that yet."""
         adapters = {name: self.get(name) for name in route.adapters}
+        merged = getattr(self.model.__dict__.get(MERGED), "names", ())
+        if twice := [name for name in adapters if name in merged]:
+            raise TanzakuError(
+                f"{listed(twice)} is merged into the base's weights and would count twice: unmerge it first, or route "
+                "to None, which has it"
+            )
         if not route.uniform:
             for name, adapter in adapters.items():
                 if not adapter.method.shares_batch:

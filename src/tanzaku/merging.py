@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from tanzaku import tree
 from tanzaku.errors import TanzakuError, listed
-from tanzaku.host import Adapter, activate, detach, host_of
+from tanzaku.host import MERGED, Adapter, activate, detach, host_of
 from tanzaku.method import ModuleStrip
 from tanzaku.quantize import check_readable, drop_traces, full_weight, plain, plain_module, quantised
 from tanzaku.weights import WeightStrip
 
-_MERGED = "_tanzaku_merged"
 _NOTEWORTHY = 0.01
 
 
@@ -47,7 +46,7 @@ class Rounding:
 
 @dataclass
 class _Merged:
-    name: str
+    names: tuple[str, ...]
     rounding: Rounding
     undo: list[Callable[[], None]] | None = field(repr=False)  # None: merged for good
 
@@ -83,7 +82,7 @@ def merge(
                 "adapter (tanzaku predict, tz.load)"
             )
     if (record := _record(model)) is not None and record.undo is not None:
-        raise TanzakuError(f"{record.name!r} is merged already; unmerge it first")
+        raise TanzakuError(f"{listed(record.names)} is merged already; unmerge it first")
     if host.route is not None:
         # Of every context: the adapter would count twice there, too.
         host.end(list(host.adapters))
@@ -129,7 +128,7 @@ def merge(
     at = max(lost, key=lost.__getitem__)
     kinds = ", ".join(sorted(str(t).removeprefix("torch.") for t in types))
     taken = Rounding(sum(lost.values()) / len(lost), lost[at], at, kinds)
-    model.__dict__[_MERGED] = _Merged(", ".join(names), taken, undo if keep else None)
+    model.__dict__[MERGED] = _Merged(names, taken, undo if keep else None)
     if taken.mean > _NOTEWORTHY:
         warnings.warn(f"merging {name!r}: {taken}; load the base in float32 to keep it", stacklevel=2)
     for each in () if keep else names:
@@ -148,9 +147,9 @@ def unmerge(model: nn.Module) -> nn.Module:
     if record is None:
         raise TanzakuError(f"no adapter is merged into this {type(model).__name__}")
     if record.undo is None:
-        raise TanzakuError(f"{record.name!r} was merged for good (keep=False); load the base again")
+        raise TanzakuError(f"{listed(record.names)} was merged for good (keep=False); load the base again")
     _back(record.undo)
-    del model.__dict__[_MERGED]
+    del model.__dict__[MERGED]
     return model
 
 
@@ -261,7 +260,14 @@ def _put(model: nn.Module, key: str, value: Tensor) -> None:
 def _tensor(model: nn.Module, key: str) -> Tensor:
     """A parameter or a buffer by its name."""
     path, _, last = key.rpartition(".")
-    return cast(Tensor, getattr(model.get_submodule(path), last))
+    module = model.get_submodule(path)
+    found = module._parameters.get(last, module._buffers.get(last))
+    if found is None:
+        raise TanzakuError(
+            f"{key} is no tensor of its {type(module).__name__}, which computes it (a parametrization), so nothing can "
+            "be merged into it; make it plain first, as by torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    return found
 
 
 def _back(undo: list[Callable[[], None]]) -> None:
@@ -270,7 +276,7 @@ def _back(undo: list[Callable[[], None]]) -> None:
 
 
 def _record(model: nn.Module) -> _Merged | None:
-    return cast("_Merged | None", model.__dict__.get(_MERGED))
+    return cast("_Merged | None", model.__dict__.get(MERGED))
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload
+from torch.nn.utils import parametrize
 from variants import CASES, bamboo, hang, logits, method, opened, plain_logits
 
 import tanzaku as tz
@@ -101,6 +102,33 @@ def test_a_merged_base_reads_as_a_plain_model(name, tmp_path):
     model.save_pretrained(tmp_path)
     plain = type(model).from_pretrained(tmp_path).eval()
     assert_close(plain_logits(plain, inputs), expected)
+
+
+def test_a_merged_adapter_is_not_routed_a_second_time():
+    model = bamboo()
+    hang(model, "lora")
+    inputs = batch(model)
+    expected = logits(model, ["lora"] * 4, inputs)
+    tz.merge(model, "lora")
+    for again in (lambda: tz.activate(model, "lora"), lambda: tz.route(model, ["lora", None, None, None]).__enter__()):
+        with pytest.raises(tz.TanzakuError, match="lora is merged into the base's weights and would count twice"):
+            again()
+    with torch.no_grad():
+        assert_close(model(**inputs).logits, expected)
+        tz.unmerge(model)
+        tz.activate(model, "lora")
+        assert_close(model(**inputs).logits, expected)
+
+
+def test_what_a_parametrization_computes_is_not_merged_into():
+    model = bamboo()
+    place = model.model.layers[0].self_attn
+    parametrize.register_parametrization(place.q_proj, "weight", torch.nn.Tanh())
+    hang(model, "lora")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(tz.TanzakuError, match=r"q_proj\.weight is no tensor .* \(a parametrization"):
+        tz.merge(model, "lora")
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 def test_one_merge_at_a_time():
