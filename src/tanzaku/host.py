@@ -87,6 +87,7 @@ class Adapter(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_guards": []}
 
+    @torch.inference_mode(False)
     def require_gradients(self, wanted: bool) -> None:
         """Let all that is trained require gradients, or nothing of it. What a program froze stays so.
 
@@ -262,6 +263,7 @@ def _find(model: nn.Module) -> Host | None:
     return cast(Host, place.__dict__["host"]) if isinstance(place, tree.Adapters) else None
 
 
+@torch.inference_mode(False)
 def attach(model: nn.Module, method: Method, name: str = "default", *, seed: int | None = None) -> Adapter:
     """Attach a new adapter to `model` and freeze the base, whose modules, tensors and dtypes stay as they are.
 

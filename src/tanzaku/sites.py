@@ -266,12 +266,12 @@ class Sites:
             ]
             fresh = False
             for key, path, kind, site, method in wanted:
-                if (key, path) not in kept:
+                module = self.base.model.get_submodule(path)
+                if not self._hangs((key, path), module):
                     fresh = True
-                    module = self.base.model.get_submodule(path)
                     kept[key, path] = [_register(module, kind, getattr(site(self, path), method), with_kwargs=True)]
             for path in force.weights:
-                if ("weights", path) not in kept:
+                if not self._hangs(("weights", path), self.base.model.get_submodule(path)):
                     fresh = True
                     self.weights[path] = WeightSite(self, path)
                     kept["weights", path] = self.weights[path].hang()
@@ -299,6 +299,14 @@ class Sites:
                         kept[place] = [_register(module, kind, TokenSite(self, *place), with_kwargs=True, **options)]
             if fresh:
                 forget_compiled()
+
+    def _hangs(self, key: tuple[str, ...], module: nn.Module) -> bool:
+        """Whether a hook is there, and still at the module that has its path: somebody may have put another there."""
+        hung = self._kept.get(key)
+        if hung and not (hung[0].id in module._forward_hooks or hung[0].id in module._forward_pre_hooks):
+            for handle in self._kept.pop(key):
+                handle.remove()
+        return key in self._kept
 
     def _hang_splits(self, places: Places) -> bool:
         """Hang what a batch of several adapters needs to know its rows."""

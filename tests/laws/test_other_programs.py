@@ -110,6 +110,41 @@ def two_adapters():
     return model
 
 
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["q_proj"]}])
+def test_a_module_that_took_another_ones_place_has_its_adapters(settings):
+    model = tiny("llama")
+    tz.attach(model, tz.LoRA(r=2, target_modules=["v_proj"] if settings else ["q_proj"], **settings), "a", seed=0)
+    inputs = batch(model)
+    with torch.no_grad():
+        for _, parameter in tz.host.host_of(model).get("a").trained():
+            parameter.add_(0.1)
+        with tz.route(model, ["a"] * 4):
+            expected = model(**inputs).logits
+        for layer in model.model.layers:
+            layer.self_attn.q_proj = copy_of_linear(layer.self_attn.q_proj)
+        with tz.route(model, ["a"] * 4):
+            assert_close(model(**inputs).logits, expected)
+
+
+def copy_of_linear(old):
+    new = torch.nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
+    new.load_state_dict(old.state_dict())
+    return new
+
+
+def test_adapters_that_come_within_inference_mode_train_afterwards(tmp_path):
+    model = two_adapters()
+    inputs = batch(model)
+    tz.save(model, "lora", tmp_path / "a")
+    with torch.inference_mode():
+        tz.load(model, tmp_path / "a", "loaded")
+        for name in ("loaded", "other", "loaded"):
+            tz.activate(model, name)
+            model(**inputs)
+    model(**inputs).logits.sum().backward()
+    assert all(p.grad is not None for _, p in tz.host.host_of(model).get("loaded").trained())
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_state_of_another_adapter_is_refused(strict):
     """An optimizer's state that stands beside it would go on with other parameters, as in Trainer."""
