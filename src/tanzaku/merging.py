@@ -82,7 +82,7 @@ def merge(
                 "adapter (tanzaku predict, tz.load)"
             )
     if (record := _record(model)) is not None and record.undo is not None:
-        raise TanzakuError(f"{listed(record.names)} is merged already; unmerge it first")
+        raise TanzakuError(f"{', '.join(record.names)!r} is merged already; unmerge it first")
     if host.route is not None:
         # Of every context: the adapter would count twice there, too.
         host.end(list(host.adapters))
@@ -147,7 +147,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     if record is None:
         raise TanzakuError(f"no adapter is merged into this {type(model).__name__}")
     if record.undo is None:
-        raise TanzakuError(f"{listed(record.names)} was merged for good (keep=False); load the base again")
+        raise TanzakuError(f"{', '.join(record.names)!r} was merged for good (keep=False); load the base again")
     _back(record.undo)
     del model.__dict__[MERGED]
     return model
