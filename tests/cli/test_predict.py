@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import io
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -622,3 +624,85 @@ def test_encodings(work: Path, tanzaku: Tanzaku) -> None:
     found = [tanzaku("predict", "lora", "--data", "sjis.csv", *more).out for more in ([], ["--encoding", "cp932"])]
     assert found[0] == found[1] and "春はあけぼの" in found[0]
     assert_refused(tanzaku("predict", "lora", "--data", "sjis.csv", "--encoding", "utf-8"), "--encoding")
+
+
+# -- rows of standard input
+
+
+def test_standard_input(work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = b"".join(b'{"id": %d, "text": "%s"}\n' % (n, text.encode()) for n, text in enumerate(TEXTS))
+    (work / "new.jsonl").write_bytes(rows)
+    for args in ([], ["--json"], ["--out", "x.csv"], ["--out", "x.jsonl"], ["--out", "x.parquet"]):
+        said = {}
+        for data in ("new.jsonl", "-"):
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(rows)))
+            found = tanzaku("predict", "lora", "prompt_tuning", "--data", data, *args)
+            said[data] = (found.code, found.out, found.err, [path.read_bytes() for path in work.glob("x.*")])
+            for path in work.glob("*x.*"):
+                path.unlink()
+        assert said["-"] == said["new.jsonl"]
+        assert said["-"][0] == 0 and said["-"][1] + str(said["-"][3]) != "[]"
+
+
+def test_standard_input_of_a_format_that_is_named(
+    work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("text\n東京, sea\n".encode("cp932"))))
+    said = tanzaku("predict", "lora", "--data", "-", "--data-format", "tsv", "--encoding", "cp932")
+    assert [row["text"] for row in table(said)] == ["東京, sea"]
+    assert_refused(tanzaku("predict", "lora", "--data", "-", "--data-format", "xml"), "--data-format is 'xml'")
+    (work / "new.txt").write_bytes((work / "new.tsv").read_bytes())
+    assert_refused(tanzaku("predict", "lora", "--data", "new.txt"), "no known suffix", "predict: --data-format")
+    assert len(table(tanzaku("predict", "lora", "--data", "new.txt", "--data-format", "tsv"))) == len(TEXTS)
+
+
+def test_rows_are_labelled_as_they_come(work: Path) -> None:
+    command = [sys.executable, "-m", "tanzaku", "predict", "lora", "--data", "-", "--json"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+        assert run.stdin is not None and run.stdout is not None
+        for text in ("sea", "rain"):  # each is answered while the pipe stays open
+            run.stdin.write(json.dumps({"text": text}).encode() + b"\n")
+            run.stdin.flush()
+            assert json.loads(run.stdout.readline())["text"] == text
+        run.stdin.close()
+        assert run.stdout.read() == b"" and run.wait() == 0
+
+
+LATER: dict[str, tuple[list[str], list[str]]] = {
+    "another column": (['{"text": "a"}', '{"text": "b", "n": 1}'], ["row 2 has 'n'", "(text)", "give --json"]),
+    "the name of a new column": (['{"text": "a"}', '{"text": "b", "predicted": 1}'], ["has a column 'predicted'"]),
+    "no text": (['{"text": "a"}', '{"text": 3}'], ["row 2: column 'text' is 3 (int), expected text"]),
+    "half a character": (['{"text": "a"}', '{"text": "\\ud83d"}'], ["row 2: column 'text' has half of a surrogate"]),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_rows_that_come_later(work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    lines, says = LATER[name]
+
+    left = [f"{line}\n".encode() for line in lines]
+    buffer = SimpleNamespace(read1=lambda size: left.pop(0) if left else b"")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=buffer, isatty=lambda: False))
+    assert_refused(tanzaku("predict", "lora", "--data", "-", "--out", "x.tsv"), "standard input", *says)
+    assert not list(work.glob("*x.tsv*")) and not list(work.glob(".*"))
+
+
+def test_what_cannot_be_of_standard_input(work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = tanzaku("predict", "lora", "--data", "-", "--out", "x.tsv", "--resume")
+    assert_refused(said, "--resume reads --data again", "give a file")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert_refused(tanzaku("predict", "lora", "--data", "-"), "standard input is empty")
+
+
+def test_a_cut_off_run_on_standard_input_leaves_nothing(
+    work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((work / "new.tsv").read_bytes())))
+    monkeypatch.setattr(module._Progress, "__call__", interrupt)
+    said = tanzaku("predict", "lora", "--data", "-", "--out", "x.tsv")
+    assert (said.code, said.err) == (130, "tanzaku: interrupted; run the same command again\n")
+    assert not list(work.glob("*x.tsv*")) and not list(work.glob(".*"))
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt

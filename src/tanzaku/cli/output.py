@@ -147,13 +147,14 @@ class Partial:
     would be so again.
     """
 
-    def __init__(self, out: Path, form: Lines | Parquet, about: dict[str, str], resume: bool):
+    def __init__(self, out: Path, form: Lines | Parquet, about: dict[str, str], resume: bool, keep: bool = True):
         """
         Args:
             about: all that the rows in the file depend on, by a name for the user.
             resume: go on with what is there.
+            keep: whether what is written before the run is cut off can be gone on with.
         """
-        self.out, self.form, self.about, self.resume = out, form, about, resume
+        self.out, self.form, self.about, self.resume, self.keep = out, form, about, resume, keep
         self.path = out.with_name(f".{out.name}.partial")
         self.journal = out.with_name(f".{out.name}.partial.json")
         self.counts: dict[str, int] = {}
@@ -225,7 +226,7 @@ class Partial:
         self.done = True
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
-        hopeless = kind is not None and not issubclass(kind, OSError | KeyboardInterrupt)
+        hopeless = kind is not None and not (self.keep and issubclass(kind, OSError | KeyboardInterrupt))
         if not self.done and (hopeless or not self.rows):
             for path in (self.path, self.journal):
                 with suppress(OSError):

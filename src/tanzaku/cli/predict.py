@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
     from tanzaku.cli.output import Lines, Parquet
     from tanzaku.tasks.classification import Split
+    from tanzaku.tasks.piped import Piped
     from tanzaku.tasks.stream import Row, Rows
     from tanzaku.train.passes import CheapPasses
 
 _FORMATS = ("tsv", "csv", "jsonl", "parquet")
+_TEXTS = ("tsv", "csv", "jsonl", "json")
 _PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -39,7 +41,12 @@ class _Adapter:
 
 
 def predict(
-    data: Annotated[str, typer.Option(metavar="TEXT", help="rows to label: .tsv, .csv, .jsonl, .parquet or a dataset")],
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXT", help="rows to label: .tsv, .csv, .jsonl, .parquet, a dataset, or - for standard input"
+        ),
+    ],
     adapters: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -53,6 +60,9 @@ def predict(
     text_pair: Annotated[str | None, typer.Option(metavar="TEXT", help="column of a second text")] = None,
     encoding: Annotated[
         str | None, typer.Option(metavar="NAME", help="of --data, such as cp932 (found out)", show_default=False)
+    ] = None,
+    data_format: Annotated[
+        str | None, typer.Option(metavar="|".join(_TEXTS), help="of --data (as its name ends)", show_default=False)
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="a .tsv, .csv, .jsonl or .parquet file (standard output)")
@@ -87,7 +97,7 @@ def predict(
     adapters of one base model, of any methods, go through it together; each has columns of its own, predicted_NAME and
     p_NAME_LABEL. NAME is the adapter's directory; of two directories with one name, it begins with the nearest folder
     that tells them apart (a-lora and b-lora for a/adapters/lora and b/adapters/lora), or ends with a number. A row
-    without text gets no label.
+    without text gets no label. Rows of standard input are labelled as they come.
     """
     # The option takes one word; the others fall to the argument.
     paths = [*(named or []), *(adapters or [])]
@@ -97,12 +107,15 @@ def predict(
     for flag, value, known in (
         ("--device", device, ("auto", "cpu", "cuda", "mps")),
         ("--precision", precision, _PRECISIONS),
+        ("--data-format", data_format, _TEXTS),
     ):
         if value is not None and value not in known:
             raise TanzakuError(f"{flag} is {value!r}{nearest(value, known)}, expected {listed(known)}")
     from tanzaku.cli.machine import device_named, quieten
     from tanzaku.cli.output import Partial
     from tanzaku.models import load_tokenizer
+    from tanzaku.tasks.piped import Piped
+    from tanzaku.tasks.sources import STDIN
     from tanzaku.tasks.stream import open_rows
 
     quieten()
@@ -111,29 +124,34 @@ def predict(
     _check_fit(given, asked)
     meta = given[0].meta
     place = device_named(device)
-    rows = open_rows(data, encoding)
+    piped = data == STDIN
+    # Parquet must know the kinds of all columns before its first row.
+    rows = Piped(encoding, data_format) if piped and kind != "parquet" else open_rows(data, encoding, data_format)
     columns = [column for column in (meta["text"], meta["text_pair"]) if column is not None]
     for column in columns:
         rows.check_column(column)
     added = _added([adapter.name for adapter in given], meta["labels"], kind, prefix)
-    _check_names(rows, added)
-    digest = _check_texts(rows, columns)
+    _check_names(rows.names, rows.source, added)
+    digest = "" if isinstance(rows, Piped) else _digest_of(rows, columns)
     form = _form(kind, rows, added, out)
     tokenizer = load_tokenizer(meta["model"], on_progress=note)
     run = _Run(given, rows, columns, tokenizer, batch_size, place)
-    say = _Progress(len(rows), quiet=out is None and sys.stderr.isatty())
+    total = None if isinstance(rows, Piped) else len(rows)
+    say = _Progress(total, quiet=out is None and sys.stderr.isatty())
 
     def label(start: int, counts: Counter[str]) -> Iterator[tuple[int, list[Row]]]:
         """Rows as they are written, and how many are done."""
         done = start
         for chunk, found in run.label(start, counts):
+            if total is None:
+                _check_new(chunk, rows, done, added, kind)
             done += len(chunk)
             yield done, _written(chunk, found, given, kind, prefix)
             say(done, len(chunk))
 
     counts: Counter[str] = Counter()
     if out is None:
-        _print(form, label(0, counts), len(rows))
+        _print(form, label(0, counts), total)
     else:
         about = {
             "data": digest,
@@ -143,7 +161,7 @@ def predict(
             "precision": repr([adapter.precision for adapter in given]),
             "max length": repr([adapter.meta["max_length"] for adapter in given]),
         }
-        partial = Partial(out, form, about, resume)
+        partial = Partial(out, form, about, resume, keep=not piped)
         try:
             with partial:
                 counts.update(partial.counts)
@@ -155,8 +173,10 @@ def predict(
                     partial.add(chunk, counts)
                 partial.finish()
         except KeyboardInterrupt:
-            kept = f"{partial.rows} of {len(rows)} rows are kept; go on with the same command and --resume"
-            raise Interrupted(f"interrupted; {kept if partial.rows else 'run the same command again'}") from None
+            fix = "run the same command again"
+            if partial.rows and not piped:
+                fix = f"{partial.rows} of {len(rows)} rows are kept; go on with the same command and --resume"
+            raise Interrupted(f"interrupted; {fix}") from None
     run.report(counts)
     if out is not None:
         note(f"{len(rows)} rows written to {out}")
@@ -300,18 +320,25 @@ def _digest(adapters: Sequence[_Adapter]) -> str:
 # -- what goes in
 
 
-def _check_texts(rows: Rows, columns: Sequence[str]) -> str:
+def _digest_of(rows: Rows, columns: Sequence[str]) -> str:
     """A checksum of all rows; an error where a text is none."""
     digest = hashlib.sha256()
     for number, row in enumerate(rows, 1):
         digest.update(repr(row).encode("utf-8", "backslashreplace"))
-        for column in columns:
-            value, where = row[column], f"{rows.source} row {number}: column {column!r}"
-            if not isinstance(value, str) and not _blank(value):
-                raise TanzakuError(f"{where} is {str(value)[:40]} ({type(value).__name__}), expected text")
-            if isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-                raise TanzakuError(f"{where} has half of a surrogate pair, no character; repair the text")
+        _check_texts(row, columns, f"{rows.source} row {number}")
     return digest.hexdigest()
+
+
+def _check_texts(row: Row, columns: Sequence[str], where: str) -> None:
+    for column in columns:
+        value = row[column]
+        if not isinstance(value, str) and not _blank(value):
+            kind = type(value).__name__
+            raise TanzakuError(f"{where}: column {column!r} is {str(value)[:40]} ({kind}), expected text")
+        if isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            raise TanzakuError(
+                f"{where}: column {column!r} has half of a surrogate pair, no character; repair the text"
+            )
 
 
 def _blank(value: Any) -> bool:
@@ -324,7 +351,7 @@ class _Run:
     def __init__(
         self,
         adapters: Sequence[_Adapter],
-        rows: Rows,
+        rows: Rows | Piped,
         columns: Sequence[str],
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int,
@@ -347,6 +374,8 @@ class _Run:
 
         model = None
         for chunk in self.rows.chunks(window_of(self.batch_size), start):
+            for number, row in enumerate(chunk, start + 1):
+                _check_texts(row, self.columns, f"{self.rows.source} row {number}")
             there, splits = self._encoded(chunk, counts)
             found: list[dict[str, list[float]] | None] = [None] * len(chunk)
             if there:
@@ -458,6 +487,8 @@ def _format(out: Path | None, kind: str | None, as_json: bool) -> str:
 
 
 def _check_out(out: Path | None, data: str, overwrite: bool, resume: bool) -> None:
+    from tanzaku.tasks.sources import STDIN
+
     if out is None:
         for flag, given in (("--overwrite", overwrite), ("--resume", resume)):
             if given:
@@ -465,6 +496,8 @@ def _check_out(out: Path | None, data: str, overwrite: bool, resume: bool) -> No
         if sys.stdout is None:
             raise TanzakuError("standard output is closed; give --out, the file to write")
         return
+    if resume and data == STDIN:
+        raise TanzakuError("--resume reads --data again, and - is standard input, which is read once; give a file")
     if out.is_dir() or not out.parent.is_dir():
         raise TanzakuError(f"--out {out}: expected a file in a directory that exists")
     if out.exists() and Path(data).exists() and out.samefile(data):
@@ -492,19 +525,33 @@ def _added(names: Sequence[str], labels: Sequence[str], kind: str, prefix: str) 
     return dict(added)
 
 
-def _check_names(rows: Rows, added: dict[str, str]) -> None:
-    for name in rows.names:
+def _check_names(names: Iterable[str], source: str, added: dict[str, str]) -> None:
+    for name in names:
         if name in added:
             raise TanzakuError(
-                f"{rows.source} has a column {name!r}, and a new one would be named so; rename it, or begin the names "
+                f"{source} has a column {name!r}, and a new one would be named so; rename it, or begin the names "
                 "of new columns otherwise, as in --prefix new_"
             )
 
 
-def _form(kind: str, rows: Rows, added: dict[str, str], out: Path | None) -> Lines | Parquet:
+def _check_new(chunk: Sequence[Row], rows: Rows | Piped, done: int, added: dict[str, str], kind: str) -> None:
+    """An error where rows that come later have names that the first have not, and there is no place for them."""
+    for number, row in enumerate(chunk, done + 1):
+        new = [name for name in row if name not in rows.names]
+        _check_names(new, rows.source, added)
+        if new and kind != "jsonl":
+            raise TanzakuError(
+                f"{rows.source} row {number} has {new[0]!r}, which is no column of the first rows "
+                f"({listed(rows.names)}); give --json, where each row has its own"
+            )
+
+
+def _form(kind: str, rows: Rows | Piped, added: dict[str, str], out: Path | None) -> Lines | Parquet:
     from tanzaku.cli.output import Lines, Parquet, schema_of
+    from tanzaku.tasks.piped import Piped
 
     if kind == "parquet":
+        assert not isinstance(rows, Piped)  # whose kinds are not known
         return Parquet(schema_of(rows, added))
     on_terminal = out is None and sys.stdout.isatty()
     return Lines(kind, [*rows.names, *added], printable if on_terminal else str)
@@ -542,7 +589,7 @@ def _written(
     return out
 
 
-def _print(form: Lines | Parquet, chunks: Iterator[tuple[int, list[Row]]], rows: int) -> None:
+def _print(form: Lines | Parquet, chunks: Iterator[tuple[int, list[Row]]], rows: int | None) -> None:
     done, begun = 0, False
     binary = getattr(sys.stdout, "buffer", None)
 
@@ -561,15 +608,16 @@ def _print(form: Lines | Parquet, chunks: Iterator[tuple[int, list[Row]]], rows:
     except BrokenPipeError:  # who reads has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted after {done} of {rows} rows; with --out, --resume could go on there") from None
+        fix = "" if rows is None else f" of {rows} rows; with --out, --resume could go on there"
+        raise Interrupted(f"interrupted after {done}{fix or ' rows'}") from None
 
 
 class _Progress:
     """How far it is, on standard error: one line that changes on a terminal, else a new line each ten seconds."""
 
-    def __init__(self, rows: int, quiet: bool):
+    def __init__(self, rows: int | None, quiet: bool):
         self.rows, self.quiet = rows, quiet
-        self.terminal = sys.stderr is not None and sys.stderr.isatty()
+        self.terminal = rows is not None and sys.stderr is not None and sys.stderr.isatty()
         self.every = 0.2 if self.terminal else 10.0  # seconds
         self.began = self.told = time.monotonic()
         self.start: int | None = None  # where this sitting began
@@ -582,7 +630,7 @@ class _Progress:
             return
         self.told = now
         pace = (done - self.start) / max(now - self.began, 1e-9)
-        line = f"{done:,} of {self.rows:,} rows, {pace:,.0f} rows/s"
+        line = f"{done:,}{'' if self.rows is None else f' of {self.rows:,}'} rows, {pace:,.0f} rows/s"
         if self.terminal:
             print(f"\r\x1b[K{line}", end="\n" if last else "", file=sys.stderr, flush=True)
         else:

@@ -29,7 +29,7 @@ from tanzaku.tasks.sources import (
     table_in,
 )
 
-_DELIMITERS = {"tsv": "\t", "csv": ","}
+DELIMITERS = {"tsv": "\t", "csv": ","}
 
 
 def to_stderr(line: str) -> None:
@@ -122,9 +122,9 @@ def _read_text(raw: bytes, name: str, encoding: str | None, format: str | None, 
     if encoding is None and found != "utf-8":
         note(f"{name} is read as {found}; --encoding overrules it")
     kind = format or format_of(text)
-    if kind not in _DELIMITERS:
+    if kind not in DELIMITERS:
         return read_json_lines(text, name) if kind == "jsonl" else read_json(text, name, note)
-    names, rows = read_delimited(text, _DELIMITERS[kind], name, note)
+    names, rows = read_delimited(text, DELIMITERS[kind], name, note)
     return {column: [row[at] for row in rows] for at, column in enumerate(names)}
 
 

@@ -28,9 +28,12 @@ class _Record:
 
 
 def read_delimited(
-    text: str, delimiter: str, source: str, note: Callable[[str], None]
+    text: str, delimiter: str, source: str, note: Callable[[str], None], gap: int = 0
 ) -> tuple[list[str], list[list[str]]]:
     """The names of the columns, and the rows.
+
+    Args:
+        gap: lines of the source between the header and the rows that are left out of the text.
 
     Raises:
         TanzakuError: what is broken, with its line.
@@ -41,7 +44,7 @@ def read_delimited(
     elif delimiter == "," and _only_semicolons(text):
         delimiter = ";"
         note(f"{source} is separated by semicolons: read so")
-    records = _records(text, delimiter, source, start)
+    records = _records(text, delimiter, source, start, gap)
     head = next(records)
     _check_delimiter(head, delimiter, source)
     rows = [record for record in records if record.fields]  # a blank line is no row
@@ -64,7 +67,7 @@ def _only_semicolons(text: str) -> bool:
     return ";" in head and "," not in head and "\t" not in head
 
 
-def _records(text: str, delimiter: str, source: str, first: int) -> Iterator[_Record]:
+def _records(text: str, delimiter: str, source: str, first: int, gap: int) -> Iterator[_Record]:
     """The header, and what follows; strict about quotes."""
     # newline="" keeps line breaks inside quoted fields as they were written.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -75,6 +78,8 @@ def _records(text: str, delimiter: str, source: str, first: int) -> Iterator[_Re
         for row in reader:
             end = reader.line_num + first - 1
             rows.append(_Record(row, start, end))
+            if len(rows) == 1:
+                first, end = first + gap, end + gap
             start = end + 1
     except csv.Error as error:
         unclosed = "unexpected end of data" in str(error)
@@ -96,8 +101,11 @@ def _check_delimiter(head: _Record, delimiter: str, source: str) -> None:
     [first, *others] = head.fields
     found = next((mark for mark in "\t,;" if mark != delimiter and mark in first), None)
     if found and not others:
-        fix = {"\t": "--format tsv", ",": "--format csv"}.get(
-            found, f"{_NAMES.get(delimiter, delimiter)} in their place"
+        kind = {"\t": "tsv", ",": "csv"}.get(found)
+        fix = (
+            f"--format {kind} (predict: --data-format)"
+            if kind
+            else f"{_NAMES.get(delimiter, delimiter)} in their place"
         )
         raise TanzakuError(
             f"{place} is one column {first!r}, which looks separated by {found!r}; "

@@ -38,7 +38,7 @@ def decoded(raw: bytes, source: str, encoding: str | None = None) -> tuple[str, 
     Raises:
         TanzakuError: no such encoding, bytes that are none of it, or a file that is mixed or could be several.
     """
-    encoding = _known(encoding) if encoding is not None else _marked(raw)
+    encoding = known(encoding) if encoding is not None else marked(raw)
     if encoding is None and (nul := raw.find(b"\0")) >= 0:
         twin = {0: "utf-16-be", 1: "utf-16-le"}.get(nul)  # the other half of an English letter, with no mark before it
         fix = f"it looks like UTF-16, so give --encoding {twin}" if twin else "expected plain text, so save it as UTF-8"
@@ -61,7 +61,8 @@ def decoded(raw: bytes, source: str, encoding: str | None = None) -> tuple[str, 
     return text, encoding
 
 
-def _known(name: str) -> str:
+def known(name: str) -> str:
+    """What Python calls an encoding; a TanzakuError where there is none of that name."""
     try:
         found = codecs.lookup(name)
         text = found._is_text_encoding  # what bytes.decode itself asks: codecs such as hex and rot13 are none
@@ -74,7 +75,7 @@ def _known(name: str) -> str:
     return found.name
 
 
-def _marked(raw: bytes) -> str | None:
+def marked(raw: bytes) -> str | None:
     """The encoding that the bytes themselves name: by a byte order mark, or by the escapes of ISO-2022-JP."""
     for mark, encoding in _MARKS.items():
         if raw.startswith(mark):

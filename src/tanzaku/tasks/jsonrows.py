@@ -12,15 +12,17 @@ from tanzaku.tasks.names import check_names
 Columns = dict[str, list[Any]]
 
 
-def read_json_lines(text: str, source: str) -> Columns:
+def read_json_lines(text: str, source: str, first: int = 1) -> Columns:
     """One object a line; a name that an object lacks is None there.
+
+    Args:
+        first: the number of the first line.
 
     Raises:
         TanzakuError: what is broken, with its line.
     """
-    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    first = lines[0][1]
-    if len(lines) > 1 and not _is_json(first) and _is_json(text):
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), first) if line.strip()]
+    if len(lines) > 1 and not _is_json(lines[0][1]) and _is_json(text):
         raise TanzakuError(f"{source} is one JSON value over {len(lines)} lines, not one a line; name it .json")
     return _columns([(f"line {n}", _parse(line, source, n)) for n, line in lines], source)
 

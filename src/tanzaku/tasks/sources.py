@@ -9,7 +9,7 @@ import sys
 import zipfile
 import zlib
 from glob import glob, has_magic
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from itertools import islice
 from pathlib import Path
 
@@ -106,20 +106,25 @@ def bytes_of(path: Path) -> bytes:
             raw = gzip.decompress(raw)
         except (OSError, EOFError, zlib.error) as error:
             raise TanzakuError(f"{path} is not a whole gzip file: {error}") from None
-    _check_content(raw, path)
+    check_content(raw, path)
     return raw
 
 
-def stdin_bytes() -> bytes:
-    """All of standard input.
+def stdin_stream() -> BufferedReader:
+    """The bytes of standard input.
 
     Raises:
-        TanzakuError: it is closed, a terminal, or empty.
+        TanzakuError: it is closed, or a terminal.
     """
     if sys.stdin is None or sys.stdin.isatty():
         raise TanzakuError("- is standard input, and nothing is piped into it; expected rows, as in cat a.tsv | ...")
-    raw = sys.stdin.buffer.read()
-    _check_content(raw, Path("standard input"))
+    return sys.stdin.buffer  # type: ignore[return-value]
+
+
+def stdin_bytes() -> bytes:
+    """All of standard input; a TanzakuError where there is none."""
+    raw = stdin_stream().read()
+    check_content(raw, "standard input")
     return raw
 
 
@@ -144,15 +149,15 @@ def format_named(path: Path) -> str:
         raise TanzakuError(f"{path} is a spreadsheet; {_AS_CSV}")
     raise TanzakuError(
         f"{path} has no known suffix{nearest(suffix, SUFFIXES)}; expected {listed(SUFFIXES)}, "
-        "or say what it is with --format tsv, csv or jsonl"
+        "or say what it is with --format (predict: --data-format) tsv, csv or jsonl"
     )
 
 
-def _check_content(raw: bytes, path: Path) -> None:
+def check_content(raw: bytes, path: Path | str) -> None:
     """What a file's first bytes say must be what its name says."""
     if not raw.removeprefix(b"\xef\xbb\xbf").strip():
         raise TanzakuError(f"{path} is empty; expected column names and rows")
-    suffix = suffix_of(path)
+    suffix = suffix_of(Path(path))
     if raw.startswith(b"PK\x03\x04") and suffix != ".xlsx":
         excel = _is_excel(raw)
         fix = f"name it .xlsx, or {_AS_CSV}" if excel else "unpack it, and give the table in it"

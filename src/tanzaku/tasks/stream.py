@@ -53,18 +53,18 @@ class _Odd(Exception):
     """Something that is not read here."""
 
 
-def open_rows(source: str, encoding: str | None = None) -> Rows:
+def open_rows(source: str, encoding: str | None = None, format: str | None = None) -> Rows:
     """The rows of a file or a dataset. The whole is looked through once.
 
     Args:
-        encoding: of a text file, where it is not to be found out.
+        encoding, format: of a text file, where they are not to be found out.
 
     Raises:
         TanzakuError: as :func:`tanzaku.tasks.data.read_table`.
     """
     path = Path(source)
     reader = _READERS.get(path.suffix.lower())
-    if reader is not None and encoding is None and path.is_file() and path.stat().st_size > LARGE:
+    if reader is not None and encoding is format is None and path.is_file() and path.stat().st_size > LARGE:
         names: dict[str, None] = {}
         count = 0
         try:
@@ -76,7 +76,7 @@ def open_rows(source: str, encoding: str | None = None) -> Rows:
                 return Rows(source, tuple(names), count, lambda: reader(path))
         except (_Odd, TanzakuError, OSError, ValueError, RecursionError, csv.Error):
             pass  # an error of reading is told below
-    table = read_table(source, encoding=encoding)
+    table = read_table(source, encoding=encoding, format=format)
     columns = table.columns
     return Rows(
         source,
