@@ -113,6 +113,19 @@ def test_a_run_is_not_overwritten_unless_asked(work: Path, tanzaku: Tanzaku) -> 
     assert (work / "mine" / "adapters").is_file()
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff"])
+def test_a_finished_run_whose_results_are_damaged_is_overwritten(work: Path, tanzaku: Tanzaku, content: bytes) -> None:
+    assert tanzaku("train", "recipe.yaml", "--out", "run").code == 0
+    (work / "run" / "results.json").write_bytes(content)
+    said = tanzaku("train", "recipe.yaml", "--method", "head", "--out", "run", "--overwrite")
+    assert (said.code, [path.name for path in (work / "run" / "adapters").iterdir()]) == (0, ["head"])
+    (work / "mine").mkdir()
+    (work / "mine" / "results.json").write_bytes(content)  # of another program
+    said = tanzaku("train", "recipe.yaml", "--out", "mine", "--overwrite")
+    assert_refused(said, "no run", "choose another --out, or empty it")
+    assert (work / "mine" / "results.json").read_bytes() == content
+
+
 NUMBERS = {
     "warmup": (["inf", "nan", "-1"], "--warmup is"),
     "weight_decay": (["inf", "nan", "-1"], "--weight-decay is"),

@@ -33,7 +33,9 @@ def command_of(out: Path) -> str | None:
             found = json.loads((out / name).read_text(encoding="utf-8"))
             if isinstance(found, dict) and "tanzaku" in found:
                 return str(found.get("command"))
-    return "damaged" if (out / BEGUN).is_file() else None
+    # What says it is damaged. Any program may write a results.json, but not beside what only a run does.
+    beside = any((out / ADAPTERS).glob("*/tanzaku.json")) or (out / "epochs.parquet").is_file()
+    return "damaged" if (out / BEGUN).is_file() or ((out / RESULTS).is_file() and beside) else None
 
 
 def only_leftovers(out: Path) -> bool:
@@ -97,7 +99,9 @@ def prepare_out(out: Path, overwrite: bool) -> None:
                 on = ", or go on with --resume" if (out / BEGUN).is_file() else ""
                 raise TanzakuError(f"{out} is not empty; choose another --out or pass --overwrite{on}")
             if command_of(out) is None:
-                raise TanzakuError(f"{out} holds files but no run, so --overwrite spares it; choose another --out")
+                raise TanzakuError(
+                    f"{out} holds files but no run, so --overwrite spares it; choose another --out, or empty it"
+                )
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out) as probe:
             probe.write(bytes(4096))
