@@ -16,7 +16,7 @@ def rows(number: int, lengths: tuple[int, ...], seed: int, end: int | None = Non
     for row in range(number):
         ids = torch.randint(3, VOCAB, (lengths[row % len(lengths)],), generator=generator).tolist()
         examples.append(Example(ids + ([] if end is None else [end]), None, int(ids[-1] > VOCAB // 2)))
-    return Split("rows", examples, [""] * number, 0, "rows")
+    return Split("rows", examples, [f"row {row} of {seed}" for row in range(number)], 0, "rows")
 
 
 def task(

@@ -68,6 +68,8 @@ def test_rows_that_folds_would_share(work: Path, model_dir: Path, tanzaku: Tanza
     assert (folded_by_default.code, folded_by_default.out.count("stops training")) == (1, 1)
     assert tanzaku("train", "--train", "train.tsv", "--model", model_dir, "--method", "lora", "--dry-run").code == 0
     assert_refused(tanzaku("compare", "recipe.yaml", "--folds", "2"), "--allow duplicates-across-folds")
+    allowed = ["--allow", "duplicates-across-folds", "--epochs", "1", "--finalists", "1"]
+    assert tanzaku("compare", "recipe.yaml", "--folds", "2", *allowed, "--out", "run").code == 0
 
 
 def test_control_characters_do_not_reach_the_terminal(work: Path, tanzaku: Tanzaku) -> None:

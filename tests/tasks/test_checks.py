@@ -78,7 +78,8 @@ def test_repeated_rows_are_a_note_and_across_folds_an_error() -> None:
     assert "repeated rows in train.tsv: 1 of 5; the first: row 5 repeats row 2" in line
     [(check, line)] = found(repeated, folded=True)
     assert check == "duplicates-across-folds"
-    assert "drop the repeated rows; if it is meant, pass --allow duplicates-across-folds" in line
+    assert "drop the repeated rows; where they are allowed, those of one text stay in one fold" in line
+    assert "if it is meant, pass --allow duplicates-across-folds" in line
     assert [check for check, _ in found(GOOD, valid=[("a", "0"), ("a", "0")], folded=True)] == [
         "duplicates-across-folds"
     ]

@@ -49,6 +49,7 @@ class Sitting:
         Raises:
             TanzakuError: no such model, rows that cannot be encoded, or a method that does not fit the model.
         """
+        from tanzaku.compare.resamples import resamples
         from tanzaku.models import load_classifier, load_tokenizer
         from tanzaku.tasks.prepare import encode_classification
 
@@ -56,6 +57,8 @@ class Sitting:
         tokenizer = load_tokenizer(recipe.model, on_progress=display.say)
         data = encode_classification(self.tables, recipe.data, tokenizer, recipe.train.max_length)
         display.data(data, recipe.train.max_length)
+        if self.command != "train":  # a label that is too rare for the folds is told before the model is loaded
+            resamples(data, recipe.compare.design(data.valid is not None), recipe.train.seed)
         labels = data.labels.to_config()["id2label"]
         kind = _dtype([settings for _, _, settings in methods])
         model = load_classifier(recipe.model, len(labels), id2label=labels, dtype=kind, seed=recipe.train.seed)

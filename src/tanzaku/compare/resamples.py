@@ -33,10 +33,11 @@ class Resample:
 def resamples(data: ClassificationData, design: Design, seed: int) -> list[Resample]:
     """What `design` says, folds by repeats by seeds; every candidate gets the same.
 
-    Folds are cut from the training and validation rows together, each with the labels' shares of the whole.
+    Folds are cut from the training and validation rows together, each with the labels' shares of the whole. Rows of one
+    text are in one fold: what is measured on was never trained on.
 
     Raises:
-        TanzakuError: a label has fewer rows than there are folds, or there is no validation split to measure on.
+        TanzakuError: a label has fewer texts than there are folds, or there is no validation split to measure on.
     """
     seeds = [seed + number for number in range(design.seeds)]
     if design.folds is None:
@@ -44,21 +45,35 @@ def resamples(data: ClassificationData, design: Design, seed: int) -> list[Resam
             raise TanzakuError("there are no validation rows to compare on; give --valid, or --folds 5")
         return [Resample(0, 0, each, replace(data, test=None), folded=False) for each in seeds]
     rows = pooled(data)
-    labels = np.array([example.label for example in rows.examples])
-    few, number = min(Counter(labels.tolist()).items(), key=lambda item: item[1])
+    texts = _by_text(rows)
+    given = [int(example.label or 0) for example in rows.examples]
+    counts = Counter(given)
+    # A text under several labels counts for the one with the fewest rows.
+    labels = [min((given[row] for row in each), key=lambda label: counts[label]) for each in texts]
+    number, few = min((labels.count(label), label) for label in counts)
     if number < design.folds:
+        what = "row" if len(texts) == len(rows) else "different text"
         fix = f"use --folds {number} or fewer, or add rows" if number > 1 else "add rows of it, or leave it out"
         raise TanzakuError(
-            f"label {data.labels.names[few]!r} has {number} {'row' if number == 1 else 'rows'}, too few for "
+            f"label {data.labels.names[few]!r} has {number} {what}{'' if number == 1 else 's'}, too few for "
             f"{design.folds} folds; {fix}"
         )
     out = []
     for repeat in range(design.repeats):
         cut = StratifiedKFold(design.folds, shuffle=True, random_state=(seed + repeat) % 2**32)
-        for fold, (train, valid) in enumerate(cut.split(np.zeros(len(labels)), labels)):
+        for fold, sides in enumerate(cut.split(np.zeros(len(labels)), labels)):
+            train, valid = (sorted(row for each in side for row in texts[each]) for side in sides)
             part = replace(data, train=subset(rows, train, "train"), valid=subset(rows, valid, "valid"), test=None)
             out += [Resample(repeat, fold, each, part) for each in seeds]
     return out
+
+
+def _by_text(split: Split) -> list[list[int]]:
+    """The rows of each text, in the order of the first."""
+    found: dict[tuple[str, ...], list[int]] = {}
+    for row, key in enumerate(split.keys()):
+        found.setdefault(key, []).append(row)
+    return list(found.values())
 
 
 def pooled(data: ClassificationData) -> Split:
@@ -72,9 +87,11 @@ def pooled(data: ClassificationData) -> Split:
         first.texts + second.texts,
         first.truncated + second.truncated,
         f"{first.source} and {second.source}",
+        None if first.seconds is None or second.seconds is None else first.seconds + second.seconds,
     )
 
 
 def subset(split: Split, rows: Sequence[int], name: str) -> Split:
     """Some rows of a split, in its order."""
-    return Split(name, [split.examples[r] for r in rows], [split.texts[r] for r in rows], 0, split.source)
+    seconds = None if split.seconds is None else [split.seconds[r] for r in rows]
+    return Split(name, [split.examples[r] for r in rows], [split.texts[r] for r in rows], 0, split.source, seconds)

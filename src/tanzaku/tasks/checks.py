@@ -143,7 +143,8 @@ def _within(texts: Sequence[tuple[str, ...]], names: Sequence[str], source: str,
         what += f"the first: row {row + 1} repeats row {before + 1}"
         if folded:
             yield Finding(
-                f"{what}. Folds would train on one of them and measure on the other: drop the repeated rows",
+                f"{what}. Folds would count them more than once: drop the repeated rows; where they are allowed, "
+                "those of one text stay in one fold",
                 "duplicates-across-folds",
             )
         else:

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.tasks.data import Table
-from tanzaku.tasks.labels import NUMBER, label_name, missing, spelling
+from tanzaku.tasks.labels import NUMBER, label_name, missing, plain, spelling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,16 +73,22 @@ class Example:
 
 @dataclass(frozen=True)
 class Split:
-    """Encoded rows in file order, their texts (without the second of a pair), and how many rows were cut."""
+    """Encoded rows in file order, their texts, how many rows were cut, and the second texts of pairs."""
 
     name: str
     examples: list[Example]
     texts: list[str]
     truncated: int
     source: str
+    seconds: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def keys(self) -> list[tuple[str, ...]]:
+        """By row, what makes two rows one: their texts but for case, width and white space."""
+        columns = [self.texts] if self.seconds is None else [self.texts, self.seconds]
+        return [tuple(map(plain, row)) for row in zip(*columns, strict=True)]
 
 
 def encode_split(
@@ -124,6 +130,7 @@ def encode_split(
         texts=texts[0],
         truncated=sum(sum(row) + special > max_length for row in zip(*lengths, strict=True)),
         source=table.source,
+        seconds=None if text_pair is None else texts[1],
     )
 
 
