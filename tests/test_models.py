@@ -448,6 +448,15 @@ def test_gguf_without_a_weight(tmp_path: Path, cache: Path, without: str) -> Non
     assert "lacks 1 of its model's weights" in complaint(tiny_gguf(tmp_path / "tiny.gguf", without=without))
 
 
+def test_a_pointer_of_git_lfs_is_no_model(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "a.gguf").write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
+    assert "a.gguf is a pointer of Git LFS" in complaint(tmp_path / "a.gguf")
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
+    assert "model.safetensors is a pointer of Git LFS" in complaint(tmp_path)
+
+
 def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("TANZAKU_CACHE", str(tmp_path / "file"))

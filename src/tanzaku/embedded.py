@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from tanzaku.errors import TanzakuError, listed
-from tanzaku.files import is_full
+from tanzaku.files import check_kind, is_full
 
 EMBEDDED = "embedded"
 """The name under which every command knows the model that pip brings along (Gemma 3 270M, 4 bit)."""
@@ -92,6 +92,7 @@ def gguf_model(path: Path, on_progress: Progress = None) -> Path:
         with path.open("rb") as file:
             magic = file.read(4)
         if magic != b"GGUF":
+            check_kind(path)
             raise TanzakuError(f"{str(path)!r} is not a GGUF file: expected to begin with b'GGUF', found {magic!r}")
         target = cache_dir() / "gguf" / _sha256(path)
     except OSError as error:

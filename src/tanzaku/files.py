@@ -130,6 +130,33 @@ def to_disk(path: Path) -> None:
         os.close(handle)
 
 
+_FOREIGN = {
+    rb"version https://git-lfs": "a pointer of Git LFS in the file's place; fetch the file with git lfs pull",
+    rb"\s*<(!doctype html|html|head|body)\b": "a web page, perhaps one that asks to sign in; download the file itself",
+    rb"%PDF-": "a PDF document, which is not read",
+    rb"\x89PNG|GIF8[79]a|\xff\xd8\xff": "an image, which is not read",
+    rb"SQLite format 3\0": "an SQLite database; export its table as CSV",
+    rb"\x28\xb5\x2f\xfd": "packed with Zstandard; unpack it",
+    rb"BZh[1-9]1AY&SY": "packed with bzip2; unpack it",
+    rb"\xfd7zXZ\0": "packed with xz; unpack it",
+    rb"7z\xbc\xaf\x27\x1c": "packed with 7-Zip; unpack it",
+    rb"\x80[\x03-\x05]": "a Python pickle, which is never read, since it may run code",
+}
+
+
+def foreign(head: bytes) -> str:
+    """What a file is by its first bytes, where that is nothing that is read, and the fix; else nothing."""
+    found = (what for pattern, what in _FOREIGN.items() if re.match(pattern, head.removeprefix(b"\xef\xbb\xbf"), re.I))
+    return next(found, "")
+
+
+def check_kind(path: Path) -> None:
+    """A TanzakuError where a file is plainly something else: a web page, a pointer of Git LFS, an archive."""
+    with suppress(OSError), path.open("rb") as file:
+        if what := foreign(file.read(64)):
+            raise TanzakuError(f"{path} is {what}")
+
+
 def is_full(error: BaseException) -> bool:
     """Whether an error says that there is no room on a disk, in whatever way a library says it."""
     codes = (errno.ENOSPC, errno.EDQUOT)

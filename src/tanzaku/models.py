@@ -19,6 +19,7 @@ from transformers import (
 
 from tanzaku.embedded import EMBEDDED, Progress, embedded_model, gguf_model, one_line, quiet
 from tanzaku.errors import TanzakuError, listed, nearest
+from tanzaku.files import check_kind
 from tanzaku.seeds import seeded
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -213,6 +214,9 @@ def _nearest_model(path: Path) -> str:
 
 def _check_directory(name: str, path: Path, parts: Iterable[str]) -> None:
     held = sorted(entry.name for entry in path.iterdir())
+    for file in held:
+        if file.endswith((".json", ".safetensors")) and (path / file).is_file():
+            check_kind(path / file)
     for part in parts:
         if not set(_PARTS[part]) & set(held):
             if "adapter_config.json" in held:

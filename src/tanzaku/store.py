@@ -26,7 +26,7 @@ from tanzaku import tree
 from tanzaku.errors import TanzakuError, TooLarge, listed
 from tanzaku.export.card import CARD, card, digest_of, kept
 from tanzaku.families import Base
-from tanzaku.files import apart, directory_beside, recover, to_disk
+from tanzaku.files import apart, check_kind, directory_beside, recover, to_disk
 from tanzaku.heads import Part, heads_of, resized
 from tanzaku.host import Adapter, Host, attach, detach, host_of
 from tanzaku.merging import before_merging
@@ -687,6 +687,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
     except (OSError, ValueError, RecursionError) as error:
+        check_kind(path)
         raise TanzakuError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
     if not isinstance(value, dict):
         raise TanzakuError(f"{path} is damaged: found a {type(value).__name__}, expected an object")
@@ -706,6 +707,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, OverflowError) as error:
+        check_kind(path)
         raise TanzakuError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
 
 

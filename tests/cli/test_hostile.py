@@ -71,6 +71,17 @@ def test_links_to_files_are_read(lora: Path, tanzaku: Tanzaku) -> None:
     assert tanzaku("predict", "lora", "--data", "test.tsv").out == expected != ""
 
 
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("name", [CONFIG, TENSORS, META])
+def test_a_pointer_or_a_page_in_the_place_of_a_file(lora: Path, tanzaku: Tanzaku, verb: str, name: str) -> None:
+    for content, says in (
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", "is a pointer of Git LFS"),
+        ("<!doctype html>\n<title>Sign in</title>", "is a web page"),
+    ):
+        (lora / name).write_text(content, encoding="utf-8")
+        assert_refused(tanzaku(verb, "lora", *VERBS[verb]), f"lora/{name} {says}")
+
+
 META_SAYS: dict[str, tuple[dict[str, Any], str]] = {
     "objects as labels": ({"labels": [{"a": 1}, {"b": 2}]}, "meta.labels is [{'a': 1}, {'b': 2}], expected two names"),
     "numbers as labels": ({"labels": [0, 1]}, "meta.labels is [0, 1], expected two names or more"),

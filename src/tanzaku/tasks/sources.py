@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from tanzaku.errors import TanzakuError, listed, nearest
+from tanzaku.files import foreign
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".xlsx", ".tsv.gz", ".csv.gz", ".jsonl.gz", ".json.gz")
 STDIN = "-"
@@ -166,6 +167,8 @@ def check_content(raw: bytes, path: Path | str) -> None:
         raise TanzakuError(f"{path} is an old Excel file or another of Microsoft's; {_AS_CSV}")
     if raw.startswith(b"\x1f\x8b"):
         raise TanzakuError(f"{path} is packed with gzip; expected a name that ends with .gz, as in {path}.gz")
+    if what := foreign(raw[:64]):
+        raise TanzakuError(f"{path} is {what}")
     if raw.startswith(b"PAR1") and suffix != ".parquet":
         raise TanzakuError(f"{path} is a Parquet file; expected a name that ends with .parquet")
 
@@ -182,6 +185,6 @@ def neighbour(path: Path) -> str:
     """The fix for a path that is not there: the nearest name in its folder, else the tables there are."""
     if not path.parent.is_dir():
         return ""
-    names = sorted(entry.name for entry in path.parent.iterdir())
+    names = sorted(entry.name for entry in path.parent.iterdir() if entry.name != path.name)
     tables = [name for name in names if suffix_of(Path(name)) in SUFFIXES]
     return nearest(path.name, names) or (f"; that folder has {listed(tables)}" if tables else "")
