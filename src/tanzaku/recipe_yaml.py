@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from tanzaku.errors import TanzakuError, nearest
+from tanzaku.tasks.sources import SUFFIXES, suffix_of
 
 
 class _Loader(yaml.SafeLoader):
@@ -48,6 +49,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     if path.is_dir():
         raise TanzakuError(f"{path} is a directory; expected a recipe, which is a YAML file")
+    if path.is_file() and suffix_of(path) in SUFFIXES and suffix_of(path) != ".json":  # which is YAML, too
+        raise TanzakuError(f"{path} is a table; expected a recipe, which is a YAML file; give rows with --train {path}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -61,6 +64,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     value = parse_yaml(text, str(path))
     if value is None:
         raise TanzakuError(f"{path} is empty; expected keys such as model, data and methods")
+    odd = next((key for key in value if not isinstance(key, str)), None) if isinstance(value, dict) else None
+    if odd is not None:
+        raise TanzakuError(f"{path} has the key {odd!r}; expected names such as model, data and methods")
     if not isinstance(value, dict):
         raise TanzakuError(f"{path} is a {type(value).__name__}; expected keys such as model, data and methods")
     return value

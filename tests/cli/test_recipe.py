@@ -211,7 +211,14 @@ FILES = [
     (b"model: ''\ndata: {train: a.tsv}\n", ["model is ''"]),
     (b"model: m\ndata: [a.tsv]\n", ["data is ['a.tsv']", "a mapping"]),
     (b"[" * 5000, ["recipe.yaml"]),
+    (b"1: 2\n", ["recipe.yaml has the key 1; expected names such as model"]),
 ]
+
+
+def test_a_table_in_the_place_of_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\na,0\n", encoding="utf-8")
+    with pytest.raises(TanzakuError, match=r"train.csv is a table; expected a recipe, .* give rows with --train "):
+        build_recipe(tmp_path / "train.csv", {})
 
 
 @pytest.mark.parametrize(("content", "says"), FILES)

@@ -152,6 +152,10 @@ def test_one_label_in_two_spellings(one: str, two: str) -> None:
     assert spelling(one) == spelling(two) != spelling("other")
 
 
+def test_long_numbers_are_not_one_label_for_a_floats_sake() -> None:
+    assert found([("a", 2**63), ("b", 2**63 + 1), ("c", 2**63), ("d", 2**63 + 1)]) == []
+
+
 @pytest.mark.parametrize(("known", "value"), [("True", "TRUE"), ("False", "false"), ("0.0", "0"), ("1", "１")])
 def test_labels_of_another_spelling_are_refused_with_the_known_one(tmp_path: Path, known: str, value: str) -> None:
     (tmp_path / "train.tsv").write_text(f"text\tlabel\na\t{known}\nb\tother\n", encoding="utf-8")

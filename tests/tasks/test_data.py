@@ -263,7 +263,7 @@ def test_broken_line(put: Put, rows: str, place: str, found: str) -> None:
 def test_a_field_beyond_the_limit(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tanzaku.tasks.delimited._LONGEST_FIELD", 10)
     message = complaint(put("a.tsv", "text\nfoo\n" + "a" * 11 + "\n"))
-    assert "line 3: field larger than field limit (10)" in message
+    assert "line 3: a field of more than 10 characters; is there a quote" in message
 
 
 @pytest.mark.parametrize(
@@ -288,8 +288,8 @@ def test_header(put: Put, name: str, header: str, expected: str) -> None:
         ('{"a": 1}\n\n[1]\n', 3, "an object"),
         ('{"a": 1}\n{"a": 1, "a": 2}\n', 2, "2 columns named 'a'"),
         ('{"a": 1}\n{"": 1}\n', 2, "named ''"),
-        ("[" * 100_000, 1, "recursion"),
-        ('{"a": ' + "1" * 5000 + "}", 1, "4300"),
+        ("[" * 100_000, 1, "nested too deeply"),
+        ('{"a": ' + "1" * 5000 + "}", 1, "thousands of digits"),
     ],
 )
 def test_broken_json_line(put: Put, text: str, line: int, expected: str) -> None:
@@ -397,6 +397,40 @@ def test_what_a_file_is_goes_before_its_name(put: Put, tmp_path: Path) -> None:
     assert "old Excel file" in complaint(put("c.csv", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"))
     assert "is a Parquet file" in complaint(put("d.csv", b"PAR1...PAR1"))
     assert "is a spreadsheet; in the spreadsheet program, save it as CSV" in complaint(put("e.ods", "x"))
+
+
+@pytest.mark.parametrize(
+    ("head", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "Git LFS .* git lfs pull"),
+        (b"\xef\xbb\xbf\n<!DOCTYPE HTML>\n<html lang=en>, sign in", "a web page, .* download the file itself"),
+        (b"<html><body>no, page", "a web page"),
+        (b"%PDF-1.7\n%\xe2\xe3", "a PDF document"),
+        (b"\x89PNG\r\n\x1a\n\0", "an image"),
+        (b"SQLite format 3\0\x10", "an SQLite database"),
+        (b"\x28\xb5\x2f\xfd\x04", "packed with Zstandard"),
+        (b"BZh91AY&SY\xff", "packed with bzip2"),
+        (b"\x80\x04\x95ab", "a Python pickle, .* may run code"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet", ".xlsx", ".tsv.gz"])
+def test_what_is_no_table_at_all(tmp_path: Path, suffix: str, head: bytes, what: str) -> None:
+    path = tmp_path / f"train{suffix}"
+    path.write_bytes(gzip.compress(head) if suffix.endswith(".gz") else head)
+    with pytest.raises(TanzakuError, match=f"train{suffix} is .*{what}"):
+        read_table(path)
+
+
+def test_a_title_above_the_names(put: Put, tmp_path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl")
+    with pytest.raises(TanzakuError, match=r"line 2: found 2, expected 1 fields \(# mine\); if that is a title"):
+        read_table(put("t.csv", "# mine\ntext,label\na,0\n"))
+    book = openpyxl.Workbook()
+    for row in (["mine"], [], ["text", "label"], ["a", 0]):
+        book.active.append(row)
+    book.save(tmp_path / "t.xlsx")
+    with pytest.raises(TanzakuError, match="has one cell, 'mine'; if that is a title, take it away"):
+        read_table(tmp_path / "t.xlsx")
 
 
 def test_excel(tmp_path: Path) -> None:
@@ -624,6 +658,11 @@ def test_json_of_several_shapes(put: Put, text: str) -> None:
         ("a.json", "5", "a.json is 5, expected a list"),
         ("a.json", '{"text": [], "label": []}', "no rows"),
         ("a.jsonl", '[\n {"a": 1}\n]', "one JSON value over 3 lines, not one a line; name it .json"),
+        (
+            "a.jsonl",
+            '[{"a": 1}, {"a": 2}]',
+            "one list of objects, not an object a line; name it .json, or give --format json",
+        ),
     ],
 )
 def test_json_of_other_shapes(put: Put, name: str, text: str, expected: str) -> None:

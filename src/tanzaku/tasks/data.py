@@ -160,6 +160,11 @@ def _excel(raw: bytes, path: Path, note: Callable[[str], None]) -> Columns:
     head, *rows = next(iter(filled.values()))
     width = max(at for row in (head, *rows) for at, cell in enumerate(row, 1) if cell is not None)
     names = ["" if name is None else str(name) for name in head[:width]]
+    if [name for name in names if name] == names[:1] != names:
+        raise TanzakuError(
+            f"the first row of {path} has one cell, {names[0][:40]!r}; if that is a title, take it away: "
+            "the first row names the columns"
+        )
     check_names(names, str(path))
     rows = [row for row in rows if any(cell is not None for cell in row)]
     return {name: [row[at] if at < len(row) else None for row in rows] for at, name in enumerate(names)}

@@ -85,6 +85,9 @@ def _records(text: str, delimiter: str, source: str, first: int, gap: int) -> It
         unclosed = "unexpected end of data" in str(error)
         reason = 'a quote (") is opened and never closed' if unclosed else str(error).replace("\t", r"\t")
         fix = 'quote the whole field, and write each quote in it twice ("")'
+        if "field limit" in reason:
+            reason = f"a field of more than {_LONGEST_FIELD:,} characters"
+            fix = 'is there a quote (") that is never closed? If not, cut the text, or give the rows as JSON Lines'
         place = _Record([], start, max(start, reader.line_num + first - 1)).place(source)
         raise TanzakuError(f"{place}: {reason}; {fix}") from None
     finally:
@@ -133,9 +136,11 @@ def _cut(
                 "name it in the first line, or empty it"
             )
         if not len(names) <= found <= width:
+            fix = f"quote a field that contains {delimiter!r} or a line break"
+            if len(names) == 1 and width < min(lengths):
+                fix = "if that is a title, take it away: the first line names the columns"
             raise TanzakuError(
-                f"{record.place(source)}: found {found}, expected {len(names)} fields ({listed(names)}); "
-                f"quote a field that contains {delimiter!r} or a line break"
+                f"{record.place(source)}: found {found}, expected {len(names)} fields ({listed(names)}); {fix}"
             )
     if width == len(names):
         return names, rows

@@ -11,6 +11,8 @@ from tanzaku.tasks.names import check_names
 
 Columns = dict[str, list[Any]]
 
+_AS_JSON = "name it .json, or give --format json (predict: --data-format)"
+
 
 def read_json_lines(text: str, source: str, first: int = 1) -> Columns:
     """One object a line; a name that an object lacks is None there.
@@ -23,7 +25,9 @@ def read_json_lines(text: str, source: str, first: int = 1) -> Columns:
     """
     lines = [(n, line) for n, line in enumerate(text.split("\n"), first) if line.strip()]
     if len(lines) > 1 and not _is_json(lines[0][1]) and _is_json(text):
-        raise TanzakuError(f"{source} is one JSON value over {len(lines)} lines, not one a line; name it .json")
+        raise TanzakuError(f"{source} is one JSON value over {len(lines)} lines, not one a line; {_AS_JSON}")
+    if len(lines) == 1 and lines[0][1].lstrip().startswith("[{"):
+        raise TanzakuError(f"{source} is one list of objects, not an object a line; {_AS_JSON}")
     return _columns([(f"line {n}", _parse(line, source, n)) for n, line in lines], source)
 
 
@@ -102,8 +106,12 @@ def _parse(text: str, source: str, first_line: int) -> Any:
         return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         line, reason = first_line + error.lineno - 1, f"{error.msg} at character {error.colno}"
-    except (ValueError, RecursionError) as error:
+    except TanzakuError as error:  # of a name
         line, reason = first_line, str(error)
+    except RecursionError:
+        line, reason = first_line, "it is nested too deeply"
+    except ValueError:  # of Python's own limit
+        line, reason = first_line, "it has a number of thousands of digits"
     raise TanzakuError(f"{source} line {line} is not JSON: {reason}; expected one whole object a line")
 
 

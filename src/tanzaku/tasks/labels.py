@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from fractions import Fraction
 from typing import Any
 
 from tanzaku.errors import TanzakuError
@@ -40,4 +41,4 @@ def plain(text: str) -> str:
 def spelling(name: str) -> str:
     """What labels share that differ in spelling alone: True and TRUE, 1 and １, 0 and 0.0."""
     name = plain(name)
-    return repr(float(name) + 0.0) if NUMBER.fullmatch(name) else name  # 0.0 is added to make -0.0 one with it
+    return str(Fraction(name)) if NUMBER.fullmatch(name) else name  # exact: a float makes one of two long numbers
