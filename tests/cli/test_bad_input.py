@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -124,6 +125,16 @@ def test_a_finished_run_whose_results_are_damaged_is_overwritten(work: Path, tan
     said = tanzaku("train", "recipe.yaml", "--out", "mine", "--overwrite")
     assert_refused(said, "no run", "choose another --out, or empty it")
     assert (work / "mine" / "results.json").read_bytes() == content
+
+
+def test_a_current_directory_that_is_gone(work: Path, tanzaku: Tanzaku) -> None:
+    (work / "gone").mkdir()
+    os.chdir(work / "gone")
+    (work / "gone").rmdir()
+    try:
+        assert_refused(tanzaku("methods"), "the current directory is gone")
+    finally:
+        os.chdir(work)
 
 
 NUMBERS = {

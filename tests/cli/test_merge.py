@@ -82,6 +82,22 @@ def test_transformers_reads_the_result(method: tz.Method, model_dir: Path, tmp_p
     assert [entry.name for entry in out.parent.iterdir()] == ["plain"]
 
 
+def test_a_run_is_no_adapter(work: Path, tanzaku: Tanzaku) -> None:
+    assert tanzaku("train", "recipe.yaml", "--out", "run").code == 0
+    for verb, args in (("merge", ["--out", "x"]), ("export", ["--out", "x.gguf"]), ("predict", ["--data", "test.tsv"])):
+        assert_refused(
+            tanzaku(verb, "run", *args), "run holds a run and is no adapter; its adapters are run/adapters/lora"
+        )
+
+
+def test_a_base_of_another_kind(work: Path, tanzaku: Tanzaku) -> None:
+    assert tanzaku("train", "recipe.yaml", "--out", "run").code == 0
+    tiny("gpt2", "lm").save_pretrained("gpt2")
+    for verb, args in (("merge", ["--out", "x"]), ("export", ["--out", "x.gguf"])):
+        said = tanzaku(verb, "run/adapters/lora", "--model", "gpt2", *args)
+        assert_refused(said, "was made for a 'llama' model, and 'gpt2' is 'gpt2'", "(--model)")
+
+
 def test_the_base_s_type_is_kept_and_what_that_costs_is_said(model_dir: Path, tmp_path: Path, tanzaku: Tanzaku) -> None:
     """A small change in a type of few digits is lost for a good part; in full it is kept."""
     half = tmp_path / "half"

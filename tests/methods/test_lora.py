@@ -236,7 +236,7 @@ def test_dropout_only_in_training():
         ({"r": 3, "init_lora_weights": "orthogonal"}, "even rank"),
         ({"target_modules": ["q_projj"]}, r"'q_projj' matches no module .*did you mean 'q_proj'.*candidates are"),
         ({"target_modules": ["q_proj", "nope"]}, "'nope' matches no module"),
-        ({"target_modules": []}, "target_modules"),
+        ({"target_modules": []}, "target_modules is empty; candidates are"),
         ({"target_modules": "("}, "no regular expression"),
         ({"target_modules": "q_proj"}, "matches no module"),
         ({"target_modules": ["input_layernorm"]}, "input_layernorm is a LlamaRMSNorm: expected a linear layer"),

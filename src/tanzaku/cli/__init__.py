@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -84,6 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 a negative answer, 2 bad input, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
     given = [arg for arg in args if arg != "--debug"]  # it may stand before or after the verb
+    try:
+        Path.cwd()
+    except OSError:  # torch's libraries end the process there, and relative paths mean nothing
+        return _end("error: the current directory is gone; change to one that is there", 2)
     _prepare_torch()
     # It tells of faster kernels whenever it is imported, which may be at once.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -50,6 +50,9 @@ def check_paths(paths: Sequence[Path]) -> None:
         recover(path)
         if not path.is_dir():
             raise TanzakuError(f"there is no adapter {path}{_neighbour(path)}")
+        inside = sorted(str(each.parent) for each in path.glob("adapters/*/adapter_config.json"))
+        if inside and not (path / "adapter_config.json").exists():
+            raise TanzakuError(f"{path} holds a run and is no adapter; its adapters are {listed(inside)}")
         other = seen.setdefault(path.resolve(), path)
         if other is not path:
             again = f"{path} is given twice" if path == other else f"{other} and {path} are one adapter"
@@ -186,13 +189,19 @@ def load_base_of(
     """The base model in the class that the adapters were made for, with their labels, and its tokenizer."""
     import transformers
 
-    from tanzaku.models import agree_on_padding, load_base, load_tokenizer
+    from tanzaku.models import agree_on_padding, load_base, load_tokenizer, read_config
 
     one_by_one = "merge them one by one"
     kind = agreed(given, "kind", "kinds of model", one_by_one)
     labels = agreed(given, "labels", "labels", one_by_one)
     width = agreed(given, "num_labels", "numbers of labels", one_by_one)
     auto = getattr(transformers, kind or "", None) or _own_class(name, given[0])
+    made_for, config = getattr(auto, "config_class", None), read_config(name, on_progress=note)
+    if made_for is not None and not isinstance(config, made_for):
+        raise TanzakuError(
+            f"{given[0].path} was made for a {made_for.model_type!r} model, and {name!r} is {config.model_type!r}; "
+            "expected the model that the adapter was trained on (--model)"
+        )
     settings: dict[str, Any] = {}
     if labels is not None:
         settings = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}

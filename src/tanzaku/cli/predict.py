@@ -196,11 +196,8 @@ def _names(labels: str | None) -> list[str] | None:
 
 def _adapter(name: str, path: Path, asked: dict[str, Any], precision: str | None) -> _Adapter:
     """What is known of an adapter; a flag overrules what it says."""
-    from tanzaku.store import META, adapter_dir, read_about
+    from tanzaku.store import adapter_dir, read_about
 
-    inside = sorted(str(each.parent) for each in path.glob(f"adapters/*/{META}"))
-    if inside and not (path / META).exists():
-        raise TanzakuError(f"{path} holds a run and is no adapter; its adapters are {listed(inside)}")
     about = read_about(adapter_dir(path))
     meta = _meta(path, asked) if about is not None else _foreign(name, path, asked)
     if asked["labels"] is not None and len(asked["labels"]) != len(meta["labels"]):

@@ -304,7 +304,8 @@ class Base:
         if layers is not None:
             found = self._only_layers(found, [layers] if isinstance(layers, int) else list(layers), layers_pattern)
         if not found:
-            raise TanzakuError(f"target_modules {names!r} are all excluded; candidates are {listed(self.candidates())}")
+            what = f"target_modules {names!r} are all excluded" if names else "target_modules is empty"
+            raise TanzakuError(f"{what}; candidates are {listed(self.candidates())}")
         return found
 
     def _linear(self, skip: Callable[[str], bool]) -> list[str]:
