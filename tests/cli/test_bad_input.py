@@ -127,6 +127,13 @@ def test_a_finished_run_whose_results_are_damaged_is_overwritten(work: Path, tan
     assert (work / "mine" / "results.json").read_bytes() == content
 
 
+def test_a_task_that_is_not_what_is_trained(work: Path, tanzaku: Tanzaku) -> None:
+    for task in ("CAUSAL_LM", "FOO"):
+        said = tanzaku("train", "recipe.yaml", "--set", f"task_type={task}", "--out", "run")
+        assert_refused(said, f"candidate 'lora': task_type is '{task}'", "expected 'SEQ_CLS'")
+    assert tanzaku("train", "recipe.yaml", "--set", "task_type=SEQ_CLS", "--out", "run").code == 0
+
+
 def test_a_current_directory_that_is_gone(work: Path, tanzaku: Tanzaku) -> None:
     (work / "gone").mkdir()
     os.chdir(work / "gone")

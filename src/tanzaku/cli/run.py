@@ -191,6 +191,11 @@ def _check_fit(
     with torch.device("meta"):
         twin = type(model)(model.config)
     for name, method, _ in methods:
+        if method.task_type not in (None, "SEQ_CLS"):
+            raise TanzakuError(
+                f"candidate {name!r}: task_type is {method.task_type!r}, and what is trained is a classifier; "
+                "expected 'SEQ_CLS', or leave it out"
+            )
         try:
             adapter = attach(twin, method, name)
             _check_memory(sum(parameter.numel() for _, parameter in adapter.trained()), method.largest(), device)
