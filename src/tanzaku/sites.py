@@ -43,6 +43,10 @@ from tanzaku.survey import Key, replaced, tensors
 from tanzaku.tokens import VirtualTokens
 from tanzaku.weights import WeightStrip, rows_in, rows_put
 
+# Layers share their compiled code, and some have hooks while others have none. Torch guards that a module has none only
+# if it is told to. Its settings are each thread's own: this is what all threads begin with.
+cast(Any, torch._dynamo.config)._config["skip_nnmodule_hook_guards"].default = False
+
 # One list of strips per stack of the route, in stacking order.
 Plan = list[list[Any]]
 
@@ -727,9 +731,9 @@ def _attention(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     catch(key, value)
-    packing = module.__dict__.get(PACKING)
+    # Read so that compiled code guards what is not there, too: layers share their code.
+    packing, site = getattr(module, PACKING, None), getattr(module, _ATTEND, None)
     base = _function(own, module)
-    site = module.__dict__.get(_ATTEND)
     hook = None if site is None else site.now()
     if packing is not None and packing.tokens is not None:
         return cast(_Result, packing.attend(own, base, hook, module, query, key, value, options))

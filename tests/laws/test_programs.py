@@ -386,6 +386,28 @@ def test_compiled_code_is_never_stale(name):
         assert_close(fast(**inputs).logits, model(**inputs).logits)
 
 
+@pytest.mark.parametrize(("name", "variant"), [("lora", "layers_to_transform"), ("llama_adapter", "default")])
+def test_layers_that_share_compiled_code(name, variant):
+    """Compiled one by one, in a thread of its own: some layers are adapted, and those that are not have come first."""
+    model = bamboo()
+    inputs = {**batch(model), "use_cache": False}
+    for as_ in "ab":
+        hang(model, name, variant, as_)
+    entries = ("a", "b", None, "a")
+    found = []
+    for way in ("as they are", "compiled"):
+        if way == "compiled":
+            torch._dynamo.reset()
+            for layer in model.model.layers:
+                layer.compile(backend="eager")
+        for entry in entries:
+            tz.activate(model, entry)
+            with ThreadPoolExecutor(1) as pool, torch.no_grad():
+                found.append(pool.submit(lambda: model(**inputs).logits).result())
+    for entry, want, got in zip(entries, found[:4], found[4:], strict=True):
+        assert_close(got, want, at=str(entry))
+
+
 @pytest.mark.parametrize("entries", [["a"], ["a", "b", None, "c"], ["a", None, "a", "b"]], ids=str)
 def test_any_number_of_lora_is_one_graph(entries):
     """Routes and groups are Python's: nothing is read off a tensor."""
