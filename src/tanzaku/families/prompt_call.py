@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import MutableMapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from tanzaku.context import Local
 
 
 class _Like(NamedTuple):
@@ -77,7 +78,7 @@ class _Caught(Exception):
         self.found = key, value
 
 
-_catching: ContextVar[bool] = ContextVar("_catching", default=False)
+_catching: Local[bool] = Local("_catching")
 
 
 def catch(key: Tensor, value: Tensor) -> None:
@@ -91,11 +92,12 @@ def keys_values(module: nn.Module, how: PromptCall, prompt: Tensor) -> tuple[Ten
 
     Its attention must go through a function that calls :func:`catch`.
     """
-    token = _catching.set(True)
+    before = _catching.get()
+    _catching.set(True)
     try:
         module(**how.arguments(prompt))
     except _Caught as caught:
         return caught.found
     finally:
-        _catching.reset(token)
+        _catching.set(before)
     raise RuntimeError(f"{type(module).__name__} did not come to its attention function")
