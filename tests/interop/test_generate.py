@@ -32,14 +32,15 @@ def written(model: PreTrainedModel | peft.PeftModel, given: dict[str, Tensor], *
 @pytest.mark.parametrize("beams", [1, 3])
 @in_families(("kind", "name"), cases(*DECODERS, *ENCODER_DECODERS))
 def test_greedy_and_beams(kind: str, name: str, beams: int, tmp_path: Path) -> None:
-    base, theirs = both(kind, "lm", name, tmp_path)
+    # Beams of random models may be as likely as each other but for rounding.
+    base, theirs = (model.double() for model in both(kind, "lm", name, tmp_path))
     given = batch(base, padding="left")
     given.pop("decoder_input_ids", None)
     options = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams}
-    if name not in SOFT_PROMPTS or kind == "t5":
+    if name not in SOFT_PROMPTS:
         assert torch.equal(base.generate(**given, **options), theirs.generate(**given, **options))
         return
-    # In PEFT the pads between a soft prompt and its row take positions, so padded rows are asked for alone.
+    # In PEFT the pads between a soft prompt and its row take positions, in a T5 too: padded rows are asked for alone.
     ours = written(base, given, **options)
     for row, mask in enumerate(given["attention_mask"].bool()):
         one = {key: value[row : row + 1, mask] for key, value in given.items()}
