@@ -14,7 +14,6 @@ import inspect
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -87,12 +86,8 @@ class VirtualTokens:
         self.counts = [sum(s.num_virtual_tokens for s in stack) for stack in tokens]
         self.offsets, self.placed = offsets, placed
         self.width = max(self.counts)
+        self.room = room(base)  # positions that the model has for a row's tokens
         self._neutral: int | None = None
-
-    @cached_property
-    def room(self) -> int | None:
-        """Positions that the model has for a row's tokens."""
-        return room(self.base)
 
     def hooks(self) -> list[Hook]:
         """All that runs at the model's modules, in order."""
