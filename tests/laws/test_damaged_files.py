@@ -124,7 +124,7 @@ def test_pickles_are_never_read(saved):
     (saved / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
     assert_refused(saved, "a pickle, which is never read")
     (saved / TENSORS).write_bytes(pickle.dumps(Bomb()))
-    assert_refused(saved, "is damaged")
+    assert_refused(saved, "a Python pickle, which is never read")
 
 
 # -- damaged configurations
