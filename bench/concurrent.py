@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 import tanzaku as tz
 from bench.subjects import METHODS, ours, peft_stepper, theirs
 from tanzaku.families import Base
-from tanzaku.tasks.classification import Example, Labels, Split
-from tanzaku.tasks.prepare import ClassificationData
+from tanzaku.tasks.classification import Classification, ClassificationSettings
+from tanzaku.tasks.prepare import encode, read_tables
+from tanzaku.tasks.task import Example, Split, TaskData
 from tanzaku.train.loop import Silent, train_jobs
 from tanzaku.train.memory import LiveBytes
 from tanzaku.train.products import multiply
@@ -58,40 +59,37 @@ def loras(number: int, r: int = 8) -> list[Candidate]:
     ]
 
 
-def poems(number: int) -> ClassificationData:
+def poems(number: int) -> TaskData:
     """The first training poems, as the embedded model reads them."""
     from importlib import resources
 
     from tanzaku.models import load_tokenizer
-    from tanzaku.recipe import DataSettings
-    from tanzaku.tasks.prepare import prepare_classification
 
     folder = resources.files("tanzaku") / "data" / "poems"
-    data = prepare_classification(
-        DataSettings(train=str(folder / "train.tsv"), text="poem"), load_tokenizer("embedded"), 200
-    )
+    settings = ClassificationSettings(train=str(folder / "train.tsv"), text="poem")
+    data = encode(read_tables(Classification, settings), load_tokenizer("embedded"), 200)
     split = Split("train", data.train.examples[:number], data.train.texts[:number], 0, "")
-    return ClassificationData(split, None, None, data.labels, data.pad_token_id)
+    return replace(data, train=split)
 
 
-def equal_rows(number: int, tokens: int, vocabulary: int) -> ClassificationData:
+def equal_rows(number: int, tokens: int, vocabulary: int) -> TaskData:
     """Random rows of one length."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, vocabulary, (number, tokens), generator=generator).tolist()
-    examples = [Example(row, None, at % 2) for at, row in enumerate(ids)]
-    return ClassificationData(Split("train", examples, [""] * number, 0, ""), None, None, Labels(("a", "b")), 0)
+    examples = [Example({"input_ids": row}, at % 2) for at, row in enumerate(ids)]
+    return TaskData(Split("train", examples, [""] * number, 0, ""), None, None, Classification(("a", "b")))
 
 
-def peft_seconds(model: PreTrainedModel, candidate: Candidate, data: ClassificationData) -> float:
+def peft_seconds(model: PreTrainedModel, candidate: Candidate, data: TaskData) -> float:
     """HF PEFT over all rows, one a step."""
     # PEFT knows LLaMA-Adapter for Llama alone: there a random Llama of the embedded model's size stands in.
     fits = candidate.name != "llama_adapter" or model.config.model_type == "llama"
     stepper = peft_stepper(copy.deepcopy(model) if fits else llama_like(model), candidate.name, candidate.theirs())
     batches = [
         {
-            "input_ids": torch.tensor([e.input_ids], device=model.device),
-            "attention_mask": torch.ones(1, len(e.input_ids), dtype=torch.long, device=model.device),
-            "labels": torch.tensor([e.label], device=model.device),
+            "input_ids": torch.tensor([e.inputs["input_ids"]], device=model.device),
+            "attention_mask": torch.ones(1, e.length, dtype=torch.long, device=model.device),
+            "labels": torch.tensor([e.target], device=model.device),
         }
         for e in data.train.examples
     ]
@@ -105,11 +103,11 @@ def peft_seconds(model: PreTrainedModel, candidate: Candidate, data: Classificat
 
 
 def tanzaku_seconds(
-    model: PreTrainedModel, candidates: Sequence[Candidate], data: ClassificationData, workers: int | None = None
+    model: PreTrainedModel, candidates: Sequence[Candidate], data: TaskData, workers: int | None = None
 ) -> float:
     """Tanzaku over all rows, a row of every candidate in each step."""
     warm = Split("train", data.train.examples[:1], [""], 0, "")
-    run(model, candidates, ClassificationData(warm, None, None, data.labels, data.pad_token_id), workers)
+    run(model, candidates, replace(data, train=warm), workers)
     return run(model, candidates, data, workers)
 
 
@@ -122,9 +120,7 @@ class FromStart(Silent):
         self.began = min(self.began, time.perf_counter())
 
 
-def run(
-    model: PreTrainedModel, candidates: Sequence[Candidate], data: ClassificationData, workers: int | None = None
-) -> float:
+def run(model: PreTrainedModel, candidates: Sequence[Candidate], data: TaskData, workers: int | None = None) -> float:
     """Train the candidates together; seconds since the first of them was attached."""
     clock = FromStart()
     jobs = [Job(c.name, c.ours(), SETTINGS.model_copy(update={"seed": i})) for i, c in enumerate(candidates)]
@@ -149,7 +145,7 @@ def llama_like(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def race(
-    model: PreTrainedModel, candidates: Sequence[Candidate], data: ClassificationData, rounds: int = 3
+    model: PreTrainedModel, candidates: Sequence[Candidate], data: TaskData, rounds: int = 3
 ) -> tuple[float, float]:
     """(HF PEFT's seconds, one candidate after another; Tanzaku's, all at once): medians of rounds in turns."""
     warnings.filterwarnings("ignore")
@@ -174,11 +170,11 @@ def peak_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float
     return 2 * 2048**3 / best
 
 
-def flops(model: PreTrainedModel, candidates: int, data: ClassificationData) -> float:
+def flops(model: PreTrainedModel, candidates: int, data: TaskData) -> float:
     """Of the products with frozen weights that the runs cannot do without: forward and backward of every own token."""
     inner = [m for m in Base.of(model).backbone.modules() if isinstance(m, nn.Linear)]
     weights = sum(m.weight.numel() for m in inner)
-    return 4.0 * weights * candidates * sum(len(e.input_ids) for e in data.train.examples)
+    return 4.0 * weights * candidates * sum(e.length for e in data.train.examples)
 
 
 def table(rows: int = 20) -> None:
@@ -187,7 +183,7 @@ def table(rows: int = 20) -> None:
 
     model = load_classifier("embedded", 2)
     data = poems(rows)
-    mean = sum(len(e.input_ids) for e in data.train.examples) / rows
+    mean = sum(e.length for e in data.train.examples) / rows
     rate = peak_rate(model.device)
     print(f"{rows} poems of {mean:.0f} tokens on average; large matrix products: {rate / 1e9:.0f} GFLOP/s\n")
     head = ("candidates", "HF PEFT, one after another", "Tanzaku, at once", "times faster", "products, of that rate")
@@ -214,10 +210,9 @@ def curve(numbers: Sequence[int] = (1, 2, 4, 8, 16, 32), rows: int = 8) -> None:
         print(f"| {number} | {each * 1e3:.0f} | {step:.0f} | {step / number:.1f} |", flush=True)
 
 
-def peak_bytes(model: PreTrainedModel, candidates: Sequence[Candidate], data: ClassificationData) -> int:
+def peak_bytes(model: PreTrainedModel, candidates: Sequence[Candidate], data: TaskData) -> int:
     """Most bytes that tensors of a whole run hold, beside the model."""
     short = Split("train", data.train.examples[:2], ["", ""], 0, "")
     with LiveBytes() as live:
-        alone = ClassificationData(short, None, None, data.labels, data.pad_token_id)
-        run(model, candidates, alone, workers=1)  # other processes' tensors are not seen
+        run(model, candidates, replace(data, train=short), workers=1)  # other processes' tensors are not seen
     return live.peak

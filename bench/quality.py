@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,10 +20,9 @@ from transformers import PreTrainedModel
 
 from bench.subjects import ours, theirs
 from tanzaku.models import load_classifier, load_tokenizer
-from tanzaku.recipe import DataSettings
-from tanzaku.tasks.classification import Example, collate
-from tanzaku.tasks.metrics import classification_metrics
-from tanzaku.tasks.prepare import ClassificationData, prepare_classification
+from tanzaku.tasks.classification import Classification, ClassificationSettings
+from tanzaku.tasks.prepare import encode, read_tables
+from tanzaku.tasks.task import Batch, Example, TaskData
 from tanzaku.train.loop import train_jobs
 from tanzaku.train.results import Job
 from tanzaku.train.settings import TrainSettings
@@ -30,31 +30,33 @@ from tanzaku.train.settings import TrainSettings
 RATES = {"lora": 5e-4, "ia3": 2e-3, "prompt_tuning": 5e-3}
 
 
-def poems() -> ClassificationData:
+def poems() -> TaskData:
     """The bundled rows, as the embedded model reads them."""
     folder = Path(str(files("tanzaku") / "data" / "poems"))
     where = {name: str(folder / f"{name}.tsv") for name in ("train", "valid", "test")}
-    return prepare_classification(DataSettings(**where, text="poem", label="label"), load_tokenizer("embedded"), 200)
+    settings = ClassificationSettings(**where, text="poem", label="label")
+    return encode(read_tables(Classification, settings), load_tokenizer("embedded"), 200)
 
 
-def with_tanzaku(
-    model: PreTrainedModel, method: str, data: ClassificationData, settings: TrainSettings
-) -> dict[str, float]:
+def with_tanzaku(model: PreTrainedModel, method: str, data: TaskData, settings: TrainSettings) -> dict[str, float]:
     """Test figures. The model stays as it is."""
     [result] = train_jobs(model, data, [Job(method, ours(method), settings)])
     assert result.test is not None, result.error
     return result.test
 
 
-def with_peft(
-    base: PreTrainedModel, method: str, data: ClassificationData, settings: TrainSettings
-) -> dict[str, float]:
+def with_peft(base: PreTrainedModel, method: str, data: TaskData, settings: TrainSettings) -> dict[str, float]:
     """Test figures of HF PEFT and transformers' Trainer."""
     import peft
     from transformers import Trainer, TrainingArguments, set_seed
 
     set_seed(settings.seed)
     model = peft.get_peft_model(copy.deepcopy(base), theirs(method))
+
+    def collate(rows: list[Example]) -> dict[str, Tensor]:
+        batch = data.task.collate(rows, data.pad_token_id)
+        return {**batch.inputs, "labels": batch.targets["target"]}
+
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model,
@@ -73,13 +75,14 @@ def with_peft(
                 remove_unused_columns=False,
             ),
             train_dataset=_Rows(data.train.examples),
-            data_collator=lambda rows: collate(rows, data.pad_token_id),
+            data_collator=collate,
         )
         trainer.train()
         assert data.test is not None
         out: Any = trainer.predict(_Rows(data.test.examples))
     logits: Tensor = torch.as_tensor(out.predictions if not isinstance(out.predictions, tuple) else out.predictions[0])
-    return classification_metrics(logits, torch.as_tensor(out.label_ids))
+    rows = Batch({}, {"target": torch.as_tensor(out.label_ids)}, data.test.examples)
+    return data.task.figures(data.task.records(SimpleNamespace(logits=logits), rows))
 
 
 class _Rows(torch.utils.data.Dataset[Example]):

@@ -14,6 +14,7 @@ import tanzaku as tz
 from tanzaku.host import host_of
 from tanzaku.models import load_classifier
 from tanzaku.routing import Route
+from tanzaku.tasks.task import Batch, Example
 from tanzaku.train.passes import CheapPasses
 from tanzaku.train.products import lowest_layer
 
@@ -111,8 +112,9 @@ def tanzaku_stepper(model: PreTrainedModel, method: str) -> Stepper:
 
     def forward(batch: dict[str, Tensor]) -> Tensor:
         rows, length = batch["input_ids"].shape
-        with passes.reading(batch["input_ids"], [length] * rows, [adapter.virtual] * rows, [lowest] * rows, route):
-            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        together = Batch(inputs, {}, [Example({"input_ids": range(length)})] * rows)
+        with passes.reading(together, [adapter.virtual] * rows, [lowest] * rows, route):
             logits = model(**inputs, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits, batch["labels"])
         penalty = settings.penalty(adapter)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from huggingface_hub import constants as hub
 from transformers import (
     AutoConfig,
@@ -22,6 +23,13 @@ from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.files import check_kind
 from tanzaku.seeds import seeded
 
+if TYPE_CHECKING:
+    from tanzaku.tasks.task import Task
+
+_KINDS = {
+    "AutoModelForSequenceClassification": "as a classifier",
+    "AutoModelForTokenClassification": "as a classifier of tokens",
+}
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "spm.model")
 _PARTS = {
@@ -101,11 +109,42 @@ def load_pair(
     """
     labels = _labels(num_labels, id2label)
     where = _locate(name, tuple(_PARTS), on_progress)
+    return _with_head(name, where, AutoModelForSequenceClassification, labels, dtype, seed, trust_remote_code)
+
+
+def load_for(
+    name: str,
+    task: Task,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    on_progress: Progress = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A pretrained model with a task's head, on the CPU and in evaluation mode, and its tokenizer.
+
+    See :func:`load_pair`, which does this for classes alone.
+    """
+    where = _locate(name, tuple(_PARTS), on_progress)
+    auto = getattr(transformers, task.auto_class)
+    return _with_head(name, where, auto, task.model_settings(), dtype, seed, trust_remote_code)
+
+
+def _with_head(
+    name: str,
+    where: str,
+    auto: Any,
+    settings: dict[str, Any],
+    dtype: torch.dtype,
+    seed: int,
+    trust_remote_code: bool,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     with _loading(f"the config of {name!r}"):
-        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **labels)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **settings)
     tokenizer = _tokenizer(name, where, trust_remote_code)
-    with _loading(f"{name!r} ({config.model_type}) as a classifier"), seeded(seed):
-        model, info = _pretrained(AutoModelForSequenceClassification, where, config, dtype, trust_remote_code)
+    kind = _KINDS.get(auto.__name__, f"for {auto.__name__}")
+    with _loading(f"{name!r} ({config.model_type}) {kind}"), seeded(seed):
+        model, info = _pretrained(auto, where, config, dtype, trust_remote_code)
     _check_backbone(name, model.base_model_prefix, info)
     agree_on_padding(name, model, tokenizer)
     return model, tokenizer
@@ -278,6 +317,11 @@ def _check_backbone(name: str, prefix: str, info: dict[str, Any]) -> None:
         key, found, expected = wrong[0]
         first = f"{key} is {tuple(found)}, expected {tuple(expected)}"
         raise TanzakuError(f"{len(wrong)} {asked} have another shape: {first}; use the config it was saved with")
+
+
+def reads_text(model: PreTrainedModel) -> bool:
+    """Whether a model is given token ids."""
+    return bool(model.main_input_name == "input_ids")
 
 
 def agree_on_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -8,40 +8,32 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+    model_serializer,
+    model_validator,
+)
 
 from tanzaku.compare.settings import CompareSettings
 from tanzaku.errors import TanzakuError, listed, nearest
-from tanzaku.recipe_errors import complaint
+from tanzaku.recipe_errors import complaint, flag
 from tanzaku.recipe_yaml import parse_yaml, read_yaml
 from tanzaku.space import Space, space_of
-from tanzaku.tasks.checks import Check
+from tanzaku.tasks import TASKS, task_named
+from tanzaku.tasks.settings import DataSettings
 from tanzaku.tasks.sources import SPLIT, STDIN, SUFFIXES, is_address, suffix_of
+from tanzaku.tasks.task import Metric, Task, metric_named
 from tanzaku.train.settings import TrainSettings
 
 if TYPE_CHECKING:
     from tanzaku.method import Method
     from tanzaku.train.results import Job
-
-
-class DataSettings(BaseModel):
-    """Where the rows are and what their columns are called."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    train: str = Field(
-        min_length=1, description="training rows: .tsv, .csv, .jsonl, .json, .parquet, .xlsx, - or a dataset"
-    )
-    valid: str | None = Field(default=None, min_length=1, description="validation rows, for figures after each epoch")
-    test: str | None = Field(default=None, min_length=1, description="test rows, for figures at the end")
-    text: str = Field(default="text", min_length=1, description="column of the text")
-    text_pair: str | None = Field(default=None, min_length=1, description="column of a second text")
-    label: str = Field(default="label", min_length=1, description="column of the label")
-    encoding: str | None = Field(default=None, min_length=1, description="of the files, such as cp932 (detected)")
-    format: Literal["tsv", "csv", "jsonl", "json"] | None = Field(
-        default=None, description="of the files, whatever their names say"
-    )
-    allow: list[Check] = Field(default=[], description="pass this check of rows (repeatable; tanzaku check names them)")
 
 
 class MethodEntry(BaseModel):
@@ -100,21 +92,55 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(min_length=1, description="base model: a Hub name, a directory, a .gguf file, or embedded")
-    task: Literal["classification"] = Field(default="classification", description="what is learned")
-    data: DataSettings
+    task: Literal[tuple(TASKS)] = Field(default="classification", description="what is learned")  # type: ignore[valid-type]
+    data: SerializeAsAny[DataSettings]  # with the columns of the task; `schema` has them
     train: TrainSettings = TrainSettings.model_validate({})
     compare: CompareSettings = CompareSettings.model_validate({})
     methods: list[MethodEntry] = []
     out: str | None = Field(default=None, min_length=1, description="directory of the run (runs/<verb>-<time>)")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where the model runs")
 
+    @property
+    def kind(self) -> type[Task]:
+        """The task's class."""
+        return task_named(self.task)
 
-SECTIONS: dict[str, type[BaseModel]] = {
-    "": Recipe,
-    "data": DataSettings,
-    "train": TrainSettings,
-    "compare": CompareSettings,
-}
+    @property
+    def ranked_by(self) -> Metric:
+        """The figure that candidates are ranked by."""
+        return metric_named(self.kind, self.compare.rank_by or self.kind.rank_by)
+
+
+@cache
+def schema(task: str) -> type[Recipe]:
+    """The recipe of a task, which reads the task's own columns; of an unknown one it says so."""
+    kind = TASKS.get(task)
+    if kind is None:
+        return Recipe
+    fields: dict[str, Any] = {"task": (Literal[task], task), "data": (kind.Data, ...)}
+    return create_model("Recipe", __base__=Recipe, **fields)
+
+
+def sections(task: str) -> dict[str, type[BaseModel]]:
+    """The schema of each section of a task's recipe by its key, "" for the whole."""
+    kind = TASKS.get(task)
+    data = DataSettings if kind is None else kind.Data
+    return {"": Recipe, "data": data, "train": TrainSettings, "compare": CompareSettings}
+
+
+def _columns_of_all() -> type[BaseModel]:
+    own = [kind.Data.model_fields for kind in TASKS.values()]
+    columns: dict[str, Any] = {name: (each.annotation, each) for fields in own for name, each in fields.items()}
+    return create_model("Columns", **columns)
+
+
+SECTIONS = {**sections("classification"), "data": _columns_of_all()}  # of all tasks, for flags
+
+
+def task_in(raw: Mapping[str, Any]) -> str:
+    """The task that a recipe names as it is written, or the default."""
+    found = raw.get("task")
+    return found if isinstance(found, str) else str(Recipe.model_fields["task"].default)
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
@@ -158,10 +184,16 @@ def build_recipe(file: Path | None, flags: Mapping[str, Any], default_methods: S
         TanzakuError: a key that is unknown or missing, or a value that does not fit, and where it stands.
     """
     keys = {key: value for key, value in flags.items() if key not in ("methods", "set")}
+    raw = laid_over(load_recipe(file) if file is not None else {}, keys)
+    task = task_in(raw)
     try:
-        recipe = Recipe.model_validate(laid_over(load_recipe(file) if file is not None else {}, keys))
+        recipe = schema(task).model_validate(raw)
     except ValidationError as error:
-        raise TanzakuError(complaint(error, str(file or ""), SECTIONS, keys)) from None
+        raise TanzakuError(complaint(error, str(file or ""), sections(task), keys)) from None
+    _check_metric(recipe, recipe.train.metric, "metric", "train", keys, file)
+    _check_metric(recipe, recipe.compare.rank_by, "rank_by", "compare", keys, file)
+    for entry in recipe.methods:
+        _check_metric(recipe, entry.train.get("metric"), "metric", f"{entry.method}: train", {}, file)
     entries = named(recipe.methods)
     if names := flags.get("methods") or (default_methods if not entries else ()):
         entries = named(
@@ -169,7 +201,21 @@ def build_recipe(file: Path | None, flags: Mapping[str, Any], default_methods: S
         )
     for assignment in flags.get("set", []):
         entries = _assigned(entries, assignment)
-    return recipe.model_copy(update={"methods": entries})
+    compare = recipe.compare.model_copy(update={"rank_by": recipe.ranked_by.name})
+    return recipe.model_copy(update={"methods": entries, "compare": compare})
+
+
+def _check_metric(
+    recipe: Recipe, value: Any, key: str, section: str, flags: Mapping[str, Any], file: Path | None
+) -> None:
+    """A TanzakuError unless the value is a metric of the recipe's task, or something that is checked elsewhere."""
+    known = [metric.name for metric in recipe.kind.metrics]
+    if isinstance(value, str) and value not in known:
+        where = flag(key) if key in flags.get(section, {}) else f"{file or 'the recipe'}: {section}.{key}"
+        raise TanzakuError(
+            f"{where} is {value!r}, and {recipe.task} has no such metric; expected {listed(known)}"
+            f"{nearest(value, known)}"
+        )
 
 
 def laid_over(raw: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:

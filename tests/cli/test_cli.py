@@ -123,7 +123,11 @@ def test_train(work: Path, tanzaku: Tanzaku) -> None:
     ):
         assert part in said.out
     found = results_of(work / "run")
-    assert (found["command"], found["device"], found["data"]["labels"]) == ("train", "cpu", ["harsh", "mild"])
+    assert (found["command"], found["device"], found["data"]["task"]["labels"]) == (
+        "train",
+        "cpu",
+        ["harsh", "mild"],
+    )
     assert found["data"]["rows"] == {"train": 6, "valid": 6, "test": 6}
     assert {"python", "torch", "transformers"} <= set(found["versions"])
     (job,) = found["jobs"]
@@ -172,11 +176,11 @@ def test_methods(tanzaku: Tanzaku) -> None:
 
 def test_the_bundled_recipe_is_sound() -> None:
     from tanzaku.recipe import build_recipe, jobs_of
-    from tanzaku.tasks.prepare import read_classification
+    from tanzaku.tasks.prepare import read_tables
 
     recipe = build_recipe(DATA / "demo.yaml", {})
     assert {job.name for job in jobs_of(recipe)} == set(METHODS)
-    assert len(read_classification(recipe.data).labels) == 2
+    assert read_tables(recipe.kind, recipe.data).task.to_json()["labels"] == ["0", "1"]
 
 
 # -- stopping and failing
@@ -190,7 +194,7 @@ def test_interrupted_early_leaves_nothing(work: Path, tanzaku: Tanzaku, monkeypa
         patch.setattr(Display, "step_done", stop)
         said = tanzaku("train", "recipe.yaml", "--out", "run")
     assert (said.code, said.err.count("\n")) == (130, 1) and "run the same command again" in said.err
-    monkeypatch.setattr("tanzaku.models.load_classifier", stop)
+    monkeypatch.setattr("tanzaku.models.load_for", stop)
     said = tanzaku("train", "recipe.yaml", "--out", "run")
     assert (said.code, said.err.count("\n")) == (130, 1) and "run the same command again" in said.err
     assert not (work / "run").exists()

@@ -25,6 +25,7 @@ from tanzaku.cli import demo
 from tanzaku.cli.live import Live
 from tanzaku.compare.comparison import Comparison
 from tanzaku.methods import METHODS
+from tanzaku.tasks.task import LOSS
 from tanzaku.train.loop import Pool
 
 WHOLE: dict[str, Any] = {}  # what the run that nobody cuts off ends with
@@ -283,7 +284,7 @@ def test_a_job_a_rung_ahead_waits_for_the_others() -> None:
         pool: Any = SimpleNamespace(waiting=epochs, results=results, queued=[])
         return Comparison._halved(comparison, pool, [["a", "b", "c", "d"]])
 
-    comparison: Any = SimpleNamespace(settings=SimpleNamespace(rank_by="loss", reduction=2))
+    comparison: Any = SimpleNamespace(settings=SimpleNamespace(reduction=2), metric=LOSS)
     comparison._epochs = partial(Comparison._epochs, comparison)
     results = {"a": at(0.3, 0.2, 0.1), "b": at(0.4), "c": at(0.5), "d": at(0.6)}
     assert judged(a=3, b=1) == ([], ["a"])

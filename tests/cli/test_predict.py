@@ -277,7 +277,7 @@ REFUSED: dict[str, tuple[Prepare, list[str], list[str]]] = {
         ["lora", "ia3"],
         ["ia3/adapter_model.safetensors is damaged"],
     ),
-    "no labels": (_changed("ia3", labels=None), ["lora", "ia3"], ["ia3 does not say its labels"]),
+    "no labels": (_changed("ia3", labels=None), ["lora", "ia3"], ["ia3/tanzaku.json", "does not say its labels"]),
     "empty data": (lambda work: (work / "new.tsv").write_bytes(b""), ["lora", "ia3"], ["new.tsv is empty"]),
     "header alone": (lambda work: (work / "new.tsv").write_bytes(b"text\n"), ["lora", "ia3"], ["no rows"]),
     "missing data": (_nothing, ["lora", "--data", "nwe.tsv"], ["no file nwe.tsv", "did you mean 'new.tsv'"]),
@@ -386,7 +386,7 @@ def test_a_row_without_text_is_marked(work: Path, tanzaku: Tanzaku) -> None:
     assert tanzaku("predict", "lora", "--data", "full.jsonl", "--out", "full.tsv").code == 0
     for name in ("out.tsv", "out.jsonl", "out.parquet"):
         said = tanzaku("predict", "lora", "--data", "in.jsonl", "--out", name)
-        assert said.code == 0 and "3 of 6 rows have no text, so they have no label" in said.err
+        assert said.code == 0 and "3 of 6 rows have no text, so they have no answer" in said.err
         rows = read(work / name)
         assert len(rows) == 6
         assert [row["predicted"] or None for n, row in enumerate(rows) if n in (1, 3, 4)] == [None] * 3
@@ -537,7 +537,7 @@ def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
 
 def stops_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Ctrl-C in a window of two rows."""
-    compute, calls = inference._logits, []
+    compute, calls = inference._records, []
 
     def stop(*args: Any) -> Any:
         calls.append(args)
@@ -546,7 +546,7 @@ def stops_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         return compute(*args)
 
     monkeypatch.setattr(inference, "WINDOW", 2)
-    monkeypatch.setattr(inference, "_logits", stop)
+    monkeypatch.setattr(inference, "_records", stop)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

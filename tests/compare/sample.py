@@ -84,7 +84,7 @@ def sample(
         "data": {
             "rows": {"train": 216, "test": rows},
             "truncated": {"train": 3, "test": 0},
-            "labels": list(labels),
+            "task": {"labels": list(labels), "text": "poem", "text_pair": None},
         },
         "started": "2026-07-07T09:30:00+00:00",
         "seconds": 9_424.2,
@@ -121,7 +121,7 @@ def sample(
                 "trials": trials,
             }
         ],
-        "rows": {"split": "test", "texts": poems(rows), "labels": truth, "predictions": predictions},
+        "rows": {"split": "test", "texts": poems(rows), "targets": truth, "predictions": predictions},
         "jobs": [_searched(chance, trial) for trial in trials] + jobs,
     }
 
@@ -172,7 +172,7 @@ def _candidate(
         "finalist": False,
         "adapter": None,
         "test": None,
-        "test_interval": None,
+        "test_intervals": None,
         "confusion": None,
     }
     if len(runs) > 1 and not failed:
@@ -275,4 +275,4 @@ def _tested(entry: dict[str, Any], predictions: list[list[float]], truth: list[i
     half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / max(len(truth), 1))
     figures = {"loss": 0.24, "accuracy": accuracy, "roc_auc": accuracy + 0.03, "macro_f1": accuracy - 0.01}
     entry |= {"finalist": True, "adapter": f"adapters/{entry['name']}", "test": figures, "confusion": counts}
-    entry["test_interval"] = [accuracy - half, min(accuracy + half, 1.0)]
+    entry["test_intervals"] = {"accuracy": [accuracy - half, min(accuracy + half, 1.0)]}

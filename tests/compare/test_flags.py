@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tanzaku.compare.flags import flags
+from tanzaku.tasks.classification import Classification
+from tanzaku.tasks.metrics import ROC_AUC
+from tanzaku.tasks.task import LOSS, Metric
+from task_data import labelled
 
-SHARES = np.array([0.7, 0.3])  # a loss of 0.611 knows these and nothing of the row
+TASK = Classification(("a", "b"))
+# A loss of 0.611 knows how many there are of each label, and nothing of the row.
+ROWS = labelled([0] * 7 + [1] * 3)
 
 
 def record(train: float = 0.2, loss: float = 0.3, accuracy: float = 0.9, area: float | None = 0.95) -> dict[str, Any]:
@@ -17,8 +22,8 @@ def record(train: float = 0.2, loss: float = 0.3, accuracy: float = 0.9, area: f
     return {"epochs": [{"train_loss": 0.7}, {"train_loss": train}], "valid": valid}
 
 
-def words(*records: dict[str, Any], metric: str = "roc_auc", same_rows: bool = True) -> list[str]:
-    return [flag.split(":")[0] for flag in flags(records, SHARES, metric, same_rows)]
+def words(*records: dict[str, Any], metric: Metric = ROC_AUC, same_rows: bool = True) -> list[str]:
+    return [flag.split(":")[0] for flag in flags(records, TASK, ROWS, metric, same_rows)]
 
 
 def test_nothing_is_said_of_what_is_right() -> None:
@@ -33,17 +38,17 @@ def test_a_loss_that_stays_that_of_the_labels() -> None:
 
 def test_less_than_always_the_same_label() -> None:
     assert words(record(accuracy=0.72), record(accuracy=0.66)) == ["below the majority label"]
-    assert "69.0% are right" in flags([record(accuracy=0.69)], SHARES, "loss", True)[0]
+    assert "69.0% are right" in flags([record(accuracy=0.69)], TASK, ROWS, LOSS, True)[0]
 
 
 @pytest.mark.parametrize(("area", "said"), [(0.85, []), (0.84, ["unstable"]), (0.6, ["unstable"])])
 def test_runs_that_are_far_apart(area: float, said: list[str]) -> None:
     assert words(record(area=0.95), record(area=area)) == said
     assert words(record(area=0.95), record(area=area), same_rows=False) == []  # folds have rows of their own
-    assert ("give it five seeds" in str(flags([record(), record(area=area)], SHARES, "roc_auc", True))) == bool(said)
+    assert ("give it five seeds" in str(flags([record(), record(area=area)], TASK, ROWS, ROC_AUC, True))) == bool(said)
 
 
 def test_losses_are_compared_by_their_size() -> None:
-    assert words(record(loss=2.0), record(loss=2.3), metric="loss") == []
-    assert words(record(loss=0.2), record(loss=0.5), metric="loss") == ["unstable"]
+    assert words(record(loss=2.0), record(loss=2.3), metric=LOSS) == []
+    assert words(record(loss=0.2), record(loss=0.5), metric=LOSS) == ["unstable"]
     assert words(record(area=None), record(area=None)) == []

@@ -380,7 +380,7 @@ def test_rows_are_filtered_searched_and_paged(show: Show) -> None:
     rows = results["rows"]
     said = [[row.index(max(row)) for row in own] for own in rows["predictions"].values()]
     disagree = sum(len(set(row)) > 1 for row in zip(*said, strict=True))
-    wrong = sum(any(own != label for own in row) for label, *row in zip(rows["labels"], *said, strict=True))
+    wrong = sum(any(own != label for own in row) for label, *row in zip(rows["targets"], *said, strict=True))
     assert 0 < disagree < wrong < 3000
 
     page = show(results)
@@ -406,7 +406,7 @@ def test_rows_are_filtered_searched_and_paged(show: Show) -> None:
 def test_a_row_tells_what_each_finalist_said(show: Show) -> None:
     results = sample(rows=3, labels=("春", "war", "third"))
     first = next(iter(results["rows"]["predictions"]))
-    results["rows"]["labels"][0] = 0
+    results["rows"]["targets"][0] = 0
     for name, row in zip(results["rows"]["predictions"], ([0.1, 0.7, 0.2], [0.9, 0.1, 0.0], None), strict=False):
         results["rows"]["predictions"][name][0] = row
     results["rows"]["texts"][0] = "春の灯"
@@ -589,7 +589,7 @@ def untested() -> dict[str, Any]:
     results["rows"]["split"] = "valid"
     results["design"] |= {"kind": "split", "folds": None, "memory_limit_bytes": None}
     for entry in results["candidates"]:
-        entry |= {"test": None, "test_interval": None, "interval": None}
+        entry |= {"test": None, "test_intervals": None, "interval": None}
     return results
 
 

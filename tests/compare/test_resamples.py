@@ -12,19 +12,17 @@ from sklearn.model_selection import StratifiedKFold
 from tanzaku.compare.resamples import resamples
 from tanzaku.compare.settings import Design
 from tanzaku.errors import TanzakuError
-from tanzaku.tasks.classification import Example, Labels, Split
-from tanzaku.tasks.prepare import ClassificationData
+from tanzaku.tasks.classification import Classification
+from tanzaku.tasks.task import Example, Split, TaskData
 
 
-def data(
-    rows: list[tuple[str, int]], valid: list[tuple[str, int]] | None = None, **pairs: list[str]
-) -> ClassificationData:
+def data(rows: list[tuple[str, int]], valid: list[tuple[str, int]] | None = None, **pairs: list[str]) -> TaskData:
     def split(name: str, rows: list[tuple[str, int]]) -> Split:
-        examples = [Example([number], None, label) for number, (_, label) in enumerate(rows)]
+        examples = [Example({"input_ids": [number]}, label) for number, (_, label) in enumerate(rows)]
         return Split(name, examples, [text for text, _ in rows], 0, f"{name}.tsv", pairs.get(name))
 
-    labels = Labels(tuple(map(str, sorted({label for _, label in rows}))))
-    return ClassificationData(split("train", rows), split("valid", valid) if valid else None, None, labels, 0)
+    task = Classification(tuple(map(str, sorted({label for _, label in rows}))))
+    return TaskData(split("train", rows), split("valid", valid) if valid else None, None, task, 0)
 
 
 def test_rows_without_repeats_are_cut_as_scikit_learn_cuts_them() -> None:
@@ -50,7 +48,7 @@ def test_rows_of_one_text_stay_in_one_fold() -> None:
         train, held = each.data.train, each.data.valid
         assert held is not None and not {*train.keys()} & {*held.keys()}
         assert len(train) + len(held) == len(rows) + len(valid)
-        assert {example.label for example in held.examples} == {0, 1}
+        assert {example.target for example in held.examples} == {0, 1}
         measured.update(held.texts)
     assert measured == {text: 2 * count for text, count in Counter(text for text, _ in rows + valid).items()}
 
@@ -82,4 +80,4 @@ def test_a_text_under_two_labels_counts_for_the_rarer() -> None:
     rows = [(f"text {number}", 0) for number in range(9)] + [("text 0", 1), ("text 1", 1)]
     for each in resamples(data(rows), Design(2, 1, 1), seed=0):
         assert each.data.valid is not None
-        assert {example.label for example in each.data.valid.examples} == {0, 1}
+        assert {example.target for example in each.data.valid.examples} == {0, 1}

@@ -21,11 +21,13 @@ from optuna.trial import TrialState
 
 from tanzaku.compare import search as module
 from tanzaku.compare.candidates import Searched
-from tanzaku.compare.search import Outcome, Search, Trial, rungs, survivors
+from tanzaku.compare.search import Outcome, Search, Trial, direction, rungs, survivors
 from tanzaku.compare.settings import CompareSettings
 from tanzaku.errors import TanzakuError
 from tanzaku.methods import METHODS
 from tanzaku.space import Choice, Range, Spaces
+from tanzaku.tasks.classification import Classification
+from tanzaku.tasks.task import metric_named
 from tanzaku.train.settings import TrainSettings
 
 LORA = METHODS["lora"]
@@ -38,7 +40,8 @@ def entry(space: Spaces = SPACE, trials: int = 7, name: str = "lora") -> Searche
 
 
 def opened(storage: Path | None = None, searched: Searched | None = None, seed: int = 0, **settings: Any) -> Search:
-    return Search(searched or entry(), storage, seed, CompareSettings.model_validate({"wave": 3, **settings}))
+    found = CompareSettings.model_validate({"wave": 3, **settings})
+    return Search(searched or entry(), storage, seed, found, metric_named(Classification, found.rank_by or "roc_auc"))
 
 
 def outcome(trial: Trial) -> Outcome:
@@ -433,6 +436,12 @@ def test_a_rung_lets_the_best_pass(figures: list[int], reduction: int, minimize:
     expected = set(order[: max(1, len(order) // reduction)])
     assert survivors(values, reduction, "minimize" if minimize else "maximize") == expected
     assert survivors(dict(reversed(values.items())), reduction, "minimize" if minimize else "maximize") == expected
+
+
+def test_directions() -> None:
+    found = {metric.name: direction(metric) for metric in Classification.metrics}
+    assert found.pop("loss") == "minimize"
+    assert found == dict.fromkeys(("roc_auc", "accuracy", "macro_f1"), "maximize")
 
 
 _FIGURES = st.dictionaries(

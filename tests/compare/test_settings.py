@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tanzaku.compare.settings import CompareSettings, Design, bytes_of, direction
+from tanzaku.compare.settings import CompareSettings, Design, bytes_of
 from tanzaku.errors import TanzakuError
 
 SIZES = [
@@ -53,11 +53,6 @@ def test_repeats_need_folds() -> None:
     assert CompareSettings(repeats=2).design(valid_rows=False) == Design(5, 2, 1)
     with pytest.raises(TanzakuError, match=r"repeats is 2.*one split; give folds"):
         CompareSettings(repeats=2).design(valid_rows=True)
-
-
-def test_directions() -> None:
-    assert direction("loss") == "minimize"
-    assert {direction("roc_auc"), direction("accuracy"), direction("macro_f1")} == {"maximize"}
 
 
 @pytest.mark.parametrize(

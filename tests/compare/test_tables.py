@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from sample import sample
 
-from tanzaku.compare.tables import write_epochs
+from tanzaku.compare.tables import write_epochs as write
 from tanzaku.errors import TanzakuError
+from tanzaku.tasks.classification import Classification
+
+
+def write_epochs(results: dict[str, Any], path: Path) -> None:
+    write(results, [metric.name for metric in Classification.metrics], path)
 
 
 def test_a_row_an_epoch_in_the_order_of_jobs(tmp_path: Path) -> None:
@@ -19,7 +25,7 @@ def test_a_row_an_epoch_in_the_order_of_jobs(tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "epochs.parquet")
 
     text, whole = ["candidate", "method", "job", "stage"], ["repeat", "fold", "seed", "epoch"]
-    figures = ["train_loss", "learning_rate", "valid_loss", "valid_accuracy", "valid_roc_auc", "valid_macro_f1"]
+    figures = ["train_loss", "learning_rate", "valid_loss", "valid_roc_auc", "valid_accuracy", "valid_macro_f1"]
     assert table.column_names == [*text, *whole, *figures, "seconds"]
     types = [pa.string()] * 4 + [pa.int64()] * 4 + [pa.float64()] * 7
     assert table.schema.types == types

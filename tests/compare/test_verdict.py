@@ -10,8 +10,12 @@ import pytest
 
 from tanzaku.compare.statistics import Comparison, Design, Ranking, Run, Scored, Standing, rank
 from tanzaku.compare.verdict import sentences
+from tanzaku.tasks.classification import Classification
+from tanzaku.tasks.metrics import ACCURACY, ROC_AUC
+from tanzaku.tasks.task import LOSS
+from task_data import labelled
 
-FOLDS = Design("folds", "roc_auc", train_rows=400, valid_rows=100)
+FOLDS = Design("folds", ROC_AUC, train_rows=400, valid_rows=100)
 NOISE = np.array([0.02, -0.02, 0.01, -0.01, 0.0])
 
 
@@ -25,11 +29,13 @@ def seeded(name: str, right: Sequence[int], parameters: int = 24_000) -> Scored:
     runs = []
     for seed, count in enumerate(right):
         guess = np.where(np.arange(100) < count, labels, 1 - labels)
-        runs.append(Run(0, 0, seed, count / 100, np.eye(2)[guess] * 0.8 + 0.1))
+        probabilities = (np.eye(2)[guess] * 0.8 + 0.1).tolist()
+        records = Classification(("a", "b")).recorded(probabilities, labelled(labels.tolist()))
+        runs.append(Run(0, 0, seed, count / 100, ACCURACY.statistics(records)))
     return Scored(name, runs, parameters)
 
 
-SPLIT = Design("split", "accuracy", train_rows=300, valid_rows=100, labels=np.arange(100) % 2)
+SPLIT = Design("split", ACCURACY, train_rows=300, valid_rows=100, strata=np.arange(100) % 2)
 
 
 def verdict(scored: Sequence[Scored], design: Design = FOLDS, failed: dict[str, str] | None = None) -> list[str]:
@@ -74,7 +80,7 @@ def test_what_is_cheaper_and_as_good_is_named() -> None:
         "Of these, ia3 is the cheapest that is expected to lose no more than 0.05 against lora: "
         "it trains 24,000 parameters."
     )
-    loss = replace(FOLDS, metric="loss", margin=0.1)
+    loss = replace(FOLDS, metric=LOSS, margin=0.1)
     assert "no more than 10% of it against" in verdict([IA3, replace(LORA, trainable_parameters=9)], loss)[-1]
 
 
@@ -96,7 +102,7 @@ def test_one_stands_alone() -> None:
 
 
 def test_less_loss_is_better_in_words_too() -> None:
-    design = replace(FOLDS, metric="loss")
+    design = replace(FOLDS, metric=LOSS)
     loss = [folded("lora", 0.4 + NOISE / 1000), folded("ia3", 0.4003 - NOISE / 1000)]
     assert verdict(loss, design) == [
         "lora has the best mean validation loss, 0.400 (95% interval 0.393 to 0.407, 5 runs).",

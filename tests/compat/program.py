@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from task_data import task
+from task_data import as_transformers, task
 
 # Rows of one length: with padding, PEFT's soft prompts pool at it (see docs/design.md).
 ROWS = task((6,), train=8)
@@ -91,15 +91,13 @@ class Run:
 def run(library: str, text: str, folder: Path, base: Any, **names: Any) -> Run:
     """Run a program with `library` in the place of peft."""
     text = text.replace("from peft", f"from {library}")
-    from tanzaku.tasks.classification import collate
-
     assert ROWS.valid is not None
     given = {
         "base": base,
         "out": str(folder),
         "train": ROWS.train.examples,
         "valid": ROWS.valid.examples,
-        "collate": lambda examples: collate(examples, ROWS.pad_token_id),
+        "collate": lambda examples: as_transformers(ROWS.task.collate(examples, ROWS.pad_token_id)),
         "direct": False,
         **names,
     }

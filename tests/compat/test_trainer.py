@@ -33,7 +33,7 @@ def trainer(model: Any, folder: Path, **more: Any) -> Trainer:
         disable_tqdm=True,
     )
     # Trainer drops columns that the base's forward does not name.
-    rows = [{"input_ids": e.input_ids, "labels": e.label, "poem": "unread"} for e in ROWS.train.examples]
+    rows = [{**e.inputs, "labels": e.target, "poem": "unread"} for e in ROWS.train.examples]
     data = datasets.Dataset.from_list(rows)
     return Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data.select(range(4)))
 

@@ -25,7 +25,13 @@ TRAINING = {
     "valid": {"loss": 0.51239, "accuracy": 0.75, "roc_auc": None, "macro_f1": 0.7},
     "test": None,
 }
-META = {"model": "org/base", "labels": ["haiku", "<b>*tanka*</b>", "a|b"]}
+META = {
+    "model": "org/base",
+    "task": "classification",
+    "labels": ["haiku", "<b>*tanka*</b>", "a|b"],
+    "text": "text",
+    "text_pair": None,
+}
 
 
 def saved(

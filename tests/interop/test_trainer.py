@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -17,13 +18,11 @@ import tanzaku as tz
 from close import GRADIENT, assert_close
 from interop.oracle import copy_trained, in_peft, inputs, method, trained_in_peft, trained_in_tanzaku
 from models import tiny
-from tanzaku.tasks.classification import collate
-from tanzaku.tasks.metrics import classification_metrics
-from tanzaku.tasks.prepare import ClassificationData
+from tanzaku.tasks.task import Batch, TaskData
 from tanzaku.train.loop import train_jobs
 from tanzaku.train.results import Job
 from tanzaku.train.settings import TrainSettings
-from task_data import task
+from task_data import as_transformers, task
 
 TENSORS = "adapter_model.safetensors"
 
@@ -62,7 +61,7 @@ class Recorded(Trainer):
         return loss
 
 
-def trainer(model: nn.Module, given: ClassificationData, settings: TrainSettings, folder: Path) -> Recorded:
+def trainer(model: nn.Module, given: TaskData, settings: TrainSettings, folder: Path) -> Recorded:
     """transformers' Trainer, told the same as `settings`."""
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -89,7 +88,7 @@ def trainer(model: nn.Module, given: ClassificationData, settings: TrainSettings
         args=arguments,
         train_dataset=given.train.examples,
         eval_dataset=given.valid.examples if given.valid else None,
-        data_collator=lambda examples: collate(examples, given.pad_token_id),
+        data_collator=lambda examples: as_transformers(given.task.collate(examples, given.pad_token_id)),
     )
     run.losses, run.rows = [], []
     return run
@@ -166,7 +165,8 @@ def test_figures_of_an_epoch_are_the_trainers(name: str, tmp_path: Path) -> None
     assert given.valid is not None
     predicted = run.predict(given.valid.examples)
     scores = torch.tensor(predicted.predictions)
-    expected = classification_metrics(scores, torch.tensor(predicted.label_ids))
+    rows = Batch({}, {"target": torch.tensor(predicted.label_ids)}, given.valid.examples)
+    expected = given.task.figures(given.task.records(SimpleNamespace(logits=scores), rows))
     assert_close(result.epochs[-1].valid, expected, GRADIENT)
     assert_close(result.epochs[-1].valid["loss"], predicted.metrics["test_loss"], GRADIENT)
     assert {"accuracy", "roc_auc"} <= expected.keys()

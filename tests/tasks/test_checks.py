@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -9,13 +10,15 @@ from typing import Any, get_args
 import pytest
 
 from tanzaku.errors import TanzakuError
-from tanzaku.recipe import DataSettings
-from tanzaku.tasks.checks import Check, findings
+from tanzaku.tasks.checks import findings
+from tanzaku.tasks.classification import Classification, ClassificationSettings
 from tanzaku.tasks.data import Table
 from tanzaku.tasks.labels import spelling
-from tanzaku.tasks.prepare import open_classification, read_classification
+from tanzaku.tasks.prepare import open_tables, read_tables
+from tanzaku.tasks.settings import Check
 
-SETTINGS = DataSettings(train="train.tsv")
+TASK = Classification(("0", "1"))
+SETTINGS = ClassificationSettings(train="train.tsv")
 GOOD = [("春の雨", "0"), ("夏の海", "1"), ("秋の風", "0"), ("冬の星", "1")]
 
 
@@ -25,7 +28,7 @@ def table(rows: list[tuple[Any, ...]], source: str = "train.tsv", names: tuple[s
 
 def found(train: list[tuple[Any, ...]], folded: bool = False, **others: list[tuple[Any, ...]]) -> list[tuple[Any, str]]:
     tables = {"train": table(train)} | {name: table(rows, f"{name}.tsv") for name, rows in others.items()}
-    return [(each.check, str(each)) for each in findings(tables, SETTINGS, folded)]
+    return [(each.check, str(each)) for each in findings(tables, TASK, SETTINGS, folded)]
 
 
 def test_nothing_is_said_of_good_rows() -> None:
@@ -63,12 +66,12 @@ def test_each_pair_of_splits_is_told() -> None:
 
 
 def test_a_pair_is_a_row_by_both_texts() -> None:
-    settings = DataSettings(train="train.tsv", text_pair="pair")
+    settings = ClassificationSettings(train="train.tsv", text_pair="pair")
     names = ("text", "pair", "label")
     tables = {"train": table([("a", "b", "0"), ("c", "d", "1")], names=names)}
     for pair, number in (("x", 0), ("b", 1)):
         every = {**tables, "valid": table([("a", pair, "0")], "valid.tsv", names)}
-        assert len(list(findings(every, settings))) == number
+        assert len(list(findings(every, replace(TASK, text_pair="pair"), settings))) == number
 
 
 def test_repeated_rows_are_a_note_and_across_folds_an_error() -> None:
@@ -160,16 +163,16 @@ def test_long_numbers_are_not_one_label_for_a_floats_sake() -> None:
 def test_labels_of_another_spelling_are_refused_with_the_known_one(tmp_path: Path, known: str, value: str) -> None:
     (tmp_path / "train.tsv").write_text(f"text\tlabel\na\t{known}\nb\tother\n", encoding="utf-8")
     (tmp_path / "valid.tsv").write_text(f"text\tlabel\nc\t{value}\n", encoding="utf-8")
-    settings = DataSettings(train=str(tmp_path / "train.tsv"), valid=str(tmp_path / "valid.tsv"))
+    settings = ClassificationSettings(train=str(tmp_path / "train.tsv"), valid=str(tmp_path / "valid.tsv"))
     with pytest.raises(TanzakuError, match=f"label '{value}' .* write it '{known}', as in training"):
-        read_classification(settings)
+        read_tables(Classification, settings)
 
 
 # --- what is done with it ---
 
 
 @pytest.fixture
-def odd(tmp_path: Path) -> dict[Check, DataSettings]:
+def odd(tmp_path: Path) -> dict[Check, ClassificationSettings]:
     """Of each check, rows that it stops."""
 
     def write(name: str, rows: list[tuple[str, str]]) -> str:
@@ -185,23 +188,26 @@ def odd(tmp_path: Path) -> dict[Check, DataSettings]:
         "labels-missing": [*GOOD, ("a", "null")],
         "label-spellings": [("a", "x"), ("b", "X"), ("c", "y")],
     }
-    settings: dict[Any, DataSettings] = {name: DataSettings(train=write(name, each)) for name, each in rows.items()}
-    settings["duplicates-across-splits"] = DataSettings(train=good, test=good)
+    settings: dict[Any, ClassificationSettings] = {
+        name: ClassificationSettings(train=write(name, each)) for name, each in rows.items()
+    }
+    settings["duplicates-across-splits"] = ClassificationSettings(train=good, test=good)
     return settings
 
 
 @pytest.mark.parametrize("check", get_args(Check))
-def test_a_check_stops_unless_it_is_allowed(odd: dict[Check, DataSettings], check: Check) -> None:
+def test_a_check_stops_unless_it_is_allowed(odd: dict[Check, ClassificationSettings], check: Check) -> None:
     with pytest.raises(TanzakuError, match=f"pass --allow {check}"):
-        read_classification(odd[check], folded=True)
+        read_tables(Classification, odd[check], folded=True)
     allowed = odd[check].model_copy(update={"allow": [check]})
-    assert len(read_classification(allowed, folded=True).labels) >= 2
+    task = read_tables(Classification, allowed, folded=True).task
+    assert isinstance(task, Classification) and len(task.labels) >= 2
 
 
 def test_notes_stop_nothing(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("text;label\na;0\na;1\n", encoding="utf-8")
     notes: list[str] = []
-    read_classification(DataSettings(train=str(tmp_path / "train.csv")), note=notes.append)
+    read_tables(Classification, ClassificationSettings(train=str(tmp_path / "train.csv")), note=notes.append)
     assert len(notes) == 3
     assert "semicolons" in notes[0] and "more than one label" in notes[1] and "repeat" in notes[2]
 
@@ -209,21 +215,21 @@ def test_notes_stop_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("columns", [{"label": "text"}, {"text_pair": "text"}, {"text_pair": "label"}])
 def test_one_column_has_one_part(columns: dict[str, str]) -> None:
     with pytest.raises(TanzakuError, match=r"both name the column '(text|label)'; expected one column for each"):
-        open_classification(DataSettings(train="train.tsv", **columns))
+        open_tables(Classification, ClassificationSettings(train="train.tsv", **columns))
 
 
 def test_texts_are_checked_before_a_tokenizer_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 0}\n{"text": null, "label": 1}\n', encoding="utf-8")
     with pytest.raises(TanzakuError, match="row 2: column 'text' has no text"):
-        open_classification(DataSettings(train=str(tmp_path / "train.jsonl")))
+        open_tables(Classification, ClassificationSettings(train=str(tmp_path / "train.jsonl")))
 
 
 def test_standard_input_is_one_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TanzakuError, match="can be read once"):
-        open_classification(DataSettings(train="-", valid="-"))
+        open_tables(Classification, ClassificationSettings(train="-", valid="-"))
     (tmp_path / "valid.tsv").write_text("text\tlabel\nc\t0\n", encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"text,label\na,0\nb,1\n")))
-    read = open_classification(DataSettings(train="-", valid=str(tmp_path / "valid.tsv")))
+    read = open_tables(Classification, ClassificationSettings(train="-", valid=str(tmp_path / "valid.tsv")))
     assert [len(each) for each in read.tables.values()] == [2, 1]
 
 
@@ -231,5 +237,5 @@ def test_the_bundled_poems_pass() -> None:
     poems = Path(str(resources.files("tanzaku"))) / "data" / "poems"
     splits = {split: str(poems / f"{split}.tsv") for split in ("train", "valid", "test")}
     notes: list[str] = []
-    read_classification(DataSettings(**splits, text="poem"), folded=True, note=notes.append)
+    read_tables(Classification, ClassificationSettings(**splits, text="poem"), folded=True, note=notes.append)
     assert notes == []

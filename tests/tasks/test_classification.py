@@ -1,30 +1,31 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
 from torch.utils.data import RandomSampler
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from close import assert_close
 from tanzaku.errors import TanzakuError
-from tanzaku.tasks.classification import (
-    Example,
-    Labels,
-    Split,
-    class_weights,
-    classification_loss,
-    collate,
-    encode_split,
-    epoch_batches,
-)
+from tanzaku.methods.lora import LoRA
+from tanzaku.tasks.batches import epoch_batches
+from tanzaku.tasks.classification import Classification, ClassificationSettings, labels_of
 from tanzaku.tasks.data import Table
+from tanzaku.tasks.task import Batch, Example, Split
+from tanzaku.train.lane import Lane
+from task_data import labelled
 
+TASK = Classification(("a", "b"))
+PAIR = Classification(("a", "b"), text_pair="after")
 NAMES = st.text(st.characters(exclude_categories=("Cs",))).filter(lambda name: name.strip())
 
 
@@ -32,9 +33,19 @@ def refused(message: str) -> Any:
     return pytest.raises(TanzakuError, match=message)
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, columns: dict[str, list[Any]], **options: Any) -> Split:
-    options = {"text": "text", "text_pair": None, "label": None, "labels": None, "max_length": 8, **options}
-    return encode_split(Table(columns, "valid.tsv"), "valid", tokenizer, **options)
+def encode(
+    tokenizer: PreTrainedTokenizerFast,
+    columns: dict[str, list[Any]],
+    task: Classification = TASK,
+    max_length: int = 8,
+    label: str | None = None,
+) -> Split:
+    data = None if label is None else ClassificationSettings(train="train.tsv", label=label)
+    return task.encode(Table(columns, "valid.tsv"), "valid", tokenizer, max_length, data)
+
+
+def row(ids: list[int], types: list[int] | None = None, target: int | None = None) -> Example:
+    return Example({"input_ids": ids} | ({} if types is None else {"token_type_ids": types}), target)
 
 
 # --- labels ---
@@ -45,14 +56,15 @@ def test_every_label_has_one_id(values: list[Any]) -> None:
     names = {str(value).strip() for value in values}
     if len(names) < 2:
         with refused("two classes"):
-            Labels.from_column(values)
+            labels_of(values)
         return
-    labels = Labels.from_column(values)
-    assert set(labels.names) == names
+    labels = labels_of(values)
+    assert set(labels) == names
     assert len(labels) == len(names)
-    assert [labels.names[labels.encode(value, "")] for value in values] == [str(v).strip() for v in values]
-    assert Labels.from_column(reversed(values)) == labels
-    config = PretrainedConfig(**labels.to_config())
+    task = Classification(labels)
+    assert [labels[task.target_of(value, "")] for value in values] == [str(v).strip() for v in values]
+    assert labels_of(reversed(values)) == labels
+    config = PretrainedConfig(**task.model_settings())
     assert config.num_labels == len(labels)
     assert all(config.label2id[config.id2label[index]] == index for index in range(len(labels)))
 
@@ -68,57 +80,56 @@ def test_every_label_has_one_id(values: list[Any]) -> None:
     ],
 )
 def test_order_of_labels(values: list[Any], names: tuple[str, ...]) -> None:
-    assert Labels.from_column(values).names == names
+    assert labels_of(values) == names
 
 
 def test_labels_of_other_types_are_equal() -> None:
-    labels = Labels.from_column(["0", "1"])
-    assert [labels.encode(value, "") for value in (1, 1.0, "1", " 1 ", 0, 0.0)] == [1, 1, 1, 1, 0, 0]
+    task = Classification(labels_of(["0", "1"]))
+    assert [task.target_of(value, "") for value in (1, 1.0, "1", " 1 ", 0, 0.0)] == [1, 1, 1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("missing", [None, "", "  ", math.nan])
 def test_missing_label(missing: Any) -> None:
     with refused(r"^train.tsv row 2 has no label"):
-        Labels.from_column(["a", missing, "b"], "train.tsv")
+        labels_of(["a", missing, "b"], "train.tsv")
     with refused(r"^valid.tsv row 7 has no label"):
-        Labels(("a", "b")).encode(missing, "valid.tsv row 7")
+        TASK.target_of(missing, "valid.tsv row 7")
 
 
 def test_refused_labels() -> None:
     with refused(r"^train.tsv has only the label 'a'; expected at least two"):
-        Labels.from_column(["a", "a"], "train.tsv")
+        labels_of(["a", "a"], "train.tsv")
     with refused("no labels"):
-        Labels.from_column([])
+        labels_of([])
     with refused("row 2 is a list; expected a name or an integer"):
-        Labels.from_column(["a", ["b"]])
+        labels_of(["a", ["b"]])
 
 
 def test_unknown_label() -> None:
     with pytest.raises(TanzakuError) as caught:
-        Labels(("a", "b")).encode("x", "valid.tsv row 7")
+        TASK.target_of("x", "valid.tsv row 7")
     assert str(caught.value) == "label 'x' in valid.tsv row 7 is not among the training labels a, b"
     with refused("did you mean 'positive'"):
-        Labels(("negative", "positive")).encode("positve", "valid.tsv row 7")
+        Classification(("negative", "positive")).target_of("positve", "valid.tsv row 7")
     with refused("^[^\n]*$"):
-        Labels(("a\nb", "c")).encode("d\ne", "valid.tsv row 7")
+        Classification(("a\nb", "c")).target_of("d\ne", "valid.tsv row 7")
 
 
 # --- encoding ---
 
 
 def test_rows_are_encoded_in_order(tokenizer: PreTrainedTokenizerFast) -> None:
-    labels = Labels(("a", "b"))
     columns = {"text": ["古池 や", "蛙"], "label": ["b", "a"]}
-    split = encode(tokenizer, columns, label="label", labels=labels)
-    assert split.examples == [Example([1, 4, 5, 2], None, 1), Example([1, 6, 2], None, 0)]
+    split = encode(tokenizer, columns, label="label")
+    assert split.examples == [row([1, 4, 5, 2], target=1), row([1, 6, 2], target=0)]
     assert (split.name, split.source, split.texts) == ("valid", "valid.tsv", ["古池 や", "蛙"])
     assert (len(split), split.truncated) == (2, 0)
-    assert [example.label for example in encode(tokenizer, columns).examples] == [None, None]
+    assert [example.target for example in encode(tokenizer, columns).examples] == [None, None]
 
 
 def test_pairs_and_type_ids(typed_tokenizer: PreTrainedTokenizerFast) -> None:
-    split = encode(typed_tokenizer, {"text": ["古池 や"], "after": ["蛙"]}, text_pair="after")
-    assert split.examples == [Example([1, 4, 5, 2, 6, 2], [0, 0, 0, 0, 1, 1], None)]
+    split = encode(typed_tokenizer, {"text": ["古池 や"], "after": ["蛙"]}, PAIR)
+    assert split.examples == [row([1, 4, 5, 2, 6, 2], [0, 0, 0, 0, 1, 1])]
     assert split.texts == ["古池 や"]
 
 
@@ -128,15 +139,15 @@ def test_cut_rows_are_counted(tokenizer: PreTrainedTokenizerFast, max_length: in
     split = encode(tokenizer, {"text": texts}, max_length=max_length)
     assert split.truncated == truncated
     assert split.texts == texts
-    assert [len(example.input_ids) for example in split.examples] == [min(n, max_length) for n in (6, 4, 3)]
-    assert all(example.input_ids[-1] == 2 for example in split.examples)
+    assert [example.length for example in split.examples] == [min(n, max_length) for n in (6, 4, 3)]
+    assert all(example.inputs["input_ids"][-1] == 2 for example in split.examples)
 
 
 def test_a_pair_is_cut_in_its_longer_text(tokenizer: PreTrainedTokenizerFast) -> None:
     columns = {"text": ["古池", "古池"], "after": ["蛙 水 の 音", "蛙"]}
-    split = encode(tokenizer, columns, text_pair="after", max_length=6)
+    split = encode(tokenizer, columns, PAIR, max_length=6)
     assert split.truncated == 1
-    assert split.examples[0].input_ids == [1, 4, 2, 6, 8, 2]
+    assert split.examples[0].inputs["input_ids"] == [1, 4, 2, 6, 8, 2]
 
 
 @pytest.mark.parametrize("column", ["text", "after"])
@@ -155,46 +166,63 @@ def test_a_row_without_text(tokenizer: PreTrainedTokenizerFast, column: str, val
     columns = {"text": ["蛙", "蛙"], "after": ["水", "水"]}
     columns[column][1] = value
     with refused(f"^valid.tsv row 2: column '{column}' [^\n]*{message}[^\n]*$"):
-        encode(tokenizer, columns, text_pair="after")
+        encode(tokenizer, columns, PAIR)
 
 
 def test_refused_columns_and_lengths(tokenizer: PreTrainedTokenizerFast) -> None:
     columns = {"text": ["蛙"], "label": ["c"]}
     with refused(r"no column 'txt' \(did you mean 'text'\?\)"):
-        encode(tokenizer, columns, text="txt")
+        encode(tokenizer, columns, Classification(("a", "b"), "txt"))
     with refused("valid.tsv has no rows"):
         encode(tokenizer, {"text": []})
     with refused("label 'c' in valid.tsv row 1 is not among the training labels a, b"):
-        encode(tokenizer, columns, label="label", labels=Labels(("a", "b")))
-    with refused("'label' of valid.tsv needs the training labels"):
         encode(tokenizer, columns, label="label")
     with refused("max_length 2 leaves no room .* 2 special tokens; expected at least 3"):
         encode(tokenizer, columns, max_length=2)
     with refused("max_length 4 leaves no room .* 3 special tokens; expected at least 5"):
-        encode(tokenizer, columns, text_pair="text", max_length=4)
+        encode(tokenizer, columns, Classification(("a", "b"), text_pair="text"), max_length=4)
 
 
 # --- batches ---
 
 
 def test_collate_pads_on_the_right() -> None:
-    batch = collate([Example([5, 6, 7], [0, 0, 1], 1), Example([8], [1], 0)], pad_token_id=9)
-    assert {name: values.tolist() for name, values in batch.items()} == {
+    batch = TASK.collate([row([5, 6, 7], [0, 0, 1], 1), row([8], [1], 0)], 9)
+    assert {name: values.tolist() for name, values in batch.inputs.items()} == {
         "input_ids": [[5, 6, 7], [8, 9, 9]],
         "attention_mask": [[1, 1, 1], [1, 0, 0]],
         "token_type_ids": [[0, 0, 1], [1, 0, 0]],
-        "labels": [1, 0],
     }
-    assert {values.dtype for values in batch.values()} == {torch.int64}
+    assert batch.targets["target"].tolist() == [1, 0]
+    assert {values.dtype for values in (*batch.inputs.values(), *batch.targets.values())} == {torch.int64}
+    assert (batch.lengths, batch.width) == ([3, 1], 3)
+
+
+def test_collate_to_a_width() -> None:
+    """Of so many tokens, or of the longest row's if these are more."""
+    batch = TASK.collate([row([5, 6], [0, 1]), row([8], [1])], 9, width=3)
+    assert {name: values.tolist() for name, values in batch.inputs.items()} == {
+        "input_ids": [[5, 6, 9], [8, 9, 9]],
+        "attention_mask": [[1, 1, 0], [1, 0, 0]],
+        "token_type_ids": [[0, 1, 0], [1, 0, 0]],
+    }
+    assert (batch.lengths, batch.width) == ([2, 1], 3)
+    assert TASK.collate([row([5, 6])], 9, width=1).width == 2
 
 
 def test_collate_without_labels_and_types() -> None:
-    rows = [Example([5, 6], None, None), Example([7], None, 1)]
-    assert collate(rows, 0, labels=False).keys() == {"input_ids", "attention_mask"}
-    with refused("1 of 2 rows have no label"):
-        collate(rows, 0)
+    batch = TASK.collate([row([5, 6]), row([7])], 0)
+    assert batch.inputs.keys() == {"input_ids", "attention_mask"} and not batch.targets
+    with refused("1 of 2 rows have no target"):
+        TASK.collate([row([5, 6]), row([7], target=1)], 0)
     with refused("no rows"):
-        collate([], 0)
+        TASK.collate([], 0)
+
+
+def test_a_batch_without_what_the_model_does_not_take() -> None:
+    batch = TASK.collate([row([5, 6, 7], [0, 0, 1], 1)], 9).to("cpu", frozenset({"token_type_ids", "pixels"}))
+    assert batch.inputs.keys() == {"input_ids", "attention_mask"}
+    assert (batch.targets["target"].tolist(), batch.lengths) == ([1], [3])
 
 
 @given(
@@ -259,25 +287,42 @@ def test_grouping_pads_less_and_stays_random() -> None:
 
 
 def test_class_weights() -> None:
-    assert class_weights([0, 0, 0, 1], 2).tolist() == pytest.approx([4 / 6, 4 / 2])
-    assert class_weights([2, 1, 0], 3).tolist() == [1, 1, 1]
-    with refused("^class 1 has no rows"):
-        class_weights([0, 2, 2], 3)
-    with refused("label id 2 is outside 0 to 1"):
-        class_weights([0, 1, 2], 2)
+    """One of each row."""
+
+    def weights(ids: list[int], names: str) -> list[float]:
+        return Classification(tuple(names)).class_weights(labelled(ids))
+
+    assert weights([0, 0, 0, 1], "ab") == pytest.approx([4 / 6, 4 / 6, 4 / 6, 4 / 2])
+    assert weights([2, 1, 0], "abc") == [1, 1, 1]
+    with refused("^class b has no rows"):
+        weights([0, 2, 2], "abc")
 
 
-def test_loss_is_the_mean_cross_entropy_in_float32() -> None:
+def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return TASK.score(SimpleNamespace(logits=logits), Batch({}, {"target": labels}, labelled(labels.tolist())))
+
+
+def test_loss_is_the_cross_entropy_of_each_row_in_float32() -> None:
     logits = torch.tensor([[2.0, -1.0], [0.5, 0.25], [-3.0, 1.0]])
     labels = torch.tensor([0, 1, 0])
-    each = -logits.log_softmax(1)[range(3), labels]
-    assert_close(classification_loss(logits, labels), each.mean())
-    weights = torch.tensor([1.0, 3.0])
-    weighted = (each * weights[labels]).sum() / weights[labels].sum()
-    assert_close(classification_loss(logits, labels, weights), weighted)
+    assert_close(loss(logits, labels), -logits.log_softmax(1)[range(3), labels])
     half = logits.bfloat16().requires_grad_()
-    loss = classification_loss(half, labels)
-    assert loss.dtype == torch.float32
-    assert_close(loss, classification_loss(half.float(), labels))
-    loss.backward()
+    found = loss(half, labels)
+    assert found.dtype == torch.float32
+    assert_close(found, loss(half.float(), labels))
+    found.sum().backward()
     assert half.grad is not None
+
+
+@pytest.mark.parametrize("factors", [(1.0, 1.0), (1.0, 3.0)])
+def test_loss_of_a_batch_is_the_mean_of_its_rows(factors: tuple[float, float]) -> None:
+    """Each row counts by its factor, as torch's cross entropy counts it by the weight of its class."""
+    logits = torch.tensor([[2.0, -1.0], [0.5, 0.25], [-3.0, 1.0]])
+    labels = [0, 1, 0]
+    examples = [replace(each, factor=factors[each.target]) for each in labelled(labels)]
+    lane: Any = SimpleNamespace(adapter=SimpleNamespace(method=LoRA()))
+    found = Lane.loss(lane, loss(logits, torch.tensor(labels)), examples)
+    assert_close(found, cross_entropy(logits, torch.tensor(labels), weight=torch.tensor(factors)))
+    each = -logits.log_softmax(1)[range(3), labels]
+    weights = torch.tensor([factors[label] for label in labels])
+    assert_close(found, (each * weights).sum() / weights.sum())

@@ -18,8 +18,9 @@ from models import VOCAB, tiny
 from tanzaku.host import host_of
 from tanzaku.methods import METHODS
 from tanzaku.tasks import inference
-from tanzaku.tasks.classification import Example, Split
-from tanzaku.tasks.inference import logits_of, probabilities, probabilities_of
+from tanzaku.tasks.classification import Classification
+from tanzaku.tasks.inference import predictions, records_of
+from tanzaku.tasks.task import Example, Split
 from tanzaku.train.loop import train_jobs
 from tanzaku.train.results import Job
 from tanzaku.train.settings import TrainSettings
@@ -37,6 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 SHARING = [name for name, method in METHODS.items() if method.shares_batch]
 LENGTHS = (5, 1, 9, 2, 9, 3, 7)
+TASK = Classification(("a", "b", "c"))
 
 
 def hang(model: PreTrainedModel, name: str, method: tz.Method) -> str:
@@ -53,6 +55,10 @@ def hang_all(model: PreTrainedModel) -> list[str]:
     return [hang(model, name, method.from_settings(SETTINGS.get(name, {}))) for name, method in METHODS.items()]
 
 
+def row(ids: list[int], types: list[int] | None = None) -> Example:
+    return Example({"input_ids": ids} | ({} if types is None else {"token_type_ids": types}))
+
+
 def rows(model: PreTrainedModel, lengths: Sequence[int] = LENGTHS, cut: int = 99, types: bool = False) -> Split:
     generator = torch.Generator().manual_seed(0)
     examples = []
@@ -60,7 +66,7 @@ def rows(model: PreTrainedModel, lengths: Sequence[int] = LENGTHS, cut: int = 99
         ids = torch.randint(3, VOCAB, (length,), generator=generator).tolist()[:cut]
         if model.config.is_encoder_decoder:
             ids[-1] = model.config.eos_token_id  # these classifiers read the last end-of-text token
-        examples.append(Example(ids, [i % 2 for i in range(len(ids))] if types else None, None))
+        examples.append(row(ids, [i % 2 for i in range(len(ids))] if types else None))
     return Split("data", examples, [f"text {row}" for row in range(len(lengths))], 0, "data")
 
 
@@ -68,12 +74,15 @@ def alone(model: PreTrainedModel, name: str, split: Split) -> Tensor:
     """Each row by itself: no other adapter, no other row, no padding, nothing trimmed."""
     out = []
     for example in split.examples:
-        given = {"input_ids": torch.tensor([example.input_ids])}
-        if example.token_type_ids is not None:
-            given["token_type_ids"] = torch.tensor([example.token_type_ids])
+        given = {key: torch.tensor([value]) for key, value in example.inputs.items()}
         with torch.no_grad(), tz.route(model, [name]):
             out.append(model(**given).logits)
     return torch.cat(out)
+
+
+def logits_of(model: PreTrainedModel, splits: dict[str, Split], pad: int, batch_size: int) -> dict[str, Tensor]:
+    found = records_of(model, TASK, splits, pad, batch_size)
+    return {name: torch.from_numpy(records["logits"]).float() for name, records in found.items()}
 
 
 def assert_alone(model: PreTrainedModel, found: dict[str, Tensor], splits: dict[str, Split]) -> None:
@@ -110,13 +119,14 @@ def test_every_method_together_equals_each_alone(kind: str, batch_size: int) -> 
 def test_streamed_rows_are_those_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     splits = dict.fromkeys(hang_all(model), rows(model))
-    expected = probabilities_of(model, splits, 0, 4)
-    for name, logits in logits_of(model, splits, 0, 4).items():
+    expected = {}
+    for name, records in records_of(model, TASK, splits, 0, 4).items():
+        expected[name] = torch.from_numpy(records["probabilities"])
         assert expected[name].dtype == torch.float64
-        assert_close(expected[name], logits.double().softmax(-1), dtype=torch.float32)
+        assert_close(expected[name], torch.from_numpy(records["logits"]).softmax(-1), dtype=torch.float32)
     monkeypatch.setattr(inference, "WINDOW", 2)
     for batch_size in (1, 2, 3, 8):
-        streamed = list(probabilities(model, splits, 0, batch_size))
+        streamed = list(predictions(model, TASK, splits, 0, batch_size))
         assert len(streamed) == len(LENGTHS) and all(list(row) == list(splits) for row in streamed)
         for name in splits:
             found = torch.tensor([row[name] for row in streamed], dtype=torch.float64)
@@ -128,7 +138,7 @@ def test_rows_stream_window_by_window(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     splits = dict.fromkeys([hang(model, "a", tz.LoRA(r=2)), hang(model, "b", tz.IA3())], rows(model, [3] * 10))
     with watched(model) as shapes:
-        stream = probabilities(model, splits, 0, 2)
+        stream = predictions(model, TASK, splits, 0, 2)
         assert shapes == []
         next(stream)
         assert shapes == [(4, 3)] * 2  # a window of four rows, two a step, for two adapters
@@ -159,9 +169,8 @@ def test_nothing_is_computed_that_nobody_reads() -> None:
     model.register_forward_pre_hook(lambda _m, _a, given: seen.append(given["use_cache"]), with_kwargs=True)
     mlp = last_layer_modules(host_of(model).base)[-1]
     mlp.register_forward_hook(lambda _m, _a, y: seen.append((int(y.flatten(0, 1).any(-1).sum()), y.requires_grad)))
-    found = logits_of(model, splits, 0, 7)
+    logits_of(model, splits, 0, 7)
     assert seen[-2:] == [False, (14, False)]
-    assert not any(logits.requires_grad for logits in found.values())
 
 
 def test_each_adapter_reads_its_own_rows() -> None:
@@ -201,7 +210,7 @@ def test_texts_that_end_with_the_padding_token(kind: str) -> None:
     names = [hang(model, name, m) for name, m in methods.items()]
     pad = model.config.pad_token_id
     texts = [[5, 6, pad], [7, 8, 9, 4], [3, pad, pad, 9], [pad, 5, pad, pad], [pad]]
-    split = Split("data", [Example(ids, None, None) for ids in texts], [""] * len(texts), 0, "data")
+    split = Split("data", [row(ids) for ids in texts], [""] * len(texts), 0, "data")
     for batch_size in (1, 5):
         splits = dict.fromkeys(names, split)
         assert_alone(model, logits_of(model, splits, pad, batch_size), splits)
@@ -225,11 +234,12 @@ def test_the_figures_are_those_of_training(tmp_path: Path) -> None:
     results = train_jobs(model, data, [Job(name, m, settings) for name, m in methods.items()], out=tmp_path)
     for name in methods:
         tz.load(model, tmp_path / "adapters" / name, name)
-    found = probabilities_of(model, dict.fromkeys(methods, data.test), data.pad_token_id, 4)
+    found = records_of(model, data.task, dict.fromkeys(methods, data.test), data.pad_token_id, 4)
     for result in results:
         assert result.predictions is not None
         expected = torch.tensor(result.predictions, dtype=torch.float64)
-        assert_close(found[result.name], expected, dtype=torch.float32)
+        assert_close(torch.from_numpy(found[result.name]["probabilities"]), expected, dtype=torch.float32)
+        assert data.task.figures(found[result.name]) == pytest.approx(result.test, rel=1e-4)
 
 
 def test_the_model_is_left_to_its_caller(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +251,7 @@ def test_the_model_is_left_to_its_caller(monkeypatch: pytest.MonkeyPatch) -> Non
     tz.activate(model, "lora")
     expected = model(**example).logits
     model.train()
-    stream = probabilities(model, splits, 0, 2)
+    stream = predictions(model, TASK, splits, 0, 2)
     for _ in range(3):
         next(stream)
         assert not model.training
@@ -262,7 +272,7 @@ def test_the_model_is_left_to_its_caller(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_bad_calls() -> None:
     model = tiny("llama")
     with pytest.raises(tz.TanzakuError, match="attach one"):
-        probabilities(model, {"a": rows(model)}, 0, 2)
+        predictions(model, TASK, {"a": rows(model)}, 0, 2)
     names = [hang(model, "a", tz.LoRA(r=2)), hang(model, "b", tz.IA3())]
     split = rows(model)
     bad: list[tuple[dict[str, Split], int, str]] = [
@@ -273,9 +283,9 @@ def test_bad_calls() -> None:
         ({"a": rows(model, [])}, 2, "no rows"),
     ]
     for splits, batch_size, says in bad:
-        for function in (probabilities, probabilities_of, logits_of):
+        for function in (predictions, records_of):
             with pytest.raises(tz.TanzakuError, match=says):
-                function(model, splits, 0, batch_size)
+                function(model, TASK, splits, 0, batch_size)
 
 
 def test_fewer_rows_than_adapters() -> None:

@@ -40,8 +40,8 @@ def test_a_job_learns_and_leaves_the_base_bitwise_as_it_was() -> None:
     assert result.status == "done" and len(result.epochs) == 6
     assert result.epochs[-1].train_loss < 0.5 * result.epochs[0].train_loss
     assert result.steps == 6 * 20
-    assert result.test is not None and result.test_interval is not None and result.confusion is not None
-    low, high = result.test_interval
+    assert result.test is not None and result.test_intervals.keys() == {"accuracy"} and result.confusion is not None
+    low, high = result.test_intervals["accuracy"]
     assert low < result.test["accuracy"] <= high
     assert sum(map(sum, result.confusion)) == 12 == len(result.predictions or [])
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -209,7 +209,7 @@ def test_a_saved_adapter_predicts_what_the_job_did(tmp_path: Path) -> None:
     assert data.test is not None
     for example, expected in zip(data.test.examples, result.predictions or [], strict=True):
         with torch.no_grad(), tz.route(model, ["mine"]):
-            logits = model(input_ids=torch.tensor([example.input_ids])).logits[0]
+            logits = model(input_ids=torch.tensor([example.inputs["input_ids"]])).logits[0]
         assert_close(logits.softmax(-1).tolist(), expected)
 
 

@@ -20,8 +20,7 @@ import tanzaku as tz
 from close import HALF, RUN, assert_close
 from models import tiny
 from tanzaku.method import Method
-from tanzaku.tasks.classification import Split
-from tanzaku.tasks.prepare import ClassificationData
+from tanzaku.tasks.task import Records, Split, TaskData
 from tanzaku.train import loop, memory
 from tanzaku.train.lane import Lane
 from tanzaku.train.loop import Pool, train_jobs
@@ -159,12 +158,12 @@ def test_a_need_at_two_widths_bounds_it_at_all(
         assert found == pytest.approx(7 + rows * real(width))
 
 
-def data(length: int | tuple[int, ...], train: int = 3, valid: int = 0) -> ClassificationData:
+def data(length: int | tuple[int, ...], train: int = 3, valid: int = 0) -> TaskData:
     found = task((length,) if isinstance(length, int) else length, train=train, test=valid or 1)
     return replace(found, valid=found.test if valid else None, test=None)
 
 
-def job(name: str, method: Method | None = None, rows: ClassificationData | None = None, **changes: Any) -> Job:
+def job(name: str, method: Method | None = None, rows: TaskData | None = None, **changes: Any) -> Job:
     settings = FAST.model_copy(update={"seed": sum(map(ord, name)), **changes})
     return Job(name, method or tz.LoRA(r=2), settings, rows or data(6))
 
@@ -394,15 +393,15 @@ def test_an_evaluation_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama", num_labels=2)
     wide, narrow = (job("a", rows=rows, eval_batch_size=size) for size in (64, 4))
     seen: list[int] = []
-    logits = SharedStep.logits
+    records = SharedStep.records
 
-    def weighed(step: SharedStep, lane: Lane, split: Split) -> Tensor:
+    def weighed(step: SharedStep, lane: Lane, split: Split) -> Records:
         with LiveBytes() as live:
-            out = logits(step, lane, split)
+            out = records(step, lane, split)
         seen.append(live.peak + lane.kept_bytes)
         return out
 
-    monkeypatch.setattr(SharedStep, "logits", weighed)
+    monkeypatch.setattr(SharedStep, "records", weighed)
     least = train([wide], model, memory=PLENTY).results["a"].step_bytes
     assert max(seen) > 2 * least, "the evaluation must need more than a step for this test"
     refused = train([wide], model, memory=2 * least).results["a"]

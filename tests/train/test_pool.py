@@ -19,8 +19,8 @@ from models import tiny
 from tanzaku.host import Adapter
 from tanzaku.method import Method
 from tanzaku.methods.lora import LoraStrip
-from tanzaku.tasks.classification import Labels
-from tanzaku.tasks.prepare import ClassificationData
+from tanzaku.tasks.classification import Classification
+from tanzaku.tasks.task import TaskData
 from tanzaku.train.lane import Lane
 from tanzaku.train.loop import Pool, Silent, train_jobs
 from tanzaku.train.products import FrozenProducts
@@ -60,9 +60,7 @@ class Watched(Pool):
         super()._end(lane, status, error)
 
 
-def train(
-    jobs: Sequence[Job], data: ClassificationData = SIX, model: PreTrainedModel | None = None, **options: Any
-) -> Watched:
+def train(jobs: Sequence[Job], data: TaskData = SIX, model: PreTrainedModel | None = None, **options: Any) -> Watched:
     """A pool that has run all jobs to their end, on a fresh model."""
     with Watched(tiny("llama", num_labels=2) if model is None else model, data, **options) as pool:
         pool.add(jobs)
@@ -578,7 +576,7 @@ def test_names_must_differ_from_all_that_came_before() -> None:
 
 
 def test_labels_must_be_the_models() -> None:
-    three = replace(SIX, labels=Labels(("a", "b", "c")))
+    three = replace(SIX, task=Classification(("a", "b", "c")))
     model = tiny("llama", num_labels=2)
     with pytest.raises(tz.TanzakuError, match="model has 2 labels and the data 3: load it with num_labels=3"):
         train_jobs(model, three, [job("a")])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import tanzaku as tz
 from close import RUN, assert_close, close
 from models import tiny
-from tanzaku.train import loop
+from tanzaku.tasks.classification import Classification
 from tanzaku.train.loop import train_jobs
 from tanzaku.train.results import Job, JobResult
 from tanzaku.train.settings import TrainSettings
@@ -61,7 +61,7 @@ def test_the_best_epoch_is_the_best_by_the_metric(metric: str, tmp_path: Path, m
     worst = {name: [1 - figure for figure in figures] for name, figures in SCRIPT.items()}
     script = iter([{**{n: f[at] for n, f in worst.items()}, metric: SCRIPT[metric][at]} for at in range(5)])
     last = {name: figures[-1] for name, figures in SCRIPT.items()}
-    monkeypatch.setattr(loop, "classification_metrics", lambda *_: next(script, last))
+    monkeypatch.setattr(Classification, "figures", lambda *_: next(script, last))
     result, weights = run(tmp_path / "best", epochs=5, metric=metric, patience=2, restore_best=True)
     assert (result.best_epoch, result.restored_epoch, len(result.epochs)) == (2, 2, 4)
     assert_close(weights, expected, RUN)

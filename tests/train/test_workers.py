@@ -131,7 +131,7 @@ def test_two_long_jobs_and_five_short_ones_are_not_shared_out_one_by_one() -> No
 
 def test_cost_is_in_tokens_with_virtual_ones_and_all_epochs() -> None:
     pool: Any = type("", (), {"data": DATA})
-    own = sum(len(e.input_ids) for e in DATA.train.examples)
+    own = sum(e.length for e in DATA.train.examples)
     assert workers._cost(job("a"), pool) == 2 * (own + 6 * workers._START)
     assert workers._cost(job("a", batch_size=4, epochs=1), pool) == own + 2 * workers._START
     virtual = tz.PromptTuning(num_virtual_tokens=5)

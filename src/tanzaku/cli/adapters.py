@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.files import recover
 from tanzaku.task_types import AUTO_CLASSES
+from tanzaku.tasks import task_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tanzaku.method import Method
+    from tanzaku.tasks.task import Task
 
 _HEADS = re.compile(r"(^|\.)(score|classifier|classification_head)\.")
 
@@ -31,8 +33,9 @@ class Saved:
     method: Method
     base: str | None
     kind: str | None  # the model's class, or one of transformers' Auto classes
-    labels: tuple[str, ...] | None
-    num_labels: int | None = field(default=None)
+    task: Task | None  # if Tanzaku trained it
+    width: int | None = field(default=None)  # outputs of its head
+    answers: str | None = field(default=None)
 
 
 def note(line: str) -> None:
@@ -110,11 +113,8 @@ def read_adapter(name: str, path: Path) -> Saved:
     path = adapter_dir(path)
     config, about = read_config(path), read_about(path) or {}
     meta, base = (found if isinstance(found := about.get(key), dict) else {} for key in ("meta", "base"))
-    labels = meta.get("labels")
-    if labels is not None:
-        check_labels(labels, path / META)
-    task = config.get("task_type")
-    kind = base.get("architecture") or AUTO_CLASSES.get(str(task))
+    task = task_in(meta, f"{path / META}: meta.")
+    kind = base.get("architecture") or AUTO_CLASSES.get(str(config.get("task_type")))
     named = meta.get("model") or config.get("base_model_name_or_path")
     return Saved(
         name=name,
@@ -122,26 +122,14 @@ def read_adapter(name: str, path: Path) -> Saved:
         method=method_of(config),
         base=named if isinstance(named, str) and named else None,
         kind=kind if isinstance(kind, str) else None,
-        labels=None if labels is None else tuple(labels),
-        num_labels=_width(path / TENSORS) if labels is None else len(labels),
+        task=task,
+        width=_width(path / TENSORS) if task is None else task.model_settings()["num_labels"],
+        answers=None if task is None else task.describe(),
     )
 
 
-def check_labels(labels: Any, file: Path) -> None:
-    """An error unless they are two names or more, each once."""
-    if not isinstance(labels, list) or not all(isinstance(each, str) for each in labels) or len(labels) < 2:
-        raise TanzakuError(f"{file}: meta.labels is {short(labels)}, expected two names or more")
-    if twice := [each for each, times in Counter(labels).items() if times > 1]:
-        raise TanzakuError(f"{file}: meta.labels has {twice[0]!r} twice, expected each label once")
-
-
-def short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _width(tensors: Path) -> int | None:
-    """How many labels the classifier's head in a file tells apart: the fewest rows of a matrix in it."""
+    """Outputs of the head in a file: the fewest rows of a matrix in it."""
     from safetensors import SafetensorError, safe_open
 
     from tanzaku.untrusted import is_there
@@ -186,15 +174,16 @@ def check_mergeable(adapter: Saved) -> None:
 def load_base_of(
     name: str, given: Sequence[Saved], dtype: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The base model in the class that the adapters were made for, with their labels, and its tokenizer."""
+    """The base model in the class that the adapters were made for, with their task's settings, and its tokenizer."""
     import transformers
 
-    from tanzaku.models import agree_on_padding, load_base, load_tokenizer, read_config
+    from tanzaku.models import agree_on_padding, load_base, load_tokenizer, read_config, reads_text
 
     one_by_one = "merge them one by one"
     kind = agreed(given, "kind", "kinds of model", one_by_one)
-    labels = agreed(given, "labels", "labels", one_by_one)
-    width = agreed(given, "num_labels", "numbers of labels", one_by_one)
+    agreed(given, "answers", "answers", one_by_one)
+    width = agreed(given, "width", "numbers of outputs", one_by_one)
+    task = next((each.task for each in given if each.task is not None), None)
     auto = getattr(transformers, kind or "", None) or _own_class(name, given[0])
     made_for, config = getattr(auto, "config_class", None), read_config(name, on_progress=note)
     if made_for is not None and not isinstance(config, made_for):
@@ -203,15 +192,14 @@ def load_base_of(
             "expected the model that the adapter was trained on (--model)"
         )
     settings: dict[str, Any] = {}
-    if labels is not None:
-        settings = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-        settings["problem_type"] = "single_label_classification"
+    if task is not None:
+        settings = task.model_settings()
     elif width is not None:
-        settings = _labels_of(name, width)
+        settings = _outputs_of(name, width)
     model, fresh = load_base(name, auto, dtype=dtype, on_progress=note, **settings)
     model.__dict__["_tanzaku_fresh"] = fresh
     tokenizer: PreTrainedTokenizerBase | None = None
-    if model.main_input_name == "input_ids":
+    if reads_text(model):
         if type(model).__name__.endswith("ForSequenceClassification"):
             tokenizer = load_tokenizer(name, on_progress=note)
             agree_on_padding(name, model, tokenizer)
@@ -236,8 +224,8 @@ def _own_class(name: str, adapter: Saved) -> Any:
     return auto
 
 
-def _labels_of(name: str, width: int) -> dict[str, Any]:
-    """The base's own labels where it has as many, else numbered ones."""
+def _outputs_of(name: str, width: int) -> dict[str, Any]:
+    """The base's own names of outputs where it has as many, else numbered ones."""
     from tanzaku.models import read_config
 
     own = read_config(name, on_progress=note).id2label or {}

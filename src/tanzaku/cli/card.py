@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,18 +12,17 @@ import typer
 from tanzaku.cli.display import Display
 from tanzaku.errors import printable
 from tanzaku.tasks.checks import TITLES, findings
-from tanzaku.tasks.labels import label_name
-from tanzaku.tasks.prepare import ClassificationTables, open_classification
+from tanzaku.tasks.prepare import Tables, open_tables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tanzaku.recipe import DataSettings
-    from tanzaku.tasks.classification import Split
+    from tanzaku.tasks.settings import DataSettings
+    from tanzaku.tasks.task import Split, Task
 
+_ALL = 2**24  # tokens of a row, more than any has
 _SHOWN = 3  # rows, as the model reads them
-_LABELS = 20  # in the table; as many again would hide the rest of the card
-_WIDE, _LONG = 200, 40  # characters of a row, and of a label
+_WIDE, _LONG = 200, 40  # characters of a row, and of its target
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class _Tokens:
     lengths: dict[str, list[int]]
 
 
-def show_card(data: DataSettings, model: str | None, max_length: int, folded: bool = False) -> None:
+def show_card(kind: type[Task], data: DataSettings, model: str | None, max_length: int, folded: bool = False) -> None:
     """Print the card; without a model, in characters alone.
 
     Raises:
@@ -43,22 +41,22 @@ def show_card(data: DataSettings, model: str | None, max_length: int, folded: bo
         typer.Exit: with code 1, a check would stop training.
     """
     display, notes = Display(), list[str]()
-    read = open_classification(data, notes.append)
-    found = list(findings(read.tables, data, folded))
+    read = open_tables(kind, data, notes.append)
+    found = list(findings(read.tables, read.task, data, folded))
     tokenizer = _tokenizer(model) if model is not None else None
-    tokens = None if tokenizer is None else _encoded(read, data, tokenizer, max_length)
-    _rows(display, read, data, tokens, max_length)
-    _labels(display, read, data)
+    tokens = None if tokenizer is None else _encoded(read, tokenizer, max_length)
+    _rows(display, read, tokens, max_length)
+    _targets(display, read)
     display.say("")
     stops = [each for each in found if each.check is not None and each.check not in data.allow]
     for line in notes:
         display.say(printable(f"note: {line}"))
     for each in found:
-        kind = "note" if each.check is None else "stops training" if each in stops else "allowed"
-        display.say(printable(f"{kind}: {each.text if kind == 'allowed' else each}"))
+        what = "note" if each.check is None else "stops training" if each in stops else "allowed"
+        display.say(printable(f"{what}: {each.text if what == 'allowed' else each}"))
     if not (notes or found):
         display.say("nothing odd was found")
-    _first_rows(display, read, data, tokens, tokenizer)
+    _first_rows(display, read, tokens, tokenizer)
     if stops:
         raise typer.Exit(1)
 
@@ -72,28 +70,20 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
     return load_tokenizer(model, on_progress=note)
 
 
-def _encoded(
-    read: ClassificationTables, data: DataSettings, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> _Tokens:
-    from tanzaku.tasks.prepare import encode_classification
+def _encoded(read: Tables, tokenizer: PreTrainedTokenizerBase, max_length: int) -> _Tokens:
+    from tanzaku.tasks.prepare import encode
 
-    splits = {split.name: split for split in encode_classification(read, data, tokenizer, max_length).splits()}
-    lengths = {}
-    for name, table in read.tables.items():
-        columns = [table.column(column) for column in (data.text, data.text_pair) if column is not None]
-        whole = tokenizer(*columns, return_attention_mask=False, verbose=False)["input_ids"]
-        lengths[name] = [len(ids) for ids in whole]
-    return _Tokens(splits, lengths)
+    splits = {split.name: split for split in encode(read, tokenizer, max_length).splits()}
+    whole = {split.name: split for split in encode(read, tokenizer, _ALL).splits()}
+    return _Tokens(splits, {name: [each.length for each in split.examples] for name, split in whole.items()})
 
 
-def _rows(
-    display: Display, read: ClassificationTables, data: DataSettings, tokens: _Tokens | None, max_length: int
-) -> None:
+def _rows(display: Display, read: Tables, tokens: _Tokens | None, max_length: int) -> None:
     head = ["", "rows", "characters"] + ([] if tokens is None else ["tokens", f"cut at {max_length}"]) + ["from"]
     lines = []
     for name, table in read.tables.items():
-        columns = [table.column(column) for column in (data.text, data.text_pair) if column is not None]
-        cells = [TITLES[name], f"{len(table):,}", _spread([sum(map(len, row)) for row in zip(*columns, strict=True)])]
+        lengths = [sum(map(len, row)) for row in _read(read, name)]
+        cells = [TITLES[name], f"{len(table):,}", _spread(lengths)]
         if tokens is not None:
             cells += [_spread(tokens.lengths[name]), f"{tokens.splits[name].truncated:,}"]
         lines.append([*cells, printable(table.source)])
@@ -104,36 +94,36 @@ def _spread(lengths: Sequence[int]) -> str:
     return f"{min(lengths):,} to {max(lengths):,}, median {statistics.median(lengths):,.0f}"
 
 
-def _labels(display: Display, read: ClassificationTables, data: DataSettings) -> None:
-    counts = {
-        name: Counter(label_name(value, table.source) for value in table.column(data.label))
-        for name, table in read.tables.items()
-    }
-    names = read.labels.names
-    lines = [[_cut(label, _LONG), *(f"{counts[name][label]:,}" for name in counts)] for label in names[:_LABELS]]
+def _read(read: Tables, split: str) -> list[tuple[str, ...]]:
+    """Of each row, what the model reads of it, in words."""
+    columns = [read.tables[split].column(column) for column in read.task.reads]
+    return [
+        tuple(" ".join(cell) if isinstance(cell, list) else str(cell) for cell in row)
+        for row in zip(*columns, strict=True)
+    ]
+
+
+def _targets(display: Display, read: Tables) -> None:
+    head, lines = read.task.table_of(read.tables, read.data)
     display.say("")
-    display.table(["label", *(TITLES[name] for name in counts)], lines, right=range(1, len(counts) + 1))
-    if len(names) > _LABELS:
-        display.say(f"and {len(names) - _LABELS} more labels")
+    splits = [TITLES[name] for name in read.tables]
+    display.table(
+        [*head, *splits], [[printable(line[0]), *line[1:]] for line in lines], right=range(1, len(splits) + 1)
+    )
 
 
 def _first_rows(
-    display: Display,
-    read: ClassificationTables,
-    data: DataSettings,
-    tokens: _Tokens | None,
-    tokenizer: PreTrainedTokenizerBase | None,
+    display: Display, read: Tables, tokens: _Tokens | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
-    table = read.tables["train"]
     display.say(f"\nthe first rows{'' if tokens is None else ', token by token as the model reads them'}")
-    for row in range(min(_SHOWN, len(table))):
+    targets = read.task.targets(read.tables["train"], read.data)
+    for row, (target, columns) in enumerate(zip(targets[:_SHOWN], _read(read, "train"), strict=False)):
         if tokens is None or tokenizer is None:
-            columns = [table.column(column)[row] for column in (data.text, data.text_pair) if column is not None]
             text = " | ".join(columns)
         else:
-            text = "|".join(tokenizer.decode([token]) for token in tokens.splits["train"].examples[row].input_ids)
-        label = label_name(table.column(data.label)[row], table.source)
-        display.say(f"{_cut(label, _LONG)}: {_cut(text, _WIDE)}")
+            ids = next(iter(tokens.splits["train"].examples[row].inputs.values()))
+            text = "|".join(tokenizer.decode([token]) for token in ids)
+        display.say(f"{_cut(target, _LONG)}: {_cut(text, _WIDE)}")
 
 
 def _cut(text: str, length: int) -> str:

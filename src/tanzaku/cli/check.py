@@ -7,23 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, create_model
 
 from tanzaku.cli.flags import flag_of, parameter
 from tanzaku.compare.settings import CompareSettings
 from tanzaku.errors import TanzakuError, listed
-from tanzaku.recipe import SECTIONS, DataSettings, Recipe, laid_over, load_recipe
+from tanzaku.recipe import SECTIONS, Recipe, laid_over, load_recipe, sections, task_in
 from tanzaku.recipe_errors import complaint
+from tanzaku.tasks import task_named
 from tanzaku.train.settings import TrainSettings
 
 _SPLITS = ("train", "valid", "test")
 
 
 class _Rows(BaseModel):
-    """What of a recipe concerns its rows."""
+    """What of a recipe concerns its rows, but for these, which are each task's own."""
 
     model: str | None = Field(default=None, min_length=1)
-    data: DataSettings
+    task: str = "classification"
     train: TrainSettings = TrainSettings.model_validate({})
     compare: CompareSettings = CompareSettings.model_validate({})
 
@@ -31,12 +32,13 @@ class _Rows(BaseModel):
 def check(**given: Any) -> None:
     """Look at rows before training.
 
-    Prints rows, labels, lengths, what is odd, and three rows as the model reads them. DATA is training, validation and
+    Prints rows, targets, lengths, what is odd, and three rows as the model reads them. DATA is training, validation and
     test rows in this order, or a recipe. Exit code 1: train would refuse the rows.
     """
     from tanzaku.cli.card import show_card
 
     sources, model, max_length = given.pop("sources") or [], given.pop("model"), given.pop("max_length")
+    task = given.pop("task")
     raw, file = {}, ""
     if sources and Path(sources[0]).suffix in (".yaml", ".yml"):
         file, *sources = sources
@@ -50,12 +52,16 @@ def check(**given: Any) -> None:
         raise TanzakuError("found no rows; expected a table or a recipe, as in tanzaku check train.tsv valid.tsv")
     flags: dict[str, Any] = {"data": data}
     flags |= {"model": model} if model is not None else {}
+    flags |= {"task": task} if task is not None else {}
     flags |= {"train": {"max_length": max_length}} if max_length is not None else {}
+    raw = laid_over(raw, flags)
+    kind = task_named(task_in(raw))
+    schema = create_model("Rows", __base__=_Rows, data=(kind.Data, ...))
     try:
-        rows = _Rows.model_validate(laid_over(raw, flags))
+        rows: Any = schema.model_validate(raw)
     except ValidationError as error:
-        raise TanzakuError(complaint(error, file, SECTIONS, flags)) from None
-    show_card(rows.data, rows.model, rows.train.max_length, rows.compare.folds is not None)
+        raise TanzakuError(complaint(error, file, sections(kind.name), flags)) from None
+    show_card(kind, rows.data, rows.model, rows.train.max_length, rows.compare.folds is not None)
 
 
 check.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -63,7 +69,8 @@ check.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         parameter(
             "sources", list[str] | None, typer.Argument(metavar="DATA", help="rows, or a recipe", show_default=False)
         ),
-        *(flag_of(name, field) for name, field in DataSettings.model_fields.items()),
+        *(flag_of(name, field) for name, field in SECTIONS["data"].model_fields.items()),
+        flag_of("task", Recipe.model_fields["task"]),
         flag_of("model", Recipe.model_fields["model"]),
         flag_of("max_length", TrainSettings.model_fields["max_length"]),
     ]

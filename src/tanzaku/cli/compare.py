@@ -33,7 +33,7 @@ def compare(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: b
         from tanzaku.cli.card import show_card
 
         folded = recipe.compare.design(recipe.data.valid is not None).folds is not None
-        return show_card(recipe.data, recipe.model, recipe.train.max_length, folded)
+        return show_card(recipe.kind, recipe.data, recipe.model, recipe.train.max_length, folded)
     run_comparison("compare", recipe, overwrite, resume)
 
 
@@ -57,7 +57,7 @@ def run_comparison(command: str, recipe: Recipe, overwrite: bool, resume: bool) 
         from tanzaku.compare.comparison import Interrupted as Cut
         from tanzaku.compare.journal import Journal
 
-        live = Live(recipe.compare.rank_by)
+        live = Live(recipe.ranked_by)
         live.say(f"report: {run.out / REPORT}")
         model, data = run.load(live, methods)
         journal = Journal(run.out)
@@ -84,7 +84,7 @@ def run_comparison(command: str, recipe: Recipe, overwrite: bool, resume: bool) 
             _write(run, about, comparison, "interrupted")
             raise Interrupted(_how_to_go_on(command, comparison)) from None
         results = _write(run, about, comparison, "done")
-        live.summary(results, run.out, REPORT)
+        live.summary(results, data.task, run.out, REPORT)
         _check_success(results)
 
 
@@ -99,7 +99,7 @@ def _write(run: Sitting, about: dict[str, Any], comparison: Comparison, status: 
         {**about, "status": status, "seconds": round(comparison.journal.seconds, 3), **comparison.results()}
     )
     results = write_results(run.out, results)
-    write_epochs(results, run.out / EPOCHS)
+    write_epochs(results, [metric.name for metric in comparison.task.metrics], run.out / EPOCHS)
     write_report(results, run.out / REPORT)
     return results
 

@@ -14,18 +14,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from tanzaku.cli.record import RESULTS
 
 if TYPE_CHECKING:
-    from tanzaku.tasks.prepare import ClassificationData
+    from tanzaku.tasks.task import Metric, Task, TaskData
     from tanzaku.train.results import EpochRecord, Job, JobResult
 
 _SPLITS = {"train": "training", "valid": "validation", "test": "test"}
-_METRICS = {"loss": "validation loss", "roc_auc": "ROC-AUC", "accuracy": "accuracy", "macro_f1": "macro F1"}
-_EPOCHS = ["epoch", "training loss", *_METRICS.values(), "seconds"]
 
 
 class Display:
-    """Draws a run; it is the loop's observer. A context manager, for the bar."""
+    """Draws a run; it is the loop's observer. A context manager, for the bar.
 
-    def __init__(self, jobs: int = 1):
+    Args:
+        metrics: of its task. jobs: how many there will be.
+    """
+
+    def __init__(self, metrics: Sequence[Metric] = (), jobs: int = 1):
+        self.metrics = metrics
+        self.epochs = ["epoch", "training loss", *(metric.on_validation for metric in metrics), "seconds"]
         self.console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
         self.jobs, self.started = jobs, 0
         self.bar = Progress(
@@ -50,10 +54,10 @@ class Display:
     def say(self, line: str) -> None:
         self.console.print(line)
 
-    def data(self, data: ClassificationData, max_length: int) -> None:
-        """Rows and labels, and the texts that were cut."""
+    def data(self, data: TaskData, max_length: int) -> None:
+        """Rows and what they are for, and the texts that were cut."""
         rows = ", ".join(f"{len(split)} {_SPLITS[split.name]}" for split in data.splits())
-        self.say(f"data: {rows} rows; labels {', '.join(data.labels.names)}")
+        self.say(f"data: {rows} rows; {data.task.describe()}")
         for split in data.splits():
             if split.truncated:
                 kind = _SPLITS[split.name]
@@ -66,7 +70,7 @@ class Display:
         number = f" ({self.started} of {self.jobs})" if self.jobs > 1 else ""
         before = f", going on after epoch {len(result.epochs)}" if result.epochs else ""
         self.say(f"\n{job.name}{number}: {result.trainable_parameters:,} trained parameters, {steps} steps{before}")
-        self.say("  ".join(_EPOCHS))
+        self.say("  ".join(self.epochs))
         self._drop_task()
         self.task = self.bar.add_task(job.name, total=steps, completed=result.steps, loss="-", pace="-")
 
@@ -77,9 +81,9 @@ class Display:
             self.bar.update(self.task, completed=step, loss=_number(loss), pace=pace)
 
     def epoch_done(self, job: Job, record: EpochRecord) -> None:
-        figures = [_number(record.valid.get(metric)) for metric in _METRICS]
+        figures = [_number(record.valid.get(metric.name)) for metric in self.metrics]
         cells = [str(record.epoch), _number(record.train_loss), *figures, f"{record.seconds:.1f}"]
-        self.say("  ".join(cell.rjust(len(name)) for cell, name in zip(cells, _EPOCHS, strict=True)))
+        self.say("  ".join(cell.rjust(len(name)) for cell, name in zip(cells, self.epochs, strict=True)))
 
     def job_done(self, job: Job, result: JobResult) -> None:
         self._drop_task()
@@ -95,49 +99,17 @@ class Display:
 
     # -- reports
 
-    def adapter(self, result: JobResult, data: ClassificationData, out: Path) -> None:
+    def adapter(self, result: JobResult, data: TaskData, out: Path) -> None:
         """How one adapter did, and where it is."""
+        task = data.task
         if result.confusion is not None:
-            names, kind = list(data.labels.names), "test" if data.test is not None else "validation"
+            names, kind = list(task.classes), "test" if data.test is not None else "validation"
             self.say(f"\nconfusion of the {kind} rows: a row is a true label, a column a predicted one")
             self.table(["", *names], [[n, *map(str, row)] for n, row in zip(names, result.confusion, strict=True)])
         if result.test is not None:
-            self.say(f"test accuracy {_accuracy(result)}, ROC-AUC {_number(result.test.get('roc_auc'))}")
+            self.say(f"test {', '.join(_tested(result, task))}")
         self.say(f"peak memory {_mebibytes(result)} MiB, {result.seconds:.1f} seconds")
         self.say(f"adapter: {out / (result.adapter or '')}\nresults: {out / RESULTS}")
-
-    def ranking(self, results: Sequence[JobResult], data: ClassificationData, out: Path) -> None:
-        """All candidates, best first, and how little that may mean."""
-        done = sorted((r for r in results if r.status == "done"), key=_merit, reverse=True)
-        rows = []
-        for rank, result in enumerate(done, 1):
-            area = _number(_final(result).get("roc_auc"))
-            size = f"{result.trainable_parameters:,}"
-            rows.append(
-                [str(rank), result.name, _accuracy(result), area, size, f"{result.seconds:.1f}", _mebibytes(result)]
-            )
-        split = "test" if data.test is not None else "validation"
-        interval = " (95% interval)" if data.test is not None else ""
-        head = ["", "candidate", f"{split} accuracy{interval}", "ROC-AUC", "trained parameters", "seconds", "peak MiB"]
-        self.say("")
-        self.table(head, rows, right=range(2, len(head)))
-        for result in results:
-            if result.status != "done":
-                self.say(f"{result.name} {result.status}: {result.error}")
-        self._caution(done, data)
-        self.say(f"results: {out / RESULTS}")
-
-    def _caution(self, done: Sequence[JobResult], data: ClassificationData) -> None:
-        split = data.test or data.valid
-        if split is None:
-            self.say("There are no validation or test rows: the order is that of the recipe.")
-            return
-        line = f"One of {len(split)} {_SPLITS[split.name]} rows is {100 / len(split):.1f} points of accuracy"
-        intervals = [result.test_interval for result in done if result.test_interval is not None]
-        if len(intervals) > 1:
-            near = sum(high >= intervals[0][0] for _, high in intervals[1:])
-            line += f"; {near} of the {len(intervals) - 1} other intervals overlap the first's"
-        self.say(f"{line}. One run with one seed cannot rank methods.")
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
         """Aligned columns; those numbered in `right` end together."""
@@ -150,26 +122,18 @@ class Display:
             self.say("  ".join(cells).rstrip())
 
 
-def _final(result: JobResult) -> dict[str, float]:
-    """The figures of the test rows, or else of the epoch whose weights were kept, on the validation rows."""
-    if result.test is not None or not result.epochs:
-        return result.test or {}
-    return result.epochs[(result.restored_epoch or len(result.epochs)) - 1].valid
-
-
-def _merit(result: JobResult) -> tuple[float, float]:
-    figures = [_final(result).get(metric, math.nan) for metric in ("accuracy", "roc_auc")]
-    accuracy, area = (-1.0 if math.isnan(figure) else figure for figure in figures)
-    return accuracy, area
-
-
-def _accuracy(result: JobResult) -> str:
-    figure = _final(result).get("accuracy", math.nan)
-    text = "-" if math.isnan(figure) else f"{figure:.1%}"
-    if result.test_interval is not None:
-        low, high = result.test_interval
-        text += f" ({100 * low:.1f} to {100 * high:.1f})"
-    return text
+def _tested(result: JobResult, task: Task) -> list[str]:
+    """The figures of the test rows, those of shares of rows first, with their intervals."""
+    found, out = result.test or {}, []
+    names = dict.fromkeys([*task.beside, task.rank_by])
+    for metric in (each for name in names for each in task.metrics if each.name == name):
+        value = found.get(metric.name, math.nan)
+        text = f"{value:.1%}" if metric.proportion and not math.isnan(value) else _number(value)
+        if metric.name in result.test_intervals:
+            low, high = result.test_intervals[metric.name]
+            text += f" ({100 * low:.1f} to {100 * high:.1f})"
+        out.append(f"{metric.title} {text}")
+    return out
 
 
 def _number(value: float | None) -> str:

@@ -15,10 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tanzaku.cli.display import Display
-from tanzaku.compare.verdict import METRIC_WORDS, tested_by
+from tanzaku.compare.verdict import tested_by
 
 if TYPE_CHECKING:
     from tanzaku.compare.comparison import Comparison
+    from tanzaku.tasks.task import Metric, Task
     from tanzaku.train.results import EpochRecord, Job, JobResult
 
 _STAGES = {
@@ -45,9 +46,9 @@ class _Row:
 class Live(Display):
     """Draws a comparison; it is its watcher. A context manager, for the table."""
 
-    def __init__(self, metric: str):
+    def __init__(self, metric: Metric):
         super().__init__()
-        self.metric, self.word = metric, METRIC_WORDS[metric]
+        self.metric, self.word = metric, metric.on_validation
         self.rows: dict[str, _Row] = {}
         self.total = self.ended = 0
         self.steps = self.steps_known = self.jobs_known = 0
@@ -119,7 +120,7 @@ class Live(Display):
         self.ended += 1
         if result.status == "interrupted":
             return
-        figure = (result.valid or (result.epochs[-1].valid if result.epochs else {})).get(self.metric, math.nan)
+        figure = (result.valid or (result.epochs[-1].valid if result.epochs else {})).get(self.metric.name, math.nan)
         if result.status == "failed":
             row.failed += 1
             outcome = f"failed: {result.error}"
@@ -149,7 +150,7 @@ class Live(Display):
         means = {name: fmean(row.figures) for name, row in self.rows.items() if row.figures}
         if not means:
             return "-"
-        best = (min if self.metric == "loss" else max)(means, key=lambda name: means[name])
+        best = (max if self.metric.better == "higher" else min)(means, key=lambda name: means[name])
         return f"{best} {_number(means[best])}"
 
     def _state(self) -> str:
@@ -183,11 +184,11 @@ class Live(Display):
 
     # -- the end
 
-    def summary(self, results: dict[str, Any], out: Path, report: str) -> None:
+    def summary(self, results: dict[str, Any], task: Task, out: Path, report: str) -> None:
         """The report's path, the ranking and the verdict."""
         self.say(f"\nreport: {out / report}\n")
         rows = []
-        tested = tested_by(results)
+        tested = tested_by(results, task)
         # Of few runs there is an interval of other rows for these very runs, and none of other runs.
         of = ", of rows" if any(each["interval_of"] == "rows" for each in results["candidates"]) else ""
         for each in results["candidates"]:
@@ -206,7 +207,7 @@ class Live(Display):
                     f"{each['seconds']:.1f}",
                 ]
             )
-        tests = [f"test {METRIC_WORDS[metric].removeprefix('validation ')}" for metric in tested]
+        tests = [f"test {metric.title}" for metric in tested]
         head = ["", "candidate", f"{self.word} (95%{of})", *tests, "trained parameters", "MiB", "seconds"]
         self.table(head, rows, right=range(2, len(head)))
         for each in results["candidates"]:
@@ -220,9 +221,9 @@ class Live(Display):
             self.say(f"\nadapters: {', '.join(str(out / adapter) for adapter in kept)}")
 
 
-def _tested(test: dict[str, float] | None, metric: str) -> str:
-    value = None if test is None else test.get(metric)
-    return "-" if value is None else f"{value:.1%}" if metric == "accuracy" else _number(value)
+def _tested(test: dict[str, float] | None, metric: Metric) -> str:
+    value = None if test is None else test.get(metric.name)
+    return "-" if value is None else f"{value:.1%}" if metric.proportion else _number(value)
 
 
 def _number(value: float | None) -> str:

@@ -57,7 +57,7 @@ def merge(
 ) -> None:
     """Fold adapters into their base model.
 
-    Writes sharded safetensors, config (with the labels' names) and tokenizer, which transformers loads by itself.
+    Writes sharded safetensors, config (with the names of classes) and tokenizer, which transformers loads by itself.
     Several adapters are combined first. A quantised base becomes a plain one.
     """
     words, numbers = _split(list(adapters or []), list(weights or []))
@@ -184,10 +184,12 @@ def _check_range(model: PreTrainedModel, base: str) -> None:
     """An error where the model computes nothing: activations of some, as of Gemma's, are beyond float16."""
     import torch
 
-    if model.dtype != torch.float16 or model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
+    from tanzaku.models import reads_text
+
+    if model.dtype != torch.float16 or not reads_text(model) or model.config.is_encoder_decoder:
         return
     with torch.inference_mode():
-        out = model(input_ids=torch.arange(1, 9)[None])[0]
+        out = model(torch.arange(1, 9)[None])[0]
     if not out.isfinite().all():
         raise TanzakuError(
             f"{base!r} in float16 gives numbers that are not finite; expected --dtype bfloat16 or float32"
@@ -212,12 +214,13 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, ba
     from transformers.utils import cached_file
 
     from tanzaku.files import directory_beside
+    from tanzaku.models import reads_text
 
     with directory_beside(out.resolve() if out.is_symlink() else out) as beside:
         model.save_pretrained(beside, max_shard_size=shard)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
-        if model.main_input_name != "input_ids":
+        if not reads_text(model):
             found = cached_file(base, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
             if found is not None:
                 shutil.copyfile(found, beside / "preprocessor_config.json")

@@ -1,8 +1,9 @@
-"""`tanzaku predict`: labels and probabilities of texts, from one trained adapter or from many in one pass."""
+"""`tanzaku predict`: what one trained adapter says of rows, or what many say in one pass."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import sys
 import time
@@ -14,17 +15,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tanzaku.cli.adapters import check_labels, check_paths, names_of, note, short
+from tanzaku.cli.adapters import check_paths, names_of, note
+from tanzaku.cli.flags import parameter
 from tanzaku.cli.run import Interrupted
 from tanzaku.errors import TanzakuError, listed, nearest, printable
+from tanzaku.recipe_errors import flag
+from tanzaku.tasks import TASKS, kind_in
+from tanzaku.tasks.cells import short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tanzaku.cli.output import Lines, Parquet
-    from tanzaku.tasks.classification import Split
     from tanzaku.tasks.piped import Piped
     from tanzaku.tasks.stream import Row, Rows
+    from tanzaku.tasks.task import Column, Split, Task
     from tanzaku.train.passes import CheapPasses
 
 _FORMATS = ("tsv", "csv", "jsonl", "parquet")
@@ -36,16 +41,16 @@ _PRECISIONS = ("fp32", "bf16", "fp16")
 class _Adapter:
     name: str  # in the output and on the model
     path: Path
-    meta: dict[str, Any]
+    task: Task
+    model: str
+    max_length: int
     precision: str
 
 
 def predict(
     data: Annotated[
         str,
-        typer.Option(
-            metavar="TEXT", help="rows to label: .tsv, .csv, .jsonl, .parquet, a dataset, or - for standard input"
-        ),
+        typer.Option(metavar="TEXT", help="rows: .tsv, .csv, .jsonl, .parquet, a dataset, or - for standard input"),
     ],
     adapters: Annotated[
         list[Path] | None,
@@ -56,8 +61,6 @@ def predict(
     named: Annotated[
         list[Path] | None, typer.Option("--adapters", metavar="ADAPTER...", help="the same, as in --adapters A B C")
     ] = None,
-    text: Annotated[str | None, typer.Option(metavar="TEXT", help="column of the text (as in training)")] = None,
-    text_pair: Annotated[str | None, typer.Option(metavar="TEXT", help="column of a second text")] = None,
     encoding: Annotated[
         str | None, typer.Option(metavar="NAME", help="of --data, such as cp932 (found out)", show_default=False)
     ] = None,
@@ -77,9 +80,6 @@ def predict(
         bool, typer.Option("--resume", help="go on with an --out that was cut off, by the same command")
     ] = False,
     model: Annotated[str | None, typer.Option(metavar="TEXT", help="where the base model is now")] = None,
-    labels: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="names of the labels, where the adapter does not say them")
-    ] = None,
     max_length: Annotated[
         int | None, typer.Option(metavar="INTEGER", min=1, help="texts are cut after this many tokens (as in training)")
     ] = None,
@@ -90,27 +90,29 @@ def predict(
         str | None, typer.Option(metavar="|".join(_PRECISIONS), help="arithmetic (as in training)")
     ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|mps", help="where the model runs")] = "auto",
+    **overrides: str | None,
 ) -> None:
-    """Label texts with trained adapters.
+    """Say what trained adapters make of rows.
 
-    Each row keeps its columns, and gets its label (predicted) and the probability of each label (p_LABEL). Several
-    adapters of one base model, of any methods, go through it together; each has columns of its own, predicted_NAME and
-    p_NAME_LABEL. NAME is the adapter's directory; of two directories with one name, it begins with the nearest folder
-    that tells them apart (a-lora and b-lora for a/adapters/lora and b/adapters/lora), or ends with a number. A row
-    without text gets no label. Rows of standard input are labelled as they come.
+    Each row keeps its columns, and gets what the adapter's task answers: its label (predicted), say, and the
+    probability of each label (p_LABEL). Several adapters of one base model, of any methods, go through it together;
+    each has columns of its own, predicted_NAME and p_NAME_LABEL. NAME is the adapter's directory; of two directories
+    with one name, it begins with the nearest folder that tells them apart (a-lora and b-lora for a/adapters/lora and
+    b/adapters/lora), or ends with a number. A row without text gets no answer. Rows of standard input are answered as
+    they come.
     """
     # The option takes one word; the others fall to the argument.
     paths = [*(named or []), *(adapters or [])]
     check_paths(paths)
     kind = _format(out, kind, as_json)
     _check_out(out, data, overwrite, resume)
-    for flag, value, known in (
+    for name, value, known in (
         ("--device", device, ("auto", "cpu", "cuda", "mps")),
         ("--precision", precision, _PRECISIONS),
         ("--data-format", data_format, _TEXTS),
     ):
         if value is not None and value not in known:
-            raise TanzakuError(f"{flag} is {value!r}{nearest(value, known)}, expected {listed(known)}")
+            raise TanzakuError(f"{name} is {value!r}{nearest(value, known)}, expected {listed(known)}")
     from tanzaku.cli.machine import device_named, quieten
     from tanzaku.cli.output import Partial
     from tanzaku.models import load_tokenizer
@@ -119,30 +121,29 @@ def predict(
     from tanzaku.tasks.stream import open_rows
 
     quieten()
-    asked = {"model": model, "labels": _names(labels), "text": text, "text_pair": text_pair, "max_length": max_length}
+    asked = {"model": model, "max_length": max_length, **overrides}
     given = [_adapter(name, path, asked, precision) for name, path in zip(names_of(paths), paths, strict=True)]
-    _check_fit(given, asked)
-    meta = given[0].meta
+    _check_fit(given)
+    task = given[0].task
     place = device_named(device)
     piped = data == STDIN
     # Parquet must know the kinds of all columns before its first row.
     rows = Piped(encoding, data_format) if piped and kind != "parquet" else open_rows(data, encoding, data_format)
-    columns = [column for column in (meta["text"], meta["text_pair"]) if column is not None]
-    for column in columns:
+    for column in task.reads:
         rows.check_column(column)
-    added = _added([adapter.name for adapter in given], meta["labels"], kind, prefix)
+    added = _added([adapter.name for adapter in given], task, kind, prefix)
     _check_names(rows.names, rows.source, added)
-    digest = "" if isinstance(rows, Piped) else _digest_of(rows, columns)
+    digest = "" if isinstance(rows, Piped) else _digest_of(rows, task)
     form = _form(kind, rows, added, out)
-    tokenizer = load_tokenizer(meta["model"], on_progress=note)
-    run = _Run(given, rows, columns, tokenizer, batch_size, place)
+    tokenizer = load_tokenizer(given[0].model, on_progress=note)
+    run = _Run(given, rows, tokenizer, batch_size, place)
     total = None if isinstance(rows, Piped) else len(rows)
     say = _Progress(total, quiet=out is None and sys.stderr.isatty())
 
-    def label(start: int, counts: Counter[str]) -> Iterator[tuple[int, list[Row]]]:
+    def written(start: int, counts: Counter[str]) -> Iterator[tuple[int, list[Row]]]:
         """Rows as they are written, and how many are done."""
         done = start
-        for chunk, found in run.label(start, counts):
+        for chunk, found in run.chunks(start, counts):
             if total is None:
                 _check_new(chunk, rows, done, added, kind)
             done += len(chunk)
@@ -151,15 +152,15 @@ def predict(
 
     counts: Counter[str] = Counter()
     if out is None:
-        _print(form, label(0, counts), total)
+        _print(form, written(0, counts), total)
     else:
         about = {
             "data": digest,
             "adapter": _digest(given),
             "format": kind,
-            "set of flags": repr((meta["model"], meta["labels"], columns, batch_size, place, prefix)),
+            "set of flags": repr((given[0].model, task.to_json(), batch_size, place, prefix)),
             "precision": repr([adapter.precision for adapter in given]),
-            "max length": repr([adapter.meta["max_length"] for adapter in given]),
+            "max length": repr([adapter.max_length for adapter in given]),
         }
         partial = Partial(out, form, about, resume, keep=not piped)
         try:
@@ -168,7 +169,7 @@ def predict(
                 if resume:
                     after = f"after row {partial.rows} of {len(rows)}"
                     note(f"going on {after}" if partial.rows else "nothing of it is left to go on with: it begins anew")
-                for done, chunk in label(partial.rows, counts):
+                for done, chunk in written(partial.rows, counts):
                     counts["rows"] = done
                     partial.add(chunk, counts)
                 partial.finish()
@@ -182,107 +183,99 @@ def predict(
         note(f"{len(rows)} rows written to {out}")
 
 
+_own = inspect.signature(predict, eval_str=True)
+_overrides = {name: about for kind in TASKS.values() for name, about in kind.overrides.items()}
+predict.__signature__ = _own.replace(  # type: ignore[attr-defined]
+    parameters=[
+        *(each for name, each in _own.parameters.items() if name != "overrides"),
+        *(
+            parameter(name, str | None, typer.Option(flag(name), metavar=metavar, help=about, show_default=False))
+            for name, (metavar, about) in _overrides.items()
+        ),
+    ]
+)
+
+
 # -- which adapters
-
-
-def _names(labels: str | None) -> list[str] | None:
-    if labels is None:
-        return None
-    names = [name.strip() for name in labels.split(",")]
-    if len(names) < 2 or "" in names or len({*names}) < len(names):
-        raise TanzakuError(f"--labels is {labels!r}, expected two names or more, as in --labels mild,harsh, each once")
-    return names
 
 
 def _adapter(name: str, path: Path, asked: dict[str, Any], precision: str | None) -> _Adapter:
     """What is known of an adapter; a flag overrules what it says."""
     from tanzaku.store import adapter_dir, read_about
 
-    about = read_about(adapter_dir(path))
-    meta = _meta(path, asked) if about is not None else _foreign(name, path, asked)
-    if asked["labels"] is not None and len(asked["labels"]) != len(meta["labels"]):
-        raise TanzakuError(
-            f"--labels names {len(asked['labels'])} labels, and {path} has {len(meta['labels'])}: "
-            f"{listed(meta['labels'])}"
-        )
-    meta |= {key: value for key, value in asked.items() if value is not None}
-    return _Adapter(name, path, meta, precision or meta.get("precision") or "fp32")
+    known = _ours if read_about(adapter_dir(path)) is not None else _foreign
+    return known(name, path, {key: value for key, value in asked.items() if value is not None}, precision)
 
 
-def _meta(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
+def _ours(name: str, path: Path, asked: dict[str, Any], precision: str | None) -> _Adapter:
     """What Tanzaku has written beside an adapter."""
     from tanzaku.store import META, read_meta
 
-    meta = {"text_pair": None, "precision": "fp32", **read_meta(path)}
+    meta = {"precision": "fp32", **read_meta(path)}
     whose = f"{path / META}: meta."
-    for key in ("labels", "model", "text", "max_length"):
-        if meta.get(key) is None and asked[key] is None:
+    for key in ("model", "max_length"):
+        if meta.get(key) is None and key not in asked:
             raise TanzakuError(
                 f"{path} does not say its {key}; expected an adapter that tanzaku train or compare has written"
             )
-    check_labels(meta["labels"], path / META)
-    for key in ("model", "text", "text_pair"):
-        if asked[key] is None and not (isinstance(meta[key], str) or (key == "text_pair" and meta[key] is None)):
-            raise TanzakuError(f"{whose}{key} is {short(meta[key])}, expected a name; give --{key.replace('_', '-')}")
-    length = meta["max_length"]
-    if asked["max_length"] is None and (type(length) is not int or not 0 < length <= _LONGEST):
+    model, length = asked.get("model", meta.get("model")), asked.get("max_length", meta.get("max_length"))
+    if not isinstance(model, str):
+        raise TanzakuError(f"{whose}model is {short(model)}, expected a name; give --model")
+    if type(length) is not int or not 0 < length <= _LONGEST:
         raise TanzakuError(f"{whose}max_length is {short(length)}, expected 1 to {_LONGEST}; give --max-length")
     if meta["precision"] not in _PRECISIONS:
         raise TanzakuError(f"{whose}precision is {short(meta['precision'])}, expected {listed(_PRECISIONS)}")
-    return meta
+    if (kind := kind_in({**meta, **asked})) is None:
+        raise TanzakuError(f"{whose}task is {short(meta.get('task'))}, expected one of {listed(TASKS)}")
+    task = kind.from_json({**meta, **kind.overruled(asked, meta, path)}, whose)
+    return _Adapter(name, path, task, model, length, precision or meta["precision"])
 
 
 _LONGEST = 2**24  # tokens of a text, more than any model reads
 
 
-def _foreign(name: str, path: Path, asked: dict[str, Any]) -> dict[str, Any]:
+def _foreign(name: str, path: Path, asked: dict[str, Any], precision: str | None) -> _Adapter:
     """What HF PEFT's files and the base say of an adapter."""
     from tanzaku.cli.adapters import read_adapter
     from tanzaku.models import read_config, read_tokenizer
     from tanzaku.store import read_config as adapter_config
 
     found = read_adapter(name, path)
-    task = adapter_config(found.path).get("task_type")
-    if task != "SEQ_CLS":
+    named = adapter_config(found.path).get("task_type")
+    kind = next((each for each in TASKS.values() if each.peft_type == named and each.fits(found.width)), None)
+    if kind is None:
+        known = listed(dict.fromkeys(repr(each.peft_type) for each in TASKS.values()))
         raise TanzakuError(
-            f"{path} is an adapter for {'no task' if task is None else repr(task)}, which gives texts no labels; "
-            "expected task_type 'SEQ_CLS'"
+            f"{path} is an adapter for {'no task' if named is None else repr(named)}, which is not predicted with; "
+            f"expected task_type {known}"
         )
-    base = asked["model"] or found.base
+    base = asked.get("model") or found.base
     if base is None:
         raise TanzakuError(f"{path} does not name its base model; say with --model where it is")
     config = read_config(base, on_progress=note)
-    own = [str(label) for _, label in sorted((config.id2label or {}).items())]
-    width = found.num_labels or len(asked["labels"] or own)
-    names = asked["labels"] or own
-    if len(names) != width:
-        found_names = f"--labels names {len(names)}" if asked["labels"] else f"its base {base!r} names {len(names)}"
-        raise TanzakuError(f"{path} tells {width} labels apart, and {found_names}; give --labels with {width} names")
+    task = kind.of_base(config, found.width, asked, str(path), base)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     limits = [read_tokenizer(base, on_progress=note).model_max_length, positions or _LONGEST, _LONGEST]
-    length = asked["max_length"] or min(limits)
-    return {"labels": names, "model": base, "text": "text", "text_pair": None, "max_length": int(length)}
+    return _Adapter(name, path, task, base, int(asked.get("max_length") or min(limits)), precision or "fp32")
 
 
-def _check_fit(adapters: Sequence[_Adapter], asked: dict[str, Any]) -> None:
-    """Adapters in one pass have one base, one list of labels and the same columns; a flag overrules what they say."""
+def _check_fit(adapters: Sequence[_Adapter]) -> None:
+    """Adapters in one pass have one base and one task; a flag overrules what they say."""
     one_by_one = "predict with them one by one"
-    rules = [
-        ("model", "base models", f"{one_by_one}, or say with --model where the one base of both is"),
-        ("labels", "labels", one_by_one),
-        ("text", "text columns", "say with --text which to read"),
-        ("text_pair", "columns of a second text", f"{one_by_one}, or say with --text-pair which to read"),
-    ]
-    expected, *others = adapters
-    for adapter in others:
-        for key, what, fix in rules:
-            mine, theirs = expected.meta[key], adapter.meta[key]
-            if mine != theirs:
-                found = f"{expected.path} has {_shown(mine)}, {adapter.path} has {_shown(theirs)}"
-                if key == "labels":
-                    odd = sorted({*mine} ^ {*theirs})
+    expected, *others = ({"task": each.task.name, **each.task.to_json()} for each in adapters)
+    for adapter, theirs in zip(adapters[1:], others, strict=True):
+        if adapters[0].model != adapter.model:
+            found = f"{adapters[0].path} has {adapters[0].model!r}, {adapter.path} has {adapter.model!r}"
+            fix = f"{one_by_one}, or say with --model where the one base of both is"
+            raise TanzakuError(f"adapters with different base models: {found}; {fix}")
+        for key, mine in expected.items():
+            if mine != theirs.get(key):
+                found = f"{adapters[0].path} has {_shown(mine)}, {adapter.path} has {_shown(theirs.get(key))}"
+                if isinstance(mine, list):
+                    odd = sorted({*mine} ^ {*theirs[key]})
                     found += f"; they differ in {listed(odd)}" if odd else "; their order differs"
-                raise TanzakuError(f"adapters with different {what}: {found}; {fix}")
+                fix = f", or say with {flag(key)} which to read" if key in adapters[0].task.reading else ""
+                raise TanzakuError(f"adapters with different {key.replace('_', ' ')}: {found}; {one_by_one}{fix}")
 
 
 def _shown(value: Any) -> str:
@@ -317,29 +310,18 @@ def _digest(adapters: Sequence[_Adapter]) -> str:
 # -- what goes in
 
 
-def _digest_of(rows: Rows, columns: Sequence[str]) -> str:
-    """A checksum of all rows; an error where a text is none."""
+def _digest_of(rows: Rows, task: Task) -> str:
+    """A checksum of all rows; an error where a cell is none that can be read."""
     digest = hashlib.sha256()
     for number, row in enumerate(rows, 1):
         digest.update(repr(row).encode("utf-8", "backslashreplace"))
-        _check_texts(row, columns, f"{rows.source} row {number}")
+        _check_cells(row, task, f"{rows.source} row {number}")
     return digest.hexdigest()
 
 
-def _check_texts(row: Row, columns: Sequence[str], where: str) -> None:
-    for column in columns:
-        value = row[column]
-        if not isinstance(value, str) and not _blank(value):
-            kind = type(value).__name__
-            raise TanzakuError(f"{where}: column {column!r} is {str(value)[:40]} ({kind}), expected text")
-        if isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-            raise TanzakuError(
-                f"{where}: column {column!r} has half of a surrogate pair, no character; repair the text"
-            )
-
-
-def _blank(value: Any) -> bool:
-    return value is None or value != value or (isinstance(value, str) and not value.strip())  # only NaN differs so
+def _check_cells(row: Row, task: Task, where: str) -> None:
+    for column in task.reads:
+        task.check_cell(row[column], f"{where}: column {column!r}")
 
 
 class _Run:
@@ -349,20 +331,17 @@ class _Run:
         self,
         adapters: Sequence[_Adapter],
         rows: Rows | Piped,
-        columns: Sequence[str],
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int,
         device: str,
     ):
-        self.adapters, self.rows, self.columns = adapters, rows, columns
+        self.adapters, self.rows, self.task = adapters, rows, adapters[0].task
         self.tokenizer, self.batch_size, self.device = tokenizer, batch_size, device
         self.passes: CheapPasses | None = None
-        self.lengths = list(dict.fromkeys(adapter.meta["max_length"] for adapter in adapters))
+        self.lengths = list(dict.fromkeys(adapter.max_length for adapter in adapters))
 
-    def label(
-        self, start: int, counts: Counter[str]
-    ) -> Iterator[tuple[list[Row], list[dict[str, list[float]] | None]]]:
-        """Chunks of rows from number `start`, and for each row the probabilities by adapter; None without a text.
+    def chunks(self, start: int, counts: Counter[str]) -> Iterator[tuple[list[Row], list[dict[str, Any] | None]]]:
+        """Chunks of rows from number `start`, and for each row the predictions by adapter; None without a text.
 
         Args:
             counts: of rows without text, and of texts that were cut by the length they were cut at, go here.
@@ -372,12 +351,12 @@ class _Run:
         model = None
         for chunk in self.rows.chunks(window_of(self.batch_size), start):
             for number, row in enumerate(chunk, start + 1):
-                _check_texts(row, self.columns, f"{self.rows.source} row {number}")
+                _check_cells(row, self.task, f"{self.rows.source} row {number}")
             there, splits = self._encoded(chunk, counts)
-            found: list[dict[str, list[float]] | None] = [None] * len(chunk)
+            found: list[dict[str, Any] | None] = [None] * len(chunk)
             if there:
                 model = self._model() if model is None else model  # the first rows are encoded: they can be used
-                for at, row in zip(there, self._probabilities(model, splits, start, there), strict=True):
+                for at, row in zip(there, self._predictions(model, splits, start, there), strict=True):
                     found[at] = row
             yield chunk, found
             start += len(chunk)
@@ -386,74 +365,71 @@ class _Run:
         """Say what happened to rows on the way."""
         for length in self.lengths:
             if cut := counts[f"cut at {length}"]:
-                names = [adapter.name for adapter in self.adapters if adapter.meta["max_length"] == length]
+                names = [adapter.name for adapter in self.adapters if adapter.max_length == length]
                 whose = f" for {listed(names)}" if len(self.lengths) > 1 else ""
                 note(f"{cut} of {len(self.rows)} texts were cut at {length} tokens{whose}")
         if blank := counts["blank"]:
-            note(f"{blank} of {len(self.rows)} rows have no text, so they have no label")
+            note(f"{blank} of {len(self.rows)} rows have no text, so they have no answer")
 
     def _encoded(self, chunk: list[Row], counts: Counter[str]) -> tuple[list[int], dict[int, Split]]:
         """Which rows have a text, and by length they are cut at, these rows as tokens."""
-        from tanzaku.tasks.classification import encode_split
         from tanzaku.tasks.data import Table
 
-        there = [at for at, row in enumerate(chunk) if not any(_blank(row[column]) for column in self.columns)]
-        for column in self.columns:
-            texts = [chunk[at][column] for at in there]
-            tokens = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-            there = [at for at, ids in zip(there, tokens, strict=True) if ids]
+        columns = self.task.reads
+        there = [at for at, row in enumerate(chunk) if not any(self.task.blank(row[column]) for column in columns)]
+        for column in columns:
+            some = self.task.have_tokens([chunk[at][column] for at in there], self.tokenizer)
+            there = [at for at, tokens in zip(there, some, strict=True) if tokens]
         counts["blank"] += len(chunk) - len(there)
         if not there:
             return [], {}
-        table = Table({column: [chunk[at][column] for at in there] for column in self.columns}, self.rows.source)
-        text, pair = (*self.columns, None)[:2]
+        table = Table({column: [chunk[at][column] for at in there] for column in columns}, self.rows.source)
         splits = {}
         for length in self.lengths:
-            splits[length] = encode_split(table, "data", self.tokenizer, str(text), pair, None, None, length)
+            splits[length] = self.task.encode(table, "data", self.tokenizer, length)
             counts[f"cut at {length}"] += splits[length].truncated
         return there, splits
 
     def _model(self) -> PreTrainedModel:
         import torch
 
-        from tanzaku.models import load_classifier
+        from tanzaku.models import load_for
 
-        meta = self.adapters[0].meta
         half = all(adapter.precision == "bf16" for adapter in self.adapters)  # as in training
         kind = torch.bfloat16 if half else torch.float32
-        names = dict(enumerate(map(printable, meta["labels"])))
-        model = load_classifier(meta["model"], len(names), id2label=names, dtype=kind)
+        model, _ = load_for(self.adapters[0].model, self.task, dtype=kind)
         _load(model, self.adapters)
         model.to(self.device)
         return model
 
-    def _probabilities(
+    def _predictions(
         self, model: PreTrainedModel, splits: dict[int, Split], start: int, there: Sequence[int]
-    ) -> list[dict[str, list[float]]]:
+    ) -> list[dict[str, Any]]:
         from tanzaku.host import host_of
-        from tanzaku.tasks.inference import NotFinite, check_rows, probabilities
+        from tanzaku.tasks.inference import NotFinite, check_rows, predictions
         from tanzaku.train.passes import CheapPasses
         from tanzaku.train.step import autocast
 
-        rows: list[dict[str, list[float]]] = [{} for _ in there]
+        rows: list[dict[str, Any]] = [{} for _ in there]
         host = host_of(model)
         self.passes = self.passes or CheapPasses(host.base)
         for adapter in self.adapters:
-            length = adapter.meta["max_length"]
+            length = adapter.max_length
             numbers = [start + at + 1 for at in there]
             check_rows(host.base, splits[length], length, host.get(adapter.name).before, numbers)
         for precision in dict.fromkeys(adapter.precision for adapter in self.adapters):
             group = [adapter for adapter in self.adapters if adapter.precision == precision]
-            texts = {adapter.name: splits[adapter.meta["max_length"]] for adapter in group}
+            texts = {adapter.name: splits[adapter.max_length] for adapter in group}
             try:
                 with autocast(model.device, precision):
                     pad = int(self.tokenizer.pad_token_id)
-                    found = list(probabilities(model, texts, pad, self.batch_size, self.passes))
+                    found = list(predictions(model, self.task, texts, pad, self.batch_size, self.passes))
             except NotFinite as error:
                 path = next(adapter.path for adapter in group if adapter.name == error.name)
                 fix = "" if precision == "fp32" else ", or --precision fp32"
+                number = start + there[error.row] + 1
                 raise TanzakuError(
-                    f"{path} gives {self.rows.source} row {start + there[error.row] + 1} the logits {error.found}, "
+                    f"{path} gives {self.rows.source} row {number} the {error.what} {error.found}, "
                     f"expected finite numbers; the adapter's weights are too large: train it anew{fix}"
                 ) from None
             for row, each in zip(rows, found, strict=True):
@@ -506,16 +482,14 @@ def _check_out(out: Path | None, data: str, overwrite: bool, resume: bool) -> No
         raise TanzakuError(f"--out {out} is there already{done}; choose another, or give --overwrite")
 
 
-def _added(names: Sequence[str], labels: Sequence[str], kind: str, prefix: str) -> dict[str, str]:
+def _added(names: Sequence[str], task: Task, kind: str, prefix: str) -> dict[str, str]:
     """The new columns, and whether each is text or a number."""
     if kind == "jsonl":
-        last = "probabilities" if len(names) == 1 else None
-        return {f"{prefix}predicted": "text", f"{prefix}{last}": "number"} if last else {f"{prefix}adapters": "text"}
+        own = task.answer_keys if len(names) == 1 else ("adapters",)
+        return {f"{prefix}{key}": "text" for key in own}
     added: list[tuple[str, str]] = []
     for name in names:
-        whose = "" if len(names) == 1 else f"_{name}"
-        added.append((f"{prefix}predicted{whose}", "text"))
-        added += [(f"{prefix}p{whose}_{label}", "number") for label in labels]
+        added += [(_name(column, "" if len(names) == 1 else name, prefix), column.kind) for column in task.columns()]
     for column, times in Counter(name for name, _ in added).items():
         if times > 1:
             raise TanzakuError(f"two columns would be {column!r}; rename an adapter's directory, or use --out X.jsonl")
@@ -556,34 +530,38 @@ def _form(kind: str, rows: Rows | Piped, added: dict[str, str], out: Path | None
 
 def _written(
     chunk: Sequence[Row],
-    found: Sequence[dict[str, list[float]] | None],
+    found: Sequence[dict[str, Any] | None],
     adapters: Sequence[_Adapter],
     kind: str,
     prefix: str,
 ) -> list[Row]:
     """The rows with what was found."""
-    labels: list[str] = adapters[0].meta["labels"]
-    out = []
+    task, out = adapters[0].task, []
+    columns, lines = task.columns(), kind in ("tsv", "csv")
     for row, of_row in zip(chunk, found, strict=True):
         new: Row = {}
         for adapter in adapters:
-            numbers: list[float] | None = None if of_row is None else [round(p, 6) for p in of_row[adapter.name]]
-            best = None if of_row is None else labels[of_row[adapter.name].index(max(of_row[adapter.name]))]
+            said = None if of_row is None else of_row[adapter.name]
             if kind == "jsonl":
-                share = None if numbers is None else dict(zip(labels, numbers, strict=True))
-                new[adapter.name] = {"predicted": best, "probabilities": share}
+                new[adapter.name] = dict.fromkeys(task.answer_keys) if said is None else task.answer(said)
                 continue
-            whose = "" if len(adapters) == 1 else f"_{adapter.name}"
-            lines = kind in ("tsv", "csv")
-            new[f"{prefix}predicted{whose}"] = printable(best) if lines and best is not None else best
-            for at, label in enumerate(labels):
-                number = None if numbers is None else numbers[at]
-                new[f"{prefix}p{whose}_{label}"] = f"{number:.6f}" if lines and number is not None else number
+            cells = [None] * len(columns) if said is None else task.cells(said)
+            for column, cell in zip(columns, cells, strict=True):
+                name = _name(column, "" if len(adapters) == 1 else adapter.name, prefix)
+                new[name] = _cell(cell) if lines and cell is not None else cell
         if kind == "jsonl":
             new = {"adapters": new} if len(adapters) > 1 else new[adapters[0].name]
             new = {f"{prefix}{key}": value for key, value in new.items()}
         out.append({**row, **new})
     return out
+
+
+def _name(column: Column, adapter: str, prefix: str) -> str:
+    return prefix + "_".join(filter(None, (column.stem, adapter, column.part)))
+
+
+def _cell(value: str | float) -> str:
+    return printable(value) if isinstance(value, str) else f"{value:.6f}"
 
 
 def _print(form: Lines | Parquet, chunks: Iterator[tuple[int, list[Row]]], rows: int | None) -> None:

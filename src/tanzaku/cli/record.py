@@ -18,7 +18,7 @@ from tanzaku.errors import TanzakuError
 from tanzaku.files import finite, written_beside
 
 if TYPE_CHECKING:
-    from tanzaku.tasks.prepare import ClassificationData
+    from tanzaku.tasks.task import TaskData
     from tanzaku.train.results import EpochRecord, Job, JobResult, Observer
 
 RESULTS, ADAPTERS = "results.json", "adapters"
@@ -117,12 +117,12 @@ def clear(out: Path) -> None:
         shutil.rmtree(out / folder, ignore_errors=True)
 
 
-def data_record(data: ClassificationData) -> dict[str, Any]:
-    """Rows and cut texts of each split, and the labels in the order of their ids."""
+def data_record(data: TaskData) -> dict[str, Any]:
+    """Rows and cut texts of each split, and what the task knows."""
     return {
         "rows": {split.name: len(split) for split in data.splits()},
         "truncated": {split.name: split.truncated for split in data.splits()},
-        "labels": list(data.labels.names),
+        "task": data.task.to_json(),
     }
 
 

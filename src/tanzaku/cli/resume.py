@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from tanzaku.cli.record import BEGUN
 from tanzaku.cli.run import portable
 from tanzaku.errors import TanzakuError
-from tanzaku.recipe import SECTIONS, Recipe, build_recipe
+from tanzaku.recipe import Recipe, build_recipe, schema, sections, task_in
 from tanzaku.recipe_errors import complaint, flag
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tanzaku.cli.run import Sitting
     from tanzaku.compare.journal import Journal
-    from tanzaku.tasks.prepare import ClassificationData
+    from tanzaku.tasks.task import TaskData
 
 
 DRY_RUN = "print what tanzaku check tells of the rows, and train nothing"
@@ -61,9 +61,9 @@ def resumed(command: str, file: Path | None, flags: dict[str, Any], default_meth
                 fix = "leave recipe and flags out, or choose another --out"
                 raise TanzakuError(f"--resume: {out} was begun with another {part}; {fix}")
     try:
-        return Recipe.model_validate({**kept, "out": str(out)})
+        return schema(task_in(kept)).model_validate({**kept, "out": str(out)})
     except ValidationError as error:
-        raise _damaged(out, complaint(error, "its recipe", SECTIONS, {})) from None
+        raise _damaged(out, complaint(error, "its recipe", sections(task_in(kept)), {})) from None
 
 
 def _check_whole(out: Path) -> None:
@@ -81,9 +81,7 @@ def _damaged(out: Path, why: str) -> TanzakuError:
     return TanzakuError(f"--resume: {out / BEGUN} is damaged: {why}; begin anew with --overwrite")
 
 
-def begin(
-    run: Sitting, journal: Journal, model: PreTrainedModel, data: ClassificationData, resume: bool
-) -> dict[str, Any]:
+def begin(run: Sitting, journal: Journal, model: PreTrainedModel, data: TaskData, resume: bool) -> dict[str, Any]:
     """Begin a run in its directory, or go on with the one there; what results.json says of the run itself.
 
     Raises:

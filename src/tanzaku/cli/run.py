@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from tanzaku.cli.display import Display
     from tanzaku.method import Method
-    from tanzaku.tasks.prepare import ClassificationData, ClassificationTables
+    from tanzaku.tasks.prepare import Tables
+    from tanzaku.tasks.task import TaskData
     from tanzaku.train.settings import TrainSettings
 
 
@@ -36,38 +37,37 @@ class Sitting:
     recipe: Recipe
     out: Path
     device: str
-    tables: ClassificationTables
+    tables: Tables
     begun: bool = False  # whether the directory holds this run
     clock: float = field(default_factory=time.monotonic)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def load(
         self, display: Display, methods: Sequence[tuple[str, Method, TrainSettings]]
-    ) -> tuple[PreTrainedModel, ClassificationData]:
+    ) -> tuple[PreTrainedModel, TaskData]:
         """The model on its device, and the rows; each method is hung on a model without weights first.
 
         Raises:
             TanzakuError: no such model, rows that cannot be encoded, or a method that does not fit the model.
         """
         from tanzaku.compare.resamples import resamples
-        from tanzaku.models import load_classifier, load_tokenizer
-        from tanzaku.tasks.prepare import encode_classification
+        from tanzaku.models import load_for, load_tokenizer
+        from tanzaku.tasks.prepare import encode
 
         recipe = self.recipe
         tokenizer = load_tokenizer(recipe.model, on_progress=display.say)
-        data = encode_classification(self.tables, recipe.data, tokenizer, recipe.train.max_length)
+        data = encode(self.tables, tokenizer, recipe.train.max_length)
         display.data(data, recipe.train.max_length)
-        if self.command != "train":  # a label that is too rare for the folds is told before the model is loaded
+        if self.command != "train":  # a class that is too rare for the folds is told before the model is loaded
             resamples(data, recipe.compare.design(data.valid is not None), recipe.train.seed)
-        labels = data.labels.to_config()["id2label"]
         kind = _dtype([settings for _, _, settings in methods])
-        model = load_classifier(recipe.model, len(labels), id2label=labels, dtype=kind, seed=recipe.train.seed)
+        model, _ = load_for(recipe.model, data.task, dtype=kind, seed=recipe.train.seed)
         _check_fit(model, methods, data, recipe.train.max_length, self.device)
         model.to(self.device)
         display.say(f"model: {recipe.model}, {model.num_parameters():,} parameters, on {self.device}")
         return model, data
 
-    def about(self, data: ClassificationData) -> dict[str, Any]:
+    def about(self, data: TaskData) -> dict[str, Any]:
         """What results.json says of the run itself."""
         from tanzaku.cli.machine import machine, versions
         from tanzaku.cli.record import data_record
@@ -82,14 +82,12 @@ class Sitting:
             "started": self.started.isoformat(timespec="seconds"),
         }
 
-    def meta(self, data: ClassificationData) -> dict[str, Any]:
+    def meta(self, data: TaskData) -> dict[str, Any]:
         """What is kept beside an adapter, for prediction."""
         return {
             "task": self.recipe.task,
             "model": portable(self.recipe.model),
-            "labels": list(data.labels.names),
-            "text": self.recipe.data.text,
-            "text_pair": self.recipe.data.text_pair,
+            **data.task.to_json(),
             "max_length": self.recipe.train.max_length,
             "files": {
                 split: Path(source).name
@@ -110,7 +108,7 @@ def sitting(
     """
     from tanzaku.cli.machine import device_named, quieten
     from tanzaku.cli.record import locked, prepare_out
-    from tanzaku.tasks.prepare import read_classification
+    from tanzaku.tasks.prepare import read_tables
 
     if resume and overwrite:
         raise TanzakuError("--resume goes on with a run, and --overwrite replaces it; give one of the two")
@@ -121,7 +119,7 @@ def sitting(
     quieten()
     device = device_named(recipe.device)
     folded = command != "train" and recipe.compare.design(recipe.data.valid is not None).folds is not None
-    tables = read_classification(recipe.data, folded)
+    tables = read_tables(recipe.kind, recipe.data, folded)
     out = Path(recipe.out).expanduser() if recipe.out else _new(command)
     fresh = not out.is_dir()
     if fresh:
@@ -174,7 +172,7 @@ def _check_sense(recipe: Recipe, name: str, settings: TrainSettings) -> None:
 def _check_fit(
     model: PreTrainedModel,
     methods: Sequence[tuple[str, Method, TrainSettings]],
-    data: ClassificationData,
+    data: TaskData,
     max_length: int,
     device: str,
 ) -> None:

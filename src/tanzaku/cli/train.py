@@ -29,7 +29,7 @@ def train(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: boo
     if dry_run:
         from tanzaku.cli.card import show_card
 
-        return show_card(recipe.data, recipe.model, recipe.train.max_length)
+        return show_card(recipe.kind, recipe.data, recipe.model, recipe.train.max_length)
     methods = [(job.name, job.method, job.settings)]
     with sitting("train", recipe, methods, overwrite, resume) as run:
         from tanzaku.cli.display import Display
@@ -37,7 +37,7 @@ def train(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: boo
         from tanzaku.compare.journal import Journal
         from tanzaku.train.loop import train_jobs
 
-        display = Display()
+        display = Display(recipe.kind.metrics)
         model, data = run.load(display, methods)
         journal = Journal(run.out)
         record = Record(run.out, begin(run, journal, model, data, resume), run.clock, display)

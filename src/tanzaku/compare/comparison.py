@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from tanzaku import store
@@ -23,17 +22,15 @@ from tanzaku.compare.candidates import Candidate, Searched
 from tanzaku.compare.flags import flags
 from tanzaku.compare.journal import Journal
 from tanzaku.compare.resamples import Resample, pooled, resamples
-from tanzaku.compare.search import Outcome, Search, rungs, survivors
-from tanzaku.compare.settings import CompareSettings, bytes_of, direction
+from tanzaku.compare.search import Outcome, Search, direction, rungs, survivors
+from tanzaku.compare.settings import CompareSettings, bytes_of
 from tanzaku.compare.statistics import Design, Ranking, Run, Scored, rank
 from tanzaku.compare.verdict import sentences
 from tanzaku.files import finite
 from tanzaku.host import activate, detach
-from tanzaku.tasks.classification import Split
-from tanzaku.tasks.inference import logits_of
-from tanzaku.tasks.metrics import classification_metrics, confusion, wilson_interval
-from tanzaku.tasks.prepare import ClassificationData
-from tanzaku.train.loop import Pool, probabilities
+from tanzaku.tasks.inference import records_of
+from tanzaku.tasks.task import Split, Statistics, TaskData, metric_named
+from tanzaku.train.loop import Pool, intervals
 from tanzaku.train.results import EpochRecord, Job, JobResult, Observer
 from tanzaku.train.step import autocast
 
@@ -57,12 +54,12 @@ class Comparison:
     """One comparison on one loaded model.
 
     Args:
-        model: a classifier on its device; it is left as it was.
+        model: made for the task, on its device; it is left as it was.
         out: the run's directory. seed: of folds, draws and runs. meta: kept beside each adapter, for prediction.
     """
 
     model: PreTrainedModel
-    data: ClassificationData
+    data: TaskData
     candidates: Sequence[Candidate]
     searched: Sequence[Searched]
     settings: CompareSettings
@@ -73,10 +70,14 @@ class Comparison:
     meta: dict[str, Any]
 
     def __post_init__(self) -> None:
+        self.task = self.data.task
+        self.metric = metric_named(self.task, self.settings.rank_by or self.task.rank_by)
         self.design = self.settings.design(self.data.valid is not None)
         self.resamples = resamples(self.data, self.design, self.seed)
         self.memory = bytes_of(self.settings.memory) if self.settings.memory else None
-        self.searches = [Search(each, self.journal.search, self.seed, self.settings) for each in self.searched]
+        self.searches = [
+            Search(each, self.journal.search, self.seed, self.settings, self.metric) for each in self.searched
+        ]
         self.measured: list[Candidate] = []
         self.ranking: Ranking | None = None
         self.finalists: list[str] = []
@@ -124,8 +125,8 @@ class Comparison:
 
     def _outcome(self, name: str) -> Outcome:
         record = self.journal.jobs[name]
-        values = [_figure(epoch["valid"], self.settings.rank_by) for epoch in record["epochs"]]
-        value = None if record["valid"] is None else _figure(record["valid"], self.settings.rank_by)
+        values = [_figure(epoch["valid"], self.metric.name) for epoch in record["epochs"]]
+        value = None if record["valid"] is None else _figure(record["valid"], self.metric.name)
         return Outcome(record["status"], values, None if value is None or math.isnan(value) else value)
 
     def _measure(self, candidate: Candidate, at: Resample) -> _Job:
@@ -185,23 +186,22 @@ class Comparison:
         there = [c for c in best if (self.out / ADAPTERS / c.name).is_dir()]
         if split is None:
             return out
-        labels = torch.tensor([example.label for example in split.examples])
         for precision in dict.fromkeys(c.settings.precision for c in there):
             group = [c for c in there if c.settings.precision == precision]
             for candidate in group:
                 store.load(self.model, self.out / ADAPTERS / candidate.name, candidate.name)
             with autocast(self.model.device, precision):
-                found = logits_of(self.model, {c.name: split for c in group}, self.data.pad_token_id, 8)
+                splits = {c.name: split for c in group}
+                found = records_of(self.model, self.task, splits, self.data.pad_token_id, 8)
             activate(self.model, None)
             for candidate in group:
                 detach(self.model, candidate.name)
-                logits = found[candidate.name]
-                out["predictions"][candidate.name] = probabilities(logits)
-                figures: dict[str, Any] = {"confusion": confusion(logits, labels, len(self.data.labels))}
+                records = found[candidate.name]
+                out["predictions"][candidate.name] = self.task.predictions(records)
+                figures: dict[str, Any] = {"confusion": self.task.confusion(records)}
                 if self.data.test is not None:
-                    right = int((logits.argmax(-1) == labels).sum())
-                    figures["test"] = classification_metrics(logits, labels)
-                    figures["test_interval"] = wilson_interval(right, len(labels))
+                    figures["test"] = self.task.figures(records)
+                    figures["test_intervals"] = intervals(self.task, records)
                 out["figures"][candidate.name] = figures
         return out
 
@@ -253,8 +253,8 @@ class Comparison:
             for name in names:
                 epochs = self._epochs(pool, name)
                 if len(epochs) >= epoch:
-                    values[name] = _figure(epochs[epoch - 1], self.settings.rank_by)
-            on = survivors(values, self.settings.reduction, direction(self.settings.rank_by))
+                    values[name] = _figure(epochs[epoch - 1], self.metric.name)
+            on = survivors(values, self.settings.reduction, direction(self.metric))
             stopped += [name for name in waiting if name not in on]
         return stopped, ahead
 
@@ -280,22 +280,32 @@ class Comparison:
                 at.repeat,
                 at.fold,
                 at.seed,
-                _figure(record["valid"] or {}, self.settings.rank_by),
-                _array(record["predictions"]) if record["predictions"] else None,
-                None if at.data.valid is None else _labels(at.data.valid),
+                _figure(record["valid"] or {}, self.metric.name),
+                self._sums(record["predictions"], at.data.valid),
+                None if at.data.valid is None else self._strata(at.data.valid),
             )
             for at, record in zip(self.resamples, records, strict=True)
         ]
         return Scored(candidate.name, runs, records[0]["trainable_parameters"])
 
+    def _sums(self, predictions: list[Any] | None, split: Split | None) -> Statistics | None:
+        if not predictions or split is None:
+            return None
+        return self.metric.statistics(self.task.recorded(predictions, split.examples))
+
+    def _strata(self, split: Split) -> np.ndarray[Any, np.dtype[Any]]:
+        """Of each row, the number of its stratum."""
+        names = [self.task.stratum(example) for example in split.examples]
+        return np.unique([name or "" for name in names], return_inverse=True)[1]
+
     def _statistics(self) -> Design:
         train = plain.fmean(len(at.data.train) for at in self.resamples)
         valid = [at.data.valid for at in self.resamples if at.data.valid is not None]
-        labels = None
+        strata = None
         if self.design.folds is None:
-            labels = _labels(valid[0])
+            strata = self._strata(valid[0])
         kind: Any = "split" if self.design.folds is None else "folds"
-        return Design(kind, self.settings.rank_by, train, plain.fmean(map(len, valid)), labels, self.settings.margin)
+        return Design(kind, self.metric, train, plain.fmean(map(len, valid)), strata, self.settings.margin)
 
     def results(self) -> dict[str, Any]:
         """The part of results.json that the comparison fills, as far as it has come; docs/results.md says what."""
@@ -312,7 +322,7 @@ class Comparison:
                 "repeats": self.design.repeats,
                 "seeds": sorted({at.seed for at in self.resamples}),
                 "runs": len(self.resamples),
-                "metric": self.settings.rank_by,
+                "metric": self.metric.name,
                 "margin": self.settings.margin,
                 "train_rows": design.train_rows,
                 "valid_rows": design.valid_rows,
@@ -359,7 +369,7 @@ class Comparison:
         place, standing = standings.get(candidate.name, (None, None))
         adapter = self.out / ADAPTERS / candidate.name
         tested = self.tested.get("figures", {}).get(candidate.name, {})
-        metrics = ("loss", "accuracy", "roc_auc", "macro_f1")
+        metrics = [metric.name for metric in self.task.metrics]
         return {
             "name": candidate.name,
             "method": candidate.method.name,
@@ -382,15 +392,15 @@ class Comparison:
             "finalist": candidate.name in self.finalists,
             "adapter": f"{ADAPTERS}/{candidate.name}" if adapter.is_dir() else None,
             "test": tested.get("test"),
-            "test_interval": tested.get("test_interval"),
+            "test_intervals": tested.get("test_intervals"),
             "confusion": tested.get("confusion"),
         }
 
     def _flags(self, candidate: Candidate, records: Sequence[Mapping[str, Any]]) -> list[str]:
         """What a figure does not say of itself, in a few words each."""
         done = [record for record in records if record["status"] == "done" and record["valid"]]
-        counts = np.bincount(_labels(self.data.train), minlength=len(self.data.labels))
-        out = flags(done, counts / counts.sum(), self.settings.rank_by, same_rows=self.design.folds is None)
+        rows = self.data.train.examples
+        out = flags(done, self.task, rows, self.metric, same_rows=self.design.folds is None)
         if candidate.rate == "shared":
             rate = candidate.settings.learning_rate
             shared = {c.method.name for c in self.measured or self.candidates if c.rate == "shared"}
@@ -425,7 +435,7 @@ class Comparison:
         return {
             "split": "test" if split is self.data.test else "valid",
             "texts": split.texts,
-            "labels": [example.label for example in split.examples],
+            "targets": [example.target for example in split.examples],
             "predictions": self.tested["predictions"],
         }
 
@@ -483,14 +493,6 @@ def _figure(valid: Mapping[str, float | None], metric: str) -> float:
 
 
 _OF = {False: "runs", True: "rows"}
-
-
-def _labels(split: Split) -> np.ndarray[Any, np.dtype[Any]]:
-    return np.array([example.label for example in split.examples])
-
-
-def _array(rows: list[list[float | None]]) -> np.ndarray[Any, np.dtype[Any]]:
-    return np.array([[math.nan if p is None else p for p in row] for row in rows], dtype=float)
 
 
 def _place(record: Mapping[str, Any]) -> tuple[Any, ...]:

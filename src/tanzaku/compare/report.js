@@ -28,7 +28,7 @@
 
   const SHAPES = ["circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x"];
   const DASHES = ["solid", "6px,3px", "2px,2px", "8px,2px,2px,2px"];
-  const percent = data.metric === "accuracy";
+  const percent = data.percent;
 
   // Plotly reads a little HTML in texts.
   const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
@@ -43,7 +43,7 @@
   }
   const hue = (at) => colour(`hue-${at % data.hues}`);
   const faded = (shade, alpha) => shade.replace(/^rgb\((.*)\)$/, `rgba($1, ${alpha})`);
-  const written = (metric, value) => (metric === "accuracy" ? `${(100 * value).toFixed(1)}%` : value.toPrecision(4));
+  const written = (metric, value) => (data.percents.includes(metric) ? `${(100 * value).toFixed(1)}%` : value.toPrecision(4));
 
   function draw(id, traces, xaxis, yaxis) {
     const plot = document.getElementById(id);
@@ -83,7 +83,7 @@
     return { type, range, dtick: width / decades < 150 ? 1 : "D2", exponentformat: "e", tickformat: range[0] < -3 ? "~e" : "~g" };
   }
 
-  // For each point the first place of its label that is free of points, labels and, if it can be, of lines; or none.
+  // For each point the first place of its name that is free of points, names and, if it can be, of lines; or none.
   function labelled(points, front, width, height) {
     const pen = document.createElement("canvas").getContext("2d");
     pen.font = `13px ${getComputedStyle(document.body).fontFamily}`;
@@ -196,7 +196,7 @@
       }));
       const epochs = Math.max(0, ...shown.flatMap(({ runs }) => runs.map((run) => run[figure].length)));
       draw(id, [...thin, ...thick], { title: "epoch", tick0: 1, dtick: Math.ceil(epochs / 10) || 1 },
-        { tickformat: figure === "accuracy" ? ".0%" : "~g", ...(figure === "train_loss" && { rangemode: "tozero" }) });
+        { tickformat: data.percents.includes(figure) ? ".0%" : "~g", ...(figure === "train_loss" && { rangemode: "tozero" }) });
     }
   }
 
@@ -254,7 +254,7 @@
   // -- rows
 
   const PAGE = innerWidth < 700 ? 10 : 25;
-  const { texts, labels, predictions, finalists } = data.rows;
+  const { texts, targets, predictions, finalists, answers } = data.rows;
   // Full-width and half-width forms are one to a reader who searches.
   const folded = (text) => text.normalize("NFKC").toLowerCase();
   const haystack = texts.map(({ text }) => folded(text));
@@ -263,11 +263,11 @@
   const KINDS = {
     all: () => true,
     disagree: (row) => new Set(predictions.map((own) => own[row]?.[0])).size > 1,
-    wrong: (row) => predictions.some((own) => own[row] && own[row][0] !== labels[row]),
+    wrong: (row) => predictions.some((own) => own[row]?.[2]),
   };
 
-  function label(id) {
-    return element("bdi", { lang: data.labels[id]?.lang ?? "" }, data.labels[id]?.text ?? "–");
+  function answer(at) {
+    return element("bdi", { lang: answers[at].lang }, answers[at].text);
   }
 
   function cells(row) {
@@ -277,14 +277,15 @@
     return [
       element("td", { class: "end", "data-label": "row" }, String(row + 1)),
       element("td", { class: "text" }, words),
-      element("td", { "data-label": "label" }, label(labels[row])),
+      element("td", { "data-label": "truth" }, answer(targets[row])),
       ...finalists.map((at, own) => {
         const said = predictions[own][row];
         const cell = element("td", { "data-label": data.candidates[at].name });
         if (!said) return cell.append("–"), cell;
-        const wrong = said[0] !== labels[row];
-        const answer = element("span", wrong ? { class: "wrong" } : {}, ...(wrong ? ["✗ "] : []), label(said[0]));
-        cell.append(element("span", {}, answer, " ", element("span", { class: "quiet" }, said[1].toFixed(2))));
+        const [text, sure, wrong] = said;
+        const words = element("span", wrong ? { class: "wrong" } : {}, ...(wrong ? ["✗ "] : []), answer(text));
+        const quiet = sure === null ? [] : [" ", element("span", { class: "quiet" }, sure.toFixed(2))];
+        cell.append(element("span", {}, words, ...quiet));
         return cell;
       }),
     ];

@@ -1,6 +1,6 @@
 """The report of a comparison: the content of results.json as one HTML file that never asks a network for anything.
 
-Texts, labels, names and errors are other people's. Jinja escapes what becomes HTML and JSON, report.js only ever sets
+Texts, answers, names and errors are other people's. Jinja escapes what becomes HTML and JSON, report.js only ever sets
 text, and the page's own policy allows no script but the two it was written with, and no request at all.
 """
 
@@ -23,9 +23,10 @@ from plotly.offline import get_plotlyjs
 from tanzaku.compare.statistics import ENOUGH
 from tanzaku.compare.verdict import tested_by
 from tanzaku.files import written_beside
+from tanzaku.tasks import task_named
+from tanzaku.tasks.task import LOSS, Example, Metric, Said, metric_named
 
 _HERE = Path(__file__).parent
-_METRICS = {"accuracy": "accuracy", "roc_auc": "ROC-AUC", "macro_f1": "macro F1", "loss": "loss"}
 _COSTS = {"trainable_parameters": "trained parameters", "peak_memory_bytes": "memory", "seconds": "time"}
 _SPLITS = {"train": "training", "valid": "validation", "test": "test"}
 _SHAPES = 7  # of points; report.js and the template draw as many
@@ -86,17 +87,24 @@ def render(results: Mapping[str, Any]) -> str:
 def _view(results: dict[str, Any]) -> dict[str, Any]:
     """Everything the template names. Candidates are numbered in the order of the ranking, which is their colour."""
     design = results.get("design") or {}
-    metric = design.get("metric") or "accuracy"
+    kind = task_named((results.get("recipe") or {}).get("task") or "classification")
+    known = (results.get("data") or {}).get("task")
+    task = None if known is None else kind.from_json(known, "results.json: data.task.")  # no rows were read yet
+    metric = metric_named(kind, design.get("metric") or kind.rank_by)
+    titles = {each.name: each.title for each in sorted(kind.metrics, key=lambda each: each is LOSS)}
     candidates = sorted(results.get("candidates") or [], key=lambda candidate: candidate["rank"] is None)
     number = {candidate["name"]: at for at, candidate in enumerate(candidates)}
     ends = [end for entry in candidates for end in _ends(entry["mean"], entry["interval"])]
     ends += [
-        value for entry in candidates for value in (entry.get("scores") or {}).get(metric) or [] if value is not None
+        value
+        for entry in candidates
+        for value in (entry.get("scores") or {}).get(metric.name) or []
+        if value is not None
     ]
     scale = _scale(ends, metric)
     for candidate in candidates:
         candidate["mark"] = _mark(candidate["mean"], candidate["interval"], scale)
-        own = (candidate.get("scores") or {}).get(metric) or []
+        own = (candidate.get("scores") or {}).get(metric.name) or []
         # A few runs are a dot each: their spread is no interval.
         candidate["dots"] = [_mark(value, None, scale) for value in own] if 1 < len(own) < ENOUGH else []
     pairs = results.get("comparisons") or []
@@ -110,12 +118,15 @@ def _view(results: dict[str, Any]) -> dict[str, Any]:
     search = [_searched(entry) for entry in results.get("search") or []]
     rows = results.get("rows") or {}
     finalists = [name for name in number if name in (rows.get("predictions") or {})]
-    labels = (results.get("data") or {}).get("labels") or []
+    answers = _Answers()
+    examples = [Example({}, target) for target in rows.get("targets") or []]
+    said = {name: list(map(task.said, rows["predictions"][name], examples)) for name in finalists if task is not None}
     return {
         "results": results,
         "model": (results.get("recipe") or {}).get("model") or "A comparison",
-        "metric": metric,
-        "aim": _METRICS.get(metric, metric),
+        "metric": metric.name,
+        "kind": kind_of(metric),
+        "aim": metric.title,
         "counted": _counted(len(candidates), (results.get("data") or {}).get("rows") or {}),
         "held_out": _SPLITS.get(str(rows.get("split")), "held-out"),
         "hues": _HUES,
@@ -126,22 +137,24 @@ def _view(results: dict[str, Any]) -> dict[str, Any]:
         "number": number,
         "verdict": {"sentences": [], "best": None, "tied": [], "cheapest": None} | (results.get("verdict") or {}),
         "scale": scale,
-        "tested": tested_by({**results, "candidates": candidates}) if design else [],
-        "metrics": _METRICS,
+        "tested": tested_by({**results, "candidates": candidates}, task) if design and task is not None else [],
+        "metrics": titles,
+        "kinds": {each.name: kind_of(each) for each in kind.metrics},
         "of_rows": any(candidate.get("interval_of") == "rows" for candidate in candidates),
         "pairs": pairs,
         "costs": costs,
         "cost_names": {cost: _COSTS[cost] for cost in costs},
         "curves": curves,
-        "curve_metrics": _figures_in(curves, metric),
+        "curve_metrics": _figures_in(curves, titles, metric.name),
         "search": search,
         "finalists": finalists,
-        "labels": labels,
-        "design_facts": _design_facts(results, design),
+        "classes": () if task is None else task.classes,
+        "design_facts": _design_facts(results, design, metric),
         "machine_facts": _machine_facts(results),
         "data": {
             "hues": _HUES,
-            "metric": metric,
+            "percent": kind_of(metric) == "percent",
+            "percents": [each.name for each in kind.metrics if kind_of(each) == "percent"],
             "candidates": [
                 {"short": _short(entry["name"])} | {key: entry[key] for key in ("name", "mean", "interval", *_COSTS)}
                 for entry in candidates
@@ -149,12 +162,12 @@ def _view(results: dict[str, Any]) -> dict[str, Any]:
             "costs": costs,
             "curves": curves,
             "search": search,
-            "labels": [_text(label) for label in labels],
             "rows": {
                 "texts": [_text(text) for text in rows.get("texts") or []],
-                "labels": rows.get("labels") or [],
+                "targets": [] if task is None else [answers(_plain(task.truth(each))) for each in examples],
                 "finalists": [number[name] for name in finalists],
-                "predictions": [[_predicted(row) for row in rows["predictions"][name]] for name in finalists],
+                "predictions": [[_said(each, answers) for each in said[name]] for name in finalists],
+                "answers": answers.texts,
             },
         },
     }
@@ -167,7 +180,7 @@ def _counted(candidates: int, rows: Mapping[str, int | None]) -> str:
     return f"{candidates} candidate{'s' if candidates != 1 else ''}{on}."
 
 
-def _design_facts(results: Mapping[str, Any], design: Mapping[str, Any]) -> dict[str, Any]:
+def _design_facts(results: Mapping[str, Any], design: Mapping[str, Any], metric: Metric) -> dict[str, Any]:
     """How it was measured, in words."""
     folds, repeats, runs = (design.get(key) for key in ("folds", "repeats", "runs"))
     rows = (results.get("data") or {}).get("truncated") or {}
@@ -180,7 +193,7 @@ def _design_facts(results: Mapping[str, Any], design: Mapping[str, Any]) -> dict
         "new folds": f"{repeats} times" if folds and repeats != 1 else None,
         "runs of a candidate": runs,
         "seeds": ", ".join(map(str, design.get("seeds") or ())),
-        "ranked by": _METRICS.get(str(design.get("metric"))),
+        "ranked by": metric.title if design else None,
         "rows of one run": ", ".join(per_run),
         "rows a step": design.get("rows_per_step"),
         "memory limit": _bytes(design["memory_limit_bytes"]) if design.get("memory_limit_bytes") else None,
@@ -199,12 +212,12 @@ def _machine_facts(results: Mapping[str, Any]) -> dict[str, Any]:
     return {"device": results.get("device")} | about | (results.get("versions") or {})
 
 
-def _scale(values: Sequence[float], metric: str) -> tuple[float, float]:
+def _scale(values: Sequence[float], metric: Metric) -> tuple[float, float]:
     """Round ends of an axis that holds the values."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     step = 10 ** math.floor(math.log10(high - low or 0.1)) / 2
-    low, high = max(math.floor(low / step) * step, 0.0), math.ceil(high / step) * step
-    high = high if metric == "loss" else min(high, 1.0)
+    low = max(math.floor(low / step) * step, metric.bounds[0])
+    high = min(math.ceil(high / step) * step, metric.bounds[1])
     return (low, high) if high > low else (low - step, low)
 
 
@@ -222,10 +235,10 @@ def _mark(value: float | None, interval: Sequence[float] | None, scale: tuple[fl
     return {"at": at[0], "low": at[1], "high": at[2], "zero": round(-100 * first / (last - first), 2)}
 
 
-def _cost(candidates: Sequence[dict[str, Any]], cost: str, metric: str) -> dict[str, Any]:
+def _cost(candidates: Sequence[dict[str, Any]], cost: str, metric: Metric) -> dict[str, Any]:
     """The candidates that have the figure, and the Pareto front: those that none beats for less, cheapest first."""
     points = [at for at, entry in enumerate(candidates) if entry["mean"] is not None and entry[cost] is not None]
-    sign = -1 if metric == "loss" else 1
+    sign = metric.sign
     front: list[int] = []
     for at in sorted(points, key=lambda at: (candidates[at][cost], -sign * candidates[at]["mean"])):
         if not front or sign * candidates[at]["mean"] > sign * candidates[front[-1]]["mean"]:
@@ -256,7 +269,8 @@ def _curves(jobs: Sequence[dict[str, Any]], number: Mapping[str, int]) -> list[d
 
 
 def _curve(epochs: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
-    valid = {metric: [_rounded((epoch["valid"] or {}).get(metric)) for epoch in epochs] for metric in _METRICS}
+    names = dict.fromkeys(name for epoch in epochs for name in epoch["valid"] or {})
+    valid = {metric: [_rounded((epoch["valid"] or {}).get(metric)) for epoch in epochs] for metric in names}
     return {"train_loss": [_rounded(epoch["train_loss"]) for epoch in epochs]} | valid
 
 
@@ -264,13 +278,13 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.5g}")
 
 
-def _figures_in(curves: Iterable[Mapping[str, Any]], first: str) -> dict[str, str]:
+def _figures_in(curves: Iterable[Mapping[str, Any]], titles: Mapping[str, str], first: str) -> dict[str, str]:
     """The validation figures that any run has, the design's first."""
     runs = [run for curve in curves for run in curve["runs"]]
     return {
-        metric: _METRICS[metric]
-        for metric in sorted(_METRICS, key=lambda metric: metric != first)
-        if any(value is not None for run in runs for value in run[metric])
+        metric: titles[metric]
+        for metric in sorted(titles, key=lambda metric: metric != first)
+        if any(value is not None for run in runs for value in run.get(metric, ()))
     }
 
 
@@ -288,11 +302,29 @@ def _searched(entry: dict[str, Any]) -> dict[str, Any]:
     return entry | {"axes": axes, "titles": {key: key.replace("_", " ") for key in axes}}
 
 
-def _predicted(row: Sequence[float | None] | None) -> list[float] | None:
-    """The likeliest label's id and its probability."""
-    known = [(chance, -at) for at, chance in enumerate(row or ()) if chance is not None]
-    chance, at = max(known, default=(None, 0))
-    return None if chance is None else [-at, round(chance, 4)]
+def kind_of(metric: Metric) -> str:
+    """How its figures are written."""
+    return "percent" if metric.proportion else "number"
+
+
+class _Answers:
+    """What rows come to, each text once, by number."""
+
+    def __init__(self) -> None:
+        self.texts: list[dict[str, str]] = []
+        self._at: dict[str, int] = {}
+
+    def __call__(self, text: str) -> int:
+        if text not in self._at:
+            self._at[text] = len(self.texts)
+            self.texts.append(_text(text))
+        return self._at[text]
+
+
+def _said(said: Said, answers: _Answers) -> list[Any]:
+    """The number of the answer, how sure it is, and whether it is wrong; what is not known is null."""
+    sure = None if said.confidence is None else round(said.confidence, 4)
+    return [answers(_plain(said.text)), sure, None if said.right is None else not said.right]
 
 
 # -- how figures and texts are written
@@ -325,13 +357,13 @@ def _short(name: str) -> str:
 
 
 def _figure(value: float | None, kind: str) -> str:
-    """A metric or a difference as it is read: accuracy in percent and points, the others as they are."""
+    """A metric or a difference as it is read: shares of rows in percent and points, the others as they are."""
     if value is None:
         return "–"
     if kind in ("points", "difference"):
         text = f"{100 * value:+.1f}" if kind == "points" else f"{value:+.3f}"
         return text.replace("-", "\N{MINUS SIGN}")
-    return f"{100 * value:.1f}%" if kind == "accuracy" else f"{value:.3f}"
+    return f"{100 * value:.1f}%" if kind == "percent" else f"{value:.3f}"
 
 
 def _p(value: float | None) -> str:

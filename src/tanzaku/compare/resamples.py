@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import KFold, StratifiedKFold
 
 from tanzaku.compare.settings import Design
 from tanzaku.errors import TanzakuError
-from tanzaku.tasks.classification import Split
-from tanzaku.tasks.prepare import ClassificationData
+from tanzaku.tasks.task import Split, TaskData, subset
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Resample:
     repeat: int
     fold: int
     seed: int
-    data: ClassificationData
+    data: TaskData
     folded: bool = True
 
     @property
@@ -30,14 +28,14 @@ class Resample:
         return f"r{self.repeat}-f{self.fold}-s{self.seed}" if self.folded else f"s{self.seed}"
 
 
-def resamples(data: ClassificationData, design: Design, seed: int) -> list[Resample]:
+def resamples(data: TaskData, design: Design, seed: int) -> list[Resample]:
     """What `design` says, folds by repeats by seeds; every candidate gets the same.
 
-    Folds are cut from the training and validation rows together, each with the labels' shares of the whole. Rows of one
-    text are in one fold: what is measured on was never trained on.
+    Folds are cut from the training and validation rows together, each with the strata's shares of the whole. Rows of
+    one text are in one fold: what is measured on was never trained on.
 
     Raises:
-        TanzakuError: a label has fewer texts than there are folds, or there is no validation split to measure on.
+        TanzakuError: a stratum has fewer texts than there are folds, or there is no validation split to measure on.
     """
     seeds = [seed + number for number in range(design.seeds)]
     if design.folds is None:
@@ -46,22 +44,23 @@ def resamples(data: ClassificationData, design: Design, seed: int) -> list[Resam
         return [Resample(0, 0, each, replace(data, test=None), folded=False) for each in seeds]
     rows = pooled(data)
     texts = _by_text(rows)
-    given = [int(example.label or 0) for example in rows.examples]
+    given = [data.task.stratum(example) for example in rows.examples]
     counts = Counter(given)
-    # A text under several labels counts for the one with the fewest rows.
-    labels = [min((given[row] for row in each), key=lambda label: counts[label]) for each in texts]
-    number, few = min((labels.count(label), label) for label in counts)
+    # A text in several strata counts for the one with the fewest rows.
+    strata = [min((given[row] for row in each), key=lambda stratum: counts[stratum]) for each in texts]
+    number, few = min((strata.count(stratum), stratum or "") for stratum in counts)
     if number < design.folds:
         what = "row" if len(texts) == len(rows) else "different text"
         fix = f"use --folds {number} or fewer, or add rows" if number > 1 else "add rows of it, or leave it out"
+        whose = few or f"{rows.source} alone"
         raise TanzakuError(
-            f"label {data.labels.names[few]!r} has {number} {what}{'' if number == 1 else 's'}, too few for "
-            f"{design.folds} folds; {fix}"
+            f"{whose} has {number} {what}{'' if number == 1 else 's'}, too few for {design.folds} folds; {fix}"
         )
     out = []
     for repeat in range(design.repeats):
-        cut = StratifiedKFold(design.folds, shuffle=True, random_state=(seed + repeat) % 2**32)
-        for fold, sides in enumerate(cut.split(np.zeros(len(labels)), labels)):
+        kind = KFold if None in strata else StratifiedKFold
+        cut = kind(design.folds, shuffle=True, random_state=(seed + repeat) % 2**32)
+        for fold, sides in enumerate(cut.split(np.zeros(len(strata)), strata)):
             train, valid = (sorted(row for each in side for row in texts[each]) for side in sides)
             part = replace(data, train=subset(rows, train, "train"), valid=subset(rows, valid, "valid"), test=None)
             out += [Resample(repeat, fold, each, part) for each in seeds]
@@ -76,7 +75,7 @@ def _by_text(split: Split) -> list[list[int]]:
     return list(found.values())
 
 
-def pooled(data: ClassificationData) -> Split:
+def pooled(data: TaskData) -> Split:
     """The training and the validation rows as one split."""
     if data.valid is None:
         return data.train
@@ -89,9 +88,3 @@ def pooled(data: ClassificationData) -> Split:
         f"{first.source} and {second.source}",
         None if first.seconds is None or second.seconds is None else first.seconds + second.seconds,
     )
-
-
-def subset(split: Split, rows: Sequence[int], name: str) -> Split:
-    """Some rows of a split, in its order."""
-    seconds = None if split.seconds is None else [split.seconds[r] for r in rows]
-    return Split(name, [split.examples[r] for r in rows], [split.texts[r] for r in rows], 0, split.source, seconds)

@@ -24,9 +24,12 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from tanzaku.compare.candidates import Candidate, Searched, slug
-from tanzaku.compare.settings import CompareSettings, Direction, direction
+from tanzaku.compare.settings import CompareSettings
 from tanzaku.errors import TanzakuError
 from tanzaku.space import Choice, Range
+from tanzaku.tasks.task import Metric
+
+Direction = Literal["minimize", "maximize"]
 
 _REDRAWS = 8  # of settings that were drawn before, until the first untried ones are taken
 _SLOT, _OUTCOME, _ABOUT = "slot", "outcome", "about"  # what the study's attributes are called
@@ -75,17 +78,17 @@ class Search:
         TanzakuError: the file is no search, or holds another search of that name.
     """
 
-    def __init__(self, searched: Searched, storage: Path | None, seed: int, settings: CompareSettings):
-        self.searched, self.seed, self.settings = searched, seed, settings
+    def __init__(self, searched: Searched, storage: Path | None, seed: int, settings: CompareSettings, metric: Metric):
+        self.searched, self.seed, self.settings, self.metric = searched, seed, settings, metric
         self.axes = {key: _axis(space) for key, space in sorted(searched.space.items())}
         points = math.prod(space.size for space in searched.space.values())
         self.total = int(min(searched.trials, points))
         self._finite = math.isfinite(points)
-        self._sign = -1 if direction(settings.rank_by) == "minimize" else 1
+        self._sign = metric.sign
         self._path = storage
         with _opening(storage):
             self._storage = _storage(storage)
-            self._study = _study(direction(settings.rank_by), storage=self._storage, study_name=searched.name)
+            self._study = _study(direction(metric), storage=self._storage, study_name=searched.name)
         self._check_same()
 
     def wave(self) -> list[Trial]:
@@ -203,7 +206,7 @@ class Search:
             "space": {key: space.written() for key, space in searched.space.items()},
             "seed": self.seed,
             "wave": self.settings.wave,
-            "rank_by": self.settings.rank_by,
+            "rank_by": self.metric.name,
         }
         about = json.loads(json.dumps(about, default=str))
         before = self._study.user_attrs.get(_ABOUT)
@@ -225,6 +228,11 @@ def rungs(epochs: int, reduction: int) -> list[int]:
         found.append(epoch)
         epoch *= reduction
     return found
+
+
+def direction(metric: Metric) -> Direction:
+    """Which way the figure is better."""
+    return "maximize" if metric.better == "higher" else "minimize"
 
 
 def survivors(values: Mapping[str, float], reduction: int, direction: Direction) -> set[str]:

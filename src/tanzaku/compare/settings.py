@@ -5,16 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tanzaku.errors import TanzakuError
 
 MARGIN = 0.01  # of a metric: less is no reason to train more parameters
-
-Metric = Literal["loss", "accuracy", "roc_auc", "macro_f1"]
-Direction = Literal["minimize", "maximize"]
 
 FOLDS, SEEDS = 5, 3  # where a comparison is not told: of rows without a validation split, and of rows with one
 
@@ -51,7 +48,7 @@ class CompareSettings(BaseModel):
     keep: int = Field(1, ge=1, description="best settings of each search that are measured in full")
     reduction: int = Field(3, ge=2, description="one trial in this many goes on where a search stops those that lag")
     finalists: int = Field(3, ge=1, description="best candidates whose adapters are kept and tested")
-    rank_by: Metric = Field("roc_auc", description="validation figure that candidates are ranked by")
+    rank_by: str | None = Field(None, description="validation figure that candidates are ranked by (the task's own)")
     margin: float = Field(
         MARGIN,
         ge=0,
@@ -97,11 +94,6 @@ class Design:
     def runs(self) -> int:
         """Jobs a candidate."""
         return (self.folds or 1) * self.repeats * self.seeds
-
-
-def direction(metric: Metric) -> Direction:
-    """Which way the figure is better."""
-    return "minimize" if metric == "loss" else "maximize"
 
 
 def bytes_of(text: str) -> int:

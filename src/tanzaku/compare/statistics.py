@@ -18,12 +18,12 @@ import numpy as np
 from scipy import optimize, stats
 
 from tanzaku.compare.settings import MARGIN
-from tanzaku.errors import TanzakuError, listed, nearest
+from tanzaku.errors import TanzakuError
+from tanzaku.tasks.task import Metric, Statistics
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Interval = tuple[float, float]
 
-METRICS = ("loss", "accuracy", "roc_auc", "macro_f1")
 LEVEL = 0.05  # below it, two candidates are told apart
 SIMULATED = 4000  # comparisons
 POWER = 0.8  # how often a difference that is said to be found would be
@@ -37,17 +37,17 @@ ROUNDING = 1e-6  # nats: a mean loss of float32 logits is not known better
 class Run:
     """One measured training run of a candidate.
 
-    `value` is the design's metric on the run's validation rows, `probabilities` [n, C] are those that it gives their
-    labels, in the order of the file. `labels` are the ids [n] of a fold's own rows; those of a fixed split are in its
-    design.
+    `value` is the design's metric on the run's validation rows, and `statistics` has it as sums over these, in the
+    order of the file. `strata` are numbers [n] of a fold's own rows, by which they are drawn anew; those of a fixed
+    split are in its design.
     """
 
     repeat: int
     fold: int
     seed: int
     value: float
-    probabilities: Array | None = None
-    labels: Array | None = None
+    statistics: Statistics | None = None
+    strata: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,16 @@ class Scored:
 class Design:
     """How all candidates were measured.
 
-    `metric` is one of METRICS; of loss less is better, of the others more. `train_rows` and `valid_rows` are those of
-    one run, on average. `labels` are the ids [n] of a fixed split's validation rows. `margin` is how much less of the
-    metric a cheaper candidate may be expected to have: of a loss, a share of the best's.
+    `train_rows` and `valid_rows` are those of one run, on average. `strata` are numbers [n] of a fixed split's
+    validation rows, by which they are drawn anew. `margin` is how much less of the metric a cheaper candidate may be
+    expected to have: of one without bounds, a share of the best's.
     """
 
     kind: Literal["folds", "split"]
-    metric: str
+    metric: Metric
     train_rows: float
     valid_rows: float
-    labels: Array | None = None
+    strata: Array | None = None
     margin: float = MARGIN
 
 
@@ -142,13 +142,13 @@ def rank(scored: Sequence[Scored], design: Design) -> Ranking:
     one class alone, a loss that ran away) has no mean: it comes last and is compared with none.
 
     Raises:
-        TanzakuError: no candidates, two of one name, runs that differ between candidates, an unknown kind or metric,
-            no rows; for a fixed split, labels or probabilities missing or of another shape.
+        TanzakuError: no candidates, two of one name, runs that differ between candidates, an unknown kind, no rows;
+            for a fixed split, strata or statistics missing or of another shape.
     """
     _check(scored, design)
     figures = {each.name: _figures(each, design) for each in scored}
     means = {name: float(row.mean()) for name, row in figures.items()}
-    sign = 1 if design.metric == "loss" else -1
+    sign = -design.metric.sign
 
     def place(each: Scored) -> tuple[bool, float, int, str]:
         mean = means[each.name]
@@ -165,7 +165,7 @@ def rank(scored: Sequence[Scored], design: Design) -> Ranking:
     with_best = {pair.b: pair for pair in comparisons if pair.a == best.name}
     apart = {name for name, pair in with_best.items() if pair.told}
     tied = [each for each in standings if each.name not in apart and math.isnan(each.mean) == math.isnan(best.mean)]
-    margin = design.margin * (abs(best.mean) if design.metric == "loss" else 1)
+    margin = design.margin * (1 if design.metric.bounded else abs(best.mean))
 
     def good(each: Standing) -> bool:
         loss = None if each is best else with_best[each.name].loss
@@ -181,7 +181,7 @@ def _standing(each: Scored, figures: Array, noise: _Noise | None, design: Design
     if few:
         interval = None if math.isnan(mean) else _of_rows(each, design)
     else:
-        interval = None if noise is None else noise.interval(mean, _bounds(design.metric))
+        interval = None if noise is None else noise.interval(mean, design.metric.bounds)
     own = tuple(figures.tolist())
     return Standing(each.name, mean, interval, each.trainable_parameters, own, of_rows=few and interval is not None)
 
@@ -194,8 +194,7 @@ def _comparisons(standings: Sequence[Standing], noise: _Folds | _Split, design: 
     first = [pair for pair in p if pair[0] == 0]
     adjusted = dict(zip(p, holm(list(p.values())), strict=True))
     adjusted |= dict(zip(first, holm([p[pair] for pair in first]), strict=True))
-    sign = -1 if design.metric == "loss" else 1
-    low, high = _bounds(design.metric)
+    low, high = design.metric.bounds
     out = []
     for pair, difference in differences.items():
         a, b = (standings[i].name for i in pair)
@@ -204,13 +203,9 @@ def _comparisons(standings: Sequence[Standing], noise: _Folds | _Split, design: 
             continue
         interval = found.interval(difference, (low - high, high - low))
         visible = found.found(len(first) if pair in first else len(p))
-        loss = found.loss(sign * difference)
+        loss = found.loss(design.metric.sign * difference)
         out.append(Comparison(a, b, difference, interval, p[pair], adjusted[pair], visible, loss))
     return tuple(out)
-
-
-def _bounds(metric: str) -> Interval:
-    return 0.0, math.inf if metric == "loss" else 1.0
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -312,13 +307,12 @@ class _Split:
 
     def __init__(self, table: Array, order: Sequence[Scored], design: Design):
         self.table, self.metric, self.seeds = table, design.metric, table.shape[1]
-        assert design.labels is not None  # checked
-        self.rows = len(design.labels)
-        sizes = np.unique(design.labels, return_counts=True)[1]
-        by_class = design.metric in ("roc_auc", "macro_f1")  # means over classes: there a row of the rarest counts most
-        self.share = 1 / (len(sizes) * sizes.min() if by_class else self.rows)
+        assert design.strata is not None  # checked
+        self.rows = len(design.strata)
+        sizes = np.unique(design.strata, return_counts=True)[1]
+        self.share = 1 / (len(sizes) * sizes.min() if design.metric.by_stratum else self.rows)
         known = [i for i in range(len(order)) if not np.isnan(table[i]).any()]
-        drawn = _bootstrap([order[i] for i in known], design.labels, design.metric)
+        drawn = _bootstrap([order[i] for i in known], design.strata)
         self.replicates = {i: values for i, values in zip(known, drawn, strict=True) if np.isfinite(values).all()}
         self.spread, self.typical = np.zeros(len(table)), 0.0
         if self.seeds > 1 and known:
@@ -346,104 +340,68 @@ class _Split:
         return _Noise(math.sqrt(training + rows), (training + rows) ** 2 / freedom)
 
 
-def _grain(metric: str, share: float, figure: float) -> float:
-    """What one row of `share` is worth, above 0: the whole share, or of a loss, its part of the figure."""
-    return max(share * abs(figure), ROUNDING) if metric == "loss" else share
+def _grain(metric: Metric, share: float, figure: float) -> float:
+    """What one row of `share` is worth, above 0: its part of what the metric can be, or else of the figure."""
+    low, high = metric.bounds
+    return share * (high - low) if metric.bounded else max(share * abs(figure), ROUNDING)
 
 
 def _of_rows(each: Scored, design: Design) -> Interval | None:
-    """What the mean of these very runs would be on other validation rows, in 95 of 100 draws of them within each label;
+    """What the mean of these very runs would be on other validation rows, in 95 of 100 draws of them within strata;
     None where they are not kept. A metric of few rows is far from normal near its ends, and percentiles stay within."""
     runs = []
     for run in sorted(each.runs, key=_key):
-        labels = run.labels if design.kind == "folds" else design.labels
-        if labels is None or run.probabilities is None or np.isnan(run.probabilities).any():
+        strata = run.strata if design.kind == "folds" else design.strata
+        if strata is None or run.statistics is None or not run.statistics.known:
             return None
-        runs.append((run.probabilities, labels, (run.repeat, run.fold)))
+        runs.append((run.statistics, strata, (run.repeat, run.fold)))
     rng, total = np.random.default_rng(0), np.zeros(REPLICATES)
-    most = max(len(labels) for _, labels, _ in runs)
-    for columns in np.array_split(np.arange(REPLICATES), max(1, most * REPLICATES // CELLS)):
+    for columns in _columns(max(len(strata) for _, strata, _ in runs)):
         drawn: dict[tuple[int, int], Array] = {}  # runs on the same rows see the same draws of them
-        for probabilities, labels, rows in runs:
+        for statistics, strata, rows in runs:
             if rows not in drawn:
-                drawn[rows] = _draws(rng, labels, len(columns))
-            total[columns] += resampled(design.metric, probabilities, labels, drawn[rows]) / len(runs)
+                drawn[rows] = _draws(rng, strata, len(columns))
+            total[columns] += statistics.drawn(drawn[rows]) / len(runs)
     if not np.isfinite(total).all():
         return None
     low, high = np.percentile(total, [100 * LEVEL / 2, 100 * (1 - LEVEL / 2)])
     return float(low), float(high)
 
 
-def _draws(rng: np.random.Generator, labels: Array, number: int) -> Array:
-    """[n, number]: how often each row is in each draw, as many of each label as there are."""
-    counts = np.zeros((len(labels), number))
-    for rows in (np.flatnonzero(labels == label) for label in np.unique(labels)):
+def _columns(rows: int) -> list[Array]:
+    """Numbers of the replicates, so many at a time as there is room for."""
+    return np.array_split(np.arange(REPLICATES), max(1, rows * REPLICATES // CELLS))
+
+
+def _draws(rng: np.random.Generator, strata: Array, number: int) -> Array:
+    """[n, number]: how often each row is in each draw, as many of each stratum as there are."""
+    counts = np.zeros((len(strata), number))
+    for rows in (np.flatnonzero(strata == each) for each in np.unique(strata)):
         counts[rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), number).T
     return counts
 
 
-def _bootstrap(scored: Sequence[Scored], labels: Array, metric: str) -> Array:
-    """[candidates, REPLICATES]: the metric, mean over a candidate's runs, on rows drawn anew within each label.
+def _bootstrap(scored: Sequence[Scored], strata: Array) -> Array:
+    """[candidates, REPLICATES]: the metric, mean over a candidate's runs, on rows drawn anew within each stratum.
 
     In a replicate all candidates see the same rows, and every call draws the same.
     """
     rng = np.random.default_rng(0)
     out = np.zeros((len(scored), REPLICATES))
-    for columns in np.array_split(np.arange(REPLICATES), max(1, len(labels) * REPLICATES // CELLS)):
-        counts = _draws(rng, labels, len(columns))
+    for columns in _columns(len(strata)):
+        counts = _draws(rng, strata, len(columns))
         for i, each in enumerate(scored):
             for run in sorted(each.runs, key=_key):  # sums in another order differ in the last digits
-                assert run.probabilities is not None  # checked
-                out[i, columns] += resampled(metric, run.probabilities, labels, counts) / len(each.runs)
+                assert run.statistics is not None  # checked
+                out[i, columns] += run.statistics.drawn(counts) / len(each.runs)
     return out
-
-
-def resampled(metric: str, probabilities: Array, labels: Array, counts: Array) -> Array:
-    """A metric of `tasks.metrics.classification_metrics`, of many draws of the same rows at once.
-
-    Args:
-        probabilities: [n, C], float64.
-        labels: [n], ids.
-        counts: [n, B], float64: how often each row is in each draw. All draws have the same rows of each label.
-
-    Returns:
-        [B]; nan where it is nan.
-    """
-    n, classes = probabilities.shape
-    predicted = probabilities.argmax(axis=1)
-    out: Array
-    if metric == "loss":
-        own = np.maximum(probabilities[np.arange(n), labels], np.finfo(np.float64).tiny)
-        out = -np.log(own) @ counts / counts[:, 0].sum()
-    elif metric == "accuracy":
-        out = (predicted == labels) @ counts / counts[:, 0].sum()
-    elif metric == "macro_f1":
-        truth, guess = labels == np.arange(classes)[:, None], predicted == np.arange(classes)[:, None]  # [C, n]
-        hits, sizes = (truth & guess) @ counts, (truth * 1.0 + guess) @ counts
-        out = (2 * hits / np.maximum(sizes, 1)).sum(0) / (sizes > 0).sum(0)  # of the classes seen or predicted
-    else:
-        ones = [1] if classes == 2 else np.unique(labels)
-        areas = [_area(probabilities[:, c], labels == c, counts) for c in ones if 0 < (labels == c).sum() < n]
-        out = np.mean(areas, axis=0) if areas else np.full(counts.shape[1], math.nan)
-    return out
-
-
-def _area(scores: Array, positive: Array, counts: Array) -> Array:
-    """[B]: the share of pairs, one positive row and one not, in which the positive scores more; a tie is half."""
-    order = np.flatnonzero(~positive)[scores[~positive].argsort()]
-    below = np.zeros((len(order) + 1, counts.shape[1]))  # negative rows among the first k
-    counts[order].cumsum(axis=0, out=below[1:])
-    won = below[scores[order].searchsorted(scores[positive], "left")]
-    won += below[scores[order].searchsorted(scores[positive], "right")]
-    area: Array = np.einsum("pb,pb->b", counts[positive], won) / (2 * counts[positive].sum(0) * below[-1])
-    return area
 
 
 def _figures(each: Scored, design: Design) -> Array:
     """One figure a resample: for folds the mean over seeds, for a split that of each seed. All nan if one is none."""
     by_resample: dict[tuple[int, ...], list[float]] = {}
     for run in sorted(each.runs, key=_key):
-        lost = design.kind == "split" and run.probabilities is not None and np.isnan(run.probabilities).any()
+        lost = design.kind == "split" and run.statistics is not None and not run.statistics.known
         by_resample.setdefault(_key(run)[: 2 if design.kind == "folds" else 3], []).append(
             math.nan if lost else run.value
         )
@@ -458,10 +416,6 @@ def _key(run: Run) -> tuple[int, int, int]:
 def _check(scored: Sequence[Scored], design: Design) -> None:
     if design.kind not in ("folds", "split"):
         raise TanzakuError(f"found a design of kind {design.kind!r}, expected folds or split")
-    if design.metric not in METRICS:
-        raise TanzakuError(
-            f"found metric {design.metric!r}, expected one of {listed(METRICS)}{nearest(design.metric, METRICS)}"
-        )
     if not (0 < design.train_rows < math.inf and 0 < design.valid_rows < math.inf):
         raise TanzakuError(
             f"found {design.train_rows} training and {design.valid_rows} validation rows a run, expected some of both"
@@ -484,21 +438,15 @@ def _check(scored: Sequence[Scored], design: Design) -> None:
                 f"({len(keys)} and {len(first)} runs); expected the same for all"
             )
     if design.kind == "split":
-        _check_split(scored, design.labels)
+        _check_split(scored, design.strata)
 
 
-def _check_split(scored: Sequence[Scored], labels: Array | None) -> None:
-    if labels is None or labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "iu":
-        raise TanzakuError("a fixed split is compared by its validation rows; expected their label ids [n] in labels")
-    lowest, highest = int(labels.min()), int(labels.max())
-    for name, found in ((each.name, run.probabilities) for each in scored for run in each.runs):
+def _check_split(scored: Sequence[Scored], strata: Array | None) -> None:
+    if strata is None or strata.ndim != 1 or not len(strata):
+        raise TanzakuError("a fixed split is compared by its validation rows; expected their strata [n]")
+    for name, found in ((each.name, run.statistics) for each in scored for run in each.runs):
         whose = f"a run of candidate {name!r}"
         if found is None:
-            raise TanzakuError(f"{whose} has no probabilities; a fixed split is compared by those of its rows")
-        if found.ndim != 2 or len(found) != len(labels) or not 0 <= lowest <= highest < found.shape[1]:
-            raise TanzakuError(
-                f"{whose} has probabilities {list(found.shape)}, which do not fit {len(labels)} labels from {lowest} "
-                f"to {highest}; expected [n, C] and labels from 0 to C - 1"
-            )
-        if (found < 0).any() or (found > 1).any():
-            raise TanzakuError(f"{whose} has probabilities outside of 0 to 1; expected the softmax of its logits")
+            raise TanzakuError(f"{whose} has no statistics; a fixed split is compared by those of its rows")
+        if found.rows.shape[0] != len(strata):
+            raise TanzakuError(f"{whose} has statistics of {found.rows.shape[0]} rows, expected {len(strata)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,13 @@ import pyarrow.parquet as pq
 from tanzaku.files import written_beside
 
 _TEXT, _WHOLE = ("candidate", "method", "job", "stage"), ("repeat", "fold", "seed", "epoch")
-_METRICS = ("loss", "accuracy", "roc_auc", "macro_f1")
-_FIGURES = ("train_loss", "learning_rate", *(f"valid_{metric}" for metric in _METRICS), "seconds")
-_SCHEMA = pa.schema(
-    [(name, pa.string()) for name in _TEXT]
-    + [(name, pa.int64()) for name in _WHOLE]
-    + [(name, pa.float64()) for name in _FIGURES]
-)
 
 
-def write_epochs(results: Mapping[str, Any], path: Path) -> None:
+def write_epochs(results: Mapping[str, Any], metrics: Sequence[str], path: Path) -> None:
     """Write a row for every epoch of every job, in the order of `jobs`.
 
     Args:
-        results: the content of results.json.
+        results: the content of results.json. metrics: of the task, by name.
 
     Raises:
         TanzakuError: the file cannot be written.
@@ -40,11 +33,14 @@ def write_epochs(results: Mapping[str, Any], path: Path) -> None:
             "job": job["name"],
             **{key: job[key] for key in ("stage", "repeat", "fold", "seed")},
             **{key: epoch[key] for key in ("epoch", "train_loss", "learning_rate", "seconds")},
-            **{f"valid_{metric}": epoch["valid"].get(metric) for metric in _METRICS},
+            **{f"valid_{metric}": epoch["valid"].get(metric) for metric in metrics},
         }
         for job in results["jobs"]
         for epoch in job["epochs"]
     ]
-    table = pa.Table.from_pylist(rows, schema=_SCHEMA)
+    figures = ("train_loss", "learning_rate", *(f"valid_{metric}" for metric in metrics), "seconds")
+    kinds = {pa.string(): _TEXT, pa.int64(): _WHOLE, pa.float64(): figures}
+    schema = pa.schema([(name, kind) for kind, names in kinds.items() for name in names])
+    table = pa.Table.from_pylist(rows, schema=schema)
     with written_beside(path) as beside, beside.open("wb") as file:
         pq.write_table(table, file)

@@ -7,19 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tanzaku.compare.statistics import LEVEL, Comparison, Design, Interval, Ranking, Standing
+from tanzaku.tasks.task import Metric, Task, metric_named
 
-METRIC_WORDS = {"loss": "validation loss", "accuracy": "accuracy", "roc_auc": "ROC-AUC", "macro_f1": "macro F1"}
 MORE = "measure with --seeds 3 or --folds 5"
 SHOWN = 6  # names in one sentence
 
 
-def tested_by(results: Mapping[str, Any]) -> list[str]:
-    """The figures of the test rows that a table shows: the one that ranks, with accuracy beside it, and macro F1 too
-    where there are more than two labels. None without test rows."""
+def tested_by(results: Mapping[str, Any], task: Task) -> list[Metric]:
+    """The figures of the test rows that a table shows: the one that ranks, with the task's own beside it. None without
+    test rows."""
     if not any(each["test"] for each in results["candidates"]):
         return []
-    labels = (results.get("data") or {}).get("labels") or []
-    return list(dict.fromkeys([results["design"]["metric"], "accuracy", *(["macro_f1"] if len(labels) > 2 else [])]))
+    names = dict.fromkeys([results["design"]["metric"], *task.beside])
+    return [metric_named(task, name) for name in names]
 
 
 def sentences(ranking: Ranking | None, design: Design, failed: Mapping[str, str] | None = None) -> list[str]:
@@ -29,7 +29,7 @@ def sentences(ranking: Ranking | None, design: Design, failed: Mapping[str, str]
         ranking: of `statistics.rank` by this design; None where no candidate finished.
         failed: candidates that are not in it, and why, in one line each.
     """
-    metric, failures = METRIC_WORDS[design.metric], _failures(failed or {})
+    metric, failures = design.metric.on_validation, _failures(failed or {})
     if ranking is None:
         return ["No candidate finished, so there is no verdict.", *failures]
     best, *others = ranking.candidates
@@ -77,10 +77,10 @@ def _tied(tied: Sequence[Comparison], best: str, everyone: bool, only: bool) -> 
     return f"The data cannot tell {best} from {names} (each adjusted p is at least {LEVEL})."
 
 
-def _visible(tied: Sequence[Comparison], metric: str) -> str:
+def _visible(tied: Sequence[Comparison], metric: Metric) -> str:
     """What this much data can see at all."""
     least = max(pair.visible for pair in tied if pair.visible is not None)
-    if least >= 0.5 and metric != "loss":
+    if metric.bounded and least >= (metric.bounds[1] - metric.bounds[0]) / 2:
         return "With so few runs, hardly any difference would be found; more seeds or folds would help."
     return f"A true difference of {_number(least)} is found in 80 of 100 such comparisons."
 
@@ -90,7 +90,7 @@ def _cheapest(ranking: Ranking, design: Design) -> str:
     sizes = {each.name: each.trainable_parameters for each in ranking.candidates}
     parameters = f"it trains {sizes[ranking.cheapest]:,} parameters"
     if ranking.cheapest != ranking.best:
-        within = f"{design.margin:.0%} of it" if design.metric == "loss" else f"{design.margin:g}"
+        within = f"{design.margin:.0%} of it" if not design.metric.bounded else f"{design.margin:g}"
         return (
             f"Of these, {ranking.cheapest} is the cheapest that is expected to lose no more than {within} against "
             f"{ranking.best}: {parameters}."

@@ -18,8 +18,11 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from torch import Tensor
 
+from tanzaku.errors import TanzakuError
 from tanzaku.files import finite
 from tanzaku.task_types import AUTO_CLASSES, PIPELINES
+from tanzaku.tasks import task_in
+from tanzaku.tasks.task import LOSS, Task
 from tanzaku.versions import versions_of
 
 CARD = "README.md"
@@ -28,7 +31,6 @@ ONLY_HERE = ("full", "head")  # methods that PEFT has under no name
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _EMBEDDED, _EMBEDDED_ID = "embedded", "google/gemma-3-270m"
 _HIDDEN = {"base_model_name_or_path", "inference_mode", "peft_type", "revision", "task_type", "tokenizer_name_or_path"}
-_METRICS = {"accuracy": "accuracy", "roc_auc": "roc_auc", "macro_f1": "f1", "loss": "loss"}
 _LIBRARIES = ("torch", "transformers", "peft")
 
 
@@ -40,7 +42,7 @@ def card(
     Args:
         method: for its name, its summary and its paper.
         config: the adapter's adapter_config.json.
-        meta: what is kept for its user, of which `model` and `labels` are told.
+        meta: what is kept for its user, of which the model and the task are told.
         training: what :func:`training_record` makes, or nothing.
         tensors: those of its file.
     """
@@ -48,23 +50,25 @@ def card(
     numbers = sum(tensor.numel() for tensor in tensors.values())
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     hub, base = _base(str(meta.get("model") or config.get("base_model_name_or_path") or ""))
-    task = str(config.get("task_type"))
-    auto, pipeline = AUTO_CLASSES.get(task, "AutoModel"), PIPELINES.get(task)
-    labels = list(map(str, found)) if isinstance(found := meta.get("labels"), list) else []
+    kind = str(config.get("task_type"))
+    auto, pipeline = AUTO_CLASSES.get(kind, "AutoModel"), PIPELINES.get(kind)
+    task = _task(meta)
+    metrics = _metrics(task, training)
+    number = f", num_labels={task.model_settings()['num_labels']}" if task is not None else ""
     context = {
-        "front": _front(method, hub, pipeline, training, ours),
+        "front": _front(method, hub, pipeline, training, metrics, ours),
         "title": f"{method.name} adapter of {base or 'an unnamed model'}",
         "what": _what(method, hub, base),
-        "labels": labels,
+        "answers": "" if task is None else task.answers(),
         "rows": [(split, f"{n:,}", training.get("files", {}).get(split, "")) for split, n in _pairs(training, "rows")],
-        "figures": _figures(training),
+        "figures": _figures(training, metrics),
         "parameters": f"{numbers:,}",
         "size": f"{size / 1000:,.0f}",
         "training": bool(training.get("settings")),
         "settings": _settings(config, training),
-        "tanzaku": _tanzaku(auto, hub, labels),
-        "predict": bool(labels),
-        "peft": "" if ours else _peft(auto, hub, labels),
+        "tanzaku": _tanzaku(auto, hub, number),
+        "predict": task is not None,
+        "peft": "" if ours else _peft(auto, hub, number),
         "vllm": _vllm(config, hub) if _runs_in_vllm(config, ours) else "",
         "versions": ", ".join(f"{name} {version}" for name, version in _versions().items()),
     }
@@ -121,7 +125,29 @@ def training_record(result: Any, rows: dict[str, int], files: dict[str, str]) ->
 # -- its parts
 
 
-def _front(method: Any, hub: str | None, pipeline: str | None, training: dict[str, Any], ours: bool) -> str:
+def _task(meta: Mapping[str, Any]) -> Task | None:
+    """The task that an adapter was trained for, if Tanzaku trained it."""
+    try:
+        return task_in(meta, "")
+    except (TanzakuError, LookupError):
+        return None  # what its user wrote by hand
+
+
+def _metrics(task: Task | None, training: Mapping[str, Any]) -> dict[str, str]:
+    """Names on the Hub of the metrics that the record has."""
+    if task is not None:
+        return {metric.name: metric.hub or metric.name for metric in sorted(task.metrics, key=lambda m: m is LOSS)}
+    return {key: key for split in ("valid", "test") for key in training.get(split) or {}}
+
+
+def _front(
+    method: Any,
+    hub: str | None,
+    pipeline: str | None,
+    training: dict[str, Any],
+    known: Mapping[str, str],
+    ours: bool,
+) -> str:
     tags = [str(method.name).replace("_", "-"), "tanzaku"]
     front: dict[str, Any] = {"library_name": "tanzaku" if ours else "peft"}
     if hub is not None:
@@ -134,7 +160,7 @@ def _front(method: Any, hub: str | None, pipeline: str | None, training: dict[st
     if split is not None and pipeline is not None:
         metrics = [
             {"type": kind, "name": key, "value": round(training[split][key], 4)}
-            for key, kind in _METRICS.items()
+            for key, kind in known.items()
             if training[split].get(key) is not None
         ]
         name = training.get("files", {}).get(split) or split
@@ -169,11 +195,11 @@ def _pairs(training: dict[str, Any], key: str) -> list[tuple[str, Any]]:
     return [(split, found[split]) for split in ("train", "valid", "test") if split in found]
 
 
-def _figures(training: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+def _figures(training: dict[str, Any], known: Mapping[str, str]) -> list[tuple[str, list[tuple[str, str]]]]:
     out = []
     for split in ("valid", "test"):
         if found := training.get(split):
-            out.append((split, [(key, f"{found[key]:.4f}") for key in _METRICS if found.get(key) is not None]))
+            out.append((split, [(key, f"{found[key]:.4f}") for key in known if found.get(key) is not None]))
     # One table: what one split lacks is left out of the other.
     both = set.intersection(*({key for key, _ in values} for _, values in out)) if out else set()
     return [(split, [pair for pair in values if pair[0] in both]) for split, values in out]
@@ -188,19 +214,18 @@ def _settings(config: dict[str, Any], training: dict[str, Any]) -> str:
     return yaml.safe_dump(shown, sort_keys=True, allow_unicode=True).rstrip() if shown else ""
 
 
-def _loaded(auto: str, hub: str | None, labels: list[str], where: str) -> list[str]:
-    number = f", num_labels={len(labels)}" if labels else ""
+def _loaded(auto: str, hub: str | None, number: str, where: str) -> list[str]:
     base = json.dumps(hub or "BASE")
     return [f"from transformers import {auto}", where, f"model = {auto}.from_pretrained({base}{number})"]
 
 
-def _tanzaku(auto: str, hub: str | None, labels: list[str]) -> str:
-    lines = _loaded(auto, hub, labels, "import tanzaku as tz")
+def _tanzaku(auto: str, hub: str | None, number: str) -> str:
+    lines = _loaded(auto, hub, number, "import tanzaku as tz")
     return "\n".join([*lines, 'tz.load(model, "DIRECTORY", name="mine")', 'tz.activate(model, "mine")'])
 
 
-def _peft(auto: str, hub: str | None, labels: list[str]) -> str:
-    lines = _loaded(auto, hub, labels, "from peft import PeftModel")
+def _peft(auto: str, hub: str | None, number: str) -> str:
+    lines = _loaded(auto, hub, number, "from peft import PeftModel")
     return "\n".join([*lines, 'model = PeftModel.from_pretrained(model, "DIRECTORY")'])
 
 

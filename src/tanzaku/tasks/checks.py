@@ -5,29 +5,18 @@ Each check has a name, by which `--allow` passes it: what stops training is seld
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from tanzaku.errors import listed
+from tanzaku.tasks.cells import plain
 from tanzaku.tasks.data import Table
-from tanzaku.tasks.labels import NUMBER, label_name, plain, spelling
+from tanzaku.tasks.settings import Check
 
 if TYPE_CHECKING:
-    from tanzaku.recipe import DataSettings
+    from tanzaku.tasks.task import Task
 
-Check = Literal[
-    "duplicates-across-splits",
-    "duplicates-across-folds",
-    "labels-numeric",
-    "labels-many",
-    "labels-missing",
-    "label-spellings",
-]
 TITLES = {"train": "training", "valid": "validation", "test": "test"}
-_MISSING = {"nan", "na", "n/a", "#n/a", "<na>", "null", "#null!", "none", "nil", "#value!", "#ref!", "#div/0!"}
-_FEW = 10  # classes that hardly any task has too many of, however few its rows
 
 
 @dataclass(frozen=True)
@@ -41,15 +30,15 @@ class Finding:
         return self.text if self.check is None else f"{self.text}; if it is meant, pass --allow {self.check}"
 
 
-def findings(tables: Mapping[str, Table], data: DataSettings, folded: bool = False) -> Iterator[Finding]:
-    """What is found in checked tables by split name; labels first, as the others are read by them.
+def findings(tables: Mapping[str, Table], task: Task, data: Any, folded: bool = False) -> Iterator[Finding]:
+    """What is found in checked tables by split name; targets first, as the others are read by them.
 
     Args:
-        folded: whether training and validation rows are cut into folds.
+        data: the recipe's section. folded: whether training and validation rows are cut into folds.
     """
-    names = {split: _names(table, data.label) for split, table in tables.items()}
-    texts = {split: _texts(table, data) for split, table in tables.items()}
-    yield from _labels(names["train"], tables["train"], data)
+    names = {split: task.targets(table, data) for split, table in tables.items()}
+    texts = {split: _texts(table, task.reads) for split, table in tables.items()}
+    yield from task.findings(tables, data)
     for split, table in tables.items():
         yield from _within(texts[split], names[split], table.source, folded and split != "test")
     splits = list(tables)
@@ -58,66 +47,12 @@ def findings(tables: Mapping[str, Table], data: DataSettings, folded: bool = Fal
             yield from _across(texts, tables, earlier, later)
 
 
-# -- labels
-
-
-def _names(table: Table, column: str) -> list[str]:
-    return [label_name(value, f"{table.source} row {row}") for row, value in enumerate(table.column(column), 1)]
-
-
-def _labels(names: Sequence[str], table: Table, data: DataSettings) -> Iterator[Finding]:
-    classes = Counter(names)
-    where, rows = f"column {data.label!r} of {table.source}", len(names)
-    if len(classes) > rows / 2:
-        numeric = all(_is_number(name) for name in classes)
-        fractions = numeric and len(classes) > 2 and not all(float(name).is_integer() for name in classes)
-        if numeric and (fractions or len(classes) > _FEW):
-            yield Finding(
-                f"{where} has {len(classes)} different numbers in {rows} rows, which look like measurements: "
-                "expected classes, so cut the numbers into some, or name another column with --label",
-                "labels-numeric",
-            )
-        elif len(classes) > _FEW:
-            few = len({str(value) for value in table.column(data.text)}) <= _FEW
-            swapped = f"; {data.text!r} has few values, so --text and --label may be swapped" if few else ""
-            yield Finding(
-                f"{where} has {len(classes)} different labels in {rows} rows: expected several rows of each class, "
-                f"so name the label's column with --label{swapped}",
-                "labels-many",
-            )
-            return
-    for name, count in classes.items():
-        if name.casefold() in _MISSING:
-            yield Finding(
-                f"{where} has the label {name!r} in {count} of {rows} rows, first in row {names.index(name) + 1}, "
-                "which says that there is none: fill it in or drop the rows",
-                "labels-missing",
-            )
-    alike: dict[str, list[str]] = {}
-    for name in classes:
-        alike.setdefault(spelling(name), []).append(name)
-    for group in alike.values():
-        if len(group) > 1:
-            found = listed(f"{name!r} (row {names.index(name) + 1})" for name in group)
-            yield Finding(
-                f"{where} has one label in {len(group)} spellings, {found}: write it in one way", "label-spellings"
-            )
-
-
-def _is_number(name: str) -> bool:
-    try:
-        float(name)
-    except ValueError:
-        return False
-    return NUMBER.match(name.lstrip("+-.")) is not None  # and not nan or inf, which float() also takes
-
-
 # -- texts
 
 
-def _texts(table: Table, data: DataSettings) -> list[tuple[str, ...]]:
+def _texts(table: Table, reads: Sequence[str]) -> list[tuple[str, ...]]:
     """What makes two rows one: their texts but for case, width and white space."""
-    columns: list[list[Any]] = [table.column(name) for name in (data.text, data.text_pair) if name is not None]
+    columns: list[list[Any]] = [table.column(name) for name in reads]
     return [tuple(plain(str(value)) for value in row) for row in zip(*columns, strict=True)]
 
 

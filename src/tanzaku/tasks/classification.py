@@ -1,245 +1,291 @@
-"""Classification of texts: labels, encoded rows, batches and the loss."""
+"""Classification: each text, or pair of texts, is of one of some classes."""
 
 from __future__ import annotations
 
-import re
+import math
+import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from pydantic import Field
 
 from tanzaku.errors import TanzakuError, listed, nearest
-from tanzaku.tasks.data import Table
-from tanzaku.tasks.labels import NUMBER, label_name, missing, plain, spelling
+from tanzaku.lazy import Lazy
+from tanzaku.tasks.labels import NUMBER, check_labels, label_name, odd_labels, spelling
+from tanzaku.tasks.metrics import ACCURACY, MACRO_F1, ROC_AUC
+from tanzaku.tasks.settings import TextSettings
+from tanzaku.tasks.task import LOSS, Batch, Column, Example, Records, Said
+from tanzaku.tasks.text import TextTask, check_columns, columns_in
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    import numpy as np
+    from torch import Tensor
 
-_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can hold one alone; no tokenizer takes it
-_MEGA_BATCH = 50  # batches sorted by length together: little padding, yet much of the order stays random
+    from tanzaku.tasks.checks import Finding
+    from tanzaku.tasks.data import Table
+    from tanzaku.tasks.task import Array
+else:
+    np = Lazy("numpy")
+
+_SHOWN = 20  # labels in a table; as many again would hide the rest of the data card
+_LONG = 40  # characters of a label
+# Of the loss of one who knows how frequent each label is, and nothing of the row.
+LEARNED = 0.95
+
+
+class ClassificationSettings(TextSettings):
+    """Columns of a text, or two, and of the label."""
+
+    label: str = Field(default="label", min_length=1, description="column of the label, or of the number")
 
 
 @dataclass(frozen=True)
-class Labels:
-    """The classes; a class's id is its place in ``names``."""
+class Classification(TextTask):
+    """Classes in the order of their ids."""
 
-    names: tuple[str, ...]
+    labels: tuple[str, ...]
+    text: str = "text"
+    text_pair: str | None = None
+
+    name = "classification"
+    summary = "one of some labels for each text"
+    auto_class = "AutoModelForSequenceClassification"
+    peft_type = "SEQ_CLS"
+    metrics = (LOSS, ROC_AUC, ACCURACY, MACRO_F1)
+    rank_by = "roc_auc"
+    Data = ClassificationSettings
+    overrides: ClassVar[Mapping[str, tuple[str, str]]] = {
+        **TextTask.overrides,
+        "labels": ("A,B,...", "names of the labels, where the adapter does not say them"),
+    }
+    answer_keys = ("predicted", "probabilities")
+
+    # -- rows
 
     @classmethod
-    def from_column(cls, values: Iterable[Any], source: str = "the training data") -> Labels:
-        """The distinct labels of the training rows: by value when all are numbers, else by text.
+    def learn(cls, tables: Mapping[str, Table], data: Any) -> Classification:
+        check_columns(
+            tables, {"text": data.text, "text_pair": data.text_pair, "label": data.label}, ("text", "text_pair")
+        )
+        labels = labels_of(tables["train"].column(data.label), tables["train"].source)
+        task = cls(labels, data.text, data.text_pair)
+        for table in tables.values():
+            for row, value in enumerate(table.column(data.label), 1):
+                task.target_of(value, f"{table.source} row {row}")
+        return task
 
-        The numbers 1 and 1.0 and the text "1" are one label. A TanzakuError names ``source`` and the row
-        without a label, or the only class.
-        """
-        names = {label_name(value, f"{source} row {row}") for row, value in enumerate(values, 1)}
-        if len(names) < 2:
-            found = f"only the label {next(iter(names))!r}" if names else "no labels"
-            raise TanzakuError(f"{source} has {found}; expected at least two classes to tell apart")
-        numbers = all(NUMBER.fullmatch(name) for name in names)
-        return cls(tuple(sorted(names, key=lambda name: (float(name) if numbers else 0.0, name))))
+    @classmethod
+    def findings(cls, tables: Mapping[str, Table], data: Any) -> Iterator[Finding]:
+        yield from odd_labels(cls.targets(tables["train"], data), tables["train"], data)
 
-    def __len__(self) -> int:
-        return len(self.names)
+    @classmethod
+    def targets(cls, table: Table, data: Any) -> list[str]:
+        column = enumerate(table.column(data.label), 1)
+        return [label_name(value, f"{table.source} row {row}") for row, value in column]
 
-    def encode(self, value: Any, where: str) -> int:
-        """The id of a label; ``where`` is its place, as in ``valid.tsv row 7``, for the TanzakuError."""
+    def target_of(self, value: Any, where: str) -> int:
+        """The id of a label."""
         name = label_name(value, where)
-        if name not in self.names:
-            same = next((each for each in self.names if spelling(each) == spelling(name)), None)
-            fix = nearest(name, self.names) if same is None else f"; write it {same!r}, as in training"
-            known = " ".join(listed(self.names).split())
+        if name not in self.labels:
+            same = next((each for each in self.labels if spelling(each) == spelling(name)), None)
+            fix = nearest(name, self.labels) if same is None else f"; write it {same!r}, as in training"
+            known = " ".join(listed(self.labels).split())
             raise TanzakuError(f"label {name!r} in {where} is not among the training labels {known}{fix}")
-        return self.names.index(name)
+        return self.labels.index(name)
 
-    def to_config(self) -> dict[str, Any]:
-        """``id2label`` and ``label2id`` as a transformers config has them."""
-        ids = dict(enumerate(self.names))
-        return {"id2label": ids, "label2id": {name: index for index, name in ids.items()}}
+    def target_tensor(self, targets: Sequence[int]) -> Tensor:
+        import torch
+
+        return torch.tensor(targets, dtype=torch.int64)
+
+    def stratum(self, example: Example) -> str | None:
+        return f"label {self.labels[example.target]!r}"
+
+    def class_weights(self, examples: Sequence[Example]) -> list[float]:
+        """Inverse class frequency n / (k * count); a class without rows is a TanzakuError."""
+        counts = Counter(example.target for example in examples)
+        if empty := [name for label, name in enumerate(self.labels) if not counts[label]]:
+            raise TanzakuError(f"class {listed(empty)} has no rows to weigh; add some or turn weights off")
+        return [len(examples) / (len(self.labels) * counts[example.target]) for example in examples]
+
+    # -- the model
+
+    def model_settings(self) -> dict[str, Any]:
+        ids = dict(enumerate(self.labels))
+        return {
+            "num_labels": len(ids),
+            "problem_type": "single_label_classification",
+            "id2label": ids,
+            "label2id": {name: index for index, name in ids.items()},
+        }
+
+    def check_model(self, config: Any) -> None:
+        if config.num_labels != len(self.labels):
+            raise TanzakuError(
+                f"the model has {config.num_labels} labels and the data {len(self.labels)}: "
+                f"load it with num_labels={len(self.labels)}"
+            )
+
+    def score(self, outputs: Any, batch: Batch) -> Tensor:
+        from torch.nn.functional import cross_entropy
+
+        return cross_entropy(outputs.logits.float(), batch.targets["target"], reduction="none")
+
+    def records(self, outputs: Any, batch: Batch) -> Records:
+        logits = outputs.logits.detach().cpu().double()
+        found: Records = {"logits": logits.numpy(), "probabilities": logits.softmax(-1).numpy()}
+        if batch.targets:
+            target = batch.targets["target"].cpu()
+            loss = -logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
+            found |= {"target": target.numpy(), "loss": loss.numpy(), "weight": np.ones(len(target))}
+        return found
+
+    # -- figures
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        return ("accuracy", "macro_f1") if len(self.labels) > 2 else ("accuracy",)
+
+    def doubts(self, runs: Sequence[Mapping[str, Any]], examples: Sequence[Example]) -> list[str]:
+        counts = np.bincount([example.target for example in examples], minlength=len(self.labels))
+        shares = counts / counts.sum()
+        known = shares[shares > 0]
+        ignorant = float(-(known * np.log(known)).sum())
+        out = []
+        if ignorant > 0 and min(run["loss"] for run in runs) > LEARNED * ignorant:
+            out.append("did not learn: its loss stayed that of the labels' frequencies; try another learning rate")
+        right = statistics.fmean(
+            1.0 if (value := run["valid"].get("accuracy")) is None else float(value) for run in runs
+        )
+        if right < float(shares.max()):
+            out.append(
+                f"below the majority label: {right:.1%} are right, and to say the most frequent "
+                f"label of the training rows always is right for {shares.max():.1%} of those"
+            )
+        return out
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.labels
+
+    def confusion(self, records: Records) -> list[list[int]]:
+        """A row without numbers predicts nothing and is not counted."""
+        known = np.isfinite(records["probabilities"]).all(axis=1)
+        counts = np.zeros((len(self.labels), len(self.labels)), dtype=int)
+        np.add.at(counts, (records["target"][known], records["probabilities"][known].argmax(axis=1)), 1)
+        found: list[list[int]] = counts.tolist()
+        return found
+
+    # -- predictions
+
+    def predictions(self, records: Records) -> list[list[float]]:
+        """Probabilities of each label, to 9 digits: ties among nearly certain rows would be ties in ROC-AUC."""
+        return [[float(f"{p:.9g}") for p in row] for row in records["probabilities"].tolist()]
+
+    def recorded(self, predictions: Sequence[Any], examples: Sequence[Example]) -> Records:
+        rows = [[math.nan if p is None else p for p in row] for row in predictions]
+        probabilities: Array = np.array(rows, dtype=float).reshape(len(rows), len(self.labels))
+        target = np.array([example.target for example in examples])
+        own = np.maximum(probabilities[np.arange(len(target)), target], np.finfo(np.float64).tiny)
+        return {"probabilities": probabilities, "target": target, "loss": -np.log(own), "weight": np.ones(len(target))}
+
+    def truth(self, example: Example) -> str:
+        return str(self.labels[example.target])
+
+    def said(self, prediction: Any, example: Example) -> Said:
+        known = [(chance, -at) for at, chance in enumerate(prediction or ()) if chance is not None]
+        if not known:
+            return Said("–")
+        chance, at = max(known)
+        return Said(self.labels[-at], chance, -at == example.target)
+
+    def columns(self) -> list[Column]:
+        return [Column("predicted", "text"), *(Column("p", "number", label) for label in self.labels)]
+
+    def cells(self, prediction: Any) -> list[Any]:
+        return [self._likeliest(prediction), *(round(p, 6) for p in prediction)]
+
+    def answer(self, prediction: Any) -> dict[str, Any]:
+        shares = {label: round(p, 6) for label, p in zip(self.labels, prediction, strict=True)}
+        return {"predicted": self._likeliest(prediction), "probabilities": shares}
+
+    def _likeliest(self, prediction: Sequence[float]) -> str:
+        return self.labels[prediction.index(max(prediction))]
+
+    # -- files and tables
+
+    def to_json(self) -> dict[str, Any]:
+        return {"labels": list(self.labels), "text": self.text, "text_pair": self.text_pair}
+
+    @classmethod
+    def from_json(cls, about: Mapping[str, Any], where: str) -> Classification:
+        check_labels(about.get("labels"), where)
+        return cls(tuple(about["labels"]), *columns_in(about, where))
+
+    @classmethod
+    def fits(cls, width: int | None) -> bool:
+        return width != 1
+
+    @classmethod
+    def overruled(cls, asked: Mapping[str, Any], about: Mapping[str, Any], path: Any) -> dict[str, Any]:
+        found = super().overruled(asked, about, path)
+        if "labels" in found:
+            found["labels"], own = names_in(found["labels"]), about.get("labels")
+            if isinstance(own, list) and len(found["labels"]) != len(own):
+                raise TanzakuError(
+                    f"--labels names {len(found['labels'])} labels, and {path} has {len(own)}: {listed(map(str, own))}"
+                )
+        return found
+
+    @classmethod
+    def of_base(cls, config: Any, width: int | None, asked: Mapping[str, Any], path: str, base: str) -> Classification:
+        own = [str(label) for _, label in sorted((config.id2label or {}).items())]
+        given = names_in(asked["labels"]) if "labels" in asked else None
+        names, width = given or own, width or len(given or own)
+        if len(names) != width:
+            found = f"--labels names {len(names)}" if given else f"its base {base!r} names {len(own)}"
+            raise TanzakuError(f"{path} tells {width} labels apart, and {found}; give --labels with {width} names")
+        return cls(tuple(names), asked.get("text", "text"), asked.get("text_pair"))
+
+    def describe(self) -> str:
+        return f"labels {', '.join(self.labels)}"
+
+    def answers(self) -> str:
+        return f"It answers with one of {len(self.labels)} labels: {', '.join(self.labels)}."
+
+    @classmethod
+    def table_of(cls, tables: Mapping[str, Table], data: Any) -> tuple[list[str], list[list[str]]]:
+        counts = {split: Counter(cls.targets(table, data)) for split, table in tables.items()}
+        names = labels_of(tables["train"].column(data.label), tables["train"].source)
+        lines = [[_short(name), *(f"{each[name]:,}" for each in counts.values())] for name in names[:_SHOWN]]
+        if len(names) > _SHOWN:
+            lines.append([f"and {len(names) - _SHOWN} more labels", *("" for _ in counts)])
+        return ["label"], lines
 
 
-@dataclass(frozen=True)
-class Example:
-    """One encoded row: token ids with special tokens, not padded; ``label`` is None when there is none."""
-
-    input_ids: list[int]
-    token_type_ids: list[int] | None
-    label: int | None
-
-
-@dataclass(frozen=True)
-class Split:
-    """Encoded rows in file order, their texts, how many rows were cut, and the second texts of pairs."""
-
-    name: str
-    examples: list[Example]
-    texts: list[str]
-    truncated: int
-    source: str
-    seconds: list[str] | None = None
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def keys(self) -> list[tuple[str, ...]]:
-        """By row, what makes two rows one: their texts but for case, width and white space."""
-        columns = [self.texts] if self.seconds is None else [self.texts, self.seconds]
-        return [tuple(map(plain, row)) for row in zip(*columns, strict=True)]
+def names_in(text: str) -> list[str]:
+    """The labels in `--labels mild,harsh`; a TanzakuError unless they are two or more, each once."""
+    names = [name.strip() for name in text.split(",")]
+    if len(names) < 2 or "" in names or len({*names}) < len(names):
+        raise TanzakuError(f"--labels is {text!r}, expected two names or more, as in --labels mild,harsh, each once")
+    return names
 
 
-def encode_split(
-    table: Table,
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    text_pair: str | None,
-    label: str | None,
-    labels: Labels | None,
-    max_length: int,
-) -> Split:
-    """Tokenise the rows of a table.
+def _short(label: str) -> str:
+    return label if len(label) <= _LONG else f"{label[:_LONG]}..."
 
-    Args:
-        name: what the split is called, such as ``valid``.
-        text, text_pair, label: column names; without ``label`` the rows have none, to be predicted.
-        labels: the classes, as the training rows define them; needed with ``label``.
-        max_length: rows are cut to this many tokens, special ones included, a pair from its longer text.
 
-    Raises:
-        TanzakuError: a column or label that is not there, or a row (counted from 1) without text or tokens.
+def labels_of(values: Iterable[Any], source: str = "the training data") -> tuple[str, ...]:
+    """The distinct labels of the training rows: by value when all are numbers, else by text.
+
+    The numbers 1 and 1.0 and the text "1" are one label. A TanzakuError names ``source`` and the row
+    without a label, or the only class.
     """
-    special = tokenizer.num_special_tokens_to_add(pair=text_pair is not None)
-    shortest = special + (1 if text_pair is None else 2)
-    if max_length < shortest:
-        room = f"no room for text beside {special} special tokens"
-        raise TanzakuError(f"max_length {max_length} leaves {room}; expected at least {shortest}")
-    columns = [text] if text_pair is None else [text, text_pair]
-    texts = [texts_of(table, column) for column in columns]
-    lengths = [_lengths(table, column, tokenizer) for column in columns]
-    cut = {"truncation": "longest_first", "max_length": max_length, "return_attention_mask": False}
-    encoded = tokenizer(*texts, **cut)
-    types = encoded.get("token_type_ids") or [None] * len(table)
-    ids = [None] * len(table) if label is None else _label_ids(table, label, labels)
-    return Split(
-        name=name,
-        examples=[Example(*row) for row in zip(encoded["input_ids"], types, ids, strict=True)],
-        texts=texts[0],
-        truncated=sum(sum(row) + special > max_length for row in zip(*lengths, strict=True)),
-        source=table.source,
-        seconds=None if text_pair is None else texts[1],
-    )
-
-
-def texts_of(table: Table, column: str) -> list[str]:
-    """A column of texts.
-
-    Raises:
-        TanzakuError: a row (counted from 1) without text, or with something that is none.
-    """
-    values = table.column(column)
-    if not values:
-        raise TanzakuError(f"{table.source} has no rows; expected at least one")
-    for row, value in enumerate(values, 1):
-        where = f"{table.source} row {row}: column {column!r}"
-        if missing(value):
-            raise TanzakuError(f"{where} has no text; fill it in or drop the row")
-        if not isinstance(value, str):
-            raise TanzakuError(f"{where} is {str(value)[:40]} ({type(value).__name__}), expected text")
-        if _SURROGATE.search(value):
-            raise TanzakuError(f"{where} has half of a surrogate pair, no character; repair the text")
-    return values
-
-
-def _lengths(table: Table, column: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of each text before any cut, special ones not counted."""
-    texts = table.column(column)
-    plain = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    counts = [len(ids) for ids in plain["input_ids"]]
-    if 0 in counts:
-        row = counts.index(0)
-        where = f"{table.source} row {row + 1}: column {column!r}"
-        raise TanzakuError(f"{where} is {texts[row][:40]!r}, which gives no tokens; fix or drop the row")
-    return counts
-
-
-def _label_ids(table: Table, label: str, labels: Labels | None) -> list[int]:
-    if labels is None:
-        raise TanzakuError(f"column {label!r} of {table.source} needs the training labels; give labels too")
-    values = enumerate(table.column(label), 1)
-    return [labels.encode(value, f"{table.source} row {row}") for row, value in values]
-
-
-def collate(examples: Sequence[Example], pad_token_id: int, labels: bool = True) -> dict[str, Tensor]:
-    """Pad B rows on the right to their longest length T.
-
-    Returns:
-        ``input_ids`` and ``attention_mask`` [B, T], ``token_type_ids`` [B, T] if the rows have them, and
-        ``labels`` [B] if asked for; all int64.
-    """
-    if not examples:
-        raise TanzakuError("a batch has no rows; expected at least one")
-    longest = max(len(example.input_ids) for example in examples)
-
-    def padded(rows: Iterable[Sequence[int]], value: int) -> Tensor:
-        return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.int64)
-
-    batch = {
-        "input_ids": padded((example.input_ids for example in examples), pad_token_id),
-        "attention_mask": padded(([1] * len(example.input_ids) for example in examples), 0),
-    }
-    types = [example.token_type_ids for example in examples if example.token_type_ids is not None]
-    if len(types) == len(examples):
-        batch["token_type_ids"] = padded(types, 0)
-    if labels:
-        ids = [example.label for example in examples if example.label is not None]
-        if len(ids) < len(examples):
-            raise TanzakuError(f"{len(examples) - len(ids)} of {len(examples)} rows have no label to batch")
-        batch["labels"] = torch.tensor(ids, dtype=torch.int64)
-    return batch
-
-
-def epoch_batches(
-    lengths: Sequence[int],
-    batch_size: int,
-    *,
-    shuffle: bool,
-    group_by_length: bool,
-    generator: torch.Generator,
-) -> list[list[int]]:
-    """Row numbers of each batch of one epoch; every row once, and only one batch may be short.
-
-    Shuffled rows come as ``torch.randperm(n, generator=generator)`` gives them, which is the order of torch's
-    RandomSampler in the first epoch from that generator state. ``group_by_length`` then sorts within runs of
-    50 batches, longest first, and draws a new order of the batches (not without ``shuffle``).
-    """
-    if batch_size < 1:
-        raise TanzakuError(f"batch_size is {batch_size}, expected at least 1")
-    n = len(lengths)
-    order = torch.randperm(n, generator=generator).tolist() if shuffle else list(range(n))
-    if group_by_length:
-        mega = _MEGA_BATCH * batch_size
-        runs = [sorted(order[i : i + mega], key=lambda row: -lengths[row]) for i in range(0, n, mega)]
-        order = [row for run in runs for row in run]
-    batches = [order[i : i + batch_size] for i in range(0, n, batch_size)]
-    if group_by_length and shuffle:
-        batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-    return batches
-
-
-def class_weights(labels: Sequence[int], num_labels: int) -> Tensor:
-    """Inverse class frequency n / (k * count), float32 [k]; a class without rows is a TanzakuError."""
-    if strange := set(labels) - set(range(num_labels)):
-        raise TanzakuError(f"label id {min(strange)} is outside 0 to {num_labels - 1}")
-    counts = Counter(labels)
-    if empty := [str(label) for label in range(num_labels) if not counts[label]]:
-        raise TanzakuError(f"class {listed(empty)} has no rows to weigh; add some or turn weights off")
-    return torch.tensor([len(labels) / (num_labels * counts[label]) for label in range(num_labels)])
-
-
-def classification_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean cross entropy, in float32, of logits [B, C] and labels [B]; with weights [C], torch's mean."""
-    return cross_entropy(logits.float(), labels, weight=weights)
+    names = {label_name(value, f"{source} row {row}") for row, value in enumerate(values, 1)}
+    if len(names) < 2:
+        found = f"only the label {next(iter(names))!r}" if names else "no labels"
+        raise TanzakuError(f"{source} has {found}; expected at least two classes to tell apart")
+    numbers = all(NUMBER.fullmatch(name) for name in names)
+    return tuple(sorted(names, key=lambda name: (float(name) if numbers else 0.0, name)))

@@ -1,19 +1,20 @@
-"""Probabilities of many adapters in one pass through the frozen base, texts of like length together."""
+"""Predictions of many adapters in one pass through the frozen base, texts of like length together."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.families import Base
 from tanzaku.host import host_of, route
 from tanzaku.positions import room
-from tanzaku.tasks.classification import Split, collate
+from tanzaku.tasks.task import Records, Split, Task, joined, take
 from tanzaku.tokens import without_cache
 from tanzaku.train.passes import CheapPasses
 from tanzaku.train.products import ABOVE
@@ -22,36 +23,37 @@ WINDOW = 256  # rows that are sorted together: little padding, yet the first res
 
 
 class NotFinite(TanzakuError):
-    """Logits of an adapter (`name`) that are no numbers, and at which row, counted from 0."""
+    """What an adapter (`name`) gives that is no number, and at which row, counted from 0."""
 
-    def __init__(self, name: str, row: int, logits: list[float]):
+    def __init__(self, name: str, row: int, what: str, values: list[float]):
         super().__init__(
-            f"adapter {name!r}: the logits of row {row + 1} are {_numbers(logits)}, expected finite numbers"
+            f"adapter {name!r}: the {what} of row {row + 1} are {_numbers(values)}, expected finite numbers"
         )
-        self.name, self.row, self.found = name, row, _numbers(logits)
+        self.name, self.row, self.what, self.found = name, row, what, _numbers(values)
 
 
 def _numbers(values: list[float]) -> str:
     return listed((f"{value:g}" for value in values), 4)
 
 
-def probabilities(
+def predictions(
     model: PreTrainedModel,
+    task: Task,
     splits: Mapping[str, Split],
     pad_token_id: int,
     batch_size: int,
     passes: CheapPasses | None = None,
-) -> Iterator[dict[str, list[float]]]:
-    """For each row, in the order of the splits: by adapter, the probabilities of each label.
+) -> Iterator[dict[str, Any]]:
+    """For each row, in the order of the splits: by adapter, the task's prediction.
 
     Results come as they are found, some hundred rows at a time, and each adapter's are those it has alone. Adapters
     share passes; one whose method shares no batch (full fine-tuning) has passes to itself. The model is put into eval
     mode; between two rows its route is what it was before.
 
     Args:
-        model: a classifier with the adapters that `splits` names.
+        model: made for the task, with the adapters that `splits` names.
         splits: the same rows for every adapter, each encoded as that adapter wants them.
-        batch_size: rows of text a step; a pass has so many for each of its adapters.
+        batch_size: rows a step; a pass has so many for each of its adapters.
         passes: of this model, for who calls again and again: they take a while to make.
 
     Raises:
@@ -62,7 +64,7 @@ def probabilities(
     window = window_of(batch_size)
     parts = (range(start, min(start + window, rows)) for start in range(0, rows, window))
     passes = passes or CheapPasses(host_of(model).base)
-    return _each(_logits(passes, model, splits, pad_token_id, batch_size, part) for part in parts)
+    return _each(task, (_records(passes, model, task, splits, pad_token_id, batch_size, part) for part in parts))
 
 
 def check_rows(
@@ -81,7 +83,7 @@ def check_rows(
     def where(row: int) -> str:
         return f"{split.source} row {row + 1 if numbers is None else numbers[row]}"
 
-    lengths = [len(example.input_ids) for example in split.examples]
+    lengths = [example.length for example in split.examples]
     longest, limit = max(range(len(lengths)), key=lengths.__getitem__), room(base)
     if limit is not None and lengths[longest] + virtual > limit:
         beside = f" and {virtual} virtual ones" if virtual else ""
@@ -95,7 +97,7 @@ def check_rows(
     except TanzakuError:
         return  # no table of tokens
     for row, example in enumerate(split.examples):
-        if (highest := max(example.input_ids)) >= known:
+        if (highest := max(example.inputs["input_ids"])) >= known:
             raise TanzakuError(
                 f"{where(row)} has token number {highest}, and the model knows {known} tokens: its tokenizer is that "
                 "of another model; save the model's own beside it"
@@ -107,21 +109,13 @@ def window_of(batch_size: int) -> int:
     return batch_size * max(1, WINDOW // batch_size)
 
 
-def probabilities_of(
-    model: PreTrainedModel, splits: Mapping[str, Split], pad_token_id: int, batch_size: int
-) -> dict[str, Tensor]:
-    """By adapter, :func:`probabilities` of all rows at once: float64 [rows, labels] on the CPU."""
-    found = logits_of(model, splits, pad_token_id, batch_size)
-    return {name: logits.double().softmax(-1) for name, logits in found.items()}
-
-
-def logits_of(
-    model: PreTrainedModel, splits: Mapping[str, Split], pad_token_id: int, batch_size: int
-) -> dict[str, Tensor]:
-    """By adapter, the logits behind :func:`probabilities_of`: float32 [rows, labels] on the CPU, for metrics."""
+def records_of(
+    model: PreTrainedModel, task: Task, splits: Mapping[str, Split], pad_token_id: int, batch_size: int
+) -> dict[str, Records]:
+    """By adapter, the records behind :func:`predictions`, of all rows at once."""
     rows = _number_of_rows(model, splits, batch_size)
     passes = CheapPasses(host_of(model).base)
-    return _logits(passes, model, splits, pad_token_id, batch_size, range(rows))
+    return _records(passes, model, task, splits, pad_token_id, batch_size, range(rows))
 
 
 def _number_of_rows(model: PreTrainedModel, splits: Mapping[str, Split], batch_size: int) -> int:
@@ -140,59 +134,69 @@ def _number_of_rows(model: PreTrainedModel, splits: Mapping[str, Split], batch_s
     return sizes.popitem()[1]
 
 
-def _each(windows: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, list[float]]]:
+def _each(task: Task, windows: Iterator[dict[str, Records]]) -> Iterator[dict[str, Any]]:
     before = 0
     for window in windows:
-        for name, logits in window.items():
-            if not (finite := logits.isfinite().all(dim=-1)).all():
-                at = int((~finite).int().argmax())
-                raise NotFinite(name, before + at, logits[at].tolist())
-        before += len(next(iter(window.values())))
-        lists = [logits.double().softmax(-1).tolist() for logits in window.values()]
-        for row in zip(*lists, strict=True):
+        for name, records in window.items():
+            _check_finite(name, records, before)
+        found = [task.predictions(records) for records in window.values()]
+        before += len(found[0])
+        for row in zip(*found, strict=True):
             yield dict(zip(window, row, strict=True))
+
+
+def _check_finite(name: str, records: Records, before: int) -> None:
+    for what, column in records.items():
+        ragged = isinstance(column, list)  # rows differ in length, and are looked at one by one
+        for start, values in enumerate(column if ragged else [column]):
+            if isinstance(values, np.ndarray) and not (finite := np.isfinite(values)).all():
+                at = start if ragged else int((~finite).nonzero()[0][0])
+                raise NotFinite(name, before + at, what, np.ravel(column[at]).tolist())
 
 
 # On a function and not on a generator: while a caller holds a row, gradients and the route are the caller's.
 @torch.no_grad()
-def _logits(
+def _records(
     passes: CheapPasses,
     model: PreTrainedModel,
+    task: Task,
     splits: Mapping[str, Split],
     pad_token_id: int,
     batch_size: int,
     rows: range,
-) -> dict[str, Tensor]:
-    """By adapter, fp32 logits [rows, labels] on the CPU, in the order of `rows`."""
+) -> dict[str, Records]:
+    """By adapter, the records of these rows, in their order."""
     model.eval()
     host = host_of(model)
-    takes = inspect.signature(model.forward).parameters
+    without = left_out(model)
     # A cache of keys and values is for generation; here it would only be a copy of them a layer.
     options = without_cache(host.base)
-    lengths = {name: [len(split.examples[row].input_ids) for row in rows] for name, split in splits.items()}
+    lengths = {name: [split.examples[row].length for row in rows] for name, split in splits.items()}
     longest = [max(of_row) for of_row in zip(*lengths.values(), strict=True)]
     order = sorted(range(len(rows)), key=lambda at: longest[at])
-    out: dict[str, Tensor] = {}
+    found: dict[str, list[Records]] = {name: [] for name in splits}
     for names in _passes(model, lengths):
         # One entry an adapter: a batch of as many rows for each repeats the entries in place, so groups are views.
         with passes, route(model, names):
             for start in range(0, len(order), batch_size):
                 at = order[start : start + batch_size]
-                batch = collate([splits[name].examples[rows[i]] for name in names for i in at], pad_token_id, False)
-                if "token_type_ids" not in takes:
-                    batch.pop("token_type_ids", None)
-                batch = {key: value.to(model.device) for key, value in batch.items()}
+                batch = task.collate([splits[name].examples[rows[i]] for name in names for i in at], pad_token_id)
+                batch = batch.to(model.device, without)
                 with passes.reading(
-                    batch["input_ids"],
-                    lengths=[lengths[name][i] for name in names for i in at],
+                    batch,
                     virtual=[host.get(name).virtual for name in names for _ in at],
                     lowest=[ABOVE] * (len(names) * len(at)),  # no gradient is wanted
                     route=host.route,
                 ):
-                    logits = model(**batch, **options).logits.float().cpu()
-                for name, part in zip(names, logits.split(len(at)), strict=True):
-                    out.setdefault(name, logits.new_empty(len(rows), logits.shape[-1]))[at] = part
-    return {name: out[name] for name in splits}
+                    records = task.records(model(**batch.inputs, **options), batch)
+                for place, name in enumerate(names):
+                    found[name].append(take(records, slice(place * len(at), (place + 1) * len(at))))
+    return {name: joined(parts, order) for name, parts in found.items()}
+
+
+def left_out(model: PreTrainedModel) -> frozenset[str]:
+    """What a tokenizer gives that this model's `forward` does not take."""
+    return frozenset({"token_type_ids"} - inspect.signature(model.forward).parameters.keys())
 
 
 def _passes(model: PreTrainedModel, lengths: Mapping[str, list[int]]) -> Iterator[list[str]]:

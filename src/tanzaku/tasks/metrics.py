@@ -1,88 +1,98 @@
-"""What predictions are worth: metrics of a classifier, its confusion matrix, and an interval for a share."""
+"""Metrics of classes, as each row's sufficient statistics; and an interval for a share."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
-
-import numpy as np
-from scipy.stats import binomtest
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, roc_auc_score
-from torch import Tensor, float64
-from torch.nn.functional import nll_loss
+from typing import TYPE_CHECKING, Any
 
 from tanzaku.errors import TanzakuError
+from tanzaku.lazy import Lazy
+from tanzaku.tasks.task import Metric, Records, Statistics
 
-Array = np.ndarray[Any, np.dtype[Any]]
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tanzaku.tasks.task import Array
 
 
-def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Figures of N predictions, computed in float64 on the CPU.
+# Of the records of a classifier: `probabilities` [n, C] in float64, `target` [n], ids.
+else:
+    np = Lazy("numpy")
 
-    Args:
-        logits: [N, C], any float type.
-        labels: [N], class ids from 0 to C - 1.
 
-    Returns:
-        ``loss``: mean cross entropy in nats, unweighted. ``accuracy``. ``roc_auc``: of the probability of
-        label 1 for two classes; beyond, the mean over classes of one against the rest, without the classes
-        that every row or no row belongs to; nan when none is left. ``macro_f1``: over the classes seen or
-        predicted. All four are nan when a probability is.
+def unknown(rows: int) -> Statistics:
+    """The statistics of rows whose figure is no number."""
+    return Statistics(np.full((rows, 1), math.nan), lambda sums: sums[0])
 
-    Raises:
-        TanzakuError: no rows, fewer than two classes, or shapes or label ids that do not fit each other.
+
+def _right(records: Records) -> Array:
+    right: Array = records["probabilities"].argmax(axis=1) == records["target"]
+    return right
+
+
+def _accuracy(records: Records) -> Statistics:
+    if not np.isfinite(records["probabilities"]).all():
+        return unknown(len(records["target"]))
+    right = _right(records)
+    return Statistics(np.stack([right, np.ones(len(right))], axis=1), lambda sums: sums[0] / sums[1])
+
+
+def _macro_f1(records: Records) -> Statistics:
+    """Over the classes seen or predicted."""
+    probabilities, target = records["probabilities"], records["target"]
+    n, classes = probabilities.shape
+    if not np.isfinite(probabilities).all():
+        return unknown(n)
+    truth, guess = np.eye(classes)[target], np.eye(classes)[probabilities.argmax(axis=1)]
+
+    def figure(sums: Array) -> Array:
+        hits, sizes = sums[:classes], sums[classes:]
+        of_class: Array = (2 * hits / np.maximum(sizes, 1)).sum(0) / (sizes > 0).sum(0)
+        return of_class
+
+    return Statistics(np.concatenate([truth * guess, truth + guess], axis=1), figure)
+
+
+def _roc_auc(records: Records) -> Statistics:
+    """Of the probability of class 1 for two classes; beyond, the mean over classes of one against the rest, without the
+    classes that every row or no row belongs to.
+
+    The area is no function of a few sums; but of sums at each place in the order of the scores it is one: the share of
+    pairs, one row of the class and one of another, in which the first scores more, where a tie is half.
     """
-    logits, labels = _checked(logits, labels)
-    log_probabilities = logits.log_softmax(dim=1)
-    if log_probabilities.isnan().any():
-        return dict.fromkeys(("loss", "accuracy", "roc_auc", "macro_f1"), math.nan)
-    truth, predicted = labels.numpy(), logits.numpy().argmax(axis=1)
-    return {
-        "loss": float(nll_loss(log_probabilities, labels)),
-        "accuracy": float(accuracy_score(truth, predicted)),
-        "roc_auc": _roc_auc(truth, log_probabilities.exp().numpy()),
-        "macro_f1": float(f1_score(truth, predicted, average="macro", zero_division=0)),
-    }
+    from scipy.sparse import csr_array
+
+    probabilities, target = records["probabilities"], records["target"]
+    n, classes = probabilities.shape
+    ones = [c for c in ([1] if classes == 2 else range(classes)) if 0 < (target == c).sum() < n]
+    if not ones or not np.isfinite(probabilities).all():
+        return unknown(n)
+    columns, sizes, start = [], [], 0
+    for c in ones:
+        values, place = np.unique(probabilities[:, c], return_inverse=True)
+        columns.append(start + place + len(values) * (target == c))
+        sizes.append(len(values))
+        start += 2 * len(values)
+    rows = np.tile(np.arange(n), len(ones))
+    table = csr_array((np.ones(len(rows)), (rows, np.concatenate(columns))), shape=(n, start))
+
+    def figure(sums: Array) -> Array:
+        areas, at = np.zeros((len(sizes), sums.shape[1])), 0
+        for row, size in enumerate(sizes):
+            others, own = sums[at : at + size], sums[at + size : at + 2 * size]
+            won = own * (others.cumsum(axis=0) - others / 2)
+            with np.errstate(invalid="ignore"):  # a draw without rows of one kind
+                areas[row] = won.sum(axis=0) / (own.sum(axis=0) * others.sum(axis=0))
+            at += 2 * size
+        mean: Array = areas.mean(axis=0)
+        return mean
+
+    return Statistics(table, figure)
 
 
-def _roc_auc(truth: Array, probabilities: Array) -> float:
-    classes = probabilities.shape[1]
-    positives = [1] if classes == 2 else range(classes)
-    areas = [
-        float(roc_auc_score(truth == label, probabilities[:, label]))
-        for label in positives
-        if 0 < (truth == label).sum() < len(truth)
-    ]
-    return sum(areas) / len(areas) if areas else math.nan
-
-
-def confusion(logits: Tensor, labels: Tensor, num_labels: int) -> list[list[int]]:
-    """Counts [true][predicted] of N rows; a row with a nan logit predicts nothing and is not counted."""
-    logits, labels = _checked(logits, labels)
-    if logits.shape[1] != num_labels:
-        raise TanzakuError(f"logits have {logits.shape[1]} classes, expected num_labels {num_labels}")
-    valid = ~logits.isnan().any(dim=1)
-    if not valid.any():
-        return [[0] * num_labels for _ in range(num_labels)]
-    predicted = logits[valid].numpy().argmax(axis=1)
-    counts: list[list[int]] = confusion_matrix(labels[valid].numpy(), predicted, labels=range(num_labels)).tolist()
-    return counts
-
-
-def _checked(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Both on the CPU, logits in float64."""
-    if logits.ndim != 2 or labels.ndim != 1 or len(logits) != len(labels) or logits.shape[1] < 2:
-        raise TanzakuError(
-            f"logits {list(logits.shape)} and labels {list(labels.shape)} do not fit, "
-            f"expected [N, C] and [N] with two classes or more"
-        )
-    if not len(labels):
-        raise TanzakuError("there are no predictions to measure; expected at least one row")
-    lowest, highest, classes = int(labels.min()), int(labels.max()), logits.shape[1]
-    if lowest < 0 or highest >= classes:
-        strange = lowest if lowest < 0 else highest
-        raise TanzakuError(f"label id {strange} is outside the {classes} classes 0 to {classes - 1}")
-    return logits.detach().cpu().to(float64), labels.detach().cpu().long()
+ACCURACY = Metric("accuracy", "accuracy", "higher", (0.0, 1.0), _accuracy, proportion=True)
+ROC_AUC = Metric("roc_auc", "ROC-AUC", "higher", (0.0, 1.0), _roc_auc, by_stratum=True)
+MACRO_F1 = Metric("macro_f1", "macro F1", "higher", (0.0, 1.0), _macro_f1, by_stratum=True, hub="f1")
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -90,9 +100,19 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
 
     Wilson 1927, Probable inference, the law of succession, and statistical inference.
     """
+    from scipy.stats import binomtest
+
     if not 0 <= successes <= n or n < 1:
         raise TanzakuError(f"found {successes} successes of {n}, expected 0 to n successes of at least one")
     if not 0 < confidence < 1:
         raise TanzakuError(f"confidence is {confidence}, expected a share between 0 and 1, such as 0.95")
     interval = binomtest(successes, n).proportion_ci(confidence_level=confidence, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def interval_of(metric: Metric, records: Records) -> tuple[float, float] | None:
+    """The 95% interval of a share of rows; None for other metrics, and where it is no number."""
+    if not metric.proportion:
+        return None
+    sums: Any = metric.statistics(records).rows.sum(axis=0)
+    return None if not np.isfinite(sums).all() else wilson_interval(int(sums[0]), int(sums[1]))

@@ -1,4 +1,4 @@
-"""From the recipe's `data` section to encoded splits: tables and labels first, then tokens."""
+"""From the recipe's `data` section to encoded splits: tables and targets first, then tokens."""
 
 from __future__ import annotations
 
@@ -10,42 +10,27 @@ from typing import TYPE_CHECKING
 from tanzaku.errors import TanzakuError
 from tanzaku.recipe_errors import flag
 from tanzaku.tasks.checks import findings
-from tanzaku.tasks.classification import Labels, Split, encode_split, texts_of
 from tanzaku.tasks.data import Table, read_table, to_stderr
+from tanzaku.tasks.settings import DataSettings
 from tanzaku.tasks.sources import STDIN
+from tanzaku.tasks.task import Task, TaskData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tanzaku.recipe import DataSettings
-
 
 @dataclass(frozen=True)
-class ClassificationData:
-    """Encoded splits of one classification task, and what their batches are padded with."""
-
-    train: Split
-    valid: Split | None
-    test: Split | None
-    labels: Labels
-    pad_token_id: int
-
-    def splits(self) -> list[Split]:
-        """The splits there are, training rows first."""
-        return [split for split in (self.train, self.valid, self.test) if split is not None]
-
-
-@dataclass(frozen=True)
-class ClassificationTables:
-    """Checked tables by split name, before a tokenizer is needed."""
+class Tables:
+    """Checked tables by split name, before a tokenizer is needed, and the task that they define."""
 
     tables: dict[str, Table]
-    labels: Labels
+    task: Task
+    data: DataSettings
 
 
-def read_classification(
-    data: DataSettings, folded: bool = False, note: Callable[[str], None] = to_stderr
-) -> ClassificationTables:
+def read_tables(
+    kind: type[Task], data: DataSettings, folded: bool = False, note: Callable[[str], None] = to_stderr
+) -> Tables:
     """Read every table, and check it and its rows: nothing slow is loaded for data that cannot be used.
 
     Args:
@@ -53,10 +38,10 @@ def read_classification(
         note: is told what was inferred or is odd, and stops nothing.
 
     Raises:
-        TanzakuError: as `open_classification`, or a check that `data` does not allow.
+        TanzakuError: as `open_tables`, or a check that `data` does not allow.
     """
-    read = open_classification(data, note)
-    for found in findings(read.tables, data, folded):
+    read = open_tables(kind, data, note)
+    for found in findings(read.tables, read.task, data, folded):
         if found.check is None:
             note(str(found))
         elif found.check not in data.allow:
@@ -64,17 +49,17 @@ def read_classification(
     return read
 
 
-def open_classification(data: DataSettings, note: Callable[[str], None] = to_stderr) -> ClassificationTables:
-    """Read every table, and check that each has the columns, texts and labels that it needs.
+def open_tables(kind: type[Task], data: DataSettings, note: Callable[[str], None] = to_stderr) -> Tables:
+    """Read every table, and check that each has the columns and cells that it needs.
 
     Raises:
-        TanzakuError: a file, column, text or label that is missing or broken, or a label unseen in training.
+        TanzakuError: a file, column or cell that is missing or broken, or a target unseen in training.
     """
-    columns = {"text": data.text, "text_pair": data.text_pair, "label": data.label}
-    for key, other in combinations([key for key, column in columns.items() if column is not None], 2):
-        if columns[key] == columns[other]:
+    own = {key: getattr(data, key) for key in kind.Data.model_fields if key not in DataSettings.model_fields}
+    for key, other in combinations([key for key, column in own.items() if column is not None], 2):
+        if own[key] == own[other]:
             raise TanzakuError(
-                f"{flag(key)} and {flag(other)} both name the column {columns[key]!r}; expected one column for each"
+                f"{flag(key)} and {flag(other)} both name the column {own[key]!r}; expected one column for each"
             )
     sources = {"train": data.train, "valid": data.valid, "test": data.test}
     if sum(source == STDIN for source in sources.values()) > 1:
@@ -86,44 +71,16 @@ def open_classification(data: DataSettings, note: Callable[[str], None] = to_std
         for name, source in sources.items()
         if source is not None
     }
-    for table in tables.values():
-        for column in columns.values():
-            if column is not None:
-                table.column(column)
-    for table in tables.values():
-        for column in (data.text, data.text_pair):
-            if column is not None:
-                texts_of(table, column)
-    labels = Labels.from_column(tables["train"].column(data.label), tables["train"].source)
-    for table in tables.values():
-        for row, value in enumerate(table.column(data.label), 1):
-            labels.encode(value, f"{table.source} row {row}")
-    return ClassificationTables(tables, labels)
+    return Tables(tables, kind.learn(tables, data), data)
 
 
-def encode_classification(
-    read: ClassificationTables, data: DataSettings, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> ClassificationData:
+def encode(read: Tables, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TaskData:
     """Tokenise the tables.
 
     Raises:
         TanzakuError: a row without text or tokens, or a `max_length` without room for text.
     """
     splits = {
-        name: encode_split(table, name, tokenizer, data.text, data.text_pair, data.label, read.labels, max_length)
-        for name, table in read.tables.items()
+        name: read.task.encode(table, name, tokenizer, max_length, read.data) for name, table in read.tables.items()
     }
-    return ClassificationData(
-        train=splits["train"],
-        valid=splits.get("valid"),
-        test=splits.get("test"),
-        labels=read.labels,
-        pad_token_id=int(tokenizer.pad_token_id),
-    )
-
-
-def prepare_classification(
-    data: DataSettings, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> ClassificationData:
-    """Tables read, labels taken from the training rows, texts tokenised; see the two functions above."""
-    return encode_classification(read_classification(data), data, tokenizer, max_length)
+    return TaskData(splits["train"], splits.get("valid"), splits.get("test"), read.task, int(tokenizer.pad_token_id))

@@ -18,8 +18,8 @@ from tanzaku.families import features
 from tanzaku.host import Adapter
 from tanzaku.method import AttentionStrip, Method, TokenStrip
 from tanzaku.seeds import seed_of
-from tanzaku.tasks.classification import Example, class_weights, epoch_batches
-from tanzaku.tasks.prepare import ClassificationData
+from tanzaku.tasks.batches import epoch_batches
+from tanzaku.tasks.task import Example, Records, TaskData, metric_named, weighed
 from tanzaku.train.memory import Need
 from tanzaku.train.optimizer import FlatAdamW
 from tanzaku.train.products import lowest_layer
@@ -50,9 +50,10 @@ class _Batch:
 class Lane:
     """A job in training. The shared step gives it a loss; it answers with its own optimizer step."""
 
-    def __init__(self, job: Job, adapter: Adapter, data: ClassificationData, result: JobResult, device: torch.device):
-        self.job, self.adapter, self.data, self.result = job, adapter, data, result
+    def __init__(self, job: Job, adapter: Adapter, data: TaskData, result: JobResult, device: torch.device):
         s = job.settings
+        self.job, self.adapter, self.result = job, adapter, result
+        self.data = weighed(data) if s.class_weights else data
         self.virtual, self.before = adapter.virtual, adapter.before
         self.lowest = lowest_layer(adapter)
         self.left_out = False  # whether its last pass may have left out layers by chance
@@ -77,11 +78,7 @@ class Lane:
         name = "constant_with_warmup" if s.schedule == "constant" else s.schedule
         self.schedule = get_scheduler(name, self.optimizer, num_warmup_steps=warmup, num_training_steps=self.steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=s.precision == "fp16")
-        labels = [e.label for e in data.train.examples if e.label is not None]
-        self.weights: Tensor | None = None
-        if s.class_weights:
-            self.weights = class_weights(labels, len(data.labels)).to(device)
-            self._class_weights: list[float] = self.weights.tolist()
+        self.metric = metric_named(data.task, s.metric)
         self.generator = torch.Generator()
         self.epoch, self.step, self.batch = 0, 0, 0
         self.batches = per_epoch * s.epochs
@@ -94,13 +91,13 @@ class Lane:
         self._order = self._epochs()
         self._advance()
         self.seconds = 0.0  # of the epoch under way
-        self.logits: Tensor | None = None  # of the validation rows, by the weights as they are
+        self.records: Records | None = None  # of the validation rows, by the weights as they are
         adapter.method.prepare(adapter, self.steps)
 
     def _epochs(self) -> Iterator[_Batch]:
         """All batches that are left, to the last epoch."""
         s = self.job.settings
-        lengths = [len(e.input_ids) for e in self.data.train.examples]
+        lengths = [e.length for e in self.data.train.examples]
         for epoch in range(self.epoch, s.epochs):
             # Seeding by epoch makes the order of any epoch independent of what came before it.
             self.generator.manual_seed(seed_of("order", s.seed, epoch))
@@ -119,9 +116,7 @@ class Lane:
                     yield _Batch(rows, weight, weight / sum(weights), ends, ends and first + at == len(batches))
 
     def _weight(self, rows: Sequence[int]) -> float:
-        if self.weights is None:
-            return len(rows)
-        return sum(self._class_weights[self.data.train.examples[row].label or 0] for row in rows)
+        return _weight([self.data.train.examples[row] for row in rows])
 
     def _advance(self) -> None:
         self._next = next(self._order, None)
@@ -138,7 +133,7 @@ class Lane:
     @property
     def length(self) -> int:
         """Own tokens of the longest of them."""
-        return max(len(example.input_ids) for example in self.examples())
+        return max(example.length for example in self.examples())
 
     @property
     def batches_left(self) -> int:
@@ -152,10 +147,13 @@ class Lane:
         """Of the random numbers of its next batch."""
         return seed_of("dropout", self.job.settings.seed, self.batch)
 
-    def loss(self, task_loss: Tensor) -> Tensor:
-        """The task's loss with the method's penalty."""
+    def loss(self, sums: Tensor, examples: Sequence[Example]) -> Tensor:
+        """The mean loss of its rows, by the sum of each (rows,), with the method's penalty."""
+        if any(example.factor != 1 for example in examples):
+            sums = sums * torch.tensor([example.factor for example in examples], device=sums.device)
+        loss = sums.sum() / _weight(examples)
         penalty = self.adapter.method.penalty(self.adapter)
-        return task_loss if penalty is None else task_loss + penalty
+        return loss if penalty is None else loss + penalty
 
     def check(self, value: float) -> None:
         """Look at the loss of its next batch.
@@ -248,8 +246,7 @@ class Lane:
 
     def _judge(self, record: EpochRecord) -> None:
         s = self.job.settings
-        value = record.valid.get(s.metric, math.nan)
-        sign = -1 if s.metric == "loss" else 1
+        value, sign = record.valid.get(s.metric, math.nan), self.metric.sign
         best = self.result.best_epoch
         before = None if best is None else self.result.epochs[best - 1].valid.get(s.metric, math.nan)
         if not math.isnan(value) and (before is None or sign * value > sign * before):
@@ -329,7 +326,7 @@ class Lane:
             for name, parameter in self.adapter.trained():
                 parameter.copy_(self.best[name])
             self.result.restored_epoch = self.result.best_epoch
-            self.logits = None
+            self.records = None
 
 
 def _held(adapter: Adapter) -> dict[str, int]:
@@ -344,6 +341,11 @@ def _held(adapter: Adapter) -> dict[str, int]:
             sizes = [features(m) for m in module.modules() if hasattr(m, "in_features") or isinstance(m, Conv1D)]
             held[path] = 4 * sum(n_in + n_out for n_in, n_out in sizes)
     return held
+
+
+def _weight(examples: Sequence[Example]) -> float:
+    """What the losses of some rows are the sum over."""
+    return sum(example.weight * example.factor for example in examples)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -13,16 +13,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from tanzaku import store
 from tanzaku.errors import TanzakuError
 from tanzaku.export.card import training_record
 from tanzaku.host import activate, adapters, attach, count, detach
-from tanzaku.tasks.classification import Split
-from tanzaku.tasks.metrics import classification_metrics, confusion, wilson_interval
-from tanzaku.tasks.prepare import ClassificationData
+from tanzaku.tasks.metrics import interval_of
+from tanzaku.tasks.task import Records, Split, Task, TaskData
 from tanzaku.train.lane import Diverged, Lane
 from tanzaku.train.memory import Need, in_use, peak, reset_peak
 from tanzaku.train.products import layer_of
@@ -50,7 +48,7 @@ class Silent:
 
 def train_jobs(
     model: PreTrainedModel,
-    data: ClassificationData,
+    data: TaskData,
     jobs: Sequence[Job],
     *,
     out: Path | None = None,
@@ -67,7 +65,7 @@ def train_jobs(
     keep their results, those under way are marked interrupted, those not begun have none.
 
     Args:
-        model: a classifier on the device to train on.
+        model: one made for the task, on the device to train on.
         out: a directory; each finished adapter is saved below its `adapters`, with `meta` beside it.
         rows_per_step: most rows of all jobs in one step; None: 16, on a GPU 32. A job's batch is never split.
         memory: most bytes that the process and its workers (on CUDA, torch on the device) may use; None: no limit.
@@ -100,7 +98,7 @@ class Pool:
     def __init__(
         self,
         model: PreTrainedModel,
-        data: ClassificationData,
+        data: TaskData,
         *,
         out: Path | None = None,
         observer: Observer | None = None,
@@ -139,7 +137,7 @@ class Pool:
                     f"a memory limit of {_size(memory)} is less than the {_size(in_use(self.device))} that are in use "
                     "with the model loaded; allow more"
                 )
-        self.step = SharedStep(model, data.pad_token_id)
+        self.step = SharedStep(model, data.task, data.pad_token_id)
         self.queue: deque[Job] = deque()
         self.lanes: dict[str, Lane] = {}
         self.results: dict[str, JobResult] = {}
@@ -163,7 +161,7 @@ class Pool:
         """Queue jobs. Those that cannot share a batch come last.
 
         Raises:
-            TanzakuError: two jobs of one name, or data with other labels than the model.
+            TanzakuError: two jobs of one name, or data for another model.
         """
         names = [*self.results, *(job.name for job in self.queue), *(job.name for job in jobs)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -495,8 +493,8 @@ class Pool:
         began = time.monotonic()
         valid: dict[str, float] = {}
         if lane.data.valid is not None:
-            lane.logits = self.step.logits(lane, lane.data.valid)
-            valid = classification_metrics(lane.logits, _labels(lane.data.valid))
+            lane.records = self.step.records(lane, lane.data.valid)
+            valid = lane.data.task.figures(lane.records)
         lane.spend(self.share * (time.monotonic() - began))
         record = lane.end_epoch(valid)
         if lane.job.name in self._trackers:
@@ -527,23 +525,21 @@ class Pool:
 
     def _judge(self, lane: Lane) -> None:
         """Final figures of the weights as they are: the validation rows', and the test rows' where there are some."""
-        split = lane.data.valid
-        if split is not None:
-            if lane.logits is None:
-                lane.logits = self.step.logits(lane, split)
-            lane.result.valid = classification_metrics(lane.logits, _labels(split))
-            self._keep(lane, split, lane.logits)
-        if (split := lane.data.test) is not None:
-            logits = self.step.logits(lane, split)
-            labels = _labels(split)
-            self._keep(lane, split, logits)
-            lane.result.test = classification_metrics(logits, labels)
-            right = int((logits.argmax(-1) == labels).sum())
-            lane.result.test_interval = wilson_interval(right, len(labels))
+        task = lane.data.task
+        if lane.data.valid is not None:
+            if lane.records is None:
+                lane.records = self.step.records(lane, lane.data.valid)
+            lane.result.valid = task.figures(lane.records)
+            self._keep(lane, lane.records)
+        if lane.data.test is not None:
+            records = self.step.records(lane, lane.data.test)
+            self._keep(lane, records)
+            lane.result.test = task.figures(records)
+            lane.result.test_intervals = intervals(task, records)
 
-    def _keep(self, lane: Lane, split: Split, logits: Tensor) -> None:
-        lane.result.confusion = confusion(logits, _labels(split), len(lane.data.labels))
-        lane.result.predictions = probabilities(logits)
+    def _keep(self, lane: Lane, records: Records) -> None:
+        lane.result.confusion = lane.data.task.confusion(records)
+        lane.result.predictions = lane.data.task.predictions(records)
 
     # -- the end of a job
 
@@ -576,17 +572,14 @@ class Pool:
         return accelerator
 
     @staticmethod
-    def _check(model: PreTrainedModel, data: ClassificationData) -> None:
-        if model.config.num_labels != len(data.labels):
-            raise TanzakuError(
-                f"the model has {model.config.num_labels} labels and the data {len(data.labels)}: "
-                f"load it with num_labels={len(data.labels)}"
-            )
+    def _check(model: PreTrainedModel, data: TaskData) -> None:
+        data.task.check_model(model.config)
 
 
-def probabilities(logits: Tensor) -> list[list[float]]:
-    """Of each label, row by row, to 9 digits: ties among nearly certain rows would be ties in ROC-AUC."""
-    return [[float(f"{p:.9g}") for p in row] for row in logits.double().softmax(-1).tolist()]
+def intervals(task: Task, records: Records) -> dict[str, tuple[float, float]]:
+    """The 95% intervals of a task's shares of rows, by metric."""
+    found = {metric.name: interval_of(metric, records) for metric in task.metrics}
+    return {name: interval for name, interval in found.items() if interval is not None}
 
 
 def _held_for_others(lane: Lane, stepping: Sequence[Lane]) -> int:
@@ -620,8 +613,4 @@ def _size(number: float) -> str:
 
 
 def _longest(split: Split) -> int:
-    return max((len(e.input_ids) for e in split.examples), default=0)
-
-
-def _labels(split: Split) -> Tensor:
-    return torch.tensor([e.label for e in split.examples])
+    return max((e.length for e in split.examples), default=0)

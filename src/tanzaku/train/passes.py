@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from torch import Tensor
-
 from tanzaku.families import Base
 from tanzaku.routing import Route
+from tanzaku.tasks.task import Batch
 from tanzaku.train.gates import FrozenGates
 from tanzaku.train.norms import FrozenNorms
 from tanzaku.train.packing import Packing
@@ -35,36 +34,33 @@ class CheapPasses:
     @contextmanager
     def reading(
         self,
-        input_ids: Tensor,
-        lengths: Sequence[int],
+        batch: Batch,
         virtual: Sequence[int],
         lowest: Sequence[int],
         route: Route | None,
     ) -> Iterator[None]:
-        """Within the block, which holds the backward pass too, the model's passes are for the logits of these rows.
+        """Within the block, which holds the backward pass too, the model's passes are for the logits of the batch.
 
         Args:
-            input_ids: (rows, width), padded on the right.
-            lengths: tokens of each row. virtual: those that its adapter puts before them. lowest: the layer of its
-                lowest adapter.
+            virtual: tokens that each row's adapter puts before its own. lowest: the layer of its lowest adapter.
             route: the batch's own, by which it is packed where this model can have that; None: it shall not be.
         """
-        lead = max(virtual)
+        lead, tokens_in = max(virtual), next(iter(batch.inputs.values()))
         if not self.packing.possible:
             route = None
         read = None
         if route is not None and self.pooled.pad is not None:
-            columns = pooled_columns(input_ids, self.pooled.pad).tolist()
+            columns = pooled_columns(tokens_in, self.pooled.pad).tolist()
             read = [before + column for before, column in zip(virtual, columns, strict=True)]
         tokens = Tokens(
-            width=lead + input_ids.shape[1],
+            width=lead + batch.width,
             starts=[0] * len(virtual),
-            lengths=[before + length for before, length in zip(virtual, lengths, strict=True)],
+            lengths=[before + length for before, length in zip(virtual, batch.lengths, strict=True)],
             lowest=lowest,
-            device=input_ids.device,
+            device=tokens_in.device,
             packed=route is not None,
             read=read,
         )
-        short = self.pooled.reading(input_ids, virtual) if route is None else self.packing.reading(tokens, route)
+        short = self.pooled.reading(tokens_in, virtual) if route is None else self.packing.reading(tokens, route)
         with short, self.products.reading(tokens):
             yield

@@ -9,7 +9,7 @@ from tanzaku.method import Method
 from tanzaku.train.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from tanzaku.tasks.prepare import ClassificationData
+    from tanzaku.tasks.task import TaskData
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Job:
     name: str
     method: Method
     settings: TrainSettings
-    data: ClassificationData | None = None
+    data: TaskData | None = None
     rungs: tuple[int, ...] = ()
     save: bool = True  # its adapter, where the run has a directory
 
@@ -40,7 +40,7 @@ def for_method(settings: TrainSettings, method: Method) -> TrainSettings:
 
 @dataclass
 class EpochRecord:
-    """Figures after one epoch. Metrics are keyed loss, accuracy, roc_auc and macro_f1; times are in seconds.
+    """Figures after one epoch. Metrics are keyed by their names; times are in seconds.
 
     The training loss is the mean over the epoch's rows, of the weights that each of them met.
     """
@@ -68,9 +68,9 @@ class JobResult:
     restored_epoch: int | None = None
     valid: dict[str, float] | None = None  # figures of the weights it ended with, on the validation rows
     test: dict[str, float] | None = None
-    test_interval: tuple[float, float] | None = None  # of accuracy: Wilson, 95%
+    test_intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # of shares of rows: Wilson, 95%
     confusion: list[list[int]] | None = None  # of the test split, or else of the validation split; rows are true
-    predictions: list[list[float]] | None = None  # of the same rows: probabilities of each label
+    predictions: list[Any] | None = None  # of the same rows, as the task writes them
     trainable_parameters: int = 0
     total_parameters: int = 0
     steps: int = 0

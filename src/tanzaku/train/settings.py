@@ -39,9 +39,7 @@ class TrainSettings(BaseModel):
     seed: int = Field(0, ge=-(2**62), lt=2**62, description="of initial weights, data order and dropout")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="arithmetic of the forward pass")
     gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
-    metric: Literal["loss", "accuracy", "roc_auc", "macro_f1"] = Field(
-        "loss", description="validation figure for early stopping and the best epoch"
-    )
+    metric: str = Field("loss", description="validation figure for early stopping and the best epoch")
     patience: int | None = Field(None, ge=1, description="stop after this many epochs without a better metric")
     restore_best: bool = Field(False, description="end with the weights of the best epoch, not of the last")
     tracker: str | None = Field(None, description="an accelerate tracker, such as tensorboard")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tanzaku import __version__, tree
 from tanzaku.errors import TanzakuError
 from tanzaku.files import apart, written_beside
-from tanzaku.tasks.prepare import ClassificationData
+from tanzaku.tasks.task import TaskData
 from tanzaku.train.lane import Lane
 
 SUFFIX = ".safetensors"
@@ -117,13 +117,13 @@ def restore_state(lane: Lane, folder: Path) -> bool:
     return True
 
 
-def checksum(data: ClassificationData) -> str:
-    """Of all rows as they were encoded, and the labels: other rows or another tokenizer give another."""
-    digest = hashlib.sha256(repr(data.labels.names).encode())
+def checksum(data: TaskData) -> str:
+    """Of all rows as they were encoded, and the task: other rows or another tokenizer give another."""
+    digest = hashlib.sha256(repr((data.task.name, data.task.to_json())).encode())
     for split in data.splits():
         digest.update(split.name.encode())
         for example in split.examples:
-            digest.update(repr((example.input_ids, example.token_type_ids, example.label)).encode())
+            digest.update(repr((sorted(example.inputs.items()), example.target)).encode())
     return digest.hexdigest()
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
@@ -23,7 +21,8 @@ from tanzaku.noise import Foreign, Noise, Share, foreign_generators, watch
 from tanzaku.positions import room
 from tanzaku.routing import Entry, Route
 from tanzaku.survey import odd_dropouts, sees_padding
-from tanzaku.tasks.classification import Example, Split, classification_loss, collate
+from tanzaku.tasks.inference import left_out
+from tanzaku.tasks.task import Batch, Example, Records, Split, Task, joined
 from tanzaku.tokens import without_cache
 from tanzaku.train.lane import Lane
 from tanzaku.train.memory import Need, bytes_needed
@@ -45,12 +44,12 @@ class SharedStep:
         pad_token_id: what short rows are filled with.
     """
 
-    def __init__(self, model: PreTrainedModel, pad_token_id: int):
-        self.model, self.pad_token_id, self.device = model, pad_token_id, model.device
+    def __init__(self, model: PreTrainedModel, task: Task, pad_token_id: int):
+        self.model, self.task, self.pad_token_id, self.device = model, task, pad_token_id, model.device
         base = Base.of(model)
         self.max_positions, self.settings = room(base), base.config.to_dict()
         self.passes = CheapPasses(base)
-        self.takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
+        self.without = left_out(model)
         # A cache of keys and values is for generation; here it would only be a copy of them a layer.
         self.options = without_cache(base)
         self._route: tuple[list[Entry], Route] | None = None
@@ -86,10 +85,8 @@ class SharedStep:
         """The loss of each job on its batch, its method's penalty included. The backward pass belongs inside of the
         block, since checkpointed layers run again in it. With a `width`, rows are padded to so many tokens at least,
         and nothing is packed."""
-        examples = [example for batch in batches for example in batch]
         padded = width is not None
-        inputs = self._inputs(collate(examples, self.pad_token_id), width or 0)
-        labels = inputs.pop("labels")
+        together = self._batch([example for batch in batches for example in batch], width or 0)
         entries: list[Entry] = [lane.job.name for lane, batch in zip(lanes, batches, strict=True) for _ in batch]
         self._mode(training=True)
         self._checkpoint(lanes[0].job.settings.gradient_checkpointing)
@@ -98,10 +95,9 @@ class SharedStep:
         for batch in batches:
             at.append(slice(start, start + len(batch)))
             start += len(batch)
-        width = inputs["input_ids"].shape[1]
         lead = max(lane.virtual for lane in lanes)
         shares = [
-            Share(rows, lane.virtual, max(len(e.input_ids) for e in batch), lane.noise_seed)
+            Share(rows, lane.virtual, max(map(_length, batch)), lane.noise_seed)
             for lane, batch, rows in zip(lanes, batches, at, strict=True)
         ]
         for lane in lanes:
@@ -111,16 +107,14 @@ class SharedStep:
                 lane.draws = False if known and not _drops(self.settings) else None
         # The mode costs time at every operation: it is left out where nobody is known to draw.
         noisy = any(lane.draws is not False for lane in lanes)
-        noise = Noise(route, shares, width, lead, self._watched()) if noisy else nullcontext()
+        noise = Noise(route, shares, together.width, lead, self._watched()) if noisy else nullcontext()
         # Dropout tells jobs apart by rows.
         packed = not noisy and not padded
-        with self._reading(inputs["input_ids"], lanes, batches, packed), noise:
+        with self._reading(together, lanes, batches, packed), noise:
             with autocast(self.device, lanes[0].job.settings.precision):
-                logits = self.model(**inputs, **self.options).logits
-            yield [
-                lane.loss(classification_loss(logits[rows], labels[rows], lane.weights))
-                for lane, rows in zip(lanes, at, strict=True)
-            ]
+                outputs = self.model(**together.inputs, **self.options)
+            sums = self.task.score(outputs, together)
+            yield [lane.loss(sums[rows], batch) for lane, rows, batch in zip(lanes, at, batches, strict=True)]
         for lane, share in zip(lanes, shares, strict=True):
             lane.draws = (lane.draws or share.drew) if noisy else lane.draws
             lane.left_out = share.left_out
@@ -197,48 +191,39 @@ class SharedStep:
             for handle in handles:
                 handle.remove()
 
-    def logits(self, lane: Lane, split: Split) -> Tensor:
-        """(rows, labels) in the split's order, fp32 on the CPU. Rows of like length share a batch."""
+    def records(self, lane: Lane, split: Split) -> Records:
+        """Of each row, in the split's order. Rows of like length share a batch."""
         order = sorted(range(len(split)), key=lambda row: _length(split.examples[row]))
         size = lane.job.settings.eval_batch_size
         batches = [[split.examples[row] for row in order[start : start + size]] for start in range(0, len(order), size)]
-        found = self._evaluate(lane, batches)
-        return torch.empty_like(found).index_copy_(0, torch.tensor(order), found)
+        return joined(self._evaluate(lane, batches), order)
 
     @torch.no_grad()
-    def _evaluate(self, lane: Lane, batches: Sequence[Sequence[Example]]) -> Tensor:
+    def _evaluate(self, lane: Lane, batches: Sequence[Sequence[Example]]) -> list[Records]:
         self._mode(training=False)
         self._routed([lane.job.name])
         parts = []
         for batch in batches:
-            inputs = self._inputs(collate(batch, self.pad_token_id, labels=False))
-            with (
-                autocast(self.device, lane.job.settings.precision),
-                self._reading(inputs["input_ids"], [lane], [batch]),
-            ):
-                parts.append(self.model(**inputs, **self.options).logits.float().cpu())
-        return torch.cat(parts)
+            rows = self._batch(batch)
+            with autocast(self.device, lane.job.settings.precision), self._reading(rows, [lane], [batch]):
+                outputs = self.model(**rows.inputs, **self.options)
+            parts.append(self.task.records(outputs, rows))
+        return parts
 
     def _reading(
-        self, input_ids: Tensor, lanes: Sequence[Lane], batches: Sequence[Sequence[Example]], packed: bool = True
+        self, together: Batch, lanes: Sequence[Lane], batches: Sequence[Sequence[Example]], packed: bool = True
     ) -> AbstractContextManager[None]:
-        rows = [(lane, example) for lane, batch in zip(lanes, batches, strict=True) for example in batch]
+        owners = [lane for lane, batch in zip(lanes, batches, strict=True) for _ in batch]
         assert self._route is not None
         return self.passes.reading(
-            input_ids,
-            lengths=[len(example.input_ids) for _, example in rows],
-            virtual=[lane.virtual for lane, _ in rows],
-            lowest=[lane.lowest for lane, _ in rows],
+            together,
+            virtual=[lane.virtual for lane in owners],
+            lowest=[lane.lowest for lane in owners],
             route=self._route[1] if packed else None,
         )
 
-    def _inputs(self, batch: dict[str, Tensor], width: int = 0) -> dict[str, Tensor]:
-        if not self.takes_types:
-            batch.pop("token_type_ids", None)
-        if (more := width - batch["input_ids"].shape[1]) > 0:
-            for key in batch.keys() - {"labels"}:
-                batch[key] = F.pad(batch[key], (0, more), value=self.pad_token_id if key == "input_ids" else 0)
-        return {key: value.to(self.device) for key, value in batch.items()}
+    def _batch(self, examples: Sequence[Example], width: int = 0) -> Batch:
+        return self.task.collate(examples, self.pad_token_id, width).to(self.device, self.without)
 
     def _routed(self, entries: list[Entry]) -> Route:
         """Put the route in force; one that is in force already stays, since hooks take time to hang."""
@@ -277,4 +262,4 @@ def _drops(settings: dict[str, Any]) -> bool:
 
 
 def _length(example: Example) -> int:
-    return len(example.input_ids)
+    return example.length

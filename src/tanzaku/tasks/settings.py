@@ -1,0 +1,40 @@
+"""The recipe's `data` section, but for the columns, which are each task's own."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Check = Literal[
+    "duplicates-across-splits",
+    "duplicates-across-folds",
+    "labels-numeric",
+    "labels-many",
+    "labels-missing",
+    "label-spellings",
+]
+
+
+class DataSettings(BaseModel):
+    """Where the rows are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    train: str = Field(
+        min_length=1, description="training rows: .tsv, .csv, .jsonl, .json, .parquet, .xlsx, - or a dataset"
+    )
+    valid: str | None = Field(default=None, min_length=1, description="validation rows, for figures after each epoch")
+    test: str | None = Field(default=None, min_length=1, description="test rows, for figures at the end")
+    encoding: str | None = Field(default=None, min_length=1, description="of the files, such as cp932 (detected)")
+    format: Literal["tsv", "csv", "jsonl", "json"] | None = Field(
+        default=None, description="of the files, whatever their names say"
+    )
+    allow: list[Check] = Field(default=[], description="pass this check of rows (repeatable; tanzaku check names them)")
+
+
+class TextSettings(DataSettings):
+    """Rows of one text, or of two."""
+
+    text: str = Field(default="text", min_length=1, description="column of the text")
+    text_pair: str | None = Field(default=None, min_length=1, description="column of a second text")

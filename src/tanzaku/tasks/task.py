@@ -1,0 +1,464 @@
+"""What a task is: the whole contract. A task turns rows into a model's inputs, its outputs into losses, and rows into
+figures. It knows nothing of jobs, adapters, processes or what makes a step cheap, and nothing else knows what a task
+knows: training, comparison, prediction, files and report use what stands here.
+
+A row keeps three forms. A table's cells become an :class:`Example`; the model's outputs for it become records, of which
+metrics are computed; and its prediction is what a record keeps in a file, from which the record can be made again.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from tanzaku.errors import TanzakuError, listed, nearest
+from tanzaku.lazy import Lazy
+from tanzaku.tasks.cells import plain
+from tanzaku.tasks.settings import DataSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    # Not where it is run: a recipe is read with tasks, and is not to wait for torch.
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from tanzaku.tasks.checks import Finding
+    from tanzaku.tasks.data import Table
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+else:
+    np = Lazy("numpy")
+
+_CELLS = 2**20  # sums held at once: 8 MiB in float64
+Records = dict[str, Any]  # by name, an entry for each row: an array, or a list where entries differ in length
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, encoded and not padded.
+
+    Args:
+        inputs: by `forward`'s names, a number for each token.
+        target: what it should come to; None: it is to be predicted.
+        weight: what its loss is the sum over: 1, or its tokens that have a target.
+        factor: what its loss counts among those of other rows.
+        about: what else the task must know of the row to read its outputs.
+    """
+
+    inputs: Mapping[str, Sequence[int]]
+    target: Any = None
+    weight: float = 1.0
+    factor: float = 1.0
+    about: Any = None
+
+    @property
+    def length(self) -> int:
+        """Tokens, special ones included."""
+        return len(next(iter(self.inputs.values())))
+
+
+@dataclass(frozen=True)
+class Split:
+    """Encoded rows in file order, the text that stands for each in a report, how many rows were cut, and the second
+    texts of pairs."""
+
+    name: str
+    examples: list[Example]
+    texts: list[str]
+    truncated: int
+    source: str
+    seconds: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def keys(self) -> list[tuple[str, ...]]:
+        """By row, what makes two rows one: their texts but for case, width and white space."""
+        columns = [self.texts] if self.seconds is None else [self.texts, self.seconds]
+        return [tuple(map(plain, row)) for row in zip(*columns, strict=True)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows for one pass, padded on the right.
+
+    Args:
+        inputs: by `forward`'s names, [B, T]. targets: as the task's own `score` reads them; none to predict.
+        examples: the rows.
+    """
+
+    inputs: dict[str, Tensor]
+    targets: dict[str, Tensor]
+    examples: Sequence[Example]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Own tokens of each row."""
+        return [example.length for example in self.examples]
+
+    @property
+    def width(self) -> int:
+        """T."""
+        return int(next(iter(self.inputs.values())).shape[1])
+
+    def to(self, device: Any, without: frozenset[str] = frozenset()) -> Batch:
+        """On a device, without some of the inputs."""
+        inputs = {key: value.to(device) for key, value in self.inputs.items() if key not in without}
+        targets = {key: value.to(device) for key, value in self.targets.items()}
+        return Batch(inputs, targets, self.examples)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A metric of some rows, as sums over them: a bootstrap of thousands of draws then needs no pass over the rows.
+
+    Args:
+        rows: [n, k], sufficient statistics of each row; dense, or sparse in rows. figure: [k, B], sums of these over B
+            draws of the rows, to the B figures.
+    """
+
+    rows: Any
+    figure: Callable[[Array], Array]
+
+    @property
+    def known(self) -> bool:
+        """Whether every row's statistics are numbers."""
+        return bool(np.isfinite(getattr(self.rows, "data", self.rows)).all())
+
+    def drawn(self, counts: Array) -> Array:
+        """[B]: the figures of B draws, where row i was drawn counts[i, b] times."""
+        size = max(1, _CELLS // self.rows.shape[1])
+        draws = (counts[:, at : at + size] for at in range(0, counts.shape[1], size))
+        return np.concatenate([self.figure(self.rows.T @ some) for some in draws])
+
+    def value(self) -> float:
+        """The figure of each row once."""
+        return float(self.drawn(np.ones((self.rows.shape[0], 1)))[0])
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of predictions.
+
+    Args:
+        name: in recipes and files. title: in tables. bounds: what it can be at most, for intervals and margins.
+        statistics: of records, for :class:`Statistics`.
+        proportion: whether it is a share of rows, written in percent, with an interval of its own (Wilson).
+        by_stratum: whether it is a mean over strata, in which a row of the rarest counts most.
+        hub: what the Hugging Face Hub calls it, if otherwise.
+    """
+
+    name: str
+    title: str
+    better: Literal["higher", "lower"]
+    bounds: tuple[float, float]
+    statistics: Callable[[Records], Statistics]
+    proportion: bool = False
+    by_stratum: bool = False
+    hub: str | None = None
+
+    @property
+    def sign(self) -> int:
+        """1 where more is better, else -1."""
+        return 1 if self.better == "higher" else -1
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a difference of it means the same whatever the figures are."""
+        return bool(np.isfinite(self.bounds).all())
+
+    @property
+    def on_validation(self) -> str:
+        """How a sentence calls it where rows are validation rows."""
+        return "validation loss" if self is LOSS else self.title
+
+
+def _loss(records: Records) -> Statistics:
+    return Statistics(np.stack([records["loss"], records["weight"]], axis=1), lambda sums: sums[0] / sums[1])
+
+
+LOSS = Metric("loss", "loss", "lower", (0.0, float("inf")), _loss)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column that prediction adds: `stem`, or `stem_part`; an adapter's name stands between the two."""
+
+    stem: str
+    kind: Literal["text", "number"]
+    part: str = ""
+
+
+@dataclass(frozen=True)
+class Said:
+    """A prediction as a report shows it: in words, with how sure it is (None: not known) and whether it is right (None:
+    there is no right or wrong)."""
+
+    text: str
+    confidence: float | None = None
+    right: bool | None = None
+
+
+class Task(ABC):
+    """One task, as the training rows define it. Settings that prediction needs are its fields, kept in tanzaku.json."""
+
+    name: ClassVar[str]  # in recipes
+    summary: ClassVar[str]
+    auto_class: ClassVar[str]  # transformers' class that loads the model
+    peft_type: ClassVar[str]  # HF PEFT's name of the task
+    metrics: ClassVar[tuple[Metric, ...]]  # the loss first
+    rank_by: ClassVar[str]  # what candidates are ranked by where nothing is said
+    Data: ClassVar[type[DataSettings]]  # the recipe's `data` section, with the task's columns
+
+    overrides: ClassVar[
+        Mapping[str, tuple[str, str]]
+    ] = {}  # what prediction may be told: by flag, its metavar and help
+    reading: ClassVar[tuple[str, ...]] = ()  # of these, the names of columns
+    answer_keys: ClassVar[tuple[str, ...]]  # of `answer`
+
+    # -- rows
+
+    @classmethod
+    @abstractmethod
+    def learn(cls, tables: Mapping[str, Table], data: Any) -> Self:
+        """From the tables by split name, and the recipe's `data` section.
+
+        Raises:
+            TanzakuError: a column, cell or target that is missing or broken, and in which row.
+        """
+
+    @classmethod
+    @abstractmethod
+    def findings(cls, tables: Mapping[str, Table], data: Any) -> Iterator[Finding]:
+        """What is odd about the targets."""
+
+    @property
+    @abstractmethod
+    def reads(self) -> tuple[str, ...]:
+        """Columns that a prediction is made from."""
+
+    @classmethod
+    @abstractmethod
+    def targets(cls, table: Table, data: Any) -> list[str]:
+        """Each row's target in words: rows of one text and different targets are told of."""
+
+    @abstractmethod
+    def encode(
+        self, table: Table, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int, targets: Any = None
+    ) -> Split:
+        """Rows as tokens, `max_length` at most.
+
+        Args:
+            targets: the recipe's `data` section, which names the columns of the targets; None: there are none.
+
+        Raises:
+            TanzakuError: a row (counted from 1) without text or tokens, or no room for any.
+        """
+
+    @abstractmethod
+    def check_cell(self, value: Any, where: str) -> None:
+        """A TanzakuError where a cell of a column that is read is neither blank nor what `encode` takes."""
+
+    @abstractmethod
+    def blank(self, value: Any) -> bool:
+        """Whether a cell has nothing to predict from."""
+
+    @abstractmethod
+    def have_tokens(self, values: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[bool]:
+        """Whether anything of each cell, none of them blank, is left as tokens."""
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Example], pad_token_id: int, width: int = 0) -> Batch:
+        """Rows padded to the longest, or to `width` tokens if that is more."""
+
+    def stratum(self, example: Example) -> str | None:
+        """What folds keep the shares of, in words; None where rows have nothing of the kind."""
+        return None
+
+    def class_weights(self, examples: Sequence[Example]) -> list[float]:
+        """What each row's loss counts, so that all classes count alike."""
+        raise TanzakuError(f"class_weights weighs classes, and {self.name} has none; leave it out")
+
+    # -- the model
+
+    @abstractmethod
+    def model_settings(self) -> dict[str, Any]:
+        """What the model's config is to say of the task."""
+
+    @abstractmethod
+    def check_model(self, config: Any) -> None:
+        """A TanzakuError where a model is made for other targets."""
+
+    @abstractmethod
+    def score(self, outputs: Any, batch: Batch) -> Tensor:
+        """The loss of each row, a sum over its `weight`: (rows,), differentiable, in fp32 at least."""
+
+    @abstractmethod
+    def records(self, outputs: Any, batch: Batch) -> Records:
+        """All that metrics and predictions need of each row, on the CPU, without gradients; `loss` and `weight` where
+        rows have targets."""
+
+    # -- figures
+
+    def figures(self, records: Records) -> dict[str, float]:
+        """Every metric by name; nan where it is no number."""
+        return {metric.name: metric.statistics(records).value() for metric in self.metrics}
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Metrics whose test figures stand beside that which ranks."""
+        return ()
+
+    def doubts(self, runs: Sequence[Mapping[str, Any]], examples: Sequence[Example]) -> list[str]:
+        """What a reader should know of a candidate before its figures are believed.
+
+        Args:
+            runs: of its finished ones, `valid` figures and the least `loss` of training and validation.
+            examples: the training rows.
+        """
+        return []
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What a table of counts has rows and columns for; none where nothing is counted."""
+        return ()
+
+    def confusion(self, records: Records) -> list[list[int]] | None:
+        """Counts [true][predicted] of `classes`."""
+        return None
+
+    # -- predictions
+
+    @abstractmethod
+    def predictions(self, records: Records) -> list[Any]:
+        """Of each row, fit for JSON."""
+
+    @abstractmethod
+    def recorded(self, predictions: Sequence[Any], examples: Sequence[Example]) -> Records:
+        """The records that predictions were made from, as far as metrics need them."""
+
+    @abstractmethod
+    def truth(self, example: Example) -> str:
+        """The target as a report shows it."""
+
+    @abstractmethod
+    def said(self, prediction: Any, example: Example) -> Said:
+        """The prediction as a report shows it."""
+
+    @abstractmethod
+    def columns(self) -> list[Column]:
+        """What `tanzaku predict` adds to a table."""
+
+    @abstractmethod
+    def cells(self, prediction: Any) -> list[Any]:
+        """The values of these columns."""
+
+    @abstractmethod
+    def answer(self, prediction: Any) -> dict[str, Any]:
+        """The same for JSON lines."""
+
+    # -- files and tables
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """What prediction needs, kept in tanzaku.json beside an adapter."""
+
+    @classmethod
+    @abstractmethod
+    def from_json(cls, about: Mapping[str, Any], where: str) -> Self:
+        """The task again; a TanzakuError that begins with `where` if something in it cannot be."""
+
+    @classmethod
+    def fits(cls, width: int | None) -> bool:
+        """Whether a head of so many outputs (None: not known) may be this task's."""
+        return True
+
+    @classmethod
+    def overruled(cls, asked: Mapping[str, Any], about: Mapping[str, Any], path: Any) -> dict[str, Any]:
+        """What a user asks for in place of what `about` says of the adapter at `path`, as `from_json` takes it."""
+        return {key: asked[key] for key in cls.overrides if key in asked}
+
+    @classmethod
+    @abstractmethod
+    def of_base(cls, config: Any, width: int | None, asked: Mapping[str, Any], path: str, base: str) -> Self:
+        """The task of an adapter that is another library's, by the config of the model `base`.
+
+        Args:
+            width: outputs of the head in the adapter's file, if there is one. asked: what the user says.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What it tells apart or finds, in a few words."""
+
+    @abstractmethod
+    def answers(self) -> str:
+        """The same as a sentence of a model card."""
+
+    @classmethod
+    @abstractmethod
+    def table_of(cls, tables: Mapping[str, Table], data: Any) -> tuple[list[str], list[list[str]]]:
+        """Head and lines of the data card's table of targets."""
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Encoded splits of one task, and what their batches are padded with."""
+
+    train: Split
+    valid: Split | None
+    test: Split | None
+    task: Task
+    pad_token_id: int = field(default=0)
+
+    def splits(self) -> list[Split]:
+        """The splits there are, training rows first."""
+        return [split for split in (self.train, self.valid, self.test) if split is not None]
+
+
+def metric_named(task: type[Task] | Task, name: str) -> Metric:
+    """The metric of a task.
+
+    Raises:
+        TanzakuError: the task has none of that name.
+    """
+    for metric in task.metrics:
+        if metric.name == name:
+            return metric
+    known = [metric.name for metric in task.metrics]
+    raise TanzakuError(f"{task.name} has no metric {name!r}{nearest(name, known)}, expected one of {listed(known)}")
+
+
+def weighed(data: TaskData) -> TaskData:
+    """The same rows, with training rows that count so much that all classes count alike."""
+    factors = data.task.class_weights(data.train.examples)
+    examples = [replace(e, factor=factor) for e, factor in zip(data.train.examples, factors, strict=True)]
+    return replace(data, train=replace(data.train, examples=examples))
+
+
+def joined(parts: Sequence[Records], order: Sequence[int]) -> Records:
+    """Records of several batches as one; `order` says which row each is."""
+    place = np.argsort(np.asarray(order))
+    out: Records = {}
+    for key in parts[0]:
+        columns = [part[key] for part in parts]
+        if isinstance(columns[0], np.ndarray):
+            out[key] = np.concatenate(columns)[place]
+        else:
+            rows = [entry for column in columns for entry in column]
+            out[key] = [rows[at] for at in place]
+    return out
+
+
+def subset(split: Split, rows: Sequence[int], name: str) -> Split:
+    """Some rows of a split, in its order."""
+    seconds = None if split.seconds is None else [split.seconds[r] for r in rows]
+    return Split(name, [split.examples[r] for r in rows], [split.texts[r] for r in rows], 0, split.source, seconds)
+
+
+def take(records: Records, rows: slice) -> Records:
+    """The records of some rows."""
+    return {key: column[rows] for key, column in records.items()}
