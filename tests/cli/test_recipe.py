@@ -89,9 +89,9 @@ def test_flags_override_the_file_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_the_compare_section(tmp_path: Path) -> None:
-    assert recipe(tmp_path, "").compare == recipe(tmp_path, "compare:\n").compare == CompareSettings()
+    assert recipe(tmp_path, "").compare == recipe(tmp_path, "compare:\n").compare == CompareSettings(rank_by="roc_auc")
     found = recipe(tmp_path, "compare: {folds: 4, trials: 8, memory: 8 GB}", {"compare": {"trials": "5", "keep": "2"}})
-    assert found.compare == CompareSettings(folds=4, trials=5, keep=2, memory="8 GB")
+    assert found.compare == CompareSettings(folds=4, trials=5, keep=2, memory="8 GB", rank_by="roc_auc")
 
 
 def test_spaces_in_a_recipe_and_in_set(tmp_path: Path) -> None:
@@ -180,10 +180,10 @@ REFUSED = [
     ("compare: {fold: 3}", ["recipe.yaml", "compare has no key 'fold'", "did you mean 'folds'"]),
     ("compare: {folds: 1}", ["compare.folds is 1", "greater than or equal to 2"]),
     ("compare: {memory: 8}", ["compare.memory: found '8'", "such as 8GB"]),
-    ("compare: {rank_by: auc}", ["compare.rank_by is 'auc'", "'roc_auc'"]),
+    ("compare: {rank_by: auc}", ["compare.rank_by is 'auc'", "roc_auc"]),
     ("compare: [1]", ["compare is [1]", "a mapping"]),
     ("device: gpu", ["device is 'gpu'", "'cuda'"]),
-    ("task: regression", ["task is 'regression'", "'classification'"]),
+    ("task: regresion", ["task is 'regresion'", "'classification'", "did you mean 'regression'"]),
 ]
 
 

@@ -5,9 +5,10 @@ from typing import Any
 
 from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.tasks.classification import Classification
+from tanzaku.tasks.regression import Regression
 from tanzaku.tasks.task import Task
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification,)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Regression)}
 
 
 def task_in(about: Mapping[str, Any], where: str) -> Task | None:
