@@ -13,10 +13,12 @@ from huggingface_hub import constants as hub
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 
 from tanzaku.embedded import EMBEDDED, Progress, embedded_model, gguf_model, one_line, quiet
 from tanzaku.errors import TanzakuError, listed, nearest
@@ -143,11 +145,26 @@ def _with_head(
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **settings)
     tokenizer = _tokenizer(name, where, trust_remote_code)
     kind = _KINDS.get(auto.__name__, f"for {auto.__name__}")
+    if auto is AutoModelForTokenClassification and type(config) not in auto._model_mapping:
+        auto = _of_tokens(name, config)
     with _loading(f"{name!r} ({config.model_type}) {kind}"), seeded(seed):
         model, info = _pretrained(auto, where, config, dtype, trust_remote_code)
     _check_backbone(name, model.base_model_prefix, info)
     agree_on_padding(name, model, tokenizer)
     return model, tokenizer
+
+
+def _of_tokens(name: str, config: Any) -> Any:
+    """A class for token classification, for decoders that transformers has a classifier of texts for and none of
+    tokens: both are made of the same part in all its decoders."""
+    of_texts = AutoModelForSequenceClassification._model_mapping.get(type(config), None)
+    bases = getattr(of_texts, "__bases__", ())
+    if not bases or bases[0] is not GenericForSequenceClassification:
+        raise TanzakuError(
+            f"transformers has no token classifier for {name!r} ({config.model_type}); use another model"
+        )
+    title = of_texts.__name__.replace("ForSequenceClassification", "ForTokenClassification")
+    return type(title, (GenericForTokenClassification, *bases[1:]), {"config_class": of_texts.config_class})
 
 
 def load_base(

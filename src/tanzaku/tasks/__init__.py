@@ -7,8 +7,9 @@ from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.tasks.classification import Classification
 from tanzaku.tasks.regression import Regression
 from tanzaku.tasks.task import Task
+from tanzaku.tasks.tokens import Tokens
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Regression)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Regression, Tokens)}
 
 
 def task_in(about: Mapping[str, Any], where: str) -> Task | None:

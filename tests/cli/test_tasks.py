@@ -1,0 +1,190 @@
+"""Every task through every verb: what stands in one file works in training, comparison, prediction and files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_kit import Tanzaku, assert_refused, results_of
+
+from tanzaku import tasks
+from tanzaku.tasks import TASKS
+
+ROOT = Path(__file__).parents[2]
+
+TEXTS = ["the warm rain of spring", "a cold wind of winter", "warm sea", "cold sea", "spring rain", "winter wind"]
+TEXTS += ["the rain", "cold rain", "warm wind", "the cold spring", "a warm winter", "sea of rain"]
+WARM = {"warm", "spring", "sea"}
+
+
+def spans(text: str) -> list[dict[str, Any]]:
+    found = []
+    for word in text.split():
+        start = text.index(word)
+        if word in WARM | {"cold", "winter"}:
+            kind = "warm" if word in WARM else "cold"
+            found.append({"start": start, "end": start + len(word), "label": kind})
+    return found
+
+
+def row(task: str, text: str) -> dict[str, Any]:
+    if task == "classification":
+        return {"text": text, "label": "mild" if WARM & {*text.split()} else "harsh"}
+    if task == "regression":
+        return {"text": text, "label": 10.0 + 3 * len(WARM & {*text.split()}) - len(text.split())}
+    if task == "tokens":
+        return {"text": text, "spans": spans(text)}
+    raise NotImplementedError(f"rows for the task {task!r}: add some here")
+
+
+@pytest.fixture(params=sorted(TASKS))
+def task(request: pytest.FixtureRequest, work: Path) -> str:
+    """A task's name; the current directory has train, valid and test rows of it, and a recipe."""
+    name = str(request.param)
+    for split, before in (("train", ""), ("valid", "the "), ("test", "of ")):
+        lines = [json.dumps(row(name, before + text)) for text in TEXTS]
+        Path(f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    recipe = Path("recipe.yaml").read_text(encoding="utf-8").replace(".tsv", ".jsonl")
+    Path("recipe.yaml").write_text(f"task: {name}\n{recipe}", encoding="utf-8")
+    return name
+
+
+def test_train_predict_and_merge(task: str, tanzaku: Tanzaku) -> None:
+    kind = TASKS[task]
+    said = tanzaku("train", "recipe.yaml", "--out", "run")
+    assert said.code == 0, said.err
+    for metric in kind.metrics:
+        assert metric.title in said.out
+    [job] = results_of(Path("run"))["jobs"]
+    assert job["status"] == "done" and len(job["predictions"]) == len(TEXTS)
+    for figures in (job["valid"], job["test"]):
+        assert figures.keys() == {metric.name for metric in kind.metrics} and math.isfinite(figures["loss"])
+    card = Path("run/adapters/lora/README.md").read_text(encoding="utf-8")
+    assert "tanzaku predict DIRECTORY" in card and all(metric.name in card for metric in kind.metrics)
+
+    for name in ("out.jsonl", "out.tsv", "out.parquet"):
+        said = tanzaku("predict", "run/adapters/lora", "--data", "test.jsonl", "--out", name)
+        assert said.code == 0, said.err
+    lines = [json.loads(line) for line in Path("out.jsonl").read_text(encoding="utf-8").splitlines()]
+    about = json.loads(Path("run/adapters/lora/tanzaku.json").read_text(encoding="utf-8"))["meta"]
+    own = kind.from_json(about, "")
+    assert own.to_json().items() <= about.items()
+    for line, prediction in zip(lines, job["predictions"], strict=True):
+        assert close({key: line[key] for key in own.answer_keys}, own.answer(prediction))
+    with Path("out.tsv").open(encoding="utf-8") as file:
+        cells = list(csv.DictReader(file, delimiter="\t"))
+    names = ["_".join(filter(None, (column.stem, column.part))) for column in own.columns()]
+    assert all(names == list(cell)[-len(names) :] for cell in cells)
+
+    said = tanzaku("merge", "run/adapters/lora", "--out", "merged")
+    assert said.code == 0, said.err
+    config = json.loads(Path("merged/config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == [kind.auto_class.replace("AutoModel", "Llama")]
+
+
+def close(found: Any, expected: Any) -> bool:
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(close(found[key], expected[key]) for key in expected)
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(close, found, expected))
+    return bool(found == expected or (isinstance(expected, float) and abs(found - expected) < 1e-4))
+
+
+@pytest.mark.parametrize("design", [["--folds", "3"], ["--seeds", "2"]])
+def test_compare(task: str, design: list[str], tanzaku: Tanzaku) -> None:
+    kind = TASKS[task]
+    options = ["--method", "lora", "--method", "prompt_tuning", "--workers", "1", *design]
+    said = tanzaku("compare", "recipe.yaml", *options, "--out", "run")
+    assert said.code == 0, said.err
+    results = results_of(Path("run"))
+    assert results["design"]["metric"] == kind.rank_by
+    for each in results["candidates"]:
+        assert each["scores"].keys() == {metric.name for metric in kind.metrics}
+        assert each["test"].keys() == each["scores"].keys() and each["mean"] is not None
+        assert each["interval"] is not None
+    [pair] = results["comparisons"]
+    assert pair["p"] is not None
+    page = Path("run/report.html").read_text(encoding="utf-8")
+    best = next(metric for metric in kind.metrics if metric.name == kind.rank_by)
+    assert f"By the mean {best.title}" in page and ("<caption>" in page) == bool(results["candidates"][0]["confusion"])
+    again = tanzaku("compare", "--resume", "--out", "run")
+    assert again.code == 0, again.err
+
+
+def test_interrupted_and_resumed(task: str, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is cut off after its first epoch ends with the figures of one that was not."""
+    from tanzaku.cli.display import Display
+
+    whole = tanzaku("train", "recipe.yaml", "--out", "whole")
+    assert whole.code == 0, whole.err
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Display, "epoch_done", stop)
+        assert tanzaku("train", "recipe.yaml", "--out", "run").code == 130
+    again = tanzaku("train", "--resume", "--out", "run")
+    assert again.code == 0, again.err
+    [expected], [found] = results_of(Path("whole"))["jobs"], results_of(Path("run"))["jobs"]
+    assert close(found["valid"], expected["valid"]) and close(found["test"], expected["test"])
+
+
+def test_check(task: str, tanzaku: Tanzaku, model_dir: Path) -> None:
+    for model in ([], ["--model", str(model_dir)]):
+        said = tanzaku("check", "train.jsonl", "valid.jsonl", "--task", task, *model)
+        assert said.code == 0, said.err + said.out
+        assert "the first rows" in said.out and "training" in said.out
+
+
+def test_a_metric_of_another_task_is_refused(task: str, tanzaku: Tanzaku) -> None:
+    other = next(m.name for kind in TASKS.values() for m in kind.metrics if m not in TASKS[task].metrics)
+    if any(metric.name == other for metric in TASKS[task].metrics):
+        other = "nothing"
+    known = TASKS[task].metrics[1].name
+    assert_refused(tanzaku("train", "recipe.yaml", "--metric", other), "--metric", other, known)
+    assert_refused(tanzaku("compare", "recipe.yaml", "--rank-by", other), "--rank-by", other, known)
+
+
+def test_class_weights_are_for_classes(task: str, tanzaku: Tanzaku) -> None:
+    said = tanzaku("train", "recipe.yaml", "--class-weights", "--out", "run")
+    if task == "classification":
+        assert said.code == 0, said.err
+    else:
+        assert_refused(said, "class_weights", task)
+
+
+def test_the_example_of_the_docs(
+    work: Path, monkeypatch: pytest.MonkeyPatch, model_dir: Path, tanzaku: Tanzaku
+) -> None:
+    """As it is printed, it is compared and predicted with."""
+    text = (ROOT / "docs/add_a_task.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    module = types.ModuleType("grading")
+    monkeypatch.setitem(sys.modules, "grading", module)
+    exec(code, module.__dict__)
+    monkeypatch.setitem(tasks.TASKS, "grading", module.Grading)
+    for split, before in (("train", ""), ("valid", "the ")):
+        texts = [f"{before}{text}{' of' * at}" for at in range(3) for text in ("cold sea", "rain", "warm sea")]
+        lines = [json.dumps({"text": text, "label": at % 3}) for at, text in enumerate(texts)]
+        Path(f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    Path("recipe.yaml").write_text(
+        f"model: {model_dir}\ntask: grading\ndata: {{train: train.jsonl, valid: valid.jsonl}}\n"
+        "train: {epochs: 2, batch_size: 2, learning_rate: 1e-2}\nmethods: [lora, ia3]\n",
+        encoding="utf-8",
+    )
+    said = tanzaku("compare", "recipe.yaml", "--workers", "1", "--seeds", "2", "--out", "run")
+    assert said.code == 0, said.err
+    results = results_of(Path("run"))
+    assert results["design"]["metric"] == "exact"
+    assert results["candidates"][0]["scores"].keys() == {"loss", "exact", "mae"}
+    said = tanzaku("predict", f"run/{results['candidates'][0]['adapter']}", "--data", "valid.jsonl", "--out", "out.tsv")
+    assert said.code == 0, said.err
+    assert Path("out.tsv").read_text(encoding="utf-8").splitlines()[0] == "text\tlabel\tpredicted"

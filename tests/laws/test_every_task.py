@@ -1,0 +1,155 @@
+"""Law 11: losses and figures of every task are those of plain transformers, and do not depend on how rows are batched;
+and law 1 for every task: a job among others ends as it does alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from variants import VARIANTS, method, sharing
+
+from close import RUN, assert_close
+from models import VOCAB, config_of, lively
+from tanzaku.methods import METHODS
+from tanzaku.tasks import TASKS
+from tanzaku.tasks.classification import Classification
+from tanzaku.tasks.regression import Regression
+from tanzaku.tasks.task import Example, Split, Task, TaskData
+from tanzaku.tasks.tokens import Tokens
+from tanzaku.train.loop import train_jobs
+from tanzaku.train.results import Job
+from tanzaku.train.settings import TrainSettings
+from task_data import rows
+
+# One of each, for rows of `task_data`, whose label depends on their last token.
+EACH: dict[str, Task] = {
+    "classification": Classification(("a", "b")),
+    "regression": Regression(10.0, 4.0),
+    "tokens": Tokens(("x",), "words", True),
+}
+FAMILIES = ["llama", "bert"]
+
+every_task = pytest.mark.parametrize("name", TASKS)
+every_family = pytest.mark.parametrize("kind", FAMILIES)
+
+
+def split_of(name: str, number: int, seed: int) -> Split:
+    split = rows(number, (4, 9, 3, 7), seed)
+    if name == "classification":
+        return split
+    examples = []
+    for example in split.examples:
+        ids = list(example.inputs["input_ids"])
+        if name == "regression":
+            examples.append(Example(example.inputs, 10.0 + ids[-1] / VOCAB * 8))
+        else:
+            found = [(at, at + 1, "x") for at, token in enumerate(ids) if token > VOCAB // 2]
+            about = [(at, at, at + 1) for at in range(len(ids))]
+            examples.append(Example(example.inputs, found, float(len(ids)), about=about))
+    return Split("rows", examples, split.texts, 0, "rows")
+
+
+def data_of(name: str) -> TaskData:
+    return TaskData(split_of(name, 11, 0), split_of(name, 9, 1), split_of(name, 5, 2), EACH[name], 0)
+
+
+def model_of(name: str, kind: str) -> Any:
+    settings = EACH[name].model_settings()
+    auto = getattr(transformers, EACH[name].auto_class)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        # Decoders' token classifiers drop out a tenth of what the head reads unless they are told.
+        model = auto.from_config(config_of(kind, pad_token_id=0, classifier_dropout=0.0, **settings))
+        lively(model)
+    return model.eval()
+
+
+def test_every_task_is_here() -> None:
+    assert EACH.keys() == TASKS.keys()
+
+
+@every_task
+@every_family
+def test_loss_is_the_models_own(name: str, kind: str) -> None:
+    """The mean over rows, or over tagged tokens, that transformers' model gives with `labels`."""
+    task, model, split = EACH[name], model_of(name, kind), split_of(name, 6, 3)
+    batch = task.collate(split.examples, 0)
+    [target] = batch.targets.values()
+    with torch.no_grad():
+        expected = model(**batch.inputs, labels=target)
+        sums = task.score(SimpleNamespace(logits=expected.logits), batch)
+    weight = sum(example.weight for example in split.examples)
+    assert_close(sums.sum() / weight, expected.loss)
+    records = task.records(expected, batch)
+    assert task.figures(records)["loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
+
+
+@every_task
+@every_family
+def test_figures_do_not_depend_on_batches(name: str, kind: str) -> None:
+    found = []
+    for size in (1, 4, 9):
+        settings = TrainSettings(epochs=1, learning_rate=0.01, batch_size=2, eval_batch_size=size)
+        [result] = train_jobs(model_of(name, kind), data_of(name), [Job("a", method("lora"), settings)], workers=1)
+        assert result.error is None
+        found.append(result)
+    for other in found[1:]:
+        assert_close(other.valid, found[0].valid, RUN)
+        assert_close(other.test, found[0].test, RUN)
+
+
+@every_task
+@every_family
+def test_a_job_among_others_ends_as_it_does_alone(name: str, kind: str, tmp_path: Path) -> None:
+    """Each with another batch size and accumulation: losses over tokens weigh every token alike."""
+
+    def weights(jobs: list[Job], out: Path) -> dict[str, torch.Tensor]:
+        results = train_jobs(model_of(name, kind), data_of(name), jobs, out=out, workers=1)
+        assert [(r.status, r.error) for r in results] == [("done", None)] * len(jobs)
+        return load_file(out / "adapters" / jobs[0].name / "adapter_model.safetensors")
+
+    def job(at: int, own: str) -> Job:
+        changes = {"batch_size": 1 + at % 3, "accumulation": 1 + at % 2, "seed": at}
+        settings = TrainSettings.model_validate({"epochs": 2, "learning_rate": 0.01, **changes})
+        return Job(f"job-{at}", method(own, next(iter(VARIANTS[own]))), settings)
+
+    jobs = [job(at, own) for at, own in enumerate(["lora", *sharing()])]
+    alone, among = weights(jobs[:1], tmp_path / "alone"), weights(jobs, tmp_path / "among")
+    assert alone.keys() == among.keys()
+    for key, value in alone.items():
+        assert_close(among[key], value, 4 * RUN, at=key)
+
+
+@every_task
+def test_every_method_learns_every_task(name: str, tmp_path: Path) -> None:
+    """In steps of their own: the training loss falls."""
+    settings = TrainSettings(epochs=12, learning_rate=0.02, batch_size=4)
+    jobs = [Job(own, method(own, next(iter(VARIANTS[own]))), settings) for own in METHODS]
+    for result in train_jobs(model_of(name, "llama"), data_of(name), jobs, workers=1):
+        assert result.error is None, result.name
+        first, *others = (epoch.train_loss for epoch in result.epochs)
+        assert min(others) < first, result.name
+
+
+@every_task
+def test_accumulated_batches_weigh_rows_as_one_batch_does(name: str, tmp_path: Path) -> None:
+    """Uneven batches, whose rows have losses over unequal numbers of tokens."""
+
+    def weights(**changes: Any) -> dict[str, torch.Tensor]:
+        settings = TrainSettings.model_validate(
+            # Where a gradient is near 0, AdamW's step is its sign, which is rounding; unless epsilon is larger.
+            {"epochs": 1, "learning_rate": 0.01, "shuffle": False, "adam_epsilon": 1e-2, **changes}
+        )
+        folder = tmp_path / str(changes["batch_size"])
+        [result] = train_jobs(model_of(name, "llama"), data_of(name), [Job("a", method("lora"), settings)], out=folder)
+        assert result.error is None and result.steps == 2
+        return load_file(folder / "adapters/a/adapter_model.safetensors")
+
+    once, often = weights(batch_size=6), weights(batch_size=2, accumulation=3)
+    for key, value in once.items():
+        assert_close(often[key], value, 4 * RUN, at=key)
