@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import math
 import os
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tanzaku.errors import TanzakuError
+from tanzaku.locks import held
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from torch import Tensor
@@ -55,19 +55,16 @@ def directory_beside(target: Path) -> Iterator[Path]:
     recover(target)
     _clear(target)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_NEW, dir=target.parent))
-    handle = os.open(beside, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)  # as long as this process lives, nobody clears it away
-        yield beside
-        for path in beside.rglob("*"):
-            to_disk(path)
-        to_disk(beside)
-        beside.chmod(0o755)
-        replace_directory(beside, target)
-        to_disk(target.parent)
+        with held(beside):  # as long as this process lives, nobody clears it away
+            yield beside
+            for path in beside.rglob("*"):
+                to_disk(path)
+            to_disk(beside)
+            beside.chmod(0o755)
+            replace_directory(beside, target)
+            to_disk(target.parent)
     finally:
-        os.close(handle)
         shutil.rmtree(beside, ignore_errors=True)
 
 
@@ -76,9 +73,7 @@ def replace_directory(new: Path, target: Path) -> None:
     if not target.exists():
         new.rename(target)
         return
-    exchange, here = 2, -100
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is not None and not renameat2(here, os.fsencode(new), here, os.fsencode(target), exchange):
+    if _exchanged(new, target):
         return
     # Where the system cannot exchange two names, there is a moment without the target: see `recover`.
     old = new.with_suffix(_OLD)
@@ -89,6 +84,15 @@ def replace_directory(new: Path, target: Path) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchanged(new: Path, target: Path) -> bool:
+    exchange, here = 2, -100
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # Windows has no library of that kind, others have no such function
+        return False
+    return bool(renameat2(here, os.fsencode(new), here, os.fsencode(target), exchange) == 0)
 
 
 def recover(target: Path) -> None:
@@ -104,13 +108,9 @@ def _clear(target: Path) -> None:
     for old in _left(target, _OLD):
         shutil.rmtree(old, ignore_errors=True)
     for new in _left(target, _NEW):
-        with suppress(OSError):  # somebody is still writing it, or has just renamed it
-            handle = os.open(new, os.O_RDONLY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(OSError), held(new) as ours:  # somebody is still writing it, or has just renamed it
+            if ours:
                 shutil.rmtree(new, ignore_errors=True)
-            finally:
-                os.close(handle)
 
 
 def _left(target: Path, suffix: str) -> list[Path]:
@@ -123,7 +123,13 @@ def _left(target: Path, suffix: str) -> list[Path]:
 
 def to_disk(path: Path) -> None:
     """Bring what was written to a file, or the names in a directory, to the disk: renaming may overtake it else."""
-    handle = os.open(path, os.O_RDONLY)
+    windows = os.name == "nt"  # which does so for files alone, and only through a handle that may write
+    try:
+        handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    except PermissionError:
+        if windows:
+            return
+        raise
     try:
         os.fsync(handle)
     finally:

@@ -7,17 +7,17 @@ whole. Parquet has its end in one piece, so until then its rows lie there as an 
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tanzaku.errors import CONTROL, TanzakuError, printable
 from tanzaku.files import finite, to_disk, written_beside
+from tanzaku.locks import held
 from tanzaku.tasks.stream import Row, Rows
 
 if TYPE_CHECKING:
@@ -166,27 +166,22 @@ class Partial:
         return self.counts.get("rows", 0)
 
     def __enter__(self) -> Partial:
-        try:
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise TanzakuError(f"cannot write {self.out}: {error.strerror or error}") from None
-        self.file = os.fdopen(handle, "r+b")
-        try:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.path.touch()
+                self.file = stack.enter_context(self.path.open("r+b"))
+                stack.enter_context(held(self.path))
             except BlockingIOError:
                 raise TanzakuError(f"--out {self.out} is being written by another tanzaku predict") from None
-            except OSError:
-                pass  # a file system without locks
+            except OSError as error:
+                raise TanzakuError(f"cannot write {self.out}: {error.strerror or error}") from None
             size = self._go_on() if self.resume else 0
             self.file.truncate(size)
             self.file.seek(size)
             if not size:
                 self.journal.unlink(missing_ok=True)
                 self.file.write(self.form.head())
-        except BaseException:
-            self.file.close()
-            raise
+            self.held = stack.pop_all()
         return self
 
     def _go_on(self) -> int:
@@ -219,16 +214,17 @@ class Partial:
 
     def finish(self) -> None:
         """Put the file in its place."""
-        self.file.flush()
+        self.file.close()  # Windows moves nothing that is open
         to_disk(self.path)
         self.form.finish(self.path, self.out)
         self.journal.unlink(missing_ok=True)
         self.done = True
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        self.file.close()
         hopeless = kind is not None and not (self.keep and issubclass(kind, OSError | KeyboardInterrupt))
         if not self.done and (hopeless or not self.rows):
             for path in (self.path, self.journal):
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
-        self.file.close()
+        self.held.close()

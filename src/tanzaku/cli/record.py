@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tanzaku import __version__
 from tanzaku.errors import TanzakuError
 from tanzaku.files import finite, written_beside
+from tanzaku.locks import held
 
 if TYPE_CHECKING:
     from tanzaku.tasks.task import TaskData
@@ -48,19 +47,6 @@ def only_leftovers(out: Path) -> bool:
     return kept == [out / BEGUN] and not any((out / ADAPTERS).glob("*"))
 
 
-_held: set[int] = set()
-
-
-def _let_go() -> None:
-    """In a worker, which is a fork: the lock is its parent's, and goes with that one alone."""
-    for handle in _held:
-        os.close(handle)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_let_go)
-
-
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """The directory belongs to this process within the block, and to nobody once the process is gone.
@@ -68,21 +54,14 @@ def locked(out: Path) -> Iterator[None]:
     Raises:
         TanzakuError: it belongs to another process.
     """
-    handle = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
-    _held.add(handle)
-    try:
-        with suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise TanzakuError(
-                    f"{out} is in use by another run; wait until it has ended, or choose another --out"
-                ) from None
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(out))
+        except BlockingIOError:
+            raise TanzakuError(
+                f"{out} is in use by another run; wait until it has ended, or choose another --out"
+            ) from None
         yield
-    finally:
-        if handle in _held:
-            _held.remove(handle)
-            os.close(handle)
 
 
 def prepare_out(out: Path, overwrite: bool) -> None:

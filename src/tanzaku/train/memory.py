@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +13,11 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _CONTAINER = Path("/sys/fs/cgroup")
@@ -35,6 +39,9 @@ def peak(device: torch.device) -> int:
     with contextlib.suppress(OSError, ValueError, StopIteration):
         line = next(x for x in _STATUS.read_text(encoding="ascii").splitlines() if x.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
+    if resource is None:
+        now = psutil.Process().memory_info()
+        return int(getattr(now, "peak_wset", now.rss))  # Windows keeps the peak; else what is in use now is known
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return highest if sys.platform == "darwin" else highest * 1024
 

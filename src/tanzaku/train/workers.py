@@ -44,7 +44,8 @@ _DIES_WITH_PARENT = 1  # Linux's PR_SET_PDEATHSIG
 
 def possible(device: torch.device) -> bool:
     """Whether workers can be had: on Linux, for a model on the CPU of a machine without CUDA, which forbids forks."""
-    return device.type == "cpu" and sys.platform == "linux" and not torch.cuda.is_available()
+    forks = sys.platform == "linux" and hasattr(os, "fork")
+    return device.type == "cpu" and forks and not torch.cuda.is_available()
 
 
 def suited(jobs: Sequence[Job], rows_per_step: int) -> int:
