@@ -1,7 +1,7 @@
 """`python -m bench [TABLE ...]`: the tables asked for; all but busy, quality, gpu, families and peft_suite by default.
 
-`python -m bench families [--family NAME ...] [--method COLUMN ...]` and `python -m bench peft_suite PATH` are by
-themselves: their options come after them.
+`python -m bench families [--family NAME ...] [--method COLUMN ...]`, `python -m bench peft_suite PATH` and
+`python -m bench methods [--write]` are by themselves: their options come after them.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ TABLES = {
 
 
 def main() -> None:
-    if sys.argv[1:2] in (["families"], ["peft_suite"]):
+    if sys.argv[1:2] in (["families"], ["peft_suite"], ["methods"]):
         importlib.import_module(f"bench.{sys.argv[1]}").table(sys.argv[2:])
         return
     wanted = sys.argv[1:] or ["steps", "memory", "concurrent", "curve", "inference", "files", "startup"]
     if strange := [name for name in wanted if name not in TABLES]:
-        sys.exit(f"bench: found {strange[0]!r}, expected {', '.join(TABLES)}, families or peft_suite")
+        sys.exit(f"bench: found {strange[0]!r}, expected {', '.join(TABLES)}, families, methods or peft_suite")
     print(
         f"{datetime.date.today()}, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
     )

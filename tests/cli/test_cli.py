@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench import methods
 from cli_kit import Tanzaku, assert_refused, results_of
 
-from tanzaku.cli import demo
+from tanzaku.cli import VERBS, demo
 from tanzaku.cli.display import Display
 from tanzaku.files import finite
 from tanzaku.methods import METHODS
 from tanzaku.train import loop
 
 DATA = Path(demo.__file__).parents[1] / "data"
+
+HEAVY = {"torch", "transformers", "numpy", "tanzaku.recipe"}
+LIGHT = {*HEAVY, "pydantic", "yaml"}  # which some versions of typer read values with
 
 # -- help and exit codes
 
@@ -172,6 +176,21 @@ def test_methods(tanzaku: Tanzaku) -> None:
     assert {"peft_type", "mergeable", "paper", "summary", "settings"} <= set(table[0])
     said = tanzaku("methods")
     assert said.code == 0 and all(name in said.out for name in METHODS)
+    assert methods.FILE.read_text(encoding="utf-8") == methods.content(), "python -m bench methods --write"
+
+
+@pytest.mark.parametrize(("words", "spared"), [("methods", HEAVY), ("methods --json", HEAVY), ("--help", LIGHT)])
+def test_what_starts_at_once(words: str, spared: set[str]) -> None:
+    """Neither a list of methods nor one of verbs waits for libraries that it has no use for."""
+    program = "import sys; from tanzaku.cli import main\nprint(main(sys.argv[1:]), *sys.modules, file=sys.stderr)"
+    said = subprocess.run([sys.executable, "-c", program, *words.split()], capture_output=True, text=True, check=True)
+    code, *imported = said.stderr.split()
+    assert code == "0" and said.stdout and not spared & {*imported}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_list_of_verbs_says_what_they_say(verb: str, tanzaku: Tanzaku) -> None:
+    assert tanzaku(verb, "--help").out.splitlines()[2].strip() == VERBS[verb]
 
 
 def test_the_bundled_recipe_is_sound() -> None:

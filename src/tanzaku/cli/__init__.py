@@ -1,8 +1,10 @@
-"""The command line: one file per verb. Heavy libraries are imported by the functions that use them."""
+"""The command line: one file per verb, imported when it is asked for. Heavy libraries are imported by the functions
+that use them."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import io
 import logging
 import os
@@ -15,7 +17,6 @@ from typing import Annotated, Any
 import typer
 
 from tanzaku import __version__
-from tanzaku.cli import check, compare, demo, export, merge, methods, predict, train
 from tanzaku.cli.run import Interrupted
 from tanzaku.errors import TanzakuError, listed, nearest, printable
 from tanzaku.files import is_full
@@ -23,12 +24,35 @@ from tanzaku.files import is_full
 # Some versions of typer bring their own click and some do not; this is click's UsageError in all of them.
 _UsageError = typer.BadParameter.__bases__[0]
 
-app = typer.Typer(
-    help="One frozen model, many adapters at once.",
-    add_completion=False,
-    rich_markup_mode=None,  # rich cuts long flags short in a narrow terminal, and takes its time
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+# The verbs, and the first line of what each says of itself: the list of them needs no more.
+VERBS = {
+    "demo": "Try every method on bundled poems.",
+    "check": "Look at rows before training.",
+    "train": "Train one adapter.",
+    "compare": "Train many candidates at once, and say which is better.",
+    "predict": "Say what trained adapters make of rows.",
+    "merge": "Fold adapters into their base model.",
+    "export": "Write an adapter as GGUF, for llama.cpp and Ollama.",
+    "methods": "List the methods.",
+}
+
+
+def _app(words: Sequence[str]) -> typer.Typer:
+    """The program, with those verbs imported that are among the words of a command."""
+    app = typer.Typer(
+        help="One frozen model, many adapters at once.",
+        add_completion=False,
+        rich_markup_mode=None,  # rich cuts long flags short in a narrow terminal, and takes its time
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(invoke_without_command=True)(_options)
+    for verb, line in VERBS.items():
+        if verb in words:
+            app.command()(getattr(importlib.import_module(f"tanzaku.cli.{verb}"), verb))
+        else:
+            app.command(verb, help=line)(lambda: None)  # it stands in the list alone
+    app.command("help")(help_of)
+    return app
 
 
 def help_of(
@@ -48,27 +72,12 @@ def help_of(
         typer.echo(of_verb.get_help())
 
 
-for _verb in (
-    demo.demo,
-    check.check,
-    train.train,
-    compare.compare,
-    predict.predict,
-    merge.merge,
-    export.export,
-    methods.methods,
-):
-    app.command()(_verb)
-app.command("help")(help_of)
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"tanzaku {__version__}")
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
 def _options(
     context: typer.Context,
     version: Annotated[
@@ -96,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that knows few letters
     try:
-        code = app(given, prog_name="tanzaku", standalone_mode=False)
+        code = _app(given)(given, prog_name="tanzaku", standalone_mode=False)
     except Interrupted as interrupted:
         return _end(str(interrupted), 130)
     except Exception as error:

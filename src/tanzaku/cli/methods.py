@@ -1,8 +1,9 @@
-"""`tanzaku methods`: the table of methods."""
+"""`tanzaku methods`: the table of methods, from a file, since the methods themselves import torch."""
 
 from __future__ import annotations
 
 import json
+from importlib import resources
 from typing import Annotated
 
 import typer
@@ -15,27 +16,20 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="for programs, 
     given, the paper.
     """
     from tanzaku.cli.display import Display
-    from tanzaku.methods import METHODS
 
+    table = (resources.files("tanzaku") / "methods" / "methods.json").read_text(encoding="utf-8")
     if as_json:
-        table = [
-            {
-                "name": method.name,
-                "peft_type": method.peft_type,
-                "mergeable": method.mergeable,
-                "learning_rate": method.learning_rate,
-                "paper": method.paper,
-                "summary": method.summary,
-                "settings": method().settings(),
-            }
-            for method in METHODS.values()
-        ]
-        typer.echo(json.dumps(table, indent=2, ensure_ascii=False))
+        typer.echo(table, nl=False)
         return
-    Display().table(
-        ["name", "PEFT type", "merges", "learning rate", "paper", "what it does"],
+    rows = [
         [
-            [m.name, m.peft_type, "yes" if m.mergeable else "no", f"{m.learning_rate:g}", m.paper, m.summary]
-            for m in METHODS.values()
-        ],
-    )
+            method["name"],
+            method["peft_type"],
+            "yes" if method["mergeable"] else "no",
+            f"{method['learning_rate']:g}",
+            method["paper"],
+            method["summary"],
+        ]
+        for method in json.loads(table)
+    ]
+    Display().table(["name", "PEFT type", "merges", "learning rate", "paper", "what it does"], rows)

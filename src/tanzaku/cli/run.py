@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tanzaku.errors import TanzakuError, listed, nearest
-from tanzaku.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from tanzaku.cli.display import Display
     from tanzaku.method import Method
+    from tanzaku.recipe import Recipe
     from tanzaku.tasks.prepare import Tables
     from tanzaku.tasks.task import TaskData
     from tanzaku.train.settings import TrainSettings
