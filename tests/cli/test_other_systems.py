@@ -1,4 +1,5 @@
-"""Systems that lack what Linux has: file locks, resource, fork, prctl and an exchange of names, as Windows does."""
+"""Systems that lack what Linux has, as Windows does: file locks, resource, fork, prctl, an exchange of names, and
+moving or removing what is open."""
 
 from __future__ import annotations
 
@@ -36,6 +37,18 @@ class CDLL(whole):
             raise TypeError("argument of type 'NoneType' is not iterable")
         super().__init__(name, *args, **options)
 ctypes.CDLL = CDLL
+def with_nothing_open(function):
+    def moved(path, *args, **options):
+        handles = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+        used = [os.readlink(handle) for handle in handles if os.path.islink(handle)]
+        used += [line.split(maxsplit=5)[-1] for line in open("/proc/self/maps").read().splitlines()]
+        whole = os.path.abspath(path)
+        if "dir_fd" not in options and any(f"{each}/".startswith(f"{whole}/") for each in used):
+            raise PermissionError(13, "it is in use", whole)
+        return function(path, *args, **options)
+    return moved
+for name in ("rename", "replace", "unlink"):
+    setattr(os, name, with_nothing_open(getattr(os, name)))
 """
 
 # Windows' locks, made of the other ones. They are for files alone.
