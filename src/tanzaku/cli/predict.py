@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -227,11 +227,18 @@ def _ours(name: str, path: Path, asked: dict[str, Any], precision: str | None) -
         raise TanzakuError(f"{whose}precision is {short(meta['precision'])}, expected {listed(_PRECISIONS)}")
     if (kind := kind_in({**meta, **asked})) is None:
         raise TanzakuError(f"{whose}task is {short(meta.get('task'))}, expected one of {listed(TASKS)}")
+    _check_flags(kind, asked, path)
     task = kind.from_json({**meta, **kind.overruled(asked, meta, path)}, whose)
     return _Adapter(name, path, task, model, length, precision or meta["precision"])
 
 
 _LONGEST = 2**24  # tokens of a text, more than any model reads
+
+
+def _check_flags(kind: type[Task], asked: Mapping[str, Any], path: Path) -> None:
+    """A flag of another task would be passed over in silence."""
+    for key in asked.keys() - {"model", "max_length"} - kind.overrides.keys():
+        raise TanzakuError(f"{flag(key)} says nothing of {path}, an adapter for the task {kind.name}; leave it out")
 
 
 def _foreign(name: str, path: Path, asked: dict[str, Any], precision: str | None) -> _Adapter:
@@ -252,6 +259,7 @@ def _foreign(name: str, path: Path, asked: dict[str, Any], precision: str | None
     base = asked.get("model") or found.base
     if base is None:
         raise TanzakuError(f"{path} does not name its base model; say with --model where it is")
+    _check_flags(kind, asked, path)
     config = read_config(base, on_progress=note)
     task = kind.of_base(config, found.width, asked, str(path), base)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -28,6 +28,7 @@ else:
     np = Lazy("numpy")
 
 _INFINITE = (0.0, math.inf)
+_LARGEST = 1e100  # of a number in a row: squares of larger ones are none
 _ROUNDING = 1e-13  # what it leaves of no variance, as a share of a sum of squares
 # Of the loss of one who always says the mean of the training rows, which is 1.
 LEARNED = 0.95
@@ -272,10 +273,12 @@ def number_of(value: Any, where: str) -> float:
         raise TanzakuError(f"{where} has no number; fill it in or drop the row")
     try:
         found = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         comma = isinstance(value, str) and "," in value
         fix = "; write its decimals after a point" if comma else ""
         raise TanzakuError(f"the number in {where} is {str(value)[:40]!r}, expected one such as 3.5{fix}") from None
-    if not math.isfinite(found):
-        raise TanzakuError(f"the number in {where} is {str(value)[:40]!r}, expected a finite one")
+    if not abs(found) < _LARGEST:  # nor is nan
+        raise TanzakuError(
+            f"the number in {where} is {str(value)[:40]!r}, expected a finite one of less than {_LARGEST:g}"
+        )
     return found

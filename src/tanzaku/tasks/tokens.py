@@ -166,9 +166,9 @@ class Tokens(Task):
             _cell(value, self.words, where)
 
     def blank(self, value: Any) -> bool:
-        if missing(value) or (isinstance(value, str) and not value.strip()):
+        if missing(value) or value == [] or (isinstance(value, str) and not value.strip()):
             return True
-        return self.words and not isinstance(value, str) and len(value) == 0
+        return self.words and isinstance(value, str) and value.strip("[] \t\n") == ""  # JSON without a word
 
     def have_tokens(self, values: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[bool]:
         return [bool(self._units(_cell(value, self.words, "a row"), tokenizer, None)[1]) for value in values]
