@@ -16,7 +16,7 @@ from tanzaku.lazy import Lazy
 from tanzaku.tasks.labels import NUMBER, check_labels, label_name, odd_labels, spelling
 from tanzaku.tasks.metrics import ACCURACY, MACRO_F1, ROC_AUC
 from tanzaku.tasks.settings import TextSettings
-from tanzaku.tasks.task import LOSS, Batch, Column, Example, Records, Said
+from tanzaku.tasks.task import LEARNED, LOSS, Batch, Column, Example, Records, Said, ignorance
 from tanzaku.tasks.text import TextTask, check_columns, columns_in
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ else:
 
 _SHOWN = 20  # labels in a table; as many again would hide the rest of the data card
 _LONG = 40  # characters of a label
-# Of the loss of one who knows how frequent each label is, and nothing of the row.
-LEARNED = 0.95
 
 
 class ClassificationSettings(TextSettings):
@@ -121,13 +119,6 @@ class Classification(TextTask):
             "label2id": {name: index for index, name in ids.items()},
         }
 
-    def check_model(self, config: Any) -> None:
-        if config.num_labels != len(self.labels):
-            raise TanzakuError(
-                f"the model has {config.num_labels} labels and the data {len(self.labels)}: "
-                f"load it with num_labels={len(self.labels)}"
-            )
-
     def score(self, outputs: Any, batch: Batch) -> Tensor:
         from torch.nn.functional import cross_entropy
 
@@ -150,9 +141,7 @@ class Classification(TextTask):
 
     def doubts(self, runs: Sequence[Mapping[str, Any]], examples: Sequence[Example]) -> list[str]:
         counts = np.bincount([example.target for example in examples], minlength=len(self.labels))
-        shares = counts / counts.sum()
-        known = shares[shares > 0]
-        ignorant = float(-(known * np.log(known)).sum())
+        shares, ignorant = counts / counts.sum(), ignorance(counts)
         out = []
         if ignorant > 0 and min(run["loss"] for run in runs) > LEARNED * ignorant:
             out.append("did not learn: its loss stayed that of the labels' frequencies; try another learning rate")

@@ -9,7 +9,7 @@ metrics are computed; and its prediction is what a record keeps in a file, from 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 else:
     np = Lazy("numpy")
 
+LEARNED = 0.95  # of the loss of one who knows nothing of a row: a run that stays above it did not learn
 _CELLS = 2**20  # sums held at once: 8 MiB in float64
 Records = dict[str, Any]  # by name, an entry for each row: an array, or a list where entries differ in length
 
@@ -288,9 +289,13 @@ class Task(ABC):
     def model_settings(self) -> dict[str, Any]:
         """What the model's config is to say of the task."""
 
-    @abstractmethod
     def check_model(self, config: Any) -> None:
         """A TanzakuError where a model is made for other targets."""
+        expected = self.model_settings()["num_labels"]
+        if config.num_labels != expected:
+            raise TanzakuError(
+                f"the model has {config.num_labels} labels and the data {expected}: load it with num_labels={expected}"
+            )
 
     @abstractmethod
     def score(self, outputs: Any, batch: Batch) -> Tensor:
@@ -417,6 +422,13 @@ class TaskData:
     def splits(self) -> list[Split]:
         """The splits there are, training rows first."""
         return [split for split in (self.train, self.valid, self.test) if split is not None]
+
+
+def ignorance(counts: Iterable[int]) -> float:
+    """The loss, in nats, of one who knows how often each class is, and nothing of a row."""
+    known = np.array([count for count in counts if count], dtype=float)
+    shares = known / known.sum()
+    return float(-(shares * np.log(shares)).sum())
 
 
 def metric_named(task: type[Task] | Task, name: str) -> Metric:

@@ -17,7 +17,20 @@ from tanzaku.lazy import Lazy
 from tanzaku.tasks.cells import missing
 from tanzaku.tasks.checks import Finding
 from tanzaku.tasks.settings import DataSettings
-from tanzaku.tasks.task import LOSS, Batch, Column, Example, Metric, Records, Said, Split, Statistics, Task
+from tanzaku.tasks.task import (
+    LEARNED,
+    LOSS,
+    Batch,
+    Column,
+    Example,
+    Metric,
+    Records,
+    Said,
+    Split,
+    Statistics,
+    Task,
+    ignorance,
+)
 from tanzaku.tasks.text import check_characters, padded
 
 if TYPE_CHECKING:
@@ -33,8 +46,6 @@ Entity = tuple[int, int, str]  # start, end (after its last), type; counted in w
 
 _OUTSIDE, _IGNORED = "O", -100
 _NONE = "none"  # where an entity of a table of counts is on one side alone
-# Of the loss of one who knows how frequent each tag is, and nothing of the row.
-LEARNED = 0.95
 
 
 class TokensSettings(DataSettings):
@@ -260,13 +271,6 @@ class Tokens(Task):
         ids = dict(enumerate(self.tags))
         return {"num_labels": len(ids), "id2label": ids, "label2id": {name: index for index, name in ids.items()}}
 
-    def check_model(self, config: Any) -> None:
-        if config.num_labels != len(self.tags):
-            raise TanzakuError(
-                f"the model has {config.num_labels} tags and the data {len(self.tags)}: "
-                f"load it with num_labels={len(self.tags)}"
-            )
-
     def score(self, outputs: Any, batch: Batch) -> Tensor:
         from torch.nn.functional import cross_entropy
 
@@ -319,11 +323,7 @@ class Tokens(Task):
         return ("f1", "precision", "recall")
 
     def doubts(self, runs: Sequence[Mapping[str, Any]], examples: Sequence[Example]) -> list[str]:
-        counts = np.array(
-            [*Counter(tag for example in examples for tag in self._tagged(example)).values()], dtype=float
-        )
-        shares = counts / counts.sum()
-        ignorant = float(-(shares * np.log(shares)).sum())
+        ignorant = ignorance(Counter(tag for example in examples for tag in self._tagged(example)).values())
         out = []
         if min(run["loss"] for run in runs) > LEARNED * ignorant:
             out.append("did not learn: its loss stayed that of the tags' frequencies; try another learning rate")
