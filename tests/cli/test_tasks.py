@@ -153,6 +153,15 @@ def test_a_metric_of_another_task_is_refused(task: str, tanzaku: Tanzaku) -> Non
     assert_refused(tanzaku("compare", "recipe.yaml", "--rank-by", other), "--rank-by", other, known)
 
 
+def test_a_flag_of_another_task_is_refused(task: str, tanzaku: Tanzaku) -> None:
+    """It would be passed over in silence."""
+    assert tanzaku("train", "recipe.yaml", "--out", "run").code == 0
+    own = TASKS[task].overrides
+    for flag in {name for kind in TASKS.values() for name in kind.overrides} - own.keys():
+        said = tanzaku("predict", "run/adapters/lora", "--data", "test.jsonl", f"--{flag.replace('_', '-')}", "a,b")
+        assert_refused(said, flag.replace("_", "-"), f"task {task}", "leave it out")
+
+
 def test_class_weights_are_for_classes(task: str, tanzaku: Tanzaku) -> None:
     said = tanzaku("train", "recipe.yaml", "--class-weights", "--out", "run")
     if task == "classification":

@@ -263,3 +263,13 @@ def test_what_is_kept_makes_the_task_again() -> None:
     for change in ({"types": []}, {"types": [3]}, {"column": None}, {"words": "yes"}):
         with pytest.raises(TanzakuError, match="here: "):
             Tokens.from_json(task.to_json() | change, "here: ")
+
+
+@pytest.mark.parametrize(("value", "words"), [("", False), (None, True), ([], True), ("[]", True), (" [ ] ", True)])
+def test_blank_cells(value: Any, words: bool) -> None:
+    assert Tokens(("x",), "words", words).blank(value)
+
+
+def test_a_number_in_place_of_words() -> None:
+    with pytest.raises(TanzakuError, match="row 1 is a int, expected a list"):
+        Tokens(("x",), "words", True).check_cell(3, "row 1")

@@ -106,6 +106,8 @@ def test_no_number_has_no_figure() -> None:
         ("many", ["'many'", "such as 3.5"]),
         ("inf", ["finite"]),
         ("nan", ["finite"]),
+        (10**400, ["expected one such as 3.5"]),
+        ("1e200", ["less than 1e+100"]),
         (True, ["finite"]),
         ([1], ["'[1]'"]),
     ],
