@@ -65,6 +65,17 @@ def read(out: Path) -> torch.nn.Module:
     return AutoModelForSequenceClassification.from_pretrained(out).eval()
 
 
+def test_a_class_that_transformers_has_not(model_dir: Path, tmp_path: Path, tanzaku: Tanzaku) -> None:
+    """Such as a token classifier made here of a decoder: what is merged could be loaded by nothing."""
+    adapter = trained(model_dir, tmp_path / "adapter", tz.LoRA(r=2))
+    about = json.loads((adapter / "tanzaku.json").read_text())
+    about["base"]["architecture"] = "OddForTokenClassification"
+    (adapter / "tanzaku.json").write_text(json.dumps(about))
+    said = tanzaku("merge", adapter, "--out", tmp_path / "plain")
+    assert_refused(said, "OddForTokenClassification, which transformers", "use it as an adapter")
+    assert not (tmp_path / "plain").exists()
+
+
 @pytest.mark.parametrize(
     "method", [tz.LoRA(r=2), tz.AdaLoRA(init_r=2, target_r=1), tz.IA3(), tz.Full(), tz.Head()], ids=lambda m: m.name
 )

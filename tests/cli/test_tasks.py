@@ -87,6 +87,8 @@ def test_train_predict_and_merge(task: str, tanzaku: Tanzaku) -> None:
     assert said.code == 0, said.err
     config = json.loads(Path("merged/config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == [kind.auto_class.replace("AutoModel", "Llama")]
+    assert own.left_in_config().items() <= config.items()
+    assert own.caution() is None or own.caution() in said.err  # such as how numbers are to be turned back
 
 
 def close(found: Any, expected: Any) -> bool:

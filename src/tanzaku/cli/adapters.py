@@ -184,7 +184,12 @@ def load_base_of(
     agreed(given, "answers", "answers", one_by_one)
     width = agreed(given, "width", "numbers of outputs", one_by_one)
     task = next((each.task for each in given if each.task is not None), None)
-    auto = getattr(transformers, kind or "", None) or _own_class(name, given[0])
+    if kind is not None and not hasattr(transformers, kind):
+        raise TanzakuError(
+            f"{given[0].path} was trained on a {kind}, which transformers {transformers.__version__} has not, so "
+            "nothing would load the merged model; use it as an adapter (tanzaku predict)"
+        )
+    auto = _own_class(name, given[0]) if kind is None else getattr(transformers, kind)
     made_for, config = getattr(auto, "config_class", None), read_config(name, on_progress=note)
     if made_for is not None and not isinstance(config, made_for):
         raise TanzakuError(

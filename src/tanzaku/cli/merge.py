@@ -88,12 +88,17 @@ def merge(
     _fold(loaded, name)
     _check_range(loaded, base)
     _check_room(loaded, out)
+    task = next((each.task for each in given if each.task is not None), None)
+    if task is not None:
+        loaded.config.update(task.left_in_config())
     _write(loaded, tokenizer, base, out, max_shard_size)
     files = sorted(out.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     kind = str(loaded.dtype).removeprefix("torch.")
     many = f"{len(files)} files" if len(files) > 1 else "1 file"
     note(f"{listed(each.name for each in given)} merged into {base}: {out}, {_gb(size)} in {many}, {kind}")
+    if task is not None and (caution := task.caution()):
+        note(caution)
 
 
 # -- what was asked for

@@ -235,11 +235,17 @@ class Regression(TextTask):
     def describe(self) -> str:
         return f"numbers, mean {self.mean:.4g}, standard deviation {self.deviation:.4g}"
 
-    def answers(self) -> str:
+    def caution(self) -> str:
         return (
-            f"It answers with a number. Its head gives standard deviations ({self.deviation:.6g}) from the mean "
-            f"({self.mean:.6g}) of the rows that it was trained on."
+            f"its head gives standard deviations ({self.deviation:.6g}) from the mean ({self.mean:.6g}) of the rows "
+            "that it was trained on"
         )
+
+    def left_in_config(self) -> dict[str, Any]:
+        return {"standardized_targets": {"mean": self.mean, "deviation": self.deviation}}
+
+    def answers(self) -> str:
+        return f"It answers with a number: {self.caution()}."
 
     @classmethod
     def table_of(cls, tables: Mapping[str, Table], data: Any) -> tuple[list[str], list[list[str]]]:

@@ -399,6 +399,14 @@ class Task(ABC):
     def describe(self) -> str:
         """What it tells apart or finds, in a few words."""
 
+    def caution(self) -> str | None:
+        """What a user of a merged model has to know, which has the task's head and no tanzaku.json."""
+        return None
+
+    def left_in_config(self) -> dict[str, Any]:
+        """The same for a program, in the merged model's config."""
+        return {}
+
     @abstractmethod
     def answers(self) -> str:
         """The same as a sentence of a model card."""
