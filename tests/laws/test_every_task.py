@@ -3,6 +3,7 @@ and law 1 for every task: a job among others ends as it does alone."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -153,3 +154,18 @@ def test_accumulated_batches_weigh_rows_as_one_batch_does(name: str, tmp_path: P
     once, often = weights(batch_size=6), weights(batch_size=2, accumulation=3)
     for key, value in once.items():
         assert_close(often[key], value, 4 * RUN, at=key)
+
+
+@every_task
+@every_family
+def test_predictions_keep_all_that_figures_need(name: str, kind: str) -> None:
+    """Also through JSON: a comparison that goes on after a kill computes nothing again."""
+    task, model, split = EACH[name], model_of(name, kind), split_of(name, 9, 4)
+    batch = task.collate(split.examples, 0)
+    with torch.no_grad():
+        records = task.records(model(**batch.inputs), batch)
+    kept = json.loads(json.dumps(task.predictions(records)))
+    again = task.recorded(kept, split.examples)
+    assert task.figures(again) == pytest.approx(task.figures(records), rel=1e-5)
+    assert task.confusion(again) == task.confusion(records)
+    assert [task.said(each, example) for each, example in zip(kept, split.examples, strict=True)]

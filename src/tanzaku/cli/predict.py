@@ -569,7 +569,7 @@ def _name(column: Column, adapter: str, prefix: str) -> str:
 
 
 def _cell(value: str | float) -> str:
-    return printable(value) if isinstance(value, str) else f"{value:.6f}"
+    return printable(value) if isinstance(value, str) else str(value) if isinstance(value, int) else f"{value:.6f}"
 
 
 def _print(form: Lines | Parquet, chunks: Iterator[tuple[int, list[Row]]], rows: int | None) -> None:
