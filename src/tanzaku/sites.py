@@ -43,9 +43,17 @@ from tanzaku.survey import Key, replaced, tensors
 from tanzaku.tokens import VirtualTokens
 from tanzaku.weights import WeightStrip, rows_in, rows_put
 
-# Layers share their compiled code, and some have hooks while others have none. Torch guards that a module has none only
-# if it is told to. Its settings are each thread's own: this is what all threads begin with.
-cast(Any, torch._dynamo.config)._config["skip_nnmodule_hook_guards"].default = False
+
+def guard_hooks(config: Any) -> None:
+    """Have compiled code guard that a module has no hooks: layers share their code, and some have hooks while others
+    have none. Torch's settings are each thread's own, so what all threads begin with is set, where torch has that."""
+    try:
+        config._config["skip_nnmodule_hook_guards"].default = False
+    except (AttributeError, LookupError, TypeError):  # private: another torch may keep its settings otherwise
+        config.skip_nnmodule_hook_guards = False
+
+
+guard_hooks(torch._dynamo.config)
 
 # One list of strips per stack of the route, in stacking order.
 Plan = list[list[Any]]

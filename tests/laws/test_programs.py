@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from tanzaku.compat.peft import get_peft_model
 from tanzaku.compat.peft.config import CONFIGS
 from tanzaku.host import host_of
 from tanzaku.methods import METHODS
+from tanzaku.sites import guard_hooks
 from tiers import in_families
 
 IN_PEFT = {kind.method.name: kind for kind in CONFIGS.values()}
@@ -482,3 +484,10 @@ def test_a_pass_that_was_cut_short_leaves_the_base():
     handle.remove()
     tz.activate(model, None)
     assert_close(compute(model), expected)
+
+
+def test_guards_of_hooks_in_another_torch():
+    """Where torch keeps its settings otherwise, the one of this thread is set, and importing does not fail."""
+    other = SimpleNamespace()
+    guard_hooks(other)
+    assert other.skip_nnmodule_hook_guards is False
