@@ -642,6 +642,8 @@ def test_cells_of_several_lines_are_read(put: Put, rows: str) -> None:
         '{"text": {"0": "a", "1": "b"}, "label": {"0": 1, "1": 0}}',
         '[\n {\n  "text": "a",\n  "label": 1\n },\n {\n  "text": "b",\n  "label": 0\n }\n]',
         '{\n "version": "1",\n "data": [\n  {"text": "a", "label": 1},\n  {"text": "b", "label": 0}\n ]\n}',
+        '{"columns": ["text", "label"], "index": [0, 1], "data": [["a", 1], ["b", 0]]}',
+        '{"columns": ["text", "label"], "data": [["a", 1], ["b", 0]]}',
     ],
 )
 def test_json_of_several_shapes(put: Put, text: str) -> None:
@@ -656,6 +658,8 @@ def test_json_of_several_shapes(put: Put, text: str) -> None:
         ("a.json", '{"train": [{"a": 1}], "test": [{"a": 2}]}', "lists of objects at train, test"),
         ("a.json", '{\n "a": 1\n}', "one object with the keys a; expected a list"),
         ("a.json", "5", "a.json is 5, expected a list"),
+        ("a.json", '{"columns": ["text"], "data": [["a"], ["b", 0]]}', 'row 2 of data is ["b", 0], expected a list'),
+        ("a.json", '{"columns": 5, "data": [["a"]]}', "columns is 5, expected a list of names"),
         ("a.json", '{"text": [], "label": []}', "no rows"),
         ("a.jsonl", '[\n {"a": 1}\n]', "one JSON value over 3 lines, not one a line; name it .json"),
         (

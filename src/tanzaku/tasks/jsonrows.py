@@ -46,6 +46,8 @@ def read_json(text: str, source: str, note: Callable[[str], None]) -> Columns:
     whole = _parse(text, source, 1)
     if not isinstance(whole, dict):
         raise TanzakuError(f"{source} is {_short(whole)}, expected a list of objects [{{...}}, ...]")
+    if whole.keys() in ({"columns", "data"}, {"columns", "index", "data"}) and _rows_in(whole["data"]):
+        return _of_pandas_split(whole, source)
     held = {key: value for key, value in whole.items() if isinstance(value, list)}
     tables = [key for key, value in held.items() if value and all(isinstance(item, dict) for item in value)]
     if len(held) == len(whole) > 0 and not tables:
@@ -78,6 +80,25 @@ def _of_pandas(whole: dict[str, dict[str, Any]], source: str) -> Columns:
             )
     check_names(list(whole), source)
     return {name: list(column.values()) for name, column in whole.items()}
+
+
+def _rows_in(data: Any) -> bool:
+    """Whether it holds rows, and is not a column that is named so."""
+    return isinstance(data, list) and any(isinstance(row, list) for row in data)
+
+
+def _of_pandas_split(whole: dict[str, Any], source: str) -> Columns:
+    """`{columns: [name], index: [row], data: [[value]]}`, which pandas' to_json(orient="split") writes."""
+    names, rows = whole["columns"], whole["data"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TanzakuError(f"{source}: columns is {_short(names)}, expected a list of names")
+    check_names(names, source)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, list) or len(row) != len(names):
+            raise TanzakuError(
+                f"{source} row {number} of data is {_short(row)}, expected a list of {len(names)} values"
+            )
+    return {name: [row[at] for row in rows] for at, name in enumerate(names)}
 
 
 def _columns(found: list[tuple[str, Any]], source: str) -> Columns:
