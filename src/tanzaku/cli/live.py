@@ -31,6 +31,7 @@ _STAGES = {
 
 
 _QUIET = 30  # seconds after which a file or a pipe is told how things stand
+_SOON = 10  # seconds before which the first steps, which measure, tell nothing of the time left
 
 
 @dataclass
@@ -139,12 +140,14 @@ class Live(Display):
 
     def _left(self) -> str:
         """Time left in this stage, from the steps so far."""
-        if not self.steps or not self.jobs_known:
+        passed = time.monotonic() - self.stage_began
+        if not self.steps or not self.jobs_known or passed < _SOON:
             return "-"
         waiting = self.total - self.ended - sum(len(row.running) for row in self.rows.values())
         expected = self.steps_known + waiting * self.steps_known / self.jobs_known
-        seconds = (time.monotonic() - self.stage_began) * max(0.0, expected - self.steps) / self.steps
-        return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+        minutes, seconds = divmod(int(passed * max(0.0, expected - self.steps) / self.steps), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours:,} h {minutes:02} min" if hours else f"{minutes}:{seconds:02}"
 
     def _best(self) -> str:
         means = {name: fmean(row.figures) for name, row in self.rows.items() if row.figures}

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from tanzaku.train.settings import TrainSettings
 
 
+_MANY = 100  # settings of methods whose check takes seconds
+
+
 class Interrupted(Exception):
     """Ctrl-C; says what was kept and how to go on."""
 
@@ -62,7 +65,9 @@ class Sitting:
             resamples(data, recipe.compare.design(data.valid is not None), recipe.train.seed)
         kind = _dtype([settings for _, _, settings in methods])
         model, _ = load_for(recipe.model, data.task, dtype=kind, seed=recipe.train.seed)
-        _check_fit(model, methods, data, recipe.train.max_length, self.device)
+        if len(distinct := _distinct(methods)) > _MANY:
+            display.say(f"checking {len(distinct):,} settings of methods against the model")
+        _check_fit(model, distinct, data, recipe.train.max_length, self.device)
         model.to(self.device)
         display.say(f"model: {recipe.model}, {model.num_parameters():,} parameters, on {self.device}")
         return model, data
@@ -169,9 +174,17 @@ def _check_sense(recipe: Recipe, name: str, settings: TrainSettings) -> None:
         raise TanzakuError(f"candidate {name!r}: {key} needs validation rows; give --valid, or leave it out")
 
 
+def _distinct(methods: Sequence[tuple[str, Method, TrainSettings]]) -> list[tuple[str, Method]]:
+    """The first candidate of each settings of a method: how it is trained is nothing to the model."""
+    first: dict[str, tuple[str, Method]] = {}
+    for name, method, _ in methods:
+        first.setdefault(repr(method), (name, method))
+    return list(first.values())
+
+
 def _check_fit(
     model: PreTrainedModel,
-    methods: Sequence[tuple[str, Method, TrainSettings]],
+    methods: Sequence[tuple[str, Method]],
     data: TaskData,
     max_length: int,
     device: str,
@@ -188,7 +201,7 @@ def _check_fit(
         check_rows(Base.of(model), split, max_length)
     with torch.device("meta"):
         twin = type(model)(model.config)
-    for name, method, _ in methods:
+    for name, method in methods:
         if method.task_type not in (None, "SEQ_CLS"):
             raise TanzakuError(
                 f"candidate {name!r}: task_type is {method.task_type!r}, and what is trained is a classifier; "
