@@ -342,7 +342,7 @@ class Comparison:
                 for pair in (self.ranking.comparisons if self.ranking else ())
             ],
             "verdict": {
-                "sentences": sentences(self.ranking, design, failed) if done else [],
+                "sentences": sentences(self.ranking, design, failed, self._tested()) if done else [],
                 "best": self.ranking.best if self.ranking else None,
                 "tied": list(self.ranking.tied) if self.ranking else [],
                 "cheapest": self.ranking.cheapest if self.ranking else None,
@@ -351,6 +351,11 @@ class Comparison:
             "rows": self._rows(),
             "jobs": [_job_json(record) for record in sorted(self.journal.jobs.values(), key=_place)],
         }
+
+    def _tested(self) -> float | None:
+        """The best one's figure on the test rows, in the metric that ranks, where there are any."""
+        figures = self.tested.get("figures", {}).get(self.ranking.best if self.ranking else "", {})
+        return (figures.get("test") or {}).get(self.metric.name)
 
     def _failed(self) -> dict[str, str]:
         out: dict[str, str] = {}

@@ -22,12 +22,15 @@ def tested_by(results: Mapping[str, Any], task: Task) -> list[Metric]:
     return [metric_named(task, name) for name in names]
 
 
-def sentences(ranking: Ranking | None, design: Design, failed: Mapping[str, str] | None = None) -> list[str]:
+def sentences(
+    ranking: Ranking | None, design: Design, failed: Mapping[str, str] | None = None, tested: float | None = None
+) -> list[str]:
     """The verdict: which is best, who is tied with it, which of these is cheapest, who is worse, who has no figure.
 
     Args:
         ranking: of `statistics.rank` by this design; None where no candidate finished.
         failed: candidates that are not in it, and why, in one line each.
+        tested: what the best one's adapter has of the design's metric on test rows, where there are any.
     """
     metric, failures = design.metric.on_validation, _failures(failed or {})
     if ranking is None:
@@ -39,6 +42,8 @@ def sentences(ranking: Ranking | None, design: Design, failed: Mapping[str, str]
             *failures,
         ]
     out = [_best(best, ranking.runs, metric, alone=not others)]
+    if len(ranking.tied) > 1:
+        out.append(_chosen(len(ranking.tied), tested))
     pairs = [pair for pair in ranking.comparisons if pair.a == best.name and not math.isnan(pair.difference)]
     tied = [pair for pair in pairs if pair.b in ranking.tied]
     worse = [pair for pair in pairs if pair.b not in ranking.tied]
@@ -62,6 +67,15 @@ def _best(best: Standing, runs: int, metric: str, alone: bool) -> str:
     if alone:
         return f"{best.name} is the only candidate: its {metric} is {figure}."
     return f"{best.name} has the best {metric}, {figure}."
+
+
+def _chosen(many: int, tested: float | None) -> str:
+    """Of several that could have come first, the one that did had luck: its figure is too good. Tsamardinos et al.
+    2018, Machine Learning 107, measure by how much."""
+    flattered = f"It is the best of {many} by the rows that chose it, which flatters it"
+    if tested is None or math.isnan(tested):
+        return f"{flattered}: on others expect it to be somewhat worse."
+    return f"{flattered}; on the test rows, which chose nothing, its adapter has {_number(tested)}."
 
 
 def _too_few(ranking: Ranking) -> str:
