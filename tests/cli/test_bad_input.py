@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from cli_kit import Tanzaku, assert_refused, write_tsv
+from cli_kit import Said, Tanzaku, assert_refused, write_tsv
 from transformers import AutoConfig, AutoModel
 
 
@@ -142,6 +143,24 @@ def test_a_current_directory_that_is_gone(work: Path, tanzaku: Tanzaku) -> None:
         assert_refused(tanzaku("methods"), "the current directory is gone")
     finally:
         os.chdir(work)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "expected"),
+    [
+        (
+            {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+            "春.tsv",
+            "is not text in ascii, which this",
+        ),
+        ({"PYTHONUTF8": "1"}, os.fsdecode(b"a\xff.tsv"), "a\\xff.tsv is not text in utf-8"),
+        ({"PYTHONOPTIMIZE": "2"}, "a.tsv", "Python leaves out docstrings (-OO"),
+    ],
+)
+def test_surroundings_in_which_nothing_runs(settings: dict[str, str], name: str, expected: str) -> None:
+    command = [sys.executable, "-m", "tanzaku", "check", name]
+    said = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
+    assert_refused(Said(said.returncode, said.stdout, said.stderr), expected)
 
 
 NUMBERS = {

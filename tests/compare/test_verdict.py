@@ -198,7 +198,9 @@ def test_every_candidate_is_spoken_of_once(seed: int) -> None:
     found = sentences(ranking, FOLDS, {"seven": "out of memory"})
     assert 2 <= len(found) <= 8
     assert all(len(sentence) < 160 and sentence.endswith(".") for sentence in found)
-    everyone = any("any of the other" in sentence for sentence in found) or any(sentence.startswith("All ") for sentence in found)
+    everyone = any("any of the other" in sentence for sentence in found) or any(
+        sentence.startswith("All ") for sentence in found
+    )
     for name in ["six", "seven", *([] if everyone else set(names) - {ranking.best})]:
         about = [s for s in found if re.search(rf"\b{name}\b", s) and not s.startswith(("Of these", "Nothing"))]
         assert len(about) == 1, name

@@ -94,10 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 a negative answer, 2 bad input, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
     given = [arg for arg in args if arg != "--debug"]  # it may stand before or after the verb
-    try:
-        Path.cwd()
-    except OSError:  # torch's libraries end the process there, and relative paths mean nothing
-        return _end("error: the current directory is gone; change to one that is there", 2)
+    if wrong := _surroundings(args):
+        return _end(f"error: {wrong}", 2)
     _prepare_torch()
     # It tells of faster kernels whenever it is imported, which may be at once.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -115,6 +113,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code == 130:  # typer's word for Ctrl-C
         return _end("interrupted; nothing was finished yet, so run the same command again", 130)
     return code if isinstance(code, int) else 0
+
+
+def _surroundings(args: Sequence[str]) -> str | None:
+    """What is wrong with where the program runs, where all that it could say would lead elsewhere."""
+    try:
+        Path.cwd()
+    except OSError:  # torch's libraries end the process there, and relative paths mean nothing
+        return "the current directory is gone; change to one that is there"
+    if sys.flags.optimize > 1:
+        return "Python leaves out docstrings (-OO, PYTHONOPTIMIZE=2), which transformers reads; run it without that"
+    # Bytes that the locale has no letters for.
+    if unread := next((arg for arg in args if any("\udc80" <= letter <= "\udcff" for letter in arg)), None):
+        kind = sys.getfilesystemencoding()
+        fix = "name it otherwise" if kind == "utf-8" else "set PYTHONUTF8=1, or a locale with UTF-8 such as C.UTF-8"
+        shown = os.fsencode(unread).decode("utf-8", "backslashreplace")
+        return f"{printable(shown)} is not text in {kind}, which this locale has; {fix}"
+    return None
 
 
 def _prepare_torch() -> None:
