@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -88,7 +89,8 @@ def save(
                 "meta": meta or {},
             }
             config = config_of(host, adapter)
-            text = card(adapter.method, config, meta or {}, training or {}, tensors)
+            known = hasattr(transformers, type(host.model).__name__)
+            text = card(adapter.method, config, meta or {}, training or {}, tensors, known)
             about |= {"card": digest_of(text), "sha256": checksum.result()}
             (beside / CONFIG).write_text(_json(config), encoding="utf-8")
             (beside / META).write_text(_json(about), encoding="utf-8")

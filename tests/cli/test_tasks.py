@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 
 import pytest
 from cli_kit import Tanzaku, assert_refused, results_of
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
+import tanzaku as tz
 from tanzaku import tasks
 from tanzaku.tasks import TASKS
 
@@ -56,7 +59,34 @@ def task(request: pytest.FixtureRequest, work: Path) -> str:
     return name
 
 
-def test_train_predict_and_merge(task: str, tanzaku: Tanzaku) -> None:
+def run_first_program(card: str, model_dir: Path) -> None:
+    program = card.split("```python\n")[1].split("```")[0]
+    exec(program.replace("DIRECTORY", "run/adapters/lora").replace("BASE", str(model_dir)), made := {})
+    assert tz.adapters(made["model"]) == ["mine"]
+
+
+@pytest.mark.parametrize("task", ["tokens"], indirect=True)
+def test_a_class_that_transformers_has_not(task: str, tanzaku: Tanzaku, model_dir: Path) -> None:
+    """The card's program makes it as training did, and nothing is said of PEFT, which could not."""
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    config = Gemma3TextConfig(vocab_size=14, num_key_value_heads=2, max_position_embeddings=64, **sizes)
+    Gemma3ForCausalLM(config).save_pretrained("gemma")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model_dir / name, "gemma")
+    said = tanzaku("train", "recipe.yaml", "--model", "gemma", "--out", "run")
+    assert said.code == 0, said.err
+    card = Path("run/adapters/lora/README.md").read_text(encoding="utf-8")
+    assert "PeftModel" not in card and "made by Tanzaku" in card
+    run_first_program(card, Path("gemma"))
+
+
+def test_train_predict_and_merge(task: str, tanzaku: Tanzaku, model_dir: Path) -> None:
     kind = TASKS[task]
     said = tanzaku("train", "recipe.yaml", "--out", "run")
     assert said.code == 0, said.err
@@ -68,6 +98,7 @@ def test_train_predict_and_merge(task: str, tanzaku: Tanzaku) -> None:
         assert figures.keys() == {metric.name for metric in kind.metrics} and math.isfinite(figures["loss"])
     card = Path("run/adapters/lora/README.md").read_text(encoding="utf-8")
     assert "tanzaku predict DIRECTORY" in card and all(metric.name in card for metric in kind.metrics)
+    run_first_program(card, model_dir)
 
     for name in ("out.jsonl", "out.tsv", "out.parquet"):
         said = tanzaku("predict", "run/adapters/lora", "--data", "test.jsonl", "--out", name)

@@ -35,7 +35,12 @@ _LIBRARIES = ("torch", "transformers", "peft")
 
 
 def card(
-    method: Any, config: dict[str, Any], meta: dict[str, Any], training: dict[str, Any], tensors: Mapping[str, Tensor]
+    method: Any,
+    config: dict[str, Any],
+    meta: dict[str, Any],
+    training: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    known: bool = True,
 ) -> str:
     """The text of an adapter's card.
 
@@ -45,6 +50,7 @@ def card(
         meta: what is kept for its user, of which the model and the task are told.
         training: what :func:`training_record` makes, or nothing.
         tensors: those of its file.
+        known: whether transformers has the class of the model, and Tanzaku did not make one for the task.
     """
     ours = str(config["peft_type"]).startswith("TANZAKU_") or method.name in ONLY_HERE
     numbers = sum(tensor.numel() for tensor in tensors.values())
@@ -66,9 +72,10 @@ def card(
         "size": f"{size / 1000:,.0f}",
         "training": bool(training.get("settings")),
         "settings": _settings(config, training),
-        "tanzaku": _tanzaku(auto, hub, number),
+        "tanzaku": _tanzaku(auto, hub, number) if known or task is None else _made_here(hub),
         "predict": task is not None,
         "peft": "" if ours else _peft(auto, hub, number),
+        "known": known or task is None,
         "vllm": _vllm(config, hub) if _runs_in_vllm(config, ours) else "",
         "versions": ", ".join(f"{name} {version}" for name, version in _versions().items()),
     }
@@ -222,6 +229,22 @@ def _loaded(auto: str, hub: str | None, number: str, where: str) -> list[str]:
 def _tanzaku(auto: str, hub: str | None, number: str) -> str:
     lines = _loaded(auto, hub, number, "import tanzaku as tz")
     return "\n".join([*lines, 'tz.load(model, "DIRECTORY", name="mine")', 'tz.activate(model, "mine")'])
+
+
+def _made_here(hub: str | None) -> str:
+    return "\n".join(
+        [
+            "import json",
+            "from pathlib import Path",
+            "import tanzaku as tz",
+            "from tanzaku.models import load_for",
+            "from tanzaku.tasks import task_in",
+            'about = json.loads(Path("DIRECTORY/tanzaku.json").read_text(encoding="utf-8"))["meta"]',
+            f'model, tokenizer = load_for({json.dumps(hub or "BASE")}, task_in(about, "tanzaku.json"))',
+            'tz.load(model, "DIRECTORY", name="mine")',
+            'tz.activate(model, "mine")',
+        ]
+    )
 
 
 def _peft(auto: str, hub: str | None, number: str) -> str:
