@@ -21,13 +21,13 @@ from transformers import PreTrainedModel
 
 import tanzaku as tz
 from bench.subjects import METHODS, ours, peft_stepper, theirs
-from tanzaku.families import Base
+from tanzaku.engine.memory import LiveBytes
+from tanzaku.engine.products import multiply
+from tanzaku.models.families import Base
 from tanzaku.tasks.classification import Classification, ClassificationSettings
 from tanzaku.tasks.prepare import encode, read_tables
 from tanzaku.tasks.task import Example, Split, TaskData
 from tanzaku.train.loop import Silent, train_jobs
-from tanzaku.train.memory import LiveBytes
-from tanzaku.train.products import multiply
 from tanzaku.train.results import Job, JobResult
 from tanzaku.train.settings import TrainSettings
 
@@ -63,7 +63,7 @@ def poems(number: int) -> TaskData:
     """The first training poems, as the embedded model reads them."""
     from importlib import resources
 
-    from tanzaku.models import load_tokenizer
+    from tanzaku.models.loading import load_tokenizer
 
     folder = resources.files("tanzaku") / "data" / "poems"
     settings = ClassificationSettings(train=str(folder / "train.tsv"), text="poem")
@@ -179,7 +179,7 @@ def flops(model: PreTrainedModel, candidates: int, data: TaskData) -> float:
 
 def table(rows: int = 20) -> None:
     """Print the Markdown tables of the concurrent run."""
-    from tanzaku.models import load_classifier
+    from tanzaku.models.loading import load_classifier
 
     model = load_classifier("embedded", 2)
     data = poems(rows)
@@ -197,7 +197,7 @@ def table(rows: int = 20) -> None:
 
 def curve(numbers: Sequence[int] = (1, 2, 4, 8, 16, 32), rows: int = 8) -> None:
     """Print time and memory a candidate, as their number grows in one process."""
-    from tanzaku.models import load_classifier
+    from tanzaku.models.loading import load_classifier
 
     model = load_classifier("embedded", 2)
     data = poems(rows)

@@ -36,8 +36,8 @@ from transformers import PreTrainedModel
 
 import tanzaku as tz
 from bench.zoo import IMAGE, SUBJECTS, Row, Subject, batch_of, more
-from tanzaku.host import Adapter
-from tanzaku.method import Method, ModuleStrip
+from tanzaku.core.host import Adapter
+from tanzaku.core.method import Method, ModuleStrip
 
 # Column -> two adapters of the method, of unequal size where rows may have such.
 COLUMNS: dict[str, Callable[[], tuple[Method, Method]]] = {
@@ -416,7 +416,7 @@ Outputs are compared with a tolerance of the square root of their type's precisi
 {marks}
 
 LoRA, AdaLoRA and (IA)3 have their default targets here. Those are the names in the table of families
-(`src/tanzaku/families`), HF PEFT's where it has some; or else the layers that one pass over the model's modules,
+(`src/tanzaku/models/families`), HF PEFT's where it has some; or else the layers that one pass over the model's modules,
 without their numbers, shows to give queries, keys and values, to end a feed-forward, or to read the input of a block
 without attention. Prefix tuning and LLaMA-Adapter need attention that goes through transformers' attention interface.
 In a model that reads images or sounds as vectors, all of these lie in its language model, unless targets are named.

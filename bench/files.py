@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 import tanzaku as tz
 from bench.gpu import model_of
-from tanzaku.models import load_classifier
+from tanzaku.models.loading import load_classifier
 
 MANY = 50
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import tanzaku as tz
 from bench.subjects import TOKENS
-from tanzaku.models import load_classifier
+from tanzaku.models.loading import load_classifier
 
 ROWS = 32
 

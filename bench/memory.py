@@ -9,7 +9,7 @@ import copy
 import warnings
 
 from bench.subjects import METHODS, STEPPERS, batch_of, model_for
-from tanzaku.train.memory import LiveBytes
+from tanzaku.engine.memory import LiveBytes
 
 
 def table(batches: tuple[int, ...] = (1, 8)) -> None:

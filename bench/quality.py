@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bench.subjects import ours, theirs
-from tanzaku.models import load_classifier, load_tokenizer
+from tanzaku.models.loading import load_classifier, load_tokenizer
 from tanzaku.tasks.classification import Classification, ClassificationSettings
 from tanzaku.tasks.prepare import encode, read_tables
 from tanzaku.tasks.task import Batch, Example, TaskData

@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
 
 import tanzaku as tz
-from tanzaku.host import host_of
-from tanzaku.models import load_classifier
-from tanzaku.routing import Route
+from tanzaku.core.host import host_of
+from tanzaku.core.routing import Route
+from tanzaku.engine.passes import CheapPasses
+from tanzaku.engine.products import lowest_layer
+from tanzaku.models.loading import load_classifier
 from tanzaku.tasks.task import Batch, Example
-from tanzaku.train.passes import CheapPasses
-from tanzaku.train.products import lowest_layer
 
 TOKENS = 32
 STEPS = 100_000  # a schedule long enough that no measured step is its last

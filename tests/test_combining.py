@@ -13,8 +13,8 @@ from torch import nn
 import tanzaku as tz
 from close import GRADIENT, assert_close, close
 from models import batch, tiny
-from tanzaku.combining import HOW
-from tanzaku.host import host_of
+from tanzaku.core.host import host_of
+from tanzaku.merging.combine import HOW
 
 
 @torch.no_grad()
@@ -176,7 +176,7 @@ def test_what_does_not_go_together(first: tz.Method, second: tz.Method, options:
 
 def test_the_rules_by_hand() -> None:
     """TIES and DARE on numbers small enough to follow."""
-    from tanzaku.combining import _Rule
+    from tanzaku.merging.combine import _Rule
 
     x, y = torch.tensor([4.0, -1.0, 3.0, 0.5]), torch.tensor([-2.0, -3.0, 5.0, 0.1])
     ties = _Rule("ties", 0.5, "total", None)

@@ -11,11 +11,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import tanzaku as tz
-import tanzaku.host
+import tanzaku.core.host
 from close import assert_close, close
 from models import KINDS, batch, tiny
-from tanzaku.families import Base, table
 from tanzaku.methods import METHODS
+from tanzaku.models.families import Base, table
 
 TEXT = [kind for kind in KINDS if kind not in ("vit", "clip", "whisper")]
 

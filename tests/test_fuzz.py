@@ -26,7 +26,7 @@ from torch import Tensor
 import tanzaku as tz
 from models import tiny
 from tanzaku.methods import METHODS
-from tanzaku.store import entries, read_meta
+from tanzaku.storage.store import entries, read_meta
 
 CONFIG, TENSORS, META = "adapter_config.json", "adapter_model.safetensors", "tanzaku.json"
 SECONDS = 5.0  # a load takes a hundredth of one

@@ -19,11 +19,11 @@ from transformers import AutoConfig, PreTrainedModel
 import tanzaku as tz
 from close import assert_close, close
 from models import config_of, lively
-from tanzaku import tree
-from tanzaku.heads import heads_of
+from tanzaku.core.weights import copied_in
 from tanzaku.methods import METHODS
-from tanzaku.store import META
-from tanzaku.weights import copied_in
+from tanzaku.models import tree
+from tanzaku.models.heads import heads_of
+from tanzaku.storage.store import META
 
 TEXT = {
     "vocab_size": 120,

@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 import tanzaku as tz
 from close import assert_close, close
 from models import batch, tiny
-from tanzaku.host import host_of
+from tanzaku.core.host import host_of
 from tanzaku.methods import METHODS
 
 

@@ -18,8 +18,8 @@ from transformers import BitsAndBytesConfig, LlamaForSequenceClassification, Tor
 import tanzaku as tz
 from close import GRADIENT, HALF, PASS, assert_close, tolerance
 from models import batch, tiny
-from tanzaku.host import host_of
-from tanzaku.quantize import full_weight, quantised
+from tanzaku.core.host import host_of
+from tanzaku.models.quantize import full_weight, quantised
 
 
 @torch.no_grad()

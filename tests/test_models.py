@@ -33,9 +33,9 @@ from transformers import (
     ViTModel,
 )
 
-from tanzaku import embedded
 from tanzaku.errors import TanzakuError
-from tanzaku.models import load_classifier, load_pair, load_tokenizer
+from tanzaku.models import embedded
+from tanzaku.models.loading import load_classifier, load_pair, load_tokenizer
 
 WORDS = ["<unk>", "<s>", "</s>", "<pad>", *"いろはにほへとちりぬるを"]
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -280,7 +280,7 @@ def test_remote_code_runs_only_when_asked(base: Path) -> None:
 
 def test_unknown_hub_name(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(base.parent)
-    monkeypatch.setattr("tanzaku.models.hub.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("tanzaku.models.loading.hub.HF_HUB_OFFLINE", True)
     message = complaint("nobody/bese")
     assert "no model 'nobody/bese' on the Hugging Face Hub" in message
     assert "HF_HUB_OFFLINE is set" in message
@@ -396,7 +396,7 @@ def test_stopped_conversion_leaves_nothing(
 KILLED = """
 import os, signal, sys
 from transformers import LlamaForCausalLM
-from tanzaku.models import load_tokenizer
+from tanzaku.models.loading import load_tokenizer
 LlamaForCausalLM.save_pretrained = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 load_tokenizer(sys.argv[1])
 """
@@ -414,7 +414,7 @@ def test_killed_conversion_is_no_model_and_is_cleared(tmp_path: Path, cache: Pat
 @pytest.mark.slow
 def test_two_processes_convert_at_once(tmp_path: Path, cache: Path) -> None:
     path = str(tiny_gguf(tmp_path / "tiny.gguf"))
-    code = "import sys; from tanzaku.models import load_pair; load_pair(sys.argv[1], 2, on_progress=print)"
+    code = "import sys; from tanzaku.models.loading import load_pair; load_pair(sys.argv[1], 2, on_progress=print)"
     both = [
         subprocess.Popen([sys.executable, "-c", code, path], env=environment(), stdout=subprocess.PIPE, text=True)
         for _ in range(2)

@@ -13,7 +13,7 @@ import yaml
 import tanzaku as tz
 from models import batch, tiny
 from tanzaku.compare.candidates import expand
-from tanzaku.recipe import build_recipe
+from tanzaku.recipe.schema import build_recipe
 
 ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.ja.md"]

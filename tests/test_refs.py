@@ -11,7 +11,7 @@ from torch import nn
 import tanzaku as tz
 from close import GRADIENT, assert_close
 from models import batch, tiny
-from tanzaku.refs import Ref
+from tanzaku.support.refs import Ref
 
 
 class Holder(nn.Module):

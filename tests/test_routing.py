@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tanzaku.core.routing import Route, put, take
 from tanzaku.errors import TanzakuError
-from tanzaku.routing import Route, put, take
 
 names = st.sampled_from(["a", "b", "c-1"])
 entry = st.one_of(st.none(), names, st.lists(names, max_size=3).map(tuple))

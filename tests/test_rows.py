@@ -29,10 +29,10 @@ from transformers import (
 import tanzaku as tz
 from close import GRADIENT, assert_close, close
 from models import lively, tiny
-from tanzaku import survey as survey_module
-from tanzaku.families import Base
-from tanzaku.host import host_of
-from tanzaku.survey import survey
+from tanzaku.core import survey as survey_module
+from tanzaku.core.host import host_of
+from tanzaku.core.survey import survey
+from tanzaku.models.families import Base
 
 _TEXT = {
     "vocab_size": 120,
@@ -420,8 +420,8 @@ def test_tuples_and_named_arguments_are_changed_in_place() -> None:
             assert (text, number) == ("kept", 3)
             return y
 
-    from tanzaku.method import ModuleStrip
-    from tanzaku.sites import InForce
+    from tanzaku.core.method import ModuleStrip
+    from tanzaku.core.sites import InForce
 
     class Double(ModuleStrip):
         edits_input = True
@@ -435,7 +435,7 @@ def test_tuples_and_named_arguments_are_changed_in_place() -> None:
     model = Whole()
     tz.attach(model, tz.LoRA(r=1, target_modules=["inner"]), "a")
     host, x = host_of(model), torch.randn(2, 4)
-    from tanzaku.routing import Route
+    from tanzaku.core.routing import Route
 
     force = InForce(host.base, Route.everywhere("a"), [[("pair", Double())]])
     host.sites.ensure(force)

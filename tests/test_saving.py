@@ -24,10 +24,10 @@ import torch
 import tanzaku as tz
 from close import close
 from models import batch, tiny
-from tanzaku import files
 from tanzaku.cli.record import write_results
 from tanzaku.compare.journal import Journal
-from tanzaku.files import directory_beside
+from tanzaku.files import writing as files
+from tanzaku.files.writing import directory_beside
 
 # Whose lines count: the code that touches the file system, and what it calls for that.
 WRITERS = {files.__file__, sys.modules["shutil"].__file__, sys.modules["tempfile"].__file__}

@@ -14,8 +14,8 @@ import torch
 import tanzaku as tz
 from models import tiny
 from tanzaku.methods import METHODS
-from tanzaku.models import load_base
-from tanzaku.seeds import seeded
+from tanzaku.models.loading import load_base
+from tanzaku.support.seeds import seeded
 from tanzaku.train.loop import train_jobs
 from tanzaku.train.results import Job
 from tanzaku.train.settings import TrainSettings

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, MambaConfig
 import tanzaku as tz
 from close import assert_close, close
 from models import batch, tiny
-from tanzaku import caches, layout
-from tanzaku.families import Base
-from tanzaku.host import host_of
-from tanzaku.positions import numbering
+from tanzaku.core import caches, layout
+from tanzaku.core.host import host_of
+from tanzaku.core.positions import numbering
+from tanzaku.models.families import Base
 
 FAMILIES = {subject.name: subject for group in SUBJECTS.values() for subject in group}
 # One of each kind: windows, chunks, ALiBi, state spaces, convolutions, per-layer embeddings, positions by mask and by

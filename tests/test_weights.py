@@ -10,7 +10,7 @@ from torch import nn
 import tanzaku as tz
 from close import assert_close
 from models import batch, tiny
-from tanzaku.weights import WeightStrip, copy_of
+from tanzaku.core.weights import WeightStrip, copy_of
 
 
 @pytest.mark.parametrize(("kind", "head"), [("llama", "cls"), ("gpt2", "lm"), ("t5", "lm"), ("bart", "lm")])

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    **dict.fromkeys(("Adapter", "Count", "activate", "adapters", "attach", "count", "detach", "route"), "tanzaku.host"),
-    **dict.fromkeys(("load", "save"), "tanzaku.store"),
-    **dict.fromkeys(("merge", "rounding", "unmerge"), "tanzaku.merging"),
-    "combine": "tanzaku.combining",
+    **dict.fromkeys(
+        ("Adapter", "Count", "activate", "adapters", "attach", "count", "detach", "route"), "tanzaku.core.host"
+    ),
+    **dict.fromkeys(("load", "save"), "tanzaku.storage.store"),
+    **dict.fromkeys(("merge", "rounding", "unmerge"), "tanzaku.merging.merge"),
+    "combine": "tanzaku.merging.combine",
     **dict.fromkeys(("export_adapter", "export_model"), "tanzaku.export.gguf"),
     **dict.fromkeys(
         (
@@ -31,7 +33,7 @@ _HOME = {
         ),
         "tanzaku.methods",
     ),
-    "Method": "tanzaku.method",
+    "Method": "tanzaku.core.method",
     "TanzakuError": "tanzaku.errors",
 }
 
@@ -67,12 +69,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from tanzaku.combining import combine
+    from tanzaku.core.host import Adapter, Count, activate, adapters, attach, count, detach, route
+    from tanzaku.core.method import Method
     from tanzaku.errors import TanzakuError
     from tanzaku.export.gguf import export_adapter, export_model
-    from tanzaku.host import Adapter, Count, activate, adapters, attach, count, detach, route
-    from tanzaku.merging import merge, rounding, unmerge
-    from tanzaku.method import Method
+    from tanzaku.merging.combine import combine
+    from tanzaku.merging.merge import merge, rounding, unmerge
     from tanzaku.methods import (
         IA3,
         METHODS,
@@ -85,7 +87,7 @@ if TYPE_CHECKING:
         PromptTuning,
         PTuning,
     )
-    from tanzaku.store import load, save
+    from tanzaku.storage.store import load, save
 
 
 def __getattr__(name: str) -> Any:

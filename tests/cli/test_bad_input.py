@@ -90,8 +90,8 @@ def test_bad_data_is_told_before_anything_is_loaded(
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("tanzaku.models.load_tokenizer", load)
-    monkeypatch.setattr("tanzaku.models.load_classifier", load)
+    monkeypatch.setattr("tanzaku.models.loading.load_tokenizer", load)
+    monkeypatch.setattr("tanzaku.models.loading.load_classifier", load)
     assert_refused(tanzaku("train", "recipe.yaml", "--out", "recipe.yaml"), "is a file")
     write_tsv(work / "test.tsv", [("rain", "soft")])
     assert_refused(tanzaku("train", "recipe.yaml"), "'soft'")
@@ -190,7 +190,7 @@ def test_numbers_that_cannot_be(work: Path, tanzaku: Tanzaku, verb: str, key: st
 def test_ranks_that_no_machine_has_room_for(
     work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch, rank: int
 ) -> None:
-    monkeypatch.setattr("tanzaku.train.memory.free", lambda: 10**10)
+    monkeypatch.setattr("tanzaku.engine.memory.free", lambda: 10**10)
     for verb in ("train", "compare"):
         said = tanzaku(verb, "recipe.yaml", "--set", f"r={rank}", "--out", "run")
         assert_refused(said, f"candidate 'lora': r={rank}: ")

@@ -17,13 +17,13 @@ from cli_kit import Tanzaku, assert_refused, results_of
 
 from tanzaku.cli import VERBS, demo
 from tanzaku.cli.display import Display
-from tanzaku.files import finite
+from tanzaku.files.writing import finite
 from tanzaku.methods import METHODS
 from tanzaku.train import loop
 
 DATA = Path(demo.__file__).parents[1] / "data"
 
-HEAVY = {"torch", "transformers", "numpy", "tanzaku.recipe"}
+HEAVY = {"torch", "transformers", "numpy", "tanzaku.recipe.schema"}
 LIGHT = {*HEAVY, "pydantic", "yaml"}  # which some versions of typer read values with
 
 # -- help and exit codes
@@ -194,7 +194,7 @@ def test_the_list_of_verbs_says_what_they_say(verb: str, tanzaku: Tanzaku) -> No
 
 
 def test_the_bundled_recipe_is_sound() -> None:
-    from tanzaku.recipe import build_recipe, jobs_of
+    from tanzaku.recipe.schema import build_recipe, jobs_of
     from tanzaku.tasks.prepare import read_tables
 
     recipe = build_recipe(DATA / "demo.yaml", {})
@@ -213,7 +213,7 @@ def test_interrupted_early_leaves_nothing(work: Path, tanzaku: Tanzaku, monkeypa
         patch.setattr(Display, "step_done", stop)
         said = tanzaku("train", "recipe.yaml", "--out", "run")
     assert (said.code, said.err.count("\n")) == (130, 1) and "run the same command again" in said.err
-    monkeypatch.setattr("tanzaku.models.load_for", stop)
+    monkeypatch.setattr("tanzaku.models.loading.load_for", stop)
     said = tanzaku("train", "recipe.yaml", "--out", "run")
     assert (said.code, said.err.count("\n")) == (130, 1) and "run the same command again" in said.err
     assert not (work / "run").exists()

@@ -26,7 +26,7 @@ from transformers import (
 import tanzaku as tz
 from close import GRADIENT, assert_close
 from models import tiny
-from tanzaku.models import load_classifier
+from tanzaku.models.loading import load_classifier
 
 LABELS = ["mild", "harsh"]
 TEXTS = ["warm rain of spring", "a cold wind"]
@@ -249,8 +249,8 @@ def test_a_kill_leaves_the_old_model(model_dir: Path, tmp_path: Path, tanzaku: T
     assert tanzaku("merge", adapter, "--out", out).code == 0
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     program = (
-        "import os, signal, sys, tanzaku.files\n"
-        "tanzaku.files.replace_directory = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys, tanzaku.files.writing\n"
+        "tanzaku.files.writing.replace_directory = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "from tanzaku.cli import main\n"
         "main(sys.argv[1:])"
     )

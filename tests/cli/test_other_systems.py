@@ -15,7 +15,7 @@ import pytest
 import torch
 from cli_kit import results_of
 
-from tanzaku.train import memory
+from tanzaku.engine import memory
 
 # Other libraries look at the system's name, and count on what Linux has: nothing is missing but for us.
 LACKING = """

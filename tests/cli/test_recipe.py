@@ -14,11 +14,11 @@ import yaml
 from tanzaku.cli import compare, train
 from tanzaku.cli.flags import fields, recipe_flags
 from tanzaku.compare.candidates import expand
-from tanzaku.compare.settings import CompareSettings
+from tanzaku.core.space import ends
 from tanzaku.errors import TanzakuError
 from tanzaku.methods import METHODS
-from tanzaku.recipe import SECTIONS, MethodEntry, Recipe, build_recipe, jobs_of, load_recipe
-from tanzaku.space import ends
+from tanzaku.recipe.comparison import CompareSettings
+from tanzaku.recipe.schema import SECTIONS, MethodEntry, Recipe, build_recipe, jobs_of, load_recipe
 from tanzaku.train.results import Job
 from tanzaku.train.settings import TrainSettings
 
@@ -305,7 +305,8 @@ def test_flags_of_a_comparison_are_those_of_compare_alone() -> None:
 
 def test_a_recipe_brings_in_nothing_heavy() -> None:
     heavy = ("torch", "optuna", "numpy", "sqlalchemy", "tanzaku.methods")
-    code = f"import sys, tanzaku.recipe, tanzaku.cli; sys.exit(','.join(m for m in {heavy} if m in sys.modules) or 0)"
+    found = f"','.join(m for m in {heavy} if m in sys.modules)"
+    code = f"import sys, tanzaku.recipe.schema, tanzaku.cli; sys.exit({found} or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 

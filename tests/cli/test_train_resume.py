@@ -142,7 +142,7 @@ def test_cut_off_between_the_last_epoch_and_the_end(
     def never(*_: Any) -> None:
         raise AssertionError("a step was trained")
 
-    for place in ("tanzaku.store.save", "tanzaku.cli.record.write_results", "shutil.rmtree"):
+    for place in ("tanzaku.storage.store.save", "tanzaku.cli.record.write_results", "shutil.rmtree"):
         shutil.rmtree(work / "run", ignore_errors=True)
         with monkeypatch.context() as patch:
             calls = [0]
@@ -239,8 +239,8 @@ def test_one_run_at_a_time(work: Path, whole: Path, tanzaku: Tanzaku) -> None:
 @pytest.mark.parametrize(
     "place",
     [
-        "tanzaku.models.load_tokenizer",
-        "tanzaku.models.load_classifier",
+        "tanzaku.models.loading.load_tokenizer",
+        "tanzaku.models.loading.load_classifier",
         "tanzaku.train.state.base_checksum",
         "tanzaku.compare.journal.Journal.begin",
         "tanzaku.train.loop.train_jobs",

@@ -16,12 +16,12 @@ import tanzaku as tz
 from models import config_of, tiny
 from tanzaku.compare import candidates as module
 from tanzaku.compare.candidates import Candidate, Searched, expand, slug
-from tanzaku.compare.settings import CompareSettings
+from tanzaku.core.space import Choice, Grid, Range, ends, space_of
 from tanzaku.errors import TanzakuError
 from tanzaku.methods import METHODS
-from tanzaku.recipe import MethodEntry
-from tanzaku.recipe_yaml import parse_yaml
-from tanzaku.space import Choice, Grid, Range, ends, space_of
+from tanzaku.recipe.comparison import CompareSettings
+from tanzaku.recipe.schema import MethodEntry
+from tanzaku.recipe.yaml import parse_yaml
 from tanzaku.train.settings import TrainSettings
 
 

@@ -25,7 +25,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 import tanzaku.compare.report
 from tanzaku.compare.report import render, write_report
 from tanzaku.errors import TanzakuError
-from tanzaku.recipe_yaml import parse_yaml
+from tanzaku.recipe.yaml import parse_yaml
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 STYLE = Path(tanzaku.compare.report.__file__).with_name("report.css").read_text(encoding="utf-8")

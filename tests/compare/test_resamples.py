@@ -10,8 +10,8 @@ import pytest
 from sklearn.model_selection import StratifiedKFold
 
 from tanzaku.compare.resamples import resamples
-from tanzaku.compare.settings import Design
 from tanzaku.errors import TanzakuError
+from tanzaku.recipe.comparison import Design
 from tanzaku.tasks.classification import Classification
 from tanzaku.tasks.task import Example, Split, TaskData
 

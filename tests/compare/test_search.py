@@ -22,10 +22,10 @@ from optuna.trial import TrialState
 from tanzaku.compare import search as module
 from tanzaku.compare.candidates import Searched
 from tanzaku.compare.search import Outcome, Search, Trial, direction, rungs, survivors
-from tanzaku.compare.settings import CompareSettings
+from tanzaku.core.space import Choice, Range, Spaces
 from tanzaku.errors import TanzakuError
 from tanzaku.methods import METHODS
-from tanzaku.space import Choice, Range, Spaces
+from tanzaku.recipe.comparison import CompareSettings
 from tanzaku.tasks.classification import Classification
 from tanzaku.tasks.task import metric_named
 from tanzaku.train.settings import TrainSettings

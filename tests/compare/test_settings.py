@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tanzaku.compare.settings import CompareSettings, Design, bytes_of
 from tanzaku.errors import TanzakuError
+from tanzaku.recipe.comparison import CompareSettings, Design, bytes_of
 
 SIZES = [
     ("8GB", 8 * 10**9),

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import tanzaku as tz
 from models import tiny
-from tanzaku.export.card import escaped
 from tanzaku.methods import METHODS
+from tanzaku.storage.card import escaped
 
 TRAINING = {
     "files": {"train": "poems.tsv", "valid": "more|poems.tsv"},

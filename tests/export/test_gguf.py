@@ -293,7 +293,7 @@ def test_the_embedded_model(tmp_path: Path) -> None:
     """Gemma 3 270M, as transformers reads its 4-bit file, cuts and continues texts alike in llama.cpp."""
     from transformers import AutoModelForCausalLM
 
-    from tanzaku.models import load_base, read_tokenizer
+    from tanzaku.models.loading import load_base, read_tokenizer
 
     model, _ = load_base("embedded", AutoModelForCausalLM, dtype=torch.float32)
     tokenizer = read_tokenizer("embedded")

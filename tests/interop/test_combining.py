@@ -15,7 +15,7 @@ import tanzaku as tz
 from close import assert_close, close
 from interop.oracle import config, reopened, scatter
 from models import batch, tiny
-from tanzaku.combining import HOW
+from tanzaku.merging.combine import HOW
 
 TWO = ({"r": 4, "lora_alpha": 6}, {"r": 4, "lora_alpha": 3})
 PRUNING = {how: {"density": 0.6} for how in HOW if how not in ("linear", "cat", "svd")}

@@ -21,8 +21,8 @@ from variants import (
 import tanzaku as tz
 from close import HALF, assert_close
 from models import VOCAB, batch
-from tanzaku import tree
 from tanzaku.methods import METHODS
+from tanzaku.models import tree
 from tiers import in_families
 
 FAMILIES = [("llama", "cls"), ("bert", "cls"), ("t5", "lm"), ("bart", "lm"), ("gpt2", "lm"), ("gemma3", "cls")]

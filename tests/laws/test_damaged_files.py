@@ -14,7 +14,7 @@ from variants import all_methods, bamboo, hang, logits, plain_logits
 import tanzaku as tz
 from close import assert_close
 from models import batch, tiny
-from tanzaku.store import entries, read_meta
+from tanzaku.storage.store import entries, read_meta
 
 CONFIG, TENSORS, META = "adapter_config.json", "adapter_model.safetensors", "tanzaku.json"
 
@@ -423,7 +423,7 @@ def test_a_failed_save_changes_nothing(saved, monkeypatch):
     def fail(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tanzaku.store.save_file", fail)
+    monkeypatch.setattr("tanzaku.storage.store.save_file", fail)
     with pytest.raises(tz.TanzakuError, match="No space left on device; nothing there was changed"):
         tz.save(model, "ia3", saved)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before

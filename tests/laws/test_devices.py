@@ -15,10 +15,10 @@ from variants import bamboo, gradients, hang, logits, losses, method, sharing
 import tanzaku as tz
 from close import GRADIENT, RUN, assert_close
 from models import batch
-from tanzaku.host import host_of
+from tanzaku.core.host import host_of
+from tanzaku.engine.memory import in_use
 from tanzaku.methods import METHODS
 from tanzaku.train.loop import Pool, train_jobs
-from tanzaku.train.memory import in_use
 from tanzaku.train.results import Job, JobResult
 from tanzaku.train.settings import TrainSettings
 from task_data import task

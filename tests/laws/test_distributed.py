@@ -12,10 +12,10 @@ from variants import bamboo, hang, method
 
 import tanzaku as tz
 from models import batch
-from tanzaku import tree
 from tanzaku.compat.peft import get_peft_model
 from tanzaku.compat.peft.config import CONFIGS
 from tanzaku.methods import METHODS
+from tanzaku.models import tree
 
 WORLD = 2
 

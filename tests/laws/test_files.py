@@ -16,10 +16,10 @@ from variants import CASES, KINDS_BESIDE_LLAMA, VARIANTS, all_methods, all_varia
 import tanzaku as tz
 from close import PASS, assert_close
 from models import batch
-from tanzaku.heads import heads_of
-from tanzaku.host import host_of
+from tanzaku.core.host import host_of
 from tanzaku.methods import METHODS
-from tanzaku.store import entries, read_meta
+from tanzaku.models.heads import heads_of
+from tanzaku.storage.store import entries, read_meta
 
 HERE = Path(__file__).parent
 LLAMA = ("llama", "cls")

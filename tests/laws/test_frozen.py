@@ -6,7 +6,7 @@ from variants import all_methods, all_variants, bamboo, hang, losses, plain_logi
 import tanzaku as tz
 from close import assert_close
 from models import batch
-from tanzaku import tree
+from tanzaku.models import tree
 from tiers import in_families
 
 

@@ -20,11 +20,11 @@ from variants import (
 import tanzaku as tz
 from close import assert_close, close
 from models import batch
-from tanzaku import tree
-from tanzaku.host import host_of
-from tanzaku.method import ModuleStrip, TokenStrip
+from tanzaku.core.host import host_of
+from tanzaku.core.method import ModuleStrip, TokenStrip
+from tanzaku.core.weights import WeightStrip
 from tanzaku.methods import METHODS
-from tanzaku.weights import WeightStrip
+from tanzaku.models import tree
 from tiers import in_families
 
 FAMILIES = [("llama", "cls"), *KINDS_BESIDE_LLAMA]

@@ -20,7 +20,7 @@ from variants import (
 import tanzaku as tz
 from close import GRADIENT, assert_close
 from models import batch
-from tanzaku.host import host_of
+from tanzaku.core.host import host_of
 from tanzaku.methods import METHODS
 
 ENTRIES = [*METHODS, None]

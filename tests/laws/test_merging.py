@@ -9,7 +9,7 @@ from variants import CASES, bamboo, hang, logits, method, opened, plain_logits
 import tanzaku as tz
 from close import assert_close
 from models import batch
-from tanzaku.host import host_of
+from tanzaku.core.host import host_of
 from tanzaku.methods import METHODS
 from tiers import in_families
 

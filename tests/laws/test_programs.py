@@ -23,12 +23,12 @@ from variants import all_methods, bamboo, hang, logits, method, plain_logits
 import tanzaku as tz
 from close import GRADIENT, assert_close, close
 from models import batch
-from tanzaku import tree
 from tanzaku.compat.peft import get_peft_model
 from tanzaku.compat.peft.config import CONFIGS
-from tanzaku.host import host_of
+from tanzaku.core.host import host_of
+from tanzaku.core.sites import guard_hooks
 from tanzaku.methods import METHODS
-from tanzaku.sites import guard_hooks
+from tanzaku.models import tree
 from tiers import in_families
 
 IN_PEFT = {kind.method.name: kind for kind in CONFIGS.values()}

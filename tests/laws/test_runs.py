@@ -10,9 +10,9 @@ from variants import CASES, VARIANTS, all_variants, bamboo, method, sharing
 
 from close import RUN, assert_close
 from models import tiny
-from tanzaku.families import Base
+from tanzaku.core.survey import sees_padding
 from tanzaku.methods import METHODS
-from tanzaku.survey import sees_padding
+from tanzaku.models.families import Base
 from tanzaku.train.loop import train_jobs
 from tanzaku.train.results import Job
 from tanzaku.train.settings import TrainSettings

@@ -8,8 +8,8 @@ from variants import bamboo, batch, gradients, hang, losses, opened
 import tanzaku as tz
 from close import GRADIENT, HALF, assert_close
 from models import tiny
-from tanzaku.host import host_of
-from tanzaku.method import ModuleStrip
+from tanzaku.core.host import host_of
+from tanzaku.core.method import ModuleStrip
 from tanzaku.methods.adalora import SvdStrip
 from tanzaku.methods.ia3 import ScaleStrip
 from tanzaku.methods.lora import LoraStrip

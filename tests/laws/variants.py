@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 import tanzaku as tz
 from close import GRADIENT, assert_close
 from models import batch, tiny
-from tanzaku.host import host_of
-from tanzaku.method import Method, TokenStrip
+from tanzaku.core.host import host_of
+from tanzaku.core.method import Method, TokenStrip
+from tanzaku.core.routing import Entry
 from tanzaku.methods import METHODS
-from tanzaku.routing import Entry
 
 # Method -> variant -> settings. The first variant fits every family; the others are made for the LLaMA classifier.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {

@@ -12,8 +12,8 @@ from torch import nn
 import tanzaku as tz
 from close import GRADIENT, HALF, assert_close, close
 from models import VOCAB, batch, tiny
+from tanzaku.core.weights import BiasStrip
 from tanzaku.methods.lora import low_rank
-from tanzaku.weights import BiasStrip
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from transformers import DynamicCache, T5Config, T5ForTokenClassification
 import tanzaku as tz
 from close import GRADIENT, assert_close
 from models import batch, tiny
-from tanzaku.host import host_of
+from tanzaku.core.host import host_of
 
 PROMPTS = [tz.PromptTuning, tz.PTuning, tz.PrefixTuning]
 

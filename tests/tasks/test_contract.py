@@ -11,7 +11,7 @@ from tanzaku import tasks
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "src/tanzaku"
-ROOMS = ["train", "compare", "cli", "export/card.py", "export/card.md.j2"]
+ROOMS = ["engine", "train", "compare", "cli", "storage/card.py", "storage/card.md.j2"]
 # What tasks alone speak of. (Accelerations know a decoder's own inputs, and a pooled token by its number.)
 OWN = r"\blabels\b|\binput_ids\b|accuracy|roc_auc|ROC-AUC|macro_f1|macro F1|pearson|spearman|\bentit(y|ies)\b"
 ACCELERATIONS = {"packing.py", "trim.py", "products.py"}

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 import tanzaku as tz
 from close import assert_close, close
 from models import VOCAB, tiny
-from tanzaku.host import host_of
+from tanzaku.core.host import host_of
+from tanzaku.engine.trim import last_layer_modules
 from tanzaku.methods import METHODS
 from tanzaku.tasks import inference
 from tanzaku.tasks.classification import Classification
@@ -24,7 +25,6 @@ from tanzaku.tasks.task import Example, Split
 from tanzaku.train.loop import train_jobs
 from tanzaku.train.results import Job
 from tanzaku.train.settings import TrainSettings
-from tanzaku.train.trim import last_layer_modules
 from task_data import task
 
 # Where the defaults are not small enough.

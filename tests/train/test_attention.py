@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from close import GRADIENT, assert_close
-from tanzaku.train.attention import row_attention, suits
+from tanzaku.engine.attention import row_attention, suits
 
 
 def one_row(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:

@@ -9,8 +9,8 @@ from torch import nn
 import tanzaku as tz
 from close import GRADIENT, RUN, assert_close
 from models import batch, tiny
-from tanzaku.families import Base
-from tanzaku.train.gates import FrozenGates
+from tanzaku.engine.gates import FrozenGates
+from tanzaku.models.families import Base
 
 
 def mlps(model: nn.Module) -> list[nn.Module]:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 import tanzaku as tz
 from close import GRADIENT, RUN, assert_close, close
 from models import tiny
-from tanzaku.seeds import seed_of
-from tanzaku.store import read_meta
+from tanzaku.storage.store import read_meta
+from tanzaku.support.seeds import seed_of
 from tanzaku.train.lane import Lane
 from tanzaku.train.loop import Pool, Silent, train_jobs
 from tanzaku.train.results import EpochRecord, Job, JobResult

@@ -19,13 +19,14 @@ from torch.utils._pytree import tree_leaves
 import tanzaku as tz
 from close import HALF, RUN, assert_close
 from models import tiny
-from tanzaku.method import Method
+from tanzaku.core.method import Method
+from tanzaku.engine import memory
+from tanzaku.engine.memory import LiveBytes, Need, bytes_needed, free, in_use, peak, reset_peak
+from tanzaku.engine.products import FrozenProducts
 from tanzaku.tasks.task import Records, Split, TaskData
-from tanzaku.train import loop, memory
+from tanzaku.train import loop
 from tanzaku.train.lane import Lane
 from tanzaku.train.loop import Pool, train_jobs
-from tanzaku.train.memory import LiveBytes, Need, bytes_needed, free, in_use, peak, reset_peak
-from tanzaku.train.products import FrozenProducts
 from tanzaku.train.results import Job
 from tanzaku.train.settings import TrainSettings
 from tanzaku.train.step import SharedStep

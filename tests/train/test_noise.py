@@ -21,11 +21,11 @@ from torch.utils.checkpoint import checkpoint
 import tanzaku as tz
 from close import GRADIENT, RUN, assert_close, close
 from models import tiny
-from tanzaku import noise as module
-from tanzaku.method import Method
+from tanzaku.core import noise as module
+from tanzaku.core.method import Method
+from tanzaku.core.noise import Noise, Share, again, mark, rewind
+from tanzaku.core.routing import Route
 from tanzaku.methods.lora import LoraStrip
-from tanzaku.noise import Noise, Share, again, mark, rewind
-from tanzaku.routing import Route
 from tanzaku.train.lane import Lane
 from tanzaku.train.loop import Pool
 from tanzaku.train.results import Job

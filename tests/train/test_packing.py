@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 import tanzaku as tz
 from close import GRADIENT, assert_close
 from models import batch, tiny
-from tanzaku.families import Base
-from tanzaku.host import host_of
-from tanzaku.routing import Cut, Ragged
-from tanzaku.train import products
+from tanzaku.core.host import host_of
+from tanzaku.core.routing import Cut, Ragged
+from tanzaku.engine import products
+from tanzaku.engine.packing import Packing
+from tanzaku.engine.products import ABOVE, FrozenProducts, Tokens, lowest_layer
+from tanzaku.models.families import Base
 from tanzaku.train.loop import train_jobs
-from tanzaku.train.packing import Packing
-from tanzaku.train.products import ABOVE, FrozenProducts, Tokens, lowest_layer
 from tanzaku.train.results import Job
 from tanzaku.train.settings import TrainSettings
 from task_data import task

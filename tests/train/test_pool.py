@@ -16,14 +16,14 @@ from transformers import PreTrainedModel
 import tanzaku as tz
 from close import RUN, assert_close
 from models import tiny
-from tanzaku.host import Adapter
-from tanzaku.method import Method
+from tanzaku.core.host import Adapter
+from tanzaku.core.method import Method
+from tanzaku.engine.products import FrozenProducts
 from tanzaku.methods.lora import LoraStrip
 from tanzaku.tasks.classification import Classification
 from tanzaku.tasks.task import TaskData
 from tanzaku.train.lane import Lane
 from tanzaku.train.loop import Pool, Silent, train_jobs
-from tanzaku.train.products import FrozenProducts
 from tanzaku.train.results import EpochRecord, Job, JobResult
 from tanzaku.train.settings import TrainSettings
 from task_data import task

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 import tanzaku as tz
 from close import GRADIENT, HALF, PASS, assert_close
 from models import batch, tiny
-from tanzaku.families import Base
-from tanzaku.host import host_of
-from tanzaku.method import Method
-from tanzaku.train import products
+from tanzaku.core.host import host_of
+from tanzaku.core.method import Method
+from tanzaku.engine import products
+from tanzaku.engine.memory import in_use
+from tanzaku.engine.norms import FrozenNorms
+from tanzaku.engine.products import ABOVE, FrozenProducts, Tokens, layer_of, lowest_layer
+from tanzaku.models.families import Base
 from tanzaku.train.loop import Pool, Silent
-from tanzaku.train.memory import in_use
-from tanzaku.train.norms import FrozenNorms
-from tanzaku.train.products import ABOVE, FrozenProducts, Tokens, layer_of, lowest_layer
 from tanzaku.train.results import Job, JobResult
 from tanzaku.train.settings import TrainSettings
 from task_data import task

@@ -12,12 +12,12 @@ from torch import Tensor
 
 import tanzaku
 from close import GRADIENT, assert_close
+from tanzaku.core.routing import Ragged, _Pack, _Pad
+from tanzaku.engine.attention import _Rows, row_attention
+from tanzaku.engine.gates import _SILU, _Gated
+from tanzaku.engine.norms import _Norm
+from tanzaku.engine.products import _Product, _TrainedProduct
 from tanzaku.methods.lora import _LowRank
-from tanzaku.routing import Ragged, _Pack, _Pad
-from tanzaku.train.attention import _Rows, row_attention
-from tanzaku.train.gates import _SILU, _Gated
-from tanzaku.train.norms import _Norm
-from tanzaku.train.products import _Product, _TrainedProduct
 
 for module in pkgutil.walk_packages(tanzaku.__path__, "tanzaku."):
     if not module.name.endswith("__main__"):

@@ -8,9 +8,9 @@ import torch
 import tanzaku as tz
 from close import GRADIENT, assert_close
 from models import batch, tiny
-from tanzaku.families import Base
-from tanzaku.host import host_of
-from tanzaku.train.trim import PooledOnly, last_layer_modules
+from tanzaku.core.host import host_of
+from tanzaku.engine.trim import PooledOnly, last_layer_modules
+from tanzaku.models.families import Base
 
 METHODS = {
     "lora": tz.LoRA(r=2, target_modules="all-linear"),

@@ -23,11 +23,12 @@ from transformers import PreTrainedModel
 import tanzaku as tz
 from close import RUN, assert_close
 from models import tiny
-from tanzaku.host import Adapter
+from tanzaku.core.host import Adapter
+from tanzaku.engine import products
+from tanzaku.engine.memory import in_use
 from tanzaku.methods.lora import LoRA
-from tanzaku.train import products, workers
+from tanzaku.train import workers
 from tanzaku.train.loop import Pool, Silent, train_jobs
-from tanzaku.train.memory import in_use
 from tanzaku.train.results import EpochRecord, Job, JobResult
 from tanzaku.train.settings import TrainSettings
 from tanzaku.train.workers import parts, shares, suited

@@ -19,7 +19,7 @@ import typer
 from tanzaku import __version__
 from tanzaku.cli.run import Interrupted
 from tanzaku.errors import TanzakuError, listed, nearest, printable
-from tanzaku.files import is_full
+from tanzaku.files.writing import is_full
 
 # Some versions of typer bring their own click and some do not; this is click's UsageError in all of them.
 _UsageError = typer.BadParameter.__bases__[0]

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tanzaku.errors import TanzakuError, listed, nearest
-from tanzaku.files import recover
-from tanzaku.task_types import AUTO_CLASSES
+from tanzaku.files.writing import recover
+from tanzaku.models.task_types import AUTO_CLASSES
 from tanzaku.tasks import task_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from tanzaku.method import Method
+    from tanzaku.core.method import Method
     from tanzaku.tasks.task import Task
 
 _HEADS = re.compile(r"(^|\.)(score|classifier|classification_head)\.")
@@ -108,7 +108,7 @@ def _numbered(name: str, number: int) -> str:
 
 
 def read_adapter(name: str, path: Path) -> Saved:
-    from tanzaku.store import META, TENSORS, adapter_dir, method_of, read_about, read_config
+    from tanzaku.storage.store import META, TENSORS, adapter_dir, method_of, read_about, read_config
 
     path = adapter_dir(path)
     config, about = read_config(path), read_about(path) or {}
@@ -132,7 +132,7 @@ def _width(tensors: Path) -> int | None:
     """Outputs of the head in a file: the fewest rows of a matrix in it."""
     from safetensors import SafetensorError, safe_open
 
-    from tanzaku.untrusted import is_there
+    from tanzaku.files.untrusted import is_there
 
     try:
         if not is_there(tensors):
@@ -177,7 +177,7 @@ def load_base_of(
     """The base model in the class that the adapters were made for, with their task's settings, and its tokenizer."""
     import transformers
 
-    from tanzaku.models import agree_on_padding, load_base, load_tokenizer, read_config, reads_text
+    from tanzaku.models.loading import agree_on_padding, load_base, load_tokenizer, read_config, reads_text
 
     one_by_one = "merge them one by one"
     kind = agreed(given, "kind", "kinds of model", one_by_one)
@@ -217,7 +217,7 @@ def _own_class(name: str, adapter: Saved) -> Any:
     """The class that the base's own config names, where the adapter names none."""
     import transformers
 
-    from tanzaku.models import read_config
+    from tanzaku.models.loading import read_config
 
     found = (read_config(name, on_progress=note).architectures or [None])[0]
     auto = getattr(transformers, found or "", None)
@@ -231,7 +231,7 @@ def _own_class(name: str, adapter: Saved) -> Any:
 
 def _outputs_of(name: str, width: int) -> dict[str, Any]:
     """The base's own names of outputs where it has as many, else numbered ones."""
-    from tanzaku.models import read_config
+    from tanzaku.models.loading import read_config
 
     own = read_config(name, on_progress=note).id2label or {}
     return {} if len(own) == width else {"num_labels": width}
@@ -239,7 +239,7 @@ def _outputs_of(name: str, width: int) -> dict[str, Any]:
 
 def _plain_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     """The base's tokenizer as it is; none where it has none."""
-    from tanzaku.models import read_tokenizer
+    from tanzaku.models.loading import read_tokenizer
 
     try:
         return read_tokenizer(name, on_progress=note)
@@ -251,8 +251,8 @@ def _plain_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
 def hang(model: PreTrainedModel, given: Sequence[Saved]) -> str:
     """Attach the adapters. What the checkpoint lacks must come from one of them."""
     import tanzaku as tz
-    from tanzaku.host import host_of
-    from tanzaku.weights import WeightStrip
+    from tanzaku.core.host import host_of
+    from tanzaku.core.weights import WeightStrip
 
     for each in given:
         tz.load(model, each.path, each.name)

@@ -64,7 +64,7 @@ def show_card(kind: type[Task], data: DataSettings, model: str | None, max_lengt
 def _tokenizer(model: str) -> PreTrainedTokenizerBase:
     from tanzaku.cli.adapters import note
     from tanzaku.cli.machine import quieten
-    from tanzaku.models import load_tokenizer
+    from tanzaku.models.loading import load_tokenizer
 
     quieten()
     return load_tokenizer(model, on_progress=note)

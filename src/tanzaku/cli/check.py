@@ -10,10 +10,10 @@ import typer
 from pydantic import BaseModel, Field, ValidationError, create_model
 
 from tanzaku.cli.flags import flag_of, parameter
-from tanzaku.compare.settings import CompareSettings
 from tanzaku.errors import TanzakuError, listed
-from tanzaku.recipe import SECTIONS, Recipe, laid_over, load_recipe, sections, task_in
-from tanzaku.recipe_errors import complaint
+from tanzaku.recipe.comparison import CompareSettings
+from tanzaku.recipe.errors import complaint
+from tanzaku.recipe.schema import SECTIONS, Recipe, laid_over, load_recipe, sections, task_in
 from tanzaku.tasks import task_named
 from tanzaku.train.settings import TrainSettings
 

@@ -12,7 +12,7 @@ from tanzaku.cli.flags import recipe_flags
 from tanzaku.cli.resume import DRY_RUN, begin, resumed, switch
 from tanzaku.cli.run import Interrupted, sitting
 from tanzaku.errors import TanzakuError
-from tanzaku.recipe import SECTIONS, Recipe, build_recipe
+from tanzaku.recipe.schema import SECTIONS, Recipe, build_recipe
 
 if TYPE_CHECKING:
     from tanzaku.cli.run import Sitting
@@ -93,7 +93,7 @@ def _write(run: Sitting, about: dict[str, Any], comparison: Comparison, status: 
     from tanzaku.cli.record import write_results
     from tanzaku.compare.report import write_report
     from tanzaku.compare.tables import write_epochs
-    from tanzaku.files import finite
+    from tanzaku.files.writing import finite
 
     results: dict[str, Any] = finite(
         {**about, "status": status, "seconds": round(comparison.journal.seconds, 3), **comparison.results()}

@@ -11,7 +11,7 @@ import typer
 from tanzaku.cli.compare import run_comparison
 from tanzaku.cli.record import command_of
 from tanzaku.cli.resume import resumed
-from tanzaku.recipe import build_recipe
+from tanzaku.recipe.schema import build_recipe
 
 
 def demo(

@@ -63,8 +63,8 @@ def export(
     from tanzaku.cli.machine import quieten
     from tanzaku.export.gguf import export_adapter, export_model
     from tanzaku.export.modelfile import modelfile
-    from tanzaku.files import written_beside
-    from tanzaku.quantize import quantised
+    from tanzaku.files.writing import written_beside
+    from tanzaku.models.quantize import quantised
 
     quieten()
     loaded, tokenizer = load_base_of(base, [given], "float32" if outtype == "f32" else "auto")

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic.fields import FieldInfo
 
-from tanzaku.recipe import SECTIONS
-from tanzaku.recipe_errors import flag
+from tanzaku.recipe.errors import flag
+from tanzaku.recipe.schema import SECTIONS
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 _TRAIN = ("", "data", "train")  # sections that every verb with a recipe reads

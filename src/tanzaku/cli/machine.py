@@ -8,7 +8,7 @@ from typing import Any
 
 from tanzaku import __version__
 from tanzaku.errors import TanzakuError
-from tanzaku.versions import versions_of
+from tanzaku.support.versions import versions_of
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "scikit-learn", "peft")
 

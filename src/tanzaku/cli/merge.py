@@ -176,7 +176,7 @@ def _combined(
 
 def _fold(model: PreTrainedModel, name: str) -> None:
     import tanzaku as tz
-    from tanzaku.quantize import quantised
+    from tanzaku.models.quantize import quantised
 
     packed = any(quantised(module) for module in model.modules())
     tz.merge(model, name, dequantize=packed, keep=False)
@@ -189,7 +189,7 @@ def _check_range(model: PreTrainedModel, base: str) -> None:
     """An error where the model computes nothing: activations of some, as of Gemma's, are beyond float16."""
     import torch
 
-    from tanzaku.models import reads_text
+    from tanzaku.models.loading import reads_text
 
     if model.dtype != torch.float16 or not reads_text(model) or model.config.is_encoder_decoder:
         return
@@ -218,8 +218,8 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, ba
     """Write the directory beside and rename it: whatever happens, the old model is there or the new one."""
     from transformers.utils import cached_file
 
-    from tanzaku.files import directory_beside
-    from tanzaku.models import reads_text
+    from tanzaku.files.writing import directory_beside
+    from tanzaku.models.loading import reads_text
 
     with directory_beside(out.resolve() if out.is_symlink() else out) as beside:
         model.save_pretrained(beside, max_shard_size=shard)

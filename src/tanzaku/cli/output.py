@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tanzaku.errors import CONTROL, TanzakuError, printable
-from tanzaku.files import finite, to_disk, written_beside
-from tanzaku.locks import held
+from tanzaku.files.locks import held
+from tanzaku.files.writing import finite, to_disk, written_beside
 from tanzaku.tasks.stream import Row, Rows
 
 if TYPE_CHECKING:

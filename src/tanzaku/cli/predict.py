@@ -19,7 +19,7 @@ from tanzaku.cli.adapters import check_paths, names_of, note
 from tanzaku.cli.flags import parameter
 from tanzaku.cli.run import Interrupted
 from tanzaku.errors import TanzakuError, listed, nearest, printable
-from tanzaku.recipe_errors import flag
+from tanzaku.recipe.errors import flag
 from tanzaku.tasks import TASKS, kind_in
 from tanzaku.tasks.cells import short
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tanzaku.cli.output import Lines, Parquet
+    from tanzaku.engine.passes import CheapPasses
     from tanzaku.tasks.piped import Piped
     from tanzaku.tasks.stream import Row, Rows
     from tanzaku.tasks.task import Column, Split, Task
-    from tanzaku.train.passes import CheapPasses
 
 _FORMATS = ("tsv", "csv", "jsonl", "parquet")
 _TEXTS = ("tsv", "csv", "jsonl", "json")
@@ -115,7 +115,7 @@ def predict(
             raise TanzakuError(f"{name} is {value!r}{nearest(value, known)}, expected {listed(known)}")
     from tanzaku.cli.machine import device_named, quieten
     from tanzaku.cli.output import Partial
-    from tanzaku.models import load_tokenizer
+    from tanzaku.models.loading import load_tokenizer
     from tanzaku.tasks.piped import Piped
     from tanzaku.tasks.sources import STDIN
     from tanzaku.tasks.stream import open_rows
@@ -201,7 +201,7 @@ predict.__signature__ = _own.replace(  # type: ignore[attr-defined]
 
 def _adapter(name: str, path: Path, asked: dict[str, Any], precision: str | None) -> _Adapter:
     """What is known of an adapter; a flag overrules what it says."""
-    from tanzaku.store import adapter_dir, read_about
+    from tanzaku.storage.store import adapter_dir, read_about
 
     known = _ours if read_about(adapter_dir(path)) is not None else _foreign
     return known(name, path, {key: value for key, value in asked.items() if value is not None}, precision)
@@ -209,7 +209,7 @@ def _adapter(name: str, path: Path, asked: dict[str, Any], precision: str | None
 
 def _ours(name: str, path: Path, asked: dict[str, Any], precision: str | None) -> _Adapter:
     """What Tanzaku has written beside an adapter."""
-    from tanzaku.store import META, read_meta
+    from tanzaku.storage.store import META, read_meta
 
     meta = {"precision": "fp32", **read_meta(path)}
     whose = f"{path / META}: meta."
@@ -244,8 +244,8 @@ def _check_flags(kind: type[Task], asked: Mapping[str, Any], path: Path) -> None
 def _foreign(name: str, path: Path, asked: dict[str, Any], precision: str | None) -> _Adapter:
     """What HF PEFT's files and the base say of an adapter."""
     from tanzaku.cli.adapters import read_adapter
-    from tanzaku.models import read_config, read_tokenizer
-    from tanzaku.store import read_config as adapter_config
+    from tanzaku.models.loading import read_config, read_tokenizer
+    from tanzaku.storage.store import read_config as adapter_config
 
     found = read_adapter(name, path)
     named = adapter_config(found.path).get("task_type")
@@ -292,9 +292,9 @@ def _shown(value: Any) -> str:
 
 def _load(model: PreTrainedModel, adapters: Sequence[_Adapter]) -> None:
     """Attach the adapters to the model, and say what is not as one might expect."""
-    from tanzaku.heads import left_random
-    from tanzaku.store import load
-    from tanzaku.weights import copied_in
+    from tanzaku.core.weights import copied_in
+    from tanzaku.models.heads import left_random
+    from tanzaku.storage.store import load
 
     for adapter in adapters:
         loaded = load(model, adapter.path, adapter.name)
@@ -310,7 +310,7 @@ def _load(model: PreTrainedModel, adapters: Sequence[_Adapter]) -> None:
 
 
 def _digest(adapters: Sequence[_Adapter]) -> str:
-    from tanzaku.store import checksum
+    from tanzaku.storage.store import checksum
 
     return " ".join(f"{adapter.name} {checksum(adapter.path)}" for adapter in adapters)
 
@@ -401,7 +401,7 @@ class _Run:
     def _model(self) -> PreTrainedModel:
         import torch
 
-        from tanzaku.models import load_for
+        from tanzaku.models.loading import load_for
 
         half = all(adapter.precision == "bf16" for adapter in self.adapters)  # as in training
         kind = torch.bfloat16 if half else torch.float32
@@ -413,9 +413,9 @@ class _Run:
     def _predictions(
         self, model: PreTrainedModel, splits: dict[int, Split], start: int, there: Sequence[int]
     ) -> list[dict[str, Any]]:
-        from tanzaku.host import host_of
+        from tanzaku.core.host import host_of
+        from tanzaku.engine.passes import CheapPasses
         from tanzaku.tasks.inference import NotFinite, check_rows, predictions
-        from tanzaku.train.passes import CheapPasses
         from tanzaku.train.step import autocast
 
         rows: list[dict[str, Any]] = [{} for _ in there]

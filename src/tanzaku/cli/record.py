@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from tanzaku import __version__
 from tanzaku.errors import TanzakuError
-from tanzaku.files import finite, written_beside
-from tanzaku.locks import held
+from tanzaku.files.locks import held
+from tanzaku.files.writing import finite, written_beside
 
 if TYPE_CHECKING:
     from tanzaku.tasks.task import TaskData

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from tanzaku.cli.record import BEGUN
 from tanzaku.cli.run import portable
 from tanzaku.errors import TanzakuError
-from tanzaku.recipe import Recipe, build_recipe, schema, sections, task_in
-from tanzaku.recipe_errors import complaint, flag
+from tanzaku.recipe.errors import complaint, flag
+from tanzaku.recipe.schema import Recipe, build_recipe, schema, sections, task_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tanzaku.cli.display import Display
-    from tanzaku.method import Method
-    from tanzaku.recipe import Recipe
+    from tanzaku.core.method import Method
+    from tanzaku.recipe.schema import Recipe
     from tanzaku.tasks.prepare import Tables
     from tanzaku.tasks.task import TaskData
     from tanzaku.train.settings import TrainSettings
@@ -54,7 +54,7 @@ class Sitting:
             TanzakuError: no such model, rows that cannot be encoded, or a method that does not fit the model.
         """
         from tanzaku.compare.resamples import resamples
-        from tanzaku.models import load_for, load_tokenizer
+        from tanzaku.models.loading import load_for, load_tokenizer
         from tanzaku.tasks.prepare import encode
 
         recipe = self.recipe
@@ -192,9 +192,9 @@ def _check_fit(
     """Attach every method to a copy without weights, so that the last of many does not fail after hours."""
     import torch
 
+    from tanzaku.core.host import attach, detach
     from tanzaku.errors import TooLarge
-    from tanzaku.families import Base
-    from tanzaku.host import attach, detach
+    from tanzaku.models.families import Base
     from tanzaku.tasks.inference import check_rows
 
     for split in data.splits():
@@ -224,7 +224,7 @@ def _check_fit(
 def _check_memory(trained: int, largest: str, device: str) -> None:
     import torch
 
-    from tanzaku.train.memory import free
+    from tanzaku.engine.memory import free
 
     # In fp32: the parameter, its gradient, and the two means of AdamW.
     needed = 16 * trained

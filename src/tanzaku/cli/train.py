@@ -11,7 +11,7 @@ from tanzaku.cli.flags import recipe_flags
 from tanzaku.cli.resume import DRY_RUN, begin, resumed, switch
 from tanzaku.cli.run import Interrupted, sitting
 from tanzaku.errors import TanzakuError, listed
-from tanzaku.recipe import build_recipe, jobs_of
+from tanzaku.recipe.schema import build_recipe, jobs_of
 
 
 @partial(recipe_flags, switches={"resume": switch("a run"), "dry_run": DRY_RUN})

@@ -10,11 +10,11 @@ from itertools import chain, count, islice, product
 from math import prod
 from typing import Any, Literal
 
-from tanzaku.compare.settings import CompareSettings
+from tanzaku.core.method import Method
+from tanzaku.core.space import Choice, Grid, Range, Space, Spaces, ends
 from tanzaku.errors import TanzakuError
-from tanzaku.method import Method
-from tanzaku.recipe import MethodEntry, checked, named, spaces_of
-from tanzaku.space import Choice, Grid, Range, Space, Spaces, ends
+from tanzaku.recipe.comparison import CompareSettings
+from tanzaku.recipe.schema import MethodEntry, checked, named, spaces_of
 from tanzaku.train.settings import TrainSettings
 
 Rate = Literal["default", "own", "shared"]

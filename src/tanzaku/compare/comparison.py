@@ -17,17 +17,17 @@ from typing import Any, Protocol
 import numpy as np
 from transformers import PreTrainedModel
 
-from tanzaku import store
 from tanzaku.compare.candidates import Candidate, Searched
 from tanzaku.compare.flags import flags
 from tanzaku.compare.journal import Journal
 from tanzaku.compare.resamples import Resample, pooled, resamples
 from tanzaku.compare.search import Outcome, Search, direction, rungs, survivors
-from tanzaku.compare.settings import CompareSettings, bytes_of
 from tanzaku.compare.statistics import Design, Ranking, Run, Scored, rank
 from tanzaku.compare.verdict import sentences
-from tanzaku.files import finite
-from tanzaku.host import activate, detach
+from tanzaku.core.host import activate, detach
+from tanzaku.files.writing import finite
+from tanzaku.recipe.comparison import CompareSettings, bytes_of
+from tanzaku.storage import store
 from tanzaku.tasks.inference import records_of
 from tanzaku.tasks.task import Split, Statistics, TaskData, metric_named
 from tanzaku.train.loop import Pool, intervals

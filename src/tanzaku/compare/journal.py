@@ -14,7 +14,7 @@ from typing import Any
 
 from tanzaku import __version__
 from tanzaku.errors import TanzakuError
-from tanzaku.files import written_beside
+from tanzaku.files.writing import written_beside
 
 STATE = "state"
 

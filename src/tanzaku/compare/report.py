@@ -22,7 +22,7 @@ from plotly.offline import get_plotlyjs
 
 from tanzaku.compare.statistics import ENOUGH
 from tanzaku.compare.verdict import tested_by
-from tanzaku.files import written_beside
+from tanzaku.files.writing import written_beside
 from tanzaku.tasks import task_named
 from tanzaku.tasks.task import LOSS, Example, Metric, Said, metric_named
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from sklearn.model_selection import KFold, StratifiedKFold
 
-from tanzaku.compare.settings import Design
 from tanzaku.errors import TanzakuError
+from tanzaku.recipe.comparison import Design
 from tanzaku.tasks.task import Split, TaskData, subset
 
 

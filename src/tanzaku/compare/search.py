@@ -24,9 +24,9 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from tanzaku.compare.candidates import Candidate, Searched, slug
-from tanzaku.compare.settings import CompareSettings
+from tanzaku.core.space import Choice, Range
 from tanzaku.errors import TanzakuError
-from tanzaku.space import Choice, Range
+from tanzaku.recipe.comparison import CompareSettings
 from tanzaku.tasks.task import Metric
 
 Direction = Literal["minimize", "maximize"]

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import numpy as np
 from scipy import optimize, stats
 
-from tanzaku.compare.settings import MARGIN
 from tanzaku.errors import TanzakuError
+from tanzaku.recipe.comparison import MARGIN
 from tanzaku.tasks.task import Metric, Statistics
 
 Array = np.ndarray[Any, np.dtype[Any]]

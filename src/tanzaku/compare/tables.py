@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tanzaku.files import written_beside
+from tanzaku.files.writing import written_beside
 
 _TEXT, _WHOLE = ("candidate", "method", "job", "stage"), ("repeat", "fold", "seed", "epoch")
 

@@ -17,13 +17,13 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from tanzaku import tree
+from tanzaku.core.host import host_of
 from tanzaku.errors import TanzakuError
 from tanzaku.export.architectures import Architecture, architecture_of
 from tanzaku.export.vocabulary import write_vocabulary
-from tanzaku.files import written_beside
-from tanzaku.host import host_of
+from tanzaku.files.writing import written_beside
 from tanzaku.methods.lora import LoraEmbedding, LoraStrip
+from tanzaku.models import tree
 
 OUTTYPES: dict[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from tanzaku.core.method import Method
 from tanzaku.errors import TanzakuError, nearest
-from tanzaku.method import Method
 from tanzaku.methods.adalora import AdaLoRA
 from tanzaku.methods.full import Full
 from tanzaku.methods.head import Head

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tanzaku.families import Base, features, weight_of
-from tanzaku.host import Adapter
-from tanzaku.method import ModuleStrip, Strip, trainable
+from tanzaku.core.host import Adapter
+from tanzaku.core.method import ModuleStrip, Strip, trainable
+from tanzaku.core.space import Choice, Range, ends, spaces
 from tanzaku.methods.lora import LoRA, low_rank
-from tanzaku.quantize import full_weight
-from tanzaku.space import Choice, Range, ends, spaces
+from tanzaku.models.families import Base, features, weight_of
+from tanzaku.models.quantize import full_weight
 
 
 class SvdStrip(ModuleStrip):

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tanzaku.families import Base
-from tanzaku.method import Method, Strip
-from tanzaku.space import Range, spaces
-from tanzaku.weights import copy_of
+from tanzaku.core.method import Method, Strip
+from tanzaku.core.space import Range, spaces
+from tanzaku.core.weights import copy_of
+from tanzaku.models.families import Base
 
 
 @dataclass

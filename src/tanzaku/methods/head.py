@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tanzaku import tree
-from tanzaku.families import Base
-from tanzaku.heads import task_head
-from tanzaku.method import Method, Strip
-from tanzaku.space import Range, spaces
-from tanzaku.weights import copy_of
+from tanzaku.core.method import Method, Strip
+from tanzaku.core.space import Range, spaces
+from tanzaku.core.weights import copy_of
+from tanzaku.models import tree
+from tanzaku.models.families import Base
+from tanzaku.models.heads import task_head
 
 
 @dataclass

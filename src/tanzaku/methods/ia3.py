@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tanzaku.families import Base, features, weight_of
-from tanzaku.method import Method, ModuleStrip, Strip, trainable
-from tanzaku.quantize import full_weight
-from tanzaku.routing import in_equal_shares
-from tanzaku.space import Range, spaces
+from tanzaku.core.method import Method, ModuleStrip, Strip, trainable
+from tanzaku.core.routing import in_equal_shares
+from tanzaku.core.space import Range, spaces
+from tanzaku.models.families import Base, features, weight_of
+from tanzaku.models.quantize import full_weight
 
 
 class ScaleStrip(ModuleStrip):

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanzaku import tree
+from tanzaku.core.method import AttentionCall, AttentionStrip, Method, Strip, trainable
+from tanzaku.core.sites import quiet
+from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.errors import TanzakuError
-from tanzaku.families import Attention, Base
-from tanzaku.families.prompt_call import PromptCall, keys_values
-from tanzaku.method import AttentionCall, AttentionStrip, Method, Strip, trainable
-from tanzaku.refs import Ref
-from tanzaku.sites import quiet
-from tanzaku.space import Choice, Range, spaces
+from tanzaku.models import tree
+from tanzaku.models.families import Attention, Base
+from tanzaku.models.families.prompt_call import PromptCall, keys_values
+from tanzaku.support.refs import Ref
 
 
 class GatedPrompt(AttentionStrip):

@@ -18,17 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tanzaku import tree
-from tanzaku.autograd import once_differentiable
+from tanzaku.core.method import Method, ModuleStrip, Strip, trainable
+from tanzaku.core.routing import in_equal_shares, split
+from tanzaku.core.space import Choice, Range, ends, spaces
+from tanzaku.core.survey import tensors
+from tanzaku.core.weights import BiasStrip, with_weight
 from tanzaku.errors import TanzakuError
-from tanzaku.families import Base, features, weight_of
-from tanzaku.method import Method, ModuleStrip, Strip, trainable
-from tanzaku.patterns import groups_of
-from tanzaku.quantize import full_weight
-from tanzaku.routing import in_equal_shares, split
-from tanzaku.space import Choice, Range, ends, spaces
-from tanzaku.survey import tensors
-from tanzaku.weights import BiasStrip, with_weight
+from tanzaku.files.patterns import groups_of
+from tanzaku.models import tree
+from tanzaku.models.families import Base, features, weight_of
+from tanzaku.models.quantize import full_weight
+from tanzaku.support.autograd import once_differentiable
 
 
 class Low(nn.Module):

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tanzaku.families import Base, weight_of
-from tanzaku.method import Strip, TokenStrip, home
+from tanzaku.core.method import Strip, TokenStrip, home
+from tanzaku.core.space import Choice, Range, spaces
+from tanzaku.core.tokens import check_entrance
 from tanzaku.methods.prompt_tuning import PromptLearning, PromptStrip
-from tanzaku.refs import Ref
-from tanzaku.space import Choice, Range, spaces
-from tanzaku.tokens import check_entrance
+from tanzaku.models.families import Base, weight_of
+from tanzaku.support.refs import Ref
 
 
 class EncodedPrompt(TokenStrip):

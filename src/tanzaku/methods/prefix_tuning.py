@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanzaku import tree
+from tanzaku.core.method import AttentionCall, AttentionStrip, Strip, home
+from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.errors import TanzakuError
-from tanzaku.families import Base
-from tanzaku.method import AttentionCall, AttentionStrip, Strip, home
 from tanzaku.methods.prompt_tuning import PromptLearning, text_ids
-from tanzaku.refs import Ref
-from tanzaku.space import Choice, Range, spaces
+from tanzaku.models import tree
+from tanzaku.models.families import Base
+from tanzaku.support.refs import Ref
 
 
 class Prefix(nn.Module):

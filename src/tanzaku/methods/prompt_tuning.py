@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tanzaku.core.method import Method, Strip, TokenStrip, trainable
+from tanzaku.core.positions import room
+from tanzaku.core.space import Choice, Range, spaces
+from tanzaku.core.tokens import check_entrance
 from tanzaku.errors import TanzakuError
-from tanzaku.families import Base, weight_of
-from tanzaku.method import Method, Strip, TokenStrip, trainable
-from tanzaku.positions import room
-from tanzaku.space import Choice, Range, spaces
-from tanzaku.tokens import check_entrance
+from tanzaku.models.families import Base, weight_of
 
 
 class PromptStrip(TokenStrip):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from tanzaku.errors import TanzakuError, listed, nearest
-from tanzaku.lazy import Lazy
+from tanzaku.support.lazy import Lazy
 from tanzaku.tasks.labels import NUMBER, check_labels, label_name, odd_labels, spelling
 from tanzaku.tasks.metrics import ACCURACY, MACRO_F1, ROC_AUC
 from tanzaku.tasks.settings import TextSettings

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from tanzaku.core.host import host_of, route
+from tanzaku.core.positions import room
+from tanzaku.core.tokens import without_cache
+from tanzaku.engine.passes import CheapPasses
+from tanzaku.engine.products import ABOVE
 from tanzaku.errors import TanzakuError, listed
-from tanzaku.families import Base
-from tanzaku.host import host_of, route
-from tanzaku.positions import room
+from tanzaku.models.families import Base
 from tanzaku.tasks.task import Records, Split, Task, joined, take
-from tanzaku.tokens import without_cache
-from tanzaku.train.passes import CheapPasses
-from tanzaku.train.products import ABOVE
 
 WINDOW = 256  # rows that are sorted together: little padding, yet the first results come early
 

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from tanzaku.errors import TanzakuError
-from tanzaku.lazy import Lazy
+from tanzaku.support.lazy import Lazy
 from tanzaku.tasks.task import Metric, Records, Statistics
 
 if TYPE_CHECKING:

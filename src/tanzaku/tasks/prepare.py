@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from tanzaku.errors import TanzakuError
-from tanzaku.recipe_errors import flag
+from tanzaku.recipe.errors import flag
 from tanzaku.tasks.checks import findings
 from tanzaku.tasks.data import Table, read_table, to_stderr
 from tanzaku.tasks.settings import DataSettings

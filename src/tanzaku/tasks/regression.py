@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from tanzaku.errors import TanzakuError
-from tanzaku.lazy import Lazy
+from tanzaku.support.lazy import Lazy
 from tanzaku.tasks.cells import missing
 from tanzaku.tasks.checks import Finding
 from tanzaku.tasks.settings import TextSettings

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from tanzaku.errors import TanzakuError, listed, nearest
-from tanzaku.files import foreign
+from tanzaku.files.writing import foreign
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".xlsx", ".tsv.gz", ".csv.gz", ".jsonl.gz", ".json.gz")
 STDIN = "-"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from tanzaku.errors import TanzakuError, listed, nearest
-from tanzaku.lazy import Lazy
+from tanzaku.support.lazy import Lazy
 from tanzaku.tasks.cells import plain
 from tanzaku.tasks.settings import DataSettings
 

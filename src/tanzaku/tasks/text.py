@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tanzaku.errors import TanzakuError
-from tanzaku.recipe_errors import flag
+from tanzaku.recipe.errors import flag
 from tanzaku.tasks.cells import missing, short
 from tanzaku.tasks.task import Batch, Example, Split, Task
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from tanzaku.errors import TanzakuError, listed, nearest
-from tanzaku.lazy import Lazy
+from tanzaku.support.lazy import Lazy
 from tanzaku.tasks.cells import missing
 from tanzaku.tasks.checks import Finding
 from tanzaku.tasks.settings import DataSettings

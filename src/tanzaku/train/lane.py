@@ -13,18 +13,18 @@ from torch import Tensor
 from transformers import get_scheduler
 from transformers.pytorch_utils import Conv1D
 
+from tanzaku.core.host import Adapter
+from tanzaku.core.method import AttentionStrip, Method, TokenStrip
+from tanzaku.core.weights import BiasStrip, WeightStrip
+from tanzaku.engine.memory import Need
+from tanzaku.engine.products import lowest_layer
 from tanzaku.errors import TanzakuError
-from tanzaku.families import features
-from tanzaku.host import Adapter
-from tanzaku.method import AttentionStrip, Method, TokenStrip
-from tanzaku.seeds import seed_of
+from tanzaku.models.families import features
+from tanzaku.support.seeds import seed_of
 from tanzaku.tasks.batches import epoch_batches
 from tanzaku.tasks.task import Example, Records, TaskData, metric_named, weighed
-from tanzaku.train.memory import Need
 from tanzaku.train.optimizer import FlatAdamW
-from tanzaku.train.products import lowest_layer
 from tanzaku.train.results import EpochRecord, Job, JobResult
-from tanzaku.weights import BiasStrip, WeightStrip
 
 # What transformers' Trainer spares from weight decay, by the parameter's name.
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)

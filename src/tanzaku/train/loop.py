@@ -15,15 +15,15 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from tanzaku import store
+from tanzaku.core.host import activate, adapters, attach, count, detach
+from tanzaku.engine.memory import Need, in_use, peak, reset_peak
+from tanzaku.engine.products import layer_of
 from tanzaku.errors import TanzakuError
-from tanzaku.export.card import training_record
-from tanzaku.host import activate, adapters, attach, count, detach
+from tanzaku.storage import store
+from tanzaku.storage.card import training_record
 from tanzaku.tasks.metrics import interval_of
 from tanzaku.tasks.task import Records, Split, Task, TaskData
 from tanzaku.train.lane import Diverged, Lane
-from tanzaku.train.memory import Need, in_use, peak, reset_peak
-from tanzaku.train.products import layer_of
 from tanzaku.train.results import EpochRecord, Job, JobResult, Observer
 from tanzaku.train.state import States
 from tanzaku.train.step import SharedStep

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from tanzaku.method import Method
+from tanzaku.core.method import Method
 from tanzaku.train.settings import TrainSettings
 
 if TYPE_CHECKING:

@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tanzaku import __version__, tree
+from tanzaku import __version__
 from tanzaku.errors import TanzakuError
-from tanzaku.files import apart, written_beside
+from tanzaku.files.writing import apart, written_beside
+from tanzaku.models import tree
 from tanzaku.tasks.task import TaskData
 from tanzaku.train.lane import Lane
 

@@ -13,20 +13,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from tanzaku import tree
-from tanzaku.families import Base
-from tanzaku.host import adapters, host_of
+from tanzaku.core.host import adapters, host_of
+from tanzaku.core.noise import Foreign, Noise, Share, foreign_generators, watch
+from tanzaku.core.positions import room
+from tanzaku.core.routing import Entry, Route
+from tanzaku.core.survey import odd_dropouts, sees_padding
+from tanzaku.core.tokens import without_cache
+from tanzaku.engine.memory import Need, bytes_needed
+from tanzaku.engine.passes import CheapPasses
 from tanzaku.methods import METHODS
-from tanzaku.noise import Foreign, Noise, Share, foreign_generators, watch
-from tanzaku.positions import room
-from tanzaku.routing import Entry, Route
-from tanzaku.survey import odd_dropouts, sees_padding
+from tanzaku.models import tree
+from tanzaku.models.families import Base
 from tanzaku.tasks.inference import left_out
 from tanzaku.tasks.task import Batch, Example, Records, Split, Task, joined
-from tanzaku.tokens import without_cache
 from tanzaku.train.lane import Lane
-from tanzaku.train.memory import Need, bytes_needed
-from tanzaku.train.passes import CheapPasses
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -16,11 +16,11 @@ from typing import Any, ClassVar, cast
 from tanzaku.compat.peft.errors import WrongType
 from tanzaku.compat.peft.hub import folder_of
 from tanzaku.compat.peft.isinstances import seen_as
+from tanzaku.core.method import Method
 from tanzaku.errors import TanzakuError, nearest
-from tanzaku.families import Base
-from tanzaku.method import Method
 from tanzaku.methods import IA3, AdaLoRA, LlamaAdapter, LoRA, PrefixTuning, PromptTuning, PTuning
-from tanzaku.store import CONFIG
+from tanzaku.models.families import Base
+from tanzaku.storage.store import CONFIG
 
 __version__ = "0.21.2"  # of HF PEFT, whose names and files these are
 

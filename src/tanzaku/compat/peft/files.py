@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from tanzaku.compat.peft.config import PeftConfig, PeftType, plain
 from tanzaku.compat.peft.layers import own_class
 from tanzaku.errors import TanzakuError
-from tanzaku.export.card import CARD, digest_of, kept
-from tanzaku.store import CONFIG, META, save
+from tanzaku.storage.card import CARD, digest_of, kept
+from tanzaku.storage.store import CONFIG, META, save
 
 
 def write(base: nn.Module, name: str, config: PeftConfig, target: Path) -> None:

@@ -11,7 +11,7 @@ import huggingface_hub
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from tanzaku.errors import TanzakuError
-from tanzaku.store import CONFIG, META, TENSORS
+from tanzaku.storage.store import CONFIG, META, TENSORS
 
 OPTIONS = {name for name in inspect.signature(huggingface_hub.hf_hub_download).parameters if name not in ("repo_id",)}
 ALL = (CONFIG, TENSORS, META, "tokenizer_config.json", "tokenizer.json")

@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from tanzaku import tree
+from tanzaku.core.host import Adapter
+from tanzaku.core.method import Strip
+from tanzaku.core.weights import BiasStrip, WeightStrip
 from tanzaku.errors import TanzakuError
-from tanzaku.families import features
-from tanzaku.host import Adapter
-from tanzaku.method import Strip
 from tanzaku.methods.adalora import SvdStrip
 from tanzaku.methods.ia3 import ScaleStrip
 from tanzaku.methods.llama_adapter import GatedPrompt
 from tanzaku.methods.lora import LoraConv2d, LoraEmbedding, LoraStrip, pattern
 from tanzaku.methods.prefix_tuning import PrefixStrip
 from tanzaku.methods.prompt_tuning import PromptStrip
-from tanzaku.quantize import full_weight
-from tanzaku.weights import BiasStrip, WeightStrip
+from tanzaku.models import tree
+from tanzaku.models.families import features
+from tanzaku.models.quantize import full_weight
 
 if TYPE_CHECKING:
     from tanzaku.compat.peft.peft_model import PeftModel

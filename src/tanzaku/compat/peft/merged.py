@@ -9,10 +9,10 @@ from torch import nn
 
 from tanzaku.compat.peft.layers import undress_all
 from tanzaku.compat.peft.wrapped import Wrapped, hosted
+from tanzaku.core.host import detach
+from tanzaku.core.weights import WeightStrip
 from tanzaku.errors import TanzakuError
-from tanzaku.host import detach
-from tanzaku.merging import merge, unmerge
-from tanzaku.weights import WeightStrip
+from tanzaku.merging.merge import merge, unmerge
 
 
 class Merging(Wrapped):

@@ -24,8 +24,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from tanzaku import tree
-from tanzaku.combining import combine
 from tanzaku.compat.peft import files
 from tanzaku.compat.peft.config import (
     AdaLoraConfig,
@@ -43,13 +41,15 @@ from tanzaku.compat.peft.seeding import draw_as_peft
 from tanzaku.compat.peft.targets import fit
 from tanzaku.compat.peft.tuner import TUNERS
 from tanzaku.compat.peft.wrapped import STATE, Forward, from_peft_names, hosted
+from tanzaku.core.host import Adapter, adapters, attach, detach, route
+from tanzaku.core.method import Strip
+from tanzaku.core.weights import WeightStrip
 from tanzaku.errors import TanzakuError, listed
-from tanzaku.host import Adapter, adapters, attach, detach, route
-from tanzaku.merging import merge, unmerge
-from tanzaku.method import Strip
-from tanzaku.quantize import plain as plain_tensor
-from tanzaku.store import TENSORS, load
-from tanzaku.weights import WeightStrip
+from tanzaku.merging.combine import combine
+from tanzaku.merging.merge import merge, unmerge
+from tanzaku.models import tree
+from tanzaku.models.quantize import plain as plain_tensor
+from tanzaku.storage.store import TENSORS, load
 
 _TRAINER = "model.safetensors"  # where Trainer looks for a model's weights
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from tanzaku import layout
 from tanzaku.compat.peft.wrapped import Wrapped
+from tanzaku.core import layout
+from tanzaku.core.method import TokenStrip
+from tanzaku.core.routing import Route
+from tanzaku.core.sites import InForce
 from tanzaku.errors import TanzakuError
-from tanzaku.method import TokenStrip
 from tanzaku.methods.prefix_tuning import PrefixStrip
-from tanzaku.routing import Route
-from tanzaku.sites import InForce
 
 
 class Prompting(Wrapped):

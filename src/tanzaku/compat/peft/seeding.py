@@ -12,11 +12,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tanzaku.host import Adapter
+from tanzaku.core.host import Adapter
+from tanzaku.core.weights import BiasStrip, WeightStrip
 from tanzaku.methods.adalora import SvdStrip
 from tanzaku.methods.ia3 import ScaleStrip
 from tanzaku.methods.lora import LoraConv2d, LoraEmbedding, LoraStrip, initialise
-from tanzaku.weights import BiasStrip, WeightStrip
 
 
 @torch.no_grad()

@@ -12,13 +12,13 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tanzaku import tree
 from tanzaku.compat.peft.config import PeftConfig
 from tanzaku.compat.peft.errors import NoMatchingPeftModuleError, PeftWarning
 from tanzaku.compat.peft.tuner import check_target_module_exists, named
 from tanzaku.errors import listed, nearest
-from tanzaku.families import Base
 from tanzaku.methods.lora import matches
+from tanzaku.models import tree
+from tanzaku.models.families import Base
 
 
 def fit(config: PeftConfig, base: nn.Module) -> None:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import nn
 
-from tanzaku import tree
 from tanzaku.compat.peft.config import PeftConfig, PeftType
-from tanzaku.patterns import groups_of
-from tanzaku.weights import BiasStrip, WeightStrip
+from tanzaku.core.weights import BiasStrip, WeightStrip
+from tanzaku.files.patterns import groups_of
+from tanzaku.models import tree
 
 if TYPE_CHECKING:
     from tanzaku.compat.peft.peft_model import PeftModel

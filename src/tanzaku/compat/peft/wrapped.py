@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from tanzaku import tree
 from tanzaku.compat.peft.config import PeftConfig
 from tanzaku.compat.peft.isinstances import seen_as
 from tanzaku.compat.peft.layers import BaseTunerLayer, encoder_of, is_bare, is_layer, without_bias
 from tanzaku.compat.peft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from tanzaku.compat.peft.tuner import PREFIXES, BaseTuner
 from tanzaku.compat.peft.utils.save_and_load import in_peft
+from tanzaku.core.host import Adapter, Count, Host, adapters, host_of, numbers_in
+from tanzaku.core.method import ModuleStrip, Strip
+from tanzaku.core.routing import Entry
+from tanzaku.core.weights import BiasStrip, WeightStrip
 from tanzaku.errors import TanzakuError, listed, nearest
-from tanzaku.host import Adapter, Count, Host, adapters, host_of, numbers_in
-from tanzaku.method import ModuleStrip, Strip
-from tanzaku.routing import Entry
-from tanzaku.weights import BiasStrip, WeightStrip
+from tanzaku.models import tree
 
 STATE = "training_state"  # before the names of what training goes on from beside parameters
 

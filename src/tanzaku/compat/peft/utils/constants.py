@@ -1,7 +1,7 @@
 """Names of PEFT's files."""
 
-from tanzaku.store import CONFIG as CONFIG_NAME
-from tanzaku.store import TENSORS as SAFETENSORS_WEIGHTS_NAME
+from tanzaku.storage.store import CONFIG as CONFIG_NAME
+from tanzaku.storage.store import TENSORS as SAFETENSORS_WEIGHTS_NAME
 
 WEIGHTS_NAME = "adapter_model.bin"  # a pickle: neither read nor written here
 INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tanzaku.compat.peft.layers import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from tanzaku.quantize import plain
+from tanzaku.models.quantize import plain
 
 __all__ = [
     "AuxiliaryTrainingWrapper",

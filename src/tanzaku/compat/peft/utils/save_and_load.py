@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from tanzaku import tree
 from tanzaku.compat.peft.config import PeftType, TaskType
+from tanzaku.core.host import Adapter
+from tanzaku.core.method import AttentionStrip, Strip
+from tanzaku.core.weights import BiasStrip, WeightStrip
 from tanzaku.errors import TanzakuError, listed
-from tanzaku.host import Adapter
-from tanzaku.method import AttentionStrip, Strip
 from tanzaku.methods.adalora import SvdStrip
 from tanzaku.methods.prompt_tuning import PromptLearning
-from tanzaku.store import entries, read_tensors
-from tanzaku.weights import BiasStrip, WeightStrip
+from tanzaku.models import tree
+from tanzaku.storage.store import entries, read_tensors
 
 if TYPE_CHECKING:
     from tanzaku.compat.peft.peft_model import PeftModel

@@ -1,0 +1,349 @@
+"""What a method is: the whole contract, on one screen.
+
+A method is a dataclass of settings and one function, :meth:`Method.build`, that hangs *strips* on sites of a frozen
+model. A strip owns the parameters and the mathematics of one adapter at one site. Saving, loading, merging, routing,
+devices and data types are written once, elsewhere.
+
+| strip            | it overrides                 | meaning                                                          |
+|------------------|------------------------------|------------------------------------------------------------------|
+| `ModuleStrip`    | `inputs`, `outputs`          | change what a submodule reads or what it returns; `..._together` |
+| `AttentionStrip` | `attend`                     | change one attention layer's result, given queries, keys, values |
+| `TokenStrip`     | `vectors`                    | virtual tokens, put before the row's own                         |
+| `WeightStrip`    | (nothing: see `sites.py`)    | the adapter's own copy of a module's weights                     |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, cast, get_type_hints
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from tanzaku.core.space import Choice, Range, Spaces, spaces
+from tanzaku.errors import TanzakuError, TooLarge, nearest
+from tanzaku.models import tree
+from tanzaku.models.heads import Part, heads_of, named_heads
+from tanzaku.support.context import Local
+
+if TYPE_CHECKING:
+    from tanzaku.core.host import Adapter
+    from tanzaku.models.families import Base
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A part of the model that an adapter has its own copy of.
+
+    Args:
+        tied: tensors of it that are tied in the base are one in the adapter, too, across all its tied copies.
+    """
+
+    part: Part
+    trained: bool
+    tied: bool = False
+
+
+OFFLOADED = (
+    "an adapter's tensors are on the meta device, and its base is not: it was offloaded with it; offload the base "
+    "first, then attach or load the adapter"
+)
+
+
+class Strip(nn.Module):
+    """Parameters and mathematics of one adapter at one site."""
+
+    trained = True  # False for what is only kept, such as a head that is not to be trained
+
+    def check_here(self, like: Tensor) -> None:
+        """Raise a clear error where the strip's tensors were moved off with a base that was offloaded after it was
+        attached: what is computed with them is whatever memory holds, and no error of torch's."""
+        first = self.__dict__.get("_first")
+        if first is None:
+            named = ((m._parameters, n) for m in self.modules() for n, p in m._parameters.items() if p is not None)
+            first = self.__dict__["_first"] = next(named, ({}, ""))
+        here = first[0].get(first[1])
+        if here is not None and here.is_meta and not like.is_meta:
+            raise TanzakuError(OFFLOADED)
+
+    def export(self) -> dict[str, Tensor]:
+        """Tensors as they go to a file, by the names HF PEFT gives them below the site's path."""
+        return {name: tensor.detach() for name, tensor in self.state_dict().items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what :meth:`export` gave. Names and shapes were checked before."""
+        self.load_state_dict(tensors)
+
+
+class ModuleStrip(Strip):
+    """Changes a submodule's input or output, for the rows routed to it. Rows are the first dimension.
+
+    In training a decoder's rows may come as single tokens, (tokens, 1, features): a strip treats each token by itself.
+    """
+
+    edits_input: ClassVar[bool] = False
+    edits_output: ClassVar[bool] = True
+    reads_call: ClassVar[bool] = False  # it wants all that the module was given: `outputs_of` in place of `outputs`
+
+    def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
+        """`x` as the module shall read it; same shape."""
+        return x
+
+    def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """`y` as the module shall return it; same shape. `x` is what the module read."""
+        return y
+
+    def outputs_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        """`y` as the module shall return it, of all that it was given."""
+        raise TypeError(f"{type(self).__name__} defines no outputs_of()")
+
+    def alike(self, module: nn.Module) -> Hashable | None:
+        """Strips of one kind at one module with equal answers are computed together; None: this one by itself."""
+        return None
+
+    @staticmethod
+    def inputs_together(strips: Sequence[Any], sizes: tuple[int, ...], module: nn.Module, x: Tensor) -> Tensor:
+        """:meth:`inputs` of strips that are alike, each for so many rows of `x`, one strip after another."""
+        raise TypeError(f"{type(strips[0]).__name__} defines no inputs_together()")
+
+    @staticmethod
+    def outputs_together(
+        strips: Sequence[Any], sizes: tuple[int, ...], module: nn.Module, x: Tensor, y: Tensor
+    ) -> Tensor:
+        """:meth:`outputs` of strips that are alike, each for so many rows of `x` and `y`, one strip after another."""
+        raise TypeError(f"{type(strips[0]).__name__} defines no outputs_together()")
+
+    def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
+        """The module's tensors with this strip folded in, or None where the mathematics does not allow it.
+
+        They are in full precision (`quantize.full_weight` reads the module's own): merging rounds them once.
+        """
+        return None
+
+
+@dataclass
+class AttentionCall:
+    """One call of an attention layer: `query` (rows, heads, queries, head_dim), `key` and `value` (rows, kv_heads,
+    keys, head_dim), `mask` None, boolean (True attends) or additive, broadcast to (rows, 1, queries, keys)."""
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    options: dict[str, Any]
+    base: Callable[..., tuple[Tensor, Tensor | None]]
+    implementation: str = "sdpa"  # the base's, by its name in transformers' attention interface
+
+    def base_result(self) -> tuple[Tensor, Tensor | None]:
+        """The base model's own result, (rows, queries, heads, head_dim), and its weights where it has them."""
+        return self.base(self.module, self.query, self.key, self.value, self.mask, **self.options)
+
+    def run(self) -> Tensor:
+        """The base model's own result alone."""
+        return self.base_result()[0]
+
+
+class AttentionStrip(Strip):
+    """Adds keys and values to an attention layer, or a second result to its own."""
+
+    position_offset: int = 0  # how many positions the strip takes before the row's first token
+
+    def refresh(self) -> None:
+        """Called before each forward pass, outside of checkpointed layers: the place to compute what layers share."""
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """The layer's result, (rows, queries, heads, head_dim), before its output projection."""
+        return call.run()
+
+
+class TokenStrip(Strip):
+    """Virtual tokens with learned vectors, prepended to the rows routed to it."""
+
+    num_virtual_tokens: int
+
+    def vectors(self) -> Tensor:
+        """(num_virtual_tokens, width of the embedding) in the scale of the model's embedded tokens."""
+        raise TypeError(f"{type(self).__name__} defines no vectors()")
+
+
+@dataclass
+class Method:
+    """Settings of a method, by HF PEFT's field names where PEFT has it."""
+
+    name: ClassVar[str]
+    peft_type: ClassVar[str]
+    paper: ClassVar[str]
+    summary: ClassVar[str]
+    mergeable: ClassVar[bool] = False
+    shares_batch: ClassVar[bool] = True  # False: its rows need the model to themselves
+    trains_head: ClassVar[bool] = True  # a classifier's head is trained along, unless modules_to_save is empty
+    lengthens_rows: ClassVar[bool] = False  # by num_virtual_tokens, which go through every layer
+    covers_head: ClassVar[bool] = False  # the method's own strips say what of the head is trained
+    file_prefix: ClassVar[str] = "base_model.model."
+    learning_rate: ClassVar[float] = 1e-3  # where none is given; each method says where its own is from
+    space: ClassVar[Spaces] = spaces(learning_rate=Range(1e-5, 1e-2, log=True))  # what a search draws; see open_space
+
+    _to_fill = False  # True on one that is built for a file: its weights need not be drawn
+    _as_peft = False  # True where PEFT's rules say what is a head: the rest is left as it is
+    _copies = cast("list[Copy] | None", None)  # what a file says the adapter has copies of; None: what the settings say
+
+    modules_to_save: list[str] | None = field(default=None, kw_only=True)
+    task_type: str | None = field(default=None, kw_only=True)
+    inference_mode: bool = field(default=False, kw_only=True)
+
+    def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
+        """Yield (path of the site's module, strip). Token strips have the path ""."""
+        raise TypeError(f"{type(self).__name__} defines no build()")
+
+    def heads(self, base: Base) -> list[Part]:
+        """The parts of the model that the adapter has its own copy of, whatever `modules_to_save` names."""
+        if self._copies is not None:
+            return [copy.part for copy in self._copies]
+        return named_heads(base.model) if self._as_peft else heads_of(base.model)
+
+    def copies(self, base: Base) -> list[Copy]:
+        """What the adapter has its own copies of: what `modules_to_save` names, and the heads, trained or not.
+
+        A head that is not trained is copied all the same: without it the adapter could not be used again.
+        """
+        if self._copies is not None:
+            return self._copies
+        heads = self.heads(base)
+        paths = [part.path for part in heads]
+        out = []
+        for name in self.modules_to_save or []:
+            if heads and name in ("classifier", "score") and name not in paths:
+                continue  # PEFT writes both of its names for a head, whichever the model has
+            found = [(p, m) for p, m in tree.named_modules(base.model) if p == name or p.endswith("." + name)]
+            if not found:
+                raise TanzakuError(
+                    f"modules_to_save: {name!r} matches no module of {type(base.model).__name__}"
+                    f"{nearest(name, [p.rsplit('.', 1)[-1] for p, _ in tree.named_modules(base.model)])}"
+                )
+            out += [Copy(Part.of(path, module), trained=True) for path, module in found]
+        trained = self.trains_head and self.modules_to_save != [] and not self.covers_head
+        return [*out, *(Copy(part, trained, tied=True) for part in heads)]
+
+    def copied(self, base: Base) -> Callable[[str], bool]:
+        """Whether the module at a path is copied whole, so that nothing else is hung on it."""
+        parts = self.heads(base)
+        names = (self.modules_to_save or []) if self._copies is None else []
+        return lambda path: any(part.has(path) for part in parts) or any(f".{n}." in f".{path}." for n in names)
+
+    def file_type(self, base: Base) -> str:
+        """The name that files carry: PEFT's, unless PEFT would read the same file to another effect."""
+        return self.peft_type
+
+    def prepare(self, adapter: Adapter, total_steps: int) -> None:
+        """Called once before training, with the number of optimizer steps to come."""
+
+    def penalty(self, adapter: Adapter) -> Tensor | None:
+        """A term added to the training loss, or None."""
+        return None
+
+    def after_step(self, adapter: Adapter, step: int) -> None:
+        """Called after optimizer step number `step` (from 1), while the gradients are still there."""
+
+    def training_state(self, adapter: Adapter) -> dict[str, Tensor]:
+        """What training has made beside the trained parameters and goes on from, such as running means."""
+        return {}
+
+    def resume(self, adapter: Adapter, state: dict[str, Tensor]) -> None:
+        """Take back what :meth:`training_state` gave, after :meth:`prepare`."""
+
+    @classmethod
+    def open_space(cls, given: Mapping[str, Any]) -> dict[str, Choice | Range]:
+        """What a search draws where `given` says nothing. Keys are the method's settings, or `learning_rate`.
+
+        Args:
+            given: values, or spaces, that a candidate has for some settings. Where one setting bounds another, a
+                method narrows its space by them, so that every point of it can be built.
+        """
+        return {key: space for key, space in cls.space.items() if key not in given}
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> Method:
+        """Build from plain settings; an unknown name or a value of a wrong type is an error that says what fits."""
+        known = cls.check_names(settings)
+        checks = _checks(cls)  # type: ignore[arg-type]  # a class can be hashed, though its instances cannot
+        for key, value in settings.items():
+            try:
+                checks[key].validate_python(value, strict=True)
+            except ValidationError:
+                raise TanzakuError(f"method {cls.name!r}: {key} is {value!r}, expected {known[key]}") from None
+        return cls(**settings)
+
+    @classmethod
+    def check_names(cls, settings: Iterable[str]) -> dict[str, Any]:
+        """The annotations of all settings; an error for a name that is none of them."""
+        known = {f.name: f.type for f in dataclasses.fields(cls)}
+        for key in settings:
+            if key not in known:
+                raise TanzakuError(
+                    f"method {cls.name!r} has no setting {key!r}{nearest(key, known)}; "
+                    f"it has {', '.join(sorted(known))}"
+                )
+        return known
+
+    def settings(self) -> dict[str, Any]:
+        """Plain settings, as :meth:`from_settings` reads them."""
+        return dataclasses.asdict(self)
+
+    def check_finite(self) -> None:
+        """Raise a clear error where a setting is nan or infinite: whatever hung on it would be, too."""
+        for key, value in self.settings().items():
+            for number in value.values() if isinstance(value, dict) else [value]:
+                finite = not isinstance(number, float) or math.isfinite(number)
+                self.require(finite, f"{key}={value}", "a finite number")
+
+    def largest(self) -> str:
+        """The largest setting, as `r=8`: what to name where there is no memory."""
+        flat = {
+            f"{key}.{part}" if part else key: number
+            for key, value in self.settings().items()
+            for part, number in (value.items() if isinstance(value, dict) else [("", value)])
+        }
+        numbers = {key: value for key, value in flat.items() if type(value) is int}
+        key = max(numbers, key=lambda each: numbers[each], default="")
+        return f"{key}={numbers[key]}" if key else self.name
+
+    def require(self, ok: bool, found: str, expected: str) -> None:
+        """Raise a clear error unless `ok`."""
+        if not ok:
+            raise TanzakuError(f"{self.name}: found {found}, expected {expected}")
+
+
+@cache
+def _checks(cls: Any) -> dict[str, TypeAdapter[Any]]:
+    """What tells whether a setting has its type: made once, since making takes longer than asking."""
+    types = get_type_hints(cls)
+    return {f.name: TypeAdapter(types[f.name]) for f in dataclasses.fields(cls)}
+
+
+offloaded: Local[torch.device] = Local("tanzaku_offloaded")  # where adapters of an offloaded base are made
+
+
+def home(like: Tensor) -> torch.device:
+    """The device of what works beside `like`. Between passes the weights of an offloaded base are on none."""
+    there = offloaded.get()
+    return like.device if there is None or not like.is_meta else there
+
+
+_LARGEST = 2**48  # numbers in a tensor, beyond which torch's own errors speak of overflow
+
+
+def trainable(*size: int, like: Tensor, fill: Callable[[Tensor], Any] | None = None) -> nn.Parameter:
+    """A new parameter on `like`'s device; fp32 also on a base of half precision, which trains badly, as in PEFT."""
+    dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
+    if not all(n < _LARGEST for n in size) or math.prod(size) >= _LARGEST:
+        raise TooLarge(size)
+    tensor = torch.zeros(*size, device=home(like), dtype=dtype)
+    if fill is not None and tensor.device.type != "meta":
+        fill(tensor)
+    return nn.Parameter(tensor)

@@ -1,0 +1,103 @@
+"""What other people's programs ask of a model with adapters, beside its tree: checkpointing and `save_pretrained`."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from tanzaku.core.method import ModuleStrip
+from tanzaku.core.sites import KeptRoute, Sites
+from tanzaku.core.weights import copied_in
+from tanzaku.errors import TanzakuError, listed
+from tanzaku.models import tree
+from tanzaku.models.heads import embeddings
+
+if TYPE_CHECKING:
+    from tanzaku.core.host import Host
+
+_CHECKPOINT, _SET, _SAVE = "_gradient_checkpointing_func", "_set_gradient_checkpointing", "save_pretrained"
+_RESIZE = "resize_token_embeddings"
+
+
+def serve(model: nn.Module, host: Host | None) -> None:
+    """Answer for a model that has adapters, or, without a host, for none any more."""
+    for module in tree.modules(model):
+        own = module.__dict__
+        for key in (_SET, _SAVE, _RESIZE):
+            if isinstance(own.get(key), _SetCheckpointing | _SavePretrained | _Resize):
+                del own[key]
+        kept = own.get(_CHECKPOINT)
+        if isinstance(kept, KeptRoute):
+            own[_CHECKPOINT] = kept.checkpoint
+        if host is None or not isinstance(module, PreTrainedModel):
+            continue
+        if "value" not in inspect.signature(type(module)._set_gradient_checkpointing).parameters:  # an older form
+            own[_SET] = _SetCheckpointing(module, host.sites)
+    if host is None:
+        return
+    if isinstance(model, PreTrainedModel):
+        model.__dict__[_SAVE] = _SavePretrained(model, host)
+        model.__dict__[_RESIZE] = _Resize(model, host)
+    for module in tree.modules(model):
+        if (kept := module.__dict__.get(_CHECKPOINT)) is not None:
+            module.__dict__[_CHECKPOINT] = KeptRoute(host.sites, kept)
+
+
+class _SetCheckpointing:
+    """`_set_gradient_checkpointing` of a model, with a function that keeps the route of each layer's forward pass."""
+
+    def __init__(self, model: PreTrainedModel, sites: Sites):
+        self.model, self.sites = model, sites
+
+    def __call__(self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **options: Any) -> None:
+        own = type(self.model)._set_gradient_checkpointing
+        kept = KeptRoute(self.sites, gradient_checkpointing_func) if enable else gradient_checkpointing_func
+        own(self.model, enable=enable, gradient_checkpointing_func=kept, **options)
+
+
+class _SavePretrained:
+    """`save_pretrained` of a model: what transformers writes, and beside it each active adapter, for `tanzaku.load`."""
+
+    def __init__(self, model: PreTrainedModel, host: Host):
+        self.model, self.host = model, host
+
+    def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        from tanzaku.storage.store import save
+
+        out = type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            for name in self.host.active_names:
+                save(self.model, name, Path(save_directory, tree.PLACE, name))
+        return out
+
+
+class _Resize:
+    """`resize_token_embeddings` of a model, which adapters of its embeddings would not survive."""
+
+    def __init__(self, model: PreTrainedModel, host: Host):
+        self.model, self.host = model, host
+
+    def __call__(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        if new_num_tokens is not None and (names := sorted(self._affected())):
+            raise TanzakuError(
+                f"resize_token_embeddings: {listed(names)} changed the embeddings as they are; detach {listed(names)}, "
+                "resize, and attach again"
+            )
+        return type(self.model).resize_token_embeddings(self.model, new_num_tokens, *args, **kwargs)
+
+    def _affected(self) -> set[str]:
+        """Names of the adapters that change an embedding, by whatever name."""
+        ends = embeddings(self.model)
+        paths = {path for path, m in tree.named_modules(self.model) if ends & {id(p) for p in m._parameters.values()}}
+        names = {name for name, p in tree.named_parameters(self.model, remove_duplicate=False) if id(p) in ends}
+        return {
+            adapter.name
+            for adapter in self.host.adapters.values()
+            if names & copied_in(adapter.at())
+            or any(path in paths for path, strip in adapter.at() if isinstance(strip, ModuleStrip))
+        }

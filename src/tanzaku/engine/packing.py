@@ -1,0 +1,223 @@
+"""Rows without padding: a decoder's layers see the own tokens of all rows, one after another, and nothing else.
+
+Rows of unlike length share a batch, and most of what a model does to padding is never read: its norms, activations and
+rotary embeddings cost as much there as anywhere. Here the batch is packed where it enters the backbone and unpacked
+where it leaves. In between each token is a row of its own, hidden states being (tokens, 1, hidden): what works on
+single tokens, which is all of a layer but its attention, needs to know nothing of it, and a route counts tokens where
+it counted rows. Attention gets its rows back: each by itself where they are short, else padded for the base's own
+function, whose result is packed again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tanzaku.core.method import AttentionCall
+from tanzaku.core.positions import numbering
+from tanzaku.core.routing import Ragged, Route, split
+from tanzaku.core.sites import PACKING, AttentionHook, register
+from tanzaku.engine.attention import row_attention, suits
+from tanzaku.engine.products import Tokens
+from tanzaku.engine.trim import last_layer_modules
+from tanzaku.models.families import Base
+from tanzaku.models.families.trace import PREFIX
+
+_KNOWN = ("sdpa", "eager")
+
+
+class Packing:
+    """While entered, batches of one model can be packed; `possible` tells whether its kind is known to allow it."""
+
+    def __init__(self, base: Base):
+        self.base = base
+        self.tokens: Tokens | None = None
+        self._masks: dict[tuple[int, int | None, int], Tensor] = {}
+        self.layers: list[nn.Module] = []
+        if not last_layer_modules(base) or numbering(base.backbone, base).kind != "column":
+            return
+        layers = [module for _, module in base.attention()]
+        same = getattr(base.backbone, "embed_tokens", None) is base.model.get_input_embeddings()  # type: ignore[operator]
+        if same and all(getattr(m, "is_causal", False) is True and hasattr(m, "config") for m in layers):
+            self.layers = layers
+            self.names = list(inspect.signature(base.backbone.forward).parameters)
+
+    @property
+    def possible(self) -> bool:
+        own = {str(m.config._attn_implementation).removeprefix(PREFIX) for m in self.layers}  # type: ignore[union-attr]
+        return bool(own) and own <= set(_KNOWN)
+
+    def __enter__(self) -> Packing:
+        for module in self.layers:
+            module.__dict__[PACKING] = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for module in self.layers:
+            module.__dict__.pop(PACKING, None)
+
+    @contextmanager
+    def reading(self, tokens: Tokens, route: Route) -> Iterator[None]:
+        """Within the block, which holds the backward pass too, the model's batches have their tokens there."""
+        route.unroll(tokens.lengths)
+        hooks = [
+            # Behind the virtual tokens on the way in, before them on the way out.
+            self.base.backbone.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self.base.backbone.register_forward_hook(self._leave, prepend=True),
+        ]
+        configs = {id(m.config): cast(Any, m.config) for m in self.layers}
+        own = {key: config._attn_implementation for key, config in configs.items()}
+        self.tokens = tokens
+        try:
+            for key, name in own.items():
+                if not name.startswith(PREFIX):
+                    register(name)
+                    configs[key]._attn_implementation_internal = PREFIX + name
+            yield
+        finally:
+            self.tokens = None
+            self._masks.clear()
+            for key, name in own.items():
+                configs[key]._attn_implementation_internal = name
+            for hook in hooks:
+                hook.remove()
+
+    # -- the backbone
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tokens = self.tokens
+        assert tokens is not None
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        embeds = given.get("inputs_embeds")
+        if embeds is None:
+            embeds = self.base.embedding(given["input_ids"])
+        positions = given.get("position_ids")
+        if positions is None:
+            positions = torch.arange(tokens.width, device=embeds.device)[None]
+        positions = positions.expand(len(tokens.lengths), -1).flatten().index_select(0, tokens.rows.places)
+        given |= {
+            "input_ids": None,
+            "inputs_embeds": tokens.rows.pack(embeds.flatten(0, 1)).unsqueeze(1),
+            "position_ids": positions.unsqueeze(1),
+            "attention_mask": None,
+        }
+        return (), given
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        tokens = self.tokens
+        assert tokens is not None
+        hidden = tokens.rows.pad(output["last_hidden_state"].squeeze(1))
+        output["last_hidden_state"] = hidden.view(len(tokens.lengths), tokens.width, -1)
+        return output
+
+    # -- attention
+
+    def attend(
+        self,
+        implementation: str,
+        run: Callable[..., tuple[Tensor, Tensor | None]],
+        hook: AttentionHook | None,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, None]:
+        """An attention layer on rows again: `run` is the base's own function, `hook` what adapters make of it. query,
+        key and value are (tokens, heads, 1, head_dim), the result (tokens, 1, heads, head_dim)."""
+        tokens = self.tokens
+        assert tokens is not None
+        parts = [(None, slice(None))] if hook is None else hook.parts(len(tokens.lengths))
+        lengths = [tuple(tokens.lengths[rows]) for _, rows in parts]
+        inputs = [split(x.squeeze(2), [sum(part) for part in lengths]) for x in (query, key, value)]
+        window = options.get("sliding_window")
+        results = []
+        for (number, _), sizes, q, k, v in zip(parts, lengths, *inputs, strict=True):
+            if number is None and suits(implementation, max(sizes), q, options):
+                masks = [self._added(size, window, q, q.shape[1] // k.shape[1]) for size in sizes]
+                results.append(row_attention(q, k, v, sizes, sizes, masks, _scaling(options, q)))
+                continue
+            ragged = tokens.ragged(sizes)
+            q, k, v = (_padded(x, ragged, len(sizes)) for x in (q, k, v))
+            mask = self._mask(implementation, max(sizes), window, q)
+            if hook is None or number is None:
+                out = run(module, q, k, v, mask, **options)[0]
+            else:
+                base = partial(self._run, implementation, run)
+                out = hook.changed(number, AttentionCall(module, q, k, v, mask, options, base, implementation))
+            results.append(out.flatten(0, 1) if ragged is None else ragged.pack(out.flatten(0, 1)))
+        return (torch.cat(results) if len(results) > 1 else results[0]).unsqueeze(1), None
+
+    def _run(
+        self,
+        implementation: str,
+        run: Callable[..., tuple[Tensor, Tensor | None]],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`run` for rows that a strip has changed, row by row where that suits."""
+        rows, _, queries, _ = query.shape
+        keys, shared = key.shape[2], query.shape[1] // key.shape[1]
+        if not suits(implementation, keys, query, options):
+            return run(module, query, key, value, mask, **options)
+        if mask is None:
+            # The queries are the last of the keys: a single one sees all of them, a prefix's too.
+            masks = [self._added(keys, None, query, shared)[:, -queries * shared :]] * rows
+        else:
+            added = _additive(mask, query).expand(rows, 1, queries, keys).squeeze(1)
+            masks = [*added.mT.repeat_interleave(shared, dim=-1)]
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        out = row_attention(q, k, v, [queries] * rows, [keys] * rows, masks, _scaling(options, query))
+        return out.view(rows, queries, *out.shape[1:]), None
+
+    def _added(self, width: int, window: int | None, like: Tensor, shared: int) -> Tensor:
+        """(width, width * shared): what hides the keys that a token does not see when it is added to its scores, which
+        are those of so many heads that share keys."""
+        if (width, window, shared) not in self._masks:
+            added = _additive(_seen(width, window, like.device), like)
+            self._masks[width, window, shared] = added.t().repeat_interleave(shared, dim=-1)
+        return self._masks[width, window, shared]
+
+    def _mask(self, implementation: str, width: int, window: int | None, like: Tensor) -> Tensor | None:
+        """(1, 1, width, width), or None where the attention masks what lies ahead by itself. What is padded lies behind
+        a row's own tokens, which look back only."""
+        if implementation == "sdpa" and (window is None or width <= window):
+            return None
+        seen = _seen(width, window, like.device)
+        if implementation == "sdpa":
+            return seen[None, None]
+        hidden = torch.zeros(width, width, dtype=like.dtype, device=like.device)
+        return hidden.masked_fill(~seen, torch.finfo(like.dtype).min)[None, None]
+
+
+def _seen(width: int, window: int | None, device: torch.device) -> Tensor:
+    """(width, width): whether a token sees another, which is itself or before it and no further than the window."""
+    seen = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    return seen if window is None else seen.triu(1 - window)
+
+
+def _padded(x: Tensor, ragged: Ragged | None, rows: int) -> Tensor:
+    """(tokens, heads, head_dim) as (rows, heads, width, head_dim)."""
+    x = x if ragged is None else ragged.pad(x)
+    return x.view(rows, -1, *x.shape[1:]).transpose(1, 2)
+
+
+def _scaling(options: dict[str, Any], query: Tensor) -> float:
+    scaling = options.get("scaling")
+    return float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+
+
+def _additive(mask: Tensor, like: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(~mask, -torch.inf)

@@ -1,0 +1,429 @@
+"""Making one adapter of several: weighted sums, truncated decompositions, TIES and DARE.
+
+The rules and their results are those of HF PEFT's `add_weighted_adapter`:
+
+- `linear`: the weighted sum of A and of B. `cat`: A and B side by side, the exact sum. `svd`: the exact sum, cut to the
+  largest singular values.
+- `ties`: of each the largest values; the sign that most agree on; the mean of those that agree.
+- `dare_linear`: values dropped at random, the rest scaled up; their sum. `dare_ties`: the same, and signs as in ties.
+- `magnitude_prune`: of each the largest values; their sum.
+
+These work on A and B each by itself; with `_svd` behind the name, on the change B A, which is then decomposed.
+
+TIES: Yadav et al. 2023, arXiv 2306.01708. DARE: Yu et al. 2023, arXiv 2311.03099.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tanzaku.core.host import Adapter, attach, detach, host_of
+from tanzaku.core.method import Method, Strip
+from tanzaku.core.weights import BiasStrip, WeightStrip
+from tanzaku.errors import TanzakuError, listed, nearest
+from tanzaku.methods.ia3 import IA3, ScaleStrip
+from tanzaku.methods.lora import LoRA, LoraConv2d, LoraEmbedding, LoraStrip
+from tanzaku.models import tree
+
+_RULES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+HOW = (*_RULES, "cat", "svd", *(f"{rule}_svd" for rule in _RULES[1:]))
+SIGNS = ("total", "frequency")
+MEAN = "mean"
+
+
+@dataclass
+class _Rule:
+    """How tensors of one shape become one."""
+
+    name: str
+    density: float
+    sign: str
+    generator: torch.Generator | None
+
+    def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        if self.density < 1 and self.name != "linear":
+            prune = self._dropped if self.name.startswith("dare") else self._largest
+            tensors = [prune(tensor) for tensor in tensors]
+        stack = torch.stack(list(tensors))
+        weighted = stack * torch.tensor(weights, device=stack.device).view(-1, *[1] * (stack.dim() - 1))
+        if not self.name.endswith("ties"):
+            return weighted.sum(0)
+        votes = stack if self.sign == "total" else stack.sign()
+        elected = torch.where(votes.sum(0) >= 0, 1, -1)
+        agree = stack.sign() == elected
+        return (weighted * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+    def _largest(self, tensor: Tensor) -> Tensor:
+        flat = tensor.flatten()
+        at = flat.abs().topk(int(self.density * flat.numel())).indices
+        return torch.zeros_like(flat).index_copy(0, at, flat[at]).view_as(tensor)
+
+    def _dropped(self, tensor: Tensor) -> Tensor:
+        keep = torch.bernoulli(torch.full_like(tensor, self.density), generator=self.generator)
+        return tensor * keep / self.density
+
+
+@dataclass
+class _Svd:
+    """What becomes of a combined change: its largest singular values."""
+
+    rank: int
+    clamp: float | None
+    full_matrices: bool
+    driver: str | None
+
+    def __call__(self, change: Tensor) -> tuple[Tensor, Tensor]:
+        """(A, B) of a change (out, in): B A is its best approximation of rank `rank`."""
+        try:
+            u, s, vh = torch.linalg.svd(change, full_matrices=self.full_matrices, driver=self.driver)
+        except RuntimeError as error:
+            raise TanzakuError(f"combine: the decomposition failed: {str(error).splitlines()[0]}") from None
+        b, a = u[:, : self.rank] * s[: self.rank], vh[: self.rank]
+        if self.clamp is not None:
+            most = torch.quantile(torch.cat([b.flatten(), a.flatten()]), self.clamp)
+            a, b = a.clamp(-most, most), b.clamp(-most, most)
+        return a, b
+
+
+@torch.no_grad()
+def combine(
+    model: nn.Module,
+    adapters: Sequence[str],
+    name: str = "combined",
+    *,
+    weights: Sequence[float] | None = None,
+    how: str = "linear",
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    svd_full_matrices: bool = True,
+    svd_driver: str | None = None,
+    copies: str | None = None,
+    seed: int | None = None,
+) -> Adapter:
+    """Make one adapter of several LoRA, or several (IA)3, adapters and attach it as `name`. Those stay as they are.
+
+    Args:
+        adapters: their names. weights: one each, also negative; equal shares that sum to one by default.
+        how: one of `HOW`, by HF PEFT's names. `cat` and `svd` are exact up to their rank; `linear` sums A and B each by
+            itself, a rough approximation. (IA)3 has `linear` alone: the weighted sum of the factors.
+        density: share of the values that are kept, above 0 and up to 1; for ties, dare and magnitude_prune.
+        majority_sign_method: whether "total" (sums) or "frequency" (counts) elects a sign; for ties.
+        svd_rank: of the result, the largest rank of the adapters by default. svd_clamp: a quantile that bounds the
+            factors' values. svd_full_matrices, svd_driver: as in `torch.linalg.svd`; for svd.
+        copies: of which adapter the result takes a classifier's head and other modules that several have copies of, or
+            "mean" for their weighted mean. None: that is an error, as in HF PEFT.
+        seed: of what dare drops; torch's global generator draws it otherwise.
+
+    Raises:
+        TanzakuError: adapters of other or different methods, settings out of range or that `how` does not use, ranks or
+            sites that do not go together, or a name already taken.
+    """
+    host = host_of(model)
+    parts = [host.get(each) for each in adapters]
+    shares = _weights(parts, weights)
+    _check_how(how, parts, density, majority_sign_method, svd_rank, svd_clamp, svd_driver)
+    _check_copies(parts, copies)
+    method = parts[0].method
+    kinds = list(dict.fromkeys(part.method.name for part in parts))
+    if len(kinds) > 1:
+        raise TanzakuError(f"combine: found methods {listed(kinds)}, expected one; stack them in a route instead")
+    svd = _Svd(_svd_rank(parts, svd_rank), svd_clamp, svd_full_matrices, svd_driver) if how.endswith("svd") else None
+    if method.name == "lora":
+        new: Method = _lora(parts, how, svd)
+    elif method.name == "ia3":
+        if how != "linear":
+            raise TanzakuError(f"combine: found how={how!r} for ia3, expected 'linear': its factors have no rank")
+        new = _ia3(parts)
+    else:
+        raise TanzakuError(
+            f"combine: {method.name} has no rule to combine; expected lora or ia3 (a route stacks any methods)"
+        )
+    adapter = attach(model, new, name, seed=0)  # the draws of its start are overwritten, and cost the caller none
+    try:
+        generator = None
+        if seed is not None:
+            generator = torch.Generator(next(adapter.parameters()).device).manual_seed(seed)
+        name_of_rule = "linear" if how in ("svd", "cat") else how.removesuffix("_svd")
+        rule = _Rule(name_of_rule, 1.0 if density is None else density, majority_sign_method, generator)
+        for path, strip in adapter.at():
+            given = [(s, w) for part, w in zip(parts, shares, strict=True) for s in _own(part, path, strip)]
+            _fill(path, strip, [s for s, _ in given], [w for _, w in given], how, rule, svd, model)
+        _fill_copies(adapter, parts, shares, copies)
+    except BaseException:
+        detach(model, name)
+        raise
+    return adapter
+
+
+# -- one site
+
+
+def _own(part: Adapter, path: str, like: Strip) -> list[Strip]:
+    """The strip that `part` has at a path for what `like` does there, if any."""
+    return [s for p, s in part.at() if p == path and type(s) is type(like)]
+
+
+def _fill(
+    path: str,
+    strip: Strip,
+    given: list[Any],
+    weights: list[float],
+    how: str,
+    rule: _Rule,
+    svd: _Svd | None,
+    model: nn.Module,
+) -> None:
+    """Give the new strip at `path` what becomes of the strips there; adapters that have none there do not count."""
+    if not given:
+        return
+    if isinstance(strip, ScaleStrip):
+        strip.ia3_l.copy_(rule([s.ia3_l for s in given], weights))
+    if not isinstance(strip, LoraStrip | LoraEmbedding):
+        return
+    module = model.get_submodule(path)
+    pairs = [_factors(s) for s in given]
+    if isinstance(strip, LoraConv2d) and cast(nn.Conv2d, module).groups > 1 and (svd is not None or how == "cat"):
+        raise TanzakuError(f"combine: {path} is a grouped convolution; expected how='linear' or another without svd")
+    scaled = [w * s.scaling for s, w in zip(given, weights, strict=True)]
+    if how == "cat":
+        a = torch.cat([a * w for (a, _), w in zip(pairs, scaled, strict=True)])
+        b = torch.cat([b for _, b in pairs], 1)
+    elif svd is not None:
+        a, b = svd(_change(module, [s.delta() for s in given], weights, rule))
+        if isinstance(strip, LoraConv2d):
+            a, b = a.view(-1, *pairs[0][0].shape[1:]), b[..., None, None]
+    else:
+        if len(ranks := {a.shape[0] for a, _ in pairs}) > 1:
+            raise TanzakuError(f"combine: {path} has ranks {listed(map(str, sorted(ranks)))}; use how='cat' or 'svd'")
+        # The sign goes to one of the factors, or it would cancel in their product.
+        roots = [math.sqrt(abs(w)) for w in scaled]
+        a = rule([a for a, _ in pairs], [math.copysign(root, w) for root, w in zip(roots, scaled, strict=True)])
+        b = rule([b for _, b in pairs], roots)
+    own_a, own_b = _factors(strip)
+    # Where fewer singular values or adapters are there than the new rank has room for, the rest is zero.
+    own_a.zero_()[: a.shape[0]] = a
+    own_b.zero_()[:, : b.shape[1]] = b
+
+
+def _factors(strip: LoraStrip | LoraEmbedding) -> tuple[Tensor, Tensor]:
+    """(A, B) of a strip: (r, in) and (out, r); a convolution's have its kernel's dimensions too."""
+    if isinstance(strip, LoraEmbedding):
+        return strip.lora_embedding_A, strip.lora_embedding_B
+    return strip.lora_A.weight, strip.lora_B.weight
+
+
+def _change(module: nn.Module, deltas: list[Tensor], weights: list[float], rule: _Rule) -> Tensor:
+    """The combined change, (out, in). It is computed as the weight lies, which is how PEFT's draws are laid out."""
+    turned = isinstance(module, Conv1D | nn.Embedding)
+    change = rule([d.t().contiguous() if turned else d for d in deltas], weights)
+    return change.t() if turned else change
+
+
+# -- the settings of the result
+
+
+def _lora(parts: list[Adapter], how: str, svd: _Svd | None) -> Method:
+    method = cast(LoRA, parts[0].method)
+    for part in parts:
+        for path, strip in part.at():
+            if isinstance(strip, BiasStrip):
+                raise TanzakuError(f"combine: {part.name!r} trains biases, which have no rule; expected bias='none'")
+            if type(strip) not in (LoraStrip, LoraConv2d, LoraEmbedding, WeightStrip):
+                raise TanzakuError(
+                    f"combine: {part.name!r} is more than a product B A at {path}, which has no rule; expected LoRA"
+                )
+    ranks = _ranks(parts)
+    if svd is not None:
+        r = svd.rank
+    elif how == "cat":
+        r = sum(ranks)
+    else:
+        if len(set(ranks)) > 1:
+            raise TanzakuError(
+                f"combine: found ranks {listed(map(str, ranks))}, expected one for how={how!r}; use 'cat' or 'svd'"
+            )
+        r = ranks[0]
+    # Weights and scalings are in A and B: the result's own scaling is alpha / r = 1.
+    return dataclasses.replace(
+        method,
+        r=r,
+        lora_alpha=r,
+        use_rslora=False,
+        init_lora_weights=True,
+        rank_pattern={},
+        alpha_pattern={},
+        target_modules=_targets(parts, _sites(parts)),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        modules_to_save=_whole(parts),
+    )
+
+
+def _ia3(parts: list[Adapter]) -> Method:
+    inner = [{p for p, s in part.at() if isinstance(s, ScaleStrip) and s.edits_input} for part in parts]
+    outer = [{p for p, s in part.at() if isinstance(s, ScaleStrip) and s.edits_output} for part in parts]
+    if torn := set().union(*inner) & set().union(*outer):
+        raise TanzakuError(
+            f"combine: {listed(sorted(torn), 3)} is scaled at its input by one adapter and at its output by another; "
+            "expected the same feedforward_modules"
+        )
+    return dataclasses.replace(
+        cast(IA3, parts[0].method),
+        target_modules=_targets(parts, _sites(parts)),
+        feedforward_modules=_targets(parts, sorted(set().union(*inner))),
+        exclude_modules=None,
+        modules_to_save=_whole(parts),
+    )
+
+
+def _sites(parts: list[Adapter]) -> list[str]:
+    """Paths that any of the adapters changes, but for whole modules."""
+    return list(dict.fromkeys(p for part in parts for p, s in part.at() if not isinstance(s, WeightStrip)))
+
+
+def _targets(parts: list[Adapter], paths: list[str]) -> list[str]:
+    """The last names of the paths where they name these sites and no other; else the paths themselves."""
+    names = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
+    base = parts[0].base
+    whole = {p for part in parts for p, s in part.at() if isinstance(s, WeightStrip)}
+    reach = {
+        path
+        for path, _ in tree.named_modules(base.model)
+        if path.rsplit(".", 1)[-1] in names and not any(f"{path}.".startswith(f"{w}.") for w in whole)
+    }
+    return names if reach == set(paths) else paths
+
+
+def _whole(parts: list[Adapter]) -> list[str] | None:
+    """Modules that the result has whole copies of, beside a classifier's head."""
+    heads = parts[0].base.head_names()
+    found = {p for part in parts for p, s in part.at() if isinstance(s, WeightStrip) and p not in heads}
+    if found:
+        return sorted(found)
+    return [] if heads and all(part.method.modules_to_save == [] for part in parts) else None
+
+
+def _ranks(parts: list[Adapter]) -> list[int]:
+    """The largest rank of each adapter."""
+    return [
+        max(_factors(s)[0].shape[0] for _, s in part.at() if isinstance(s, LoraStrip | LoraEmbedding)) for part in parts
+    ]
+
+
+def _svd_rank(parts: list[Adapter], given: int | None) -> int:
+    return given if given is not None else max(_ranks(parts)) if parts[0].method.name == "lora" else 1
+
+
+# -- copies of whole modules
+
+
+def _copies(adapter: Adapter) -> dict[str, WeightStrip]:
+    return {path: s for path, s in adapter.at() if isinstance(s, WeightStrip)}
+
+
+def _check_copies(parts: list[Adapter], copies: str | None) -> None:
+    names = [part.name for part in parts]
+    if copies is not None and copies not in (*names, MEAN):
+        raise TanzakuError(
+            f"combine: found copies={copies!r}, expected {MEAN!r} or one of {listed(names)}{nearest(copies, names)}"
+        )
+    if copies is None:
+        counts: dict[str, list[str]] = {}
+        for part in parts:
+            for path in _copies(part):
+                counts.setdefault(path, []).append(part.name)
+        for path, owners in counts.items():
+            if not _one([_copies(part)[path] for part in parts if part.name in owners]):
+                raise TanzakuError(
+                    f"combine: {listed(owners)} each have their own {path}; say whose to take with copies="
+                    f"{owners[0]!r}, or copies={MEAN!r} for the weighted mean"
+                )
+
+
+def _one(strips: list[WeightStrip]) -> bool:
+    """Whether several copies of a module are one and the same."""
+    first, *others = strips
+    return all(torch.equal(t, other.tensors[key]) for other in others for key, t in first.tensors.items())
+
+
+def _fill_copies(adapter: Adapter, parts: list[Adapter], weights: list[float], copies: str | None) -> None:
+    for path, strip in _copies(adapter).items():
+        found = [
+            (part.name, _copies(part)[path], w) for part, w in zip(parts, weights, strict=True) if path in _copies(part)
+        ]
+        own = [s for name, s, _ in found if copies == name]
+        if not own and _one(every := [s for _, s, _ in found]):
+            own = every
+        if not own and copies != MEAN:
+            raise TanzakuError(
+                f"combine: {copies!r} has no {path} of its own; expected {listed(n for n, _, _ in found)}"
+            )
+        total = sum(w for _, _, w in found)
+        if not own and abs(total) < 1e-6:
+            raise TanzakuError(f"combine: the weights of {path} sum to 0, which has no mean; take one with copies=NAME")
+        for key, tensor in strip.tensors.items():
+            if own:
+                tensor.copy_(own[0].tensors[key])
+            else:
+                tensor.copy_(torch.stack([s.tensors[key] * (w / total) for _, s, w in found]).sum(0))
+
+
+# -- what was asked for
+
+
+def _weights(parts: list[Adapter], weights: Sequence[float] | None) -> list[float]:
+    if not parts:
+        raise TanzakuError("combine: found no adapters, expected the names of some")
+    if weights is None:
+        return [1 / len(parts)] * len(parts)
+    if len(weights) != len(parts):
+        raise TanzakuError(f"combine: found {len(weights)} weights for {len(parts)} adapters, expected one each")
+    if not all(math.isfinite(w) for w in weights):
+        raise TanzakuError(f"combine: found weights {listed(map(str, weights))}, expected finite numbers")
+    return [float(w) for w in weights]
+
+
+def _check_how(
+    how: str,
+    parts: list[Adapter],
+    density: float | None,
+    sign: str,
+    rank: int | None,
+    clamp: float | None,
+    driver: str | None,
+) -> None:
+    if how not in HOW:
+        raise TanzakuError(f"combine: found how={how!r}{nearest(how, HOW)}, expected one of {', '.join(HOW)}")
+    if sign not in SIGNS:
+        raise TanzakuError(f"combine: found majority_sign_method={sign!r}, expected 'total' or 'frequency'")
+    prunes, decomposes = how not in ("linear", "cat", "svd"), how.endswith("svd")
+    if prunes and density is None:
+        raise TanzakuError(f"combine: how={how!r} needs density, the share of values to keep, as in density=0.5")
+    if density is not None and not 0 < density <= 1:
+        raise TanzakuError(f"combine: found density={density}, expected a share above 0 and up to 1")
+    if rank is not None and rank < 1:
+        raise TanzakuError(f"combine: found svd_rank={rank}, expected 1 or more")
+    if clamp is not None and not 0 <= clamp <= 1:
+        raise TanzakuError(f"combine: found svd_clamp={clamp}, expected a quantile from 0 to 1")
+    unused = _given(density=density) if not prunes else []
+    unused += _given(svd_rank=rank, svd_clamp=clamp, svd_driver=driver) if not decomposes else []
+    unused += ["majority_sign_method"] if sign != "total" and "ties" not in how else []
+    if unused:
+        raise TanzakuError(f"combine: how={how!r} makes no use of {listed(unused)}; leave it out")
+    if prunes and len(parts) == 1:
+        raise TanzakuError(f"combine: found one adapter for how={how!r}, expected several, or 'linear', 'cat' or 'svd'")
+
+
+def _given(**settings: Any) -> list[str]:
+    return [key for key, value in settings.items() if value is not None]

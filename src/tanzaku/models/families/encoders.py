@@ -1,0 +1,33 @@
+"""Encoders for text."""
+
+from tanzaku.models.families.family import Family
+
+BERT = Family(
+    query="query",
+    key="key",
+    value="value",
+    out="attention.output.dense",
+    up="intermediate.dense",
+    down="output.dense",  # which is also the end of `out`, as in HF PEFT
+    attention="attention.self",
+)
+ROBERTA = Family(**{**vars(BERT), "own": {"adalora": ("query", "key", "value", "dense")}})
+DEBERTA = Family(**{**vars(BERT), **dict.fromkeys(("query", "key", "value"), "in_proj")})
+DEBERTA_V2 = Family(
+    **{
+        **vars(BERT),
+        "query": "query_proj",
+        "key": "key_proj",
+        "value": "value_proj",
+        "own": {"adalora": ("query", "key", "value", "dense")},
+    }
+)
+
+FAMILIES = {
+    "bert": BERT,
+    "roberta": ROBERTA,
+    "xlm-roberta": Family(**{**vars(ROBERTA), "own": {}}),
+    "electra": BERT,
+    "deberta": DEBERTA,
+    "deberta-v2": DEBERTA_V2,
+}

@@ -1,0 +1,346 @@
+"""What a run is told: a YAML recipe, flags over it, and the candidates they name. One schema for both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import chain, count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+    model_serializer,
+    model_validator,
+)
+
+from tanzaku.core.space import Space, space_of
+from tanzaku.errors import TanzakuError, listed, nearest
+from tanzaku.recipe.comparison import CompareSettings
+from tanzaku.recipe.errors import complaint, flag
+from tanzaku.recipe.yaml import parse_yaml, read_yaml
+from tanzaku.tasks import TASKS, task_named
+from tanzaku.tasks.settings import DataSettings
+from tanzaku.tasks.sources import SPLIT, STDIN, SUFFIXES, is_address, suffix_of
+from tanzaku.tasks.task import Metric, Task, metric_named
+from tanzaku.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from tanzaku.core.method import Method
+    from tanzaku.train.results import Job
+
+
+class MethodEntry(BaseModel):
+    """One candidate: `lora` or `{lora: {r: 1}}`, with a `name` and `train` settings of its own if it has them.
+
+    For `tanzaku compare` a setting may be a space (:mod:`tanzaku.core.space`), and the entry then stands for several
+    candidates. It is kept as it is written.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str
+    settings: dict[str, Any] = {}
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]+$")
+    train: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_item(cls, item: Any) -> Any:
+        if isinstance(item, MethodEntry):
+            return item
+        item = {item: None} if isinstance(item, str) else item
+        if not isinstance(item, Mapping):
+            raise TanzakuError(f"found {item!r}, expected a method such as lora or lora: {{r: 8}}")
+        methods = [str(key) for key in item if key not in ("name", "train")]
+        if len(methods) != 1:
+            found = listed(methods) or "no method"
+            raise TanzakuError(f"found {found}, expected one method, with name and train beside it if need be")
+        settings = _mapping(item.get(methods[0]), f"settings of {methods[0]}", "{r: 8}")
+        train = _mapping(item.get("train"), "train", "{epochs: 3}")
+        for key in train:
+            if key not in TrainSettings.model_fields:
+                raise TanzakuError(f"train has no key {key!r}{nearest(key, TrainSettings.model_fields)}")
+        if "max_length" in train:
+            raise TanzakuError("all candidates read the same tokens: max_length goes into the recipe's train section")
+        return {"method": methods[0], "settings": settings, "name": item.get("name"), "train": train}
+
+    @model_serializer
+    def _to_item(self) -> dict[str, Any]:
+        # As a recipe has it, so that the one in results.json can be run again.
+        item: dict[str, Any] = {self.method: self.settings}
+        if self.name not in (None, self.method):
+            item["name"] = self.name
+        return item | ({"train": self.train} if self.train else {})
+
+
+def _mapping(value: Any, what: str, example: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping | None):
+        raise TanzakuError(f"found {value!r} as {what}, expected a mapping such as {example}")
+    return {str(key): entry for key, entry in (value or {}).items()}
+
+
+class Recipe(BaseModel):
+    """A whole run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(min_length=1, description="base model: a Hub name, a directory, a .gguf file, or embedded")
+    task: Literal[tuple(TASKS)] = Field(default="classification", description="what is learned")  # type: ignore[valid-type]
+    data: SerializeAsAny[DataSettings]  # with the columns of the task; `schema` has them
+    train: TrainSettings = TrainSettings.model_validate({})
+    compare: CompareSettings = CompareSettings.model_validate({})
+    methods: list[MethodEntry] = []
+    out: str | None = Field(default=None, min_length=1, description="directory of the run (runs/<verb>-<time>)")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where the model runs")
+
+    @property
+    def kind(self) -> type[Task]:
+        """The task's class."""
+        return task_named(self.task)
+
+    @property
+    def ranked_by(self) -> Metric:
+        """The figure that candidates are ranked by."""
+        return metric_named(self.kind, self.compare.rank_by or self.kind.rank_by)
+
+
+@cache
+def schema(task: str) -> type[Recipe]:
+    """The recipe of a task, which reads the task's own columns; of an unknown one it says so."""
+    kind = TASKS.get(task)
+    if kind is None:
+        return Recipe
+    fields: dict[str, Any] = {"task": (Literal[task], task), "data": (kind.Data, ...)}
+    return create_model("Recipe", __base__=Recipe, **fields)
+
+
+def sections(task: str) -> dict[str, type[BaseModel]]:
+    """The schema of each section of a task's recipe by its key, "" for the whole."""
+    kind = TASKS.get(task)
+    data = DataSettings if kind is None else kind.Data
+    return {"": Recipe, "data": data, "train": TrainSettings, "compare": CompareSettings}
+
+
+def _columns_of_all() -> type[BaseModel]:
+    own = [kind.Data.model_fields for kind in TASKS.values()]
+    columns: dict[str, Any] = {name: (each.annotation, each) for fields in own for name, each in fields.items()}
+    return create_model("Columns", **columns)
+
+
+SECTIONS = {**sections("classification"), "data": _columns_of_all()}  # of all tasks, for flags
+
+
+def task_in(raw: Mapping[str, Any]) -> str:
+    """The task that a recipe names as it is written, or the default."""
+    found = raw.get("task")
+    return found if isinstance(found, str) else str(Recipe.model_fields["task"].default)
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """A recipe as it is written; relative paths of its data and model are taken from its own folder.
+
+    Raises:
+        TanzakuError: no file, no YAML (with the line), or no mapping of keys.
+    """
+    folder = Path(path).parent
+    raw = read_yaml(Path(path))
+    data, model = raw.get("data"), raw.get("model")
+    if isinstance(data, dict):
+        raw["data"] = {
+            key: _beside(folder, value) if key in ("train", "valid", "test") and isinstance(value, str) else value
+            for key, value in data.items()
+        }
+    if isinstance(model, str) and (model.startswith(".") or (folder / model / "config.json").is_file()):
+        raw["model"] = str(folder / model)
+    return raw
+
+
+def _beside(folder: Path, source: str) -> str:
+    """Files and folders lie beside the recipe; any other name is left to the datasets library."""
+    if not source.strip() or source == STDIN or is_address(source):
+        return source
+    path, split = folder / Path(source).expanduser(), SPLIT.fullmatch(source)
+    local = path.exists() or suffix_of(path) in SUFFIXES or (split is not None and (folder / split["name"]).is_dir())
+    return str(path) if local or source.startswith(".") else source
+
+
+def build_recipe(file: Path | None, flags: Mapping[str, Any], default_methods: Sequence[str] = ()) -> Recipe:
+    """A recipe file with flags over it.
+
+    Args:
+        flags: nested as a recipe is, but for two. `methods` lists names: of candidates or methods that the file has,
+            whose settings there hold, or of other methods. `set` lists texts such as `r=1` or `lora.r=1`, their
+            values as in YAML.
+        default_methods: the candidates where neither names any.
+
+    Raises:
+        TanzakuError: a key that is unknown or missing, or a value that does not fit, and where it stands.
+    """
+    keys = {key: value for key, value in flags.items() if key not in ("methods", "set")}
+    raw = laid_over(load_recipe(file) if file is not None else {}, keys)
+    task = task_in(raw)
+    try:
+        recipe = schema(task).model_validate(raw)
+    except ValidationError as error:
+        raise TanzakuError(complaint(error, str(file or ""), sections(task), keys)) from None
+    _check_metric(recipe, recipe.train.metric, "metric", "train", keys, file)
+    _check_metric(recipe, recipe.compare.rank_by, "rank_by", "compare", keys, file)
+    for entry in recipe.methods:
+        _check_metric(recipe, entry.train.get("metric"), "metric", f"{entry.method}: train", {}, file)
+    entries = named(recipe.methods)
+    if names := flags.get("methods") or (default_methods if not entries else ()):
+        entries = named(
+            [entry for name in names for entry in _meant(entries, name) or [MethodEntry.model_validate(name)]]
+        )
+    for assignment in flags.get("set", []):
+        entries = _assigned(entries, assignment)
+    compare = recipe.compare.model_copy(update={"rank_by": recipe.ranked_by.name})
+    return recipe.model_copy(update={"methods": entries, "compare": compare})
+
+
+def _check_metric(
+    recipe: Recipe, value: Any, key: str, section: str, flags: Mapping[str, Any], file: Path | None
+) -> None:
+    """A TanzakuError unless the value is a metric of the recipe's task, or something that is checked elsewhere."""
+    known = [metric.name for metric in recipe.kind.metrics]
+    if isinstance(value, str) and value not in known:
+        where = flag(key) if key in flags.get(section, {}) else f"{file or 'the recipe'}: {section}.{key}"
+        raise TanzakuError(
+            f"{where} is {value!r}, and {recipe.task} has no such metric; expected {listed(known)}"
+            f"{nearest(value, known)}"
+        )
+
+
+def laid_over(raw: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as it is written, with flags over it that are nested alike."""
+    raw = {key: {} if key in SECTIONS and value is None else value for key, value in {"data": {}, **raw}.items()}
+    for key, value in flags.items():
+        below = raw.get(key, {})
+        if not isinstance(value, Mapping):
+            raw[key] = value
+        elif isinstance(below, Mapping):  # else the schema tells that the file's section is none
+            raw[key] = {**below, **value}
+    return raw
+
+
+def named(entries: Sequence[MethodEntry]) -> list[MethodEntry]:
+    """The candidates, each with a name of its own: lora, lora-2 where none was given."""
+    taken = [entry.name for entry in entries if entry.name is not None]
+    if twice := [name for name in taken if taken.count(name) > 1]:
+        raise TanzakuError(f"two candidates are named {twice[0]!r}; give each a name of its own")
+    out = []
+    for entry in entries:
+        if entry.name is None:
+            numbers = (f"{entry.method}-{n}" for n in count(2))
+            name = next(name for name in chain([entry.method], numbers) if name not in taken)
+            taken.append(name)
+            entry = entry.model_copy(update={"name": name})
+        out.append(entry)
+    return out
+
+
+def _meant(entries: list[MethodEntry], name: str) -> list[MethodEntry]:
+    """The candidate of that name, or else all of that method."""
+    return [e for e in entries if e.name == name] or [e for e in entries if e.method == name]
+
+
+def _assigned(entries: list[MethodEntry], assignment: str) -> list[MethodEntry]:
+    """The candidates with one more setting, from `r=1` or `lora.r=1`."""
+    left, equals, text = assignment.partition("=")
+    target, _, key = left.strip().rpartition(".")
+    names = [str(entry.name) for entry in entries]
+    if not equals or not key:
+        raise TanzakuError(f"--set {assignment}: expected a setting and its value, such as r=1 or lora.r=1")
+    if not target and len(entries) != 1:
+        fix = f"say whose it is, as in {names[0]}.{assignment}" if names else "name one with --method"
+        raise TanzakuError(f"--set {assignment}: there are {len(entries)} candidates; {fix}")
+    meant = _meant(entries, target) if target else entries
+    if not meant:
+        raise TanzakuError(
+            f"--set {assignment}: no candidate is named {target!r}{nearest(target, names)}; there are {listed(names)}"
+        )
+    value = parse_yaml(text, f"--set {assignment}")
+    return [
+        entry.model_copy(update={"settings": {**entry.settings, key: value}}) if entry in meant else entry
+        for entry in entries
+    ]
+
+
+def jobs_of(recipe: Recipe) -> list[Job]:
+    """The candidates, ready to be trained, where each stands for itself; settings of methods are checked here.
+
+    Raises:
+        TanzakuError: an unknown method, a setting that it has not or that does not fit, or a space.
+    """
+    from tanzaku.train.results import Job  # with torch below it, which a bad recipe shall not wait for
+
+    jobs = []
+    for entry in named(recipe.methods):
+        for key, space in spaces_of(entry).items():
+            raise TanzakuError(
+                f"candidate {entry.name!r}: {key} has a {space.kind}, and train takes one setting; "
+                f"give {key} one value, or use tanzaku compare"
+            )
+        jobs.append(Job(str(entry.name), *checked(entry, recipe.train)))
+    return jobs
+
+
+def spaces_of(entry: MethodEntry) -> dict[str, Space]:
+    """The settings for which a candidate has a space instead of a value: the method's and those of its `train`.
+
+    Raises:
+        TanzakuError: an unknown method or setting, or a space that cannot be.
+    """
+    from tanzaku.methods import method_named
+
+    method = method_named(entry.method)
+    method.check_names(entry.settings)
+    hints, found = get_type_hints(method), {}
+    for key, value in (*entry.settings.items(), *entry.train.items()):
+        try:
+            space = space_of(value, mapping=key in entry.settings and _takes_mappings(hints[key]))
+        except TanzakuError as error:
+            raise TanzakuError(f"candidate {entry.name!r}: {key}: {error}") from None
+        if space is not None:
+            found[key] = space
+    return found
+
+
+def checked(entry: MethodEntry, train: TrainSettings) -> tuple[Method, TrainSettings]:
+    """A candidate's method, and how it is trained: the run's settings with its own over them.
+
+    Raises:
+        TanzakuError: an unknown method, or a setting that it has not or that does not fit.
+    """
+    from tanzaku.methods import method_named
+    from tanzaku.train.results import for_method
+
+    method_named(entry.method).check_names(entry.settings)  # an unknown name is told better than pydantic would
+    try:
+        own = TrainSettings.model_validate({**train.model_dump(), **entry.train})
+        method = _adapter(entry.method).validate_python(entry.settings)
+        return method, for_method(own, method)
+    except ValidationError as error:
+        raise TanzakuError(complaint(error, f"candidate {entry.name!r}", {"": TrainSettings}, {})) from None
+
+
+@cache  # for the many candidates of a grid: it takes longer to build than to use
+def _adapter(method: str) -> TypeAdapter[Method]:
+    from tanzaku.methods import METHODS
+
+    return TypeAdapter(METHODS[method])
+
+
+def _takes_mappings(hint: Any) -> bool:
+    try:
+        TypeAdapter(hint).validate_python({})
+    except ValidationError:
+        return False
+    return True
