@@ -36,7 +36,7 @@ from transformers import PreTrainedModel
 
 import tanzaku as tz
 from bench.zoo import IMAGE, SUBJECTS, Row, Subject, batch_of, more
-from tanzaku.core.host import Adapter
+from tanzaku.core.adapter import Adapter
 from tanzaku.core.method import Method, ModuleStrip
 
 # Column -> two adapters of the method, of unequal size where rows may have such.

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import tanzaku as tz
-import tanzaku.core.host
 from close import assert_close, close
 from models import KINDS, batch, tiny
 from tanzaku.methods import METHODS

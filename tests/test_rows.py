@@ -420,8 +420,8 @@ def test_tuples_and_named_arguments_are_changed_in_place() -> None:
             assert (text, number) == ("kept", 3)
             return y
 
+    from tanzaku.core.in_force import InForce
     from tanzaku.core.method import ModuleStrip
-    from tanzaku.core.sites import InForce
 
     class Double(ModuleStrip):
         edits_input = True

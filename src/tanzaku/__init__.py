@@ -8,12 +8,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from tanzaku.support.versions import VERSION
+
+__version__ = VERSION
 
 _HOME = {
-    **dict.fromkeys(
-        ("Adapter", "Count", "activate", "adapters", "attach", "count", "detach", "route"), "tanzaku.core.host"
-    ),
+    "Adapter": "tanzaku.core.adapter",
+    **dict.fromkeys(("Count", "activate", "adapters", "attach", "count", "detach", "route"), "tanzaku.core.attach"),
     **dict.fromkeys(("load", "save"), "tanzaku.storage.store"),
     **dict.fromkeys(("merge", "rounding", "unmerge"), "tanzaku.merging.merge"),
     "combine": "tanzaku.merging.combine",
@@ -69,7 +70,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from tanzaku.core.host import Adapter, Count, activate, adapters, attach, count, detach, route
+    from tanzaku.core.adapter import Adapter
+    from tanzaku.core.attach import Count, activate, adapters, attach, count, detach, route
     from tanzaku.core.method import Method
     from tanzaku.errors import TanzakuError
     from tanzaku.export.gguf import export_adapter, export_model
@@ -93,6 +95,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'tanzaku' has no attribute {name!r}")
+    if _HOME[name].startswith("tanzaku.core."):
+        importlib.import_module("tanzaku.storage.store")  # a model's save_pretrained writes its adapters by it
     return getattr(importlib.import_module(_HOME[name]), name)
 
 

@@ -38,6 +38,11 @@ def printable(text: str) -> str:
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def flag(field: str) -> str:
+    """The flag of a field: `--batch-size` for `batch_size`."""
+    return "--" + field.replace("_", "-")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the known name closest to ``name``, or an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

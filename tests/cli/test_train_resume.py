@@ -116,7 +116,7 @@ def test_resuming_the_wrong_thing(work: Path, whole: Path, tanzaku: Tanzaku, mon
     assert_refused(tanzaku("compare", "--resume", "--out", "run"), "a run of tanzaku train", "tanzaku train --resume")
     about = json.loads((work / "run" / "state" / "run.json").read_text(encoding="utf-8"))
     with monkeypatch.context() as patch:
-        patch.setattr("tanzaku.compare.journal.__version__", "9.9")
+        patch.setattr("tanzaku.compare.journal.VERSION", "9.9")
         assert_refused(tanzaku("train", "--resume", "--out", "run"), f"tanzaku {about['tanzaku']}", "this is 9.9")
     rows = (work / "train.tsv").read_text(encoding="utf-8")
     (work / "train.tsv").write_text(rows.replace("sea", "rain"), encoding="utf-8")

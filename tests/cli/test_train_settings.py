@@ -13,7 +13,7 @@ from transformers import LlamaForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from close import RUN, close
-from tanzaku.recipe.errors import flag
+from tanzaku.errors import flag
 from tanzaku.train.settings import TrainSettings
 
 # Texts of unlike lengths, and of one label twice as many as of the other; they can be learned but not at once.

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import tanzaku as tz
 from close import RUN, assert_close
 from models import tiny
-from tanzaku.core.host import Adapter
+from tanzaku.core.adapter import Adapter
 from tanzaku.core.method import Method
 from tanzaku.engine.products import FrozenProducts
 from tanzaku.methods.lora import LoraStrip

@@ -210,7 +210,7 @@ def test_the_state_of_another_run_is_refused_by_name(
 
 
 def test_the_state_of_another_version_is_refused(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(states, "__version__", "9.9")
+    monkeypatch.setattr(states, "VERSION", "9.9")
     assert_refused(begun, tmp_path, "another version of tanzaku", "now '9.9'")
 
 

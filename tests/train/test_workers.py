@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 import tanzaku as tz
 from close import RUN, assert_close
 from models import tiny
-from tanzaku.core.host import Adapter
+from tanzaku.core.adapter import Adapter
 from tanzaku.engine import products
 from tanzaku.engine.memory import in_use
 from tanzaku.methods.lora import LoRA

@@ -16,10 +16,10 @@ from typing import Annotated, Any
 
 import typer
 
-from tanzaku import __version__
 from tanzaku.cli.run import Interrupted
 from tanzaku.errors import TanzakuError, listed, nearest, printable
 from tanzaku.files.writing import is_full
+from tanzaku.support.versions import VERSION
 
 # Some versions of typer bring their own click and some do not; this is click's UsageError in all of them.
 _UsageError = typer.BadParameter.__bases__[0]
@@ -74,7 +74,7 @@ def help_of(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"tanzaku {__version__}")
+        typer.echo(f"tanzaku {VERSION}")
         raise typer.Exit
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic.fields import FieldInfo
 
-from tanzaku.recipe.errors import flag
+from tanzaku.errors import flag
 from tanzaku.recipe.schema import SECTIONS
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}

@@ -6,9 +6,8 @@ import os
 import platform
 from typing import Any
 
-from tanzaku import __version__
 from tanzaku.errors import TanzakuError
-from tanzaku.support.versions import versions_of
+from tanzaku.support.versions import VERSION, versions_of
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "scikit-learn", "peft")
 
@@ -56,4 +55,4 @@ def machine(device: str) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python, of Tanzaku and of the libraries that are installed."""
-    return {"python": platform.python_version(), "tanzaku": __version__, **versions_of(_LIBRARIES)}
+    return {"python": platform.python_version(), "tanzaku": VERSION, **versions_of(_LIBRARIES)}

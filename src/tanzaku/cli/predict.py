@@ -18,8 +18,7 @@ import typer
 from tanzaku.cli.adapters import check_paths, names_of, note
 from tanzaku.cli.flags import parameter
 from tanzaku.cli.run import Interrupted
-from tanzaku.errors import TanzakuError, listed, nearest, printable
-from tanzaku.recipe.errors import flag
+from tanzaku.errors import TanzakuError, flag, listed, nearest, printable
 from tanzaku.tasks import TASKS, kind_in
 from tanzaku.tasks.cells import short
 

@@ -11,10 +11,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tanzaku import __version__
 from tanzaku.errors import TanzakuError
 from tanzaku.files.locks import held
 from tanzaku.files.writing import finite, written_beside
+from tanzaku.support.versions import VERSION
 
 if TYPE_CHECKING:
     from tanzaku.tasks.task import TaskData
@@ -111,7 +111,7 @@ def write_results(out: Path, content: dict[str, Any]) -> dict[str, Any]:
     Raises:
         TanzakuError: it cannot be written; finished adapters are in their folder all the same.
     """
-    content = {"tanzaku": __version__, **content}
+    content = {"tanzaku": VERSION, **content}
     try:
         with written_beside(out / RESULTS) as beside:
             beside.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")

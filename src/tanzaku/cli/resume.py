@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from tanzaku.cli.record import BEGUN
 from tanzaku.cli.run import portable
-from tanzaku.errors import TanzakuError
-from tanzaku.recipe.errors import complaint, flag
+from tanzaku.errors import TanzakuError, flag
+from tanzaku.recipe.errors import complaint
 from tanzaku.recipe.schema import Recipe, build_recipe, schema, sections, task_in
 
 if TYPE_CHECKING:

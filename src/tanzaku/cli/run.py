@@ -192,7 +192,7 @@ def _check_fit(
     """Attach every method to a copy without weights, so that the last of many does not fail after hours."""
     import torch
 
-    from tanzaku.core.host import attach, detach
+    from tanzaku.core.attach import attach, detach
     from tanzaku.errors import TooLarge
     from tanzaku.models.families import Base
     from tanzaku.tasks.inference import check_rows

@@ -24,7 +24,7 @@ from tanzaku.compare.resamples import Resample, pooled, resamples
 from tanzaku.compare.search import Outcome, Search, direction, rungs, survivors
 from tanzaku.compare.statistics import Design, Ranking, Run, Scored, rank
 from tanzaku.compare.verdict import sentences
-from tanzaku.core.host import activate, detach
+from tanzaku.core.attach import activate, detach
 from tanzaku.files.writing import finite
 from tanzaku.recipe.comparison import CompareSettings, bytes_of
 from tanzaku.storage import store

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tanzaku import __version__
 from tanzaku.errors import TanzakuError
 from tanzaku.files.writing import written_beside
+from tanzaku.support.versions import VERSION
 
 STATE = "state"
 
@@ -38,7 +38,7 @@ class Journal:
     def begin(self, about: dict[str, Any]) -> None:
         """Write down what the run is: its command and recipe, checksums of its rows and base."""
         (self.folder / "jobs").mkdir(parents=True, exist_ok=True)
-        _write(self.folder / "run.json", {"tanzaku": __version__, **about})
+        _write(self.folder / "run.json", {"tanzaku": VERSION, **about})
 
     def about(self) -> dict[str, Any]:
         """What the run is, as it was begun.
@@ -49,9 +49,9 @@ class Journal:
         found, out = _read(self.folder / "run.json"), self.folder.parent
         if found is None:
             raise TanzakuError(f"{out} holds no run to resume; leave --resume out to begin one")
-        if (begun := found.get("tanzaku")) != __version__:
+        if (begun := found.get("tanzaku")) != VERSION:
             raise TanzakuError(
-                f"--resume: {out} was begun with tanzaku {begun}, and this is {__version__}: go on with that version, "
+                f"--resume: {out} was begun with tanzaku {begun}, and this is {VERSION}: go on with that version, "
                 "or begin anew with --overwrite"
             )
         return found

@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast, get_type_hints
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -32,7 +32,6 @@ from tanzaku.models.heads import Part, heads_of, named_heads
 from tanzaku.support.context import Local
 
 if TYPE_CHECKING:
-    from tanzaku.core.host import Adapter
     from tanzaku.models.families import Base
 
 
@@ -172,6 +171,16 @@ class TokenStrip(Strip):
         raise TypeError(f"{type(self).__name__} defines no vectors()")
 
 
+class Attached(Protocol):
+    """An adapter, as its method is shown it."""
+
+    name: str
+
+    def at(self) -> Iterator[tuple[str, Strip]]:
+        """(path, strip) in the order they were hung."""
+        ...
+
+
 @dataclass
 class Method:
     """Settings of a method, by HF PEFT's field names where PEFT has it."""
@@ -240,21 +249,21 @@ class Method:
         """The name that files carry: PEFT's, unless PEFT would read the same file to another effect."""
         return self.peft_type
 
-    def prepare(self, adapter: Adapter, total_steps: int) -> None:
+    def prepare(self, adapter: Attached, total_steps: int) -> None:
         """Called once before training, with the number of optimizer steps to come."""
 
-    def penalty(self, adapter: Adapter) -> Tensor | None:
+    def penalty(self, adapter: Attached) -> Tensor | None:
         """A term added to the training loss, or None."""
         return None
 
-    def after_step(self, adapter: Adapter, step: int) -> None:
+    def after_step(self, adapter: Attached, step: int) -> None:
         """Called after optimizer step number `step` (from 1), while the gradients are still there."""
 
-    def training_state(self, adapter: Adapter) -> dict[str, Tensor]:
+    def training_state(self, adapter: Attached) -> dict[str, Tensor]:
         """What training has made beside the trained parameters and goes on from, such as running means."""
         return {}
 
-    def resume(self, adapter: Adapter, state: dict[str, Tensor]) -> None:
+    def resume(self, adapter: Attached, state: dict[str, Tensor]) -> None:
         """Take back what :meth:`training_state` gave, after :meth:`prepare`."""
 
     @classmethod

@@ -155,7 +155,7 @@ def _seen_at_work(stack: nn.Module, weight: Tensor, pad: int | None) -> Numberin
     before = [m for m in tree.modules(stack) if _takes_positions(m) and m is not stack and id(m) not in layers]
     handles = [m.register_forward_pre_hook(_end, with_kwargs=True) for m in layers.values()]
     handles += [m.register_forward_pre_hook(_look, with_kwargs=True) for m in [*before, *_embeddings(stack)]]
-    from tanzaku.core.sites import quiet
+    from tanzaku.core.quiet import quiet
 
     token = _looking.set(True)
     try:

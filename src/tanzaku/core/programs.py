@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from tanzaku.core.checkpointing import KeptRoute
+from tanzaku.core.host import Host
 from tanzaku.core.method import ModuleStrip
-from tanzaku.core.sites import KeptRoute, Sites
+from tanzaku.core.sites import Sites
 from tanzaku.core.weights import copied_in
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models import tree
 from tanzaku.models.heads import embeddings
-
-if TYPE_CHECKING:
-    from tanzaku.core.host import Host
 
 _CHECKPOINT, _SET, _SAVE = "_gradient_checkpointing_func", "_set_gradient_checkpointing", "save_pretrained"
 _RESIZE = "resize_token_embeddings"
@@ -60,6 +60,15 @@ class _SetCheckpointing:
         own(self.model, enable=enable, gradient_checkpointing_func=kept, **options)
 
 
+# How an adapter is written is known to `storage`, which is built on the core and says so here when it is imported.
+_writers: list[Callable[[nn.Module, str, Path], Any]] = []
+
+
+def write_adapters_by(write: Callable[[nn.Module, str, Path], Any]) -> None:
+    """Have `save_pretrained` of models write each active adapter by a function of the model, its name and a path."""
+    _writers[:] = [write]
+
+
 class _SavePretrained:
     """`save_pretrained` of a model: what transformers writes, and beside it each active adapter, for `tanzaku.load`."""
 
@@ -67,12 +76,12 @@ class _SavePretrained:
         self.model, self.host = model, host
 
     def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        from tanzaku.storage.store import save
-
+        if not _writers:
+            raise TanzakuError("save_pretrained: import tanzaku.storage.store first, which writes adapters")
         out = type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             for name in self.host.active_names:
-                save(self.model, name, Path(save_directory, tree.PLACE, name))
+                _writers[0](self.model, name, Path(save_directory, tree.PLACE, name))
         return out
 
 

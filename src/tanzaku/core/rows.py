@@ -14,22 +14,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tanzaku.core import noise
-from tanzaku.core.routing import Cut, Route, Rows, take
-from tanzaku.core.survey import Axis, Call, Key, Survey, image_token, is_plain, replaced, see, survey, tensors
+from tanzaku.core.routing import Route, Rows
+from tanzaku.core.survey import Axis, Call, Survey, image_token, survey, tensors
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models.families import Base
 from tanzaku.support.context import Local
-
-if TYPE_CHECKING:
-    from tanzaku.core.sites import InForce, Sites
 
 
 class Place(NamedTuple):
@@ -69,7 +63,7 @@ class Places:
         Raises:
             TanzakuError: the rows have no known place in it.
         """
-        place, batch = self.found.get(path), _batch.get()
+        place, batch = self.found.get(path), under_way.get()
         if x.is_meta:  # which holds no numbers that could be wrong
             return 0, self.route.groups(x.shape[0])
         if not isinstance(place, Place) or x.dim() != place.dims[returned]:
@@ -234,112 +228,4 @@ def _owned(parts: Sequence[int], places: Sequence[int]) -> list[int] | None:
     return None if left or not total else out
 
 
-_batch: Local[Batch] = Local("tanzaku_batch")
-
-
-class Entrance:
-    """At the whole model: notes what a pass is given, where a batch of several adapters needs to know."""
-
-    def __init__(self, sites: Sites):
-        self.sites = sites
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        force = self.sites.in_force()
-        if force is None or force.places is None:
-            return
-        if force.places.unseen and not torch.compiler.is_compiling() and see(self.sites.base, module, args, kwargs):
-            force.places.look()
-            self.sites.ensure(force)
-        _batch.set(Batch(self.sites.base, args, kwargs))
-
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """The pass is over."""
-        if _batch.get() is not None:
-            _batch.set(None)
-
-
-# -- modules that run once for each adapter
-
-
-class SplitSite:
-    """A module around sites without rows. It runs for the whole batch without adapters, and then once more for each
-    stack that has some inside, on the stack's rows alone."""
-
-    def __init__(self, sites: Sites, path: str):
-        self.sites, self.path = sites, path
-
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        from tanzaku.core.sites import quiet
-
-        force = self.sites.in_force()
-        if force is not None and force.places is not None and self.path in force.places.around:
-            if not is_plain((args, kwargs)):
-                raise TanzakuError(
-                    f"{self.path} would have to run once for each of {listed(force.route.adapters)}, which a cache "
-                    "does not allow: route each alone, or pass use_cache=False"
-                )
-            block = ExitStack()
-            block.enter_context(quiet())
-            _open.set((*(_open.get() or ()), (self, force, noise.mark(), block)))
-
-    def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The output, with the rows of each stack as the stack makes them."""
-        entered = _open.get()
-        if not entered or entered[-1][0] is not self:
-            return None
-        _, force, mark, block = entered[-1]
-        _open.set(entered[:-1] or None)
-        block.close()
-        if output is None:  # the module failed
-            return None
-        split = Split(force, self.path, args, kwargs)
-        parts: list[tuple[int, dict[Key, Tensor]]] = []
-        for number in range(len(force.stacks)):
-            if not any(path.startswith(f"{self.path}.") for path, _ in force.stacks[number]):
-                continue
-            own_args, own_kwargs = split.of(number)
-            noise.rewind(mark, number)
-            before = self.sites.here()
-            self.sites.put((force.alone(number),))
-            try:
-                with force.route.running(number, base=True):
-                    parts.append((number, dict(tensors(module.forward(*own_args, **own_kwargs)))))
-            finally:
-                self.sites.put(before)
-        out = {}
-        for key, x in tensors(output):
-            at = _groups(force.route, x, split.call.outputs[key])
-            out[key] = Cut(x, [at[number] for number, _ in parts]).put([part[key] for _, part in parts])
-        return replaced(output, out)
-
-
-_open: Local[tuple[tuple[SplitSite, InForce, Any, ExitStack], ...]] = Local("tanzaku_split")
-
-
-class Split:
-    """The arguments of a module's call, for the rows of each stack."""
-
-    def __init__(self, force: InForce, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        assert force.places is not None
-        self.args, self.kwargs = args, kwargs
-        self.given = dict(tensors({**dict(enumerate(args)), **kwargs}))
-        for call in survey(force.places.base).at(path):
-            axes = {key: call.inputs.get(key) for key in self.given}
-            if all(axis and axis.dims == self.given[key].dim() for key, axis in axes.items()):
-                self.call = call
-                break
-        else:
-            raise force.places.refusal(path, next(iter(self.given.values()), torch.empty(0)))
-        self.groups = {key: _groups(force.route, x, call.inputs[key]) for key, x in self.given.items()}
-
-    def of(self, number: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Those of one stack."""
-        own = {key: take(x, self.groups[key][number]) for key, x in self.given.items()}
-        args = tuple(replaced(value, own, (at,)) for at, value in enumerate(self.args))
-        return args, {name: replaced(value, own, (name,)) for name, value in self.kwargs.items()}
-
-
-def _groups(route: Route, x: Tensor, axis: Axis | None) -> dict[int, Rows]:
-    if axis is None or axis.dim is None or x.shape[0] == 1:  # one for all rows
-        return dict.fromkeys(range(len(route.stacks)))
-    return dict(route.groups(x.shape[0]))
+under_way: Local[Batch] = Local("tanzaku_batch")

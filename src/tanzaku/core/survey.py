@@ -183,7 +183,7 @@ def see(base: Base, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 @contextmanager
 def _at_rest(model: nn.Module) -> Iterator[None]:
     """The bare base in eval mode, without gradients."""
-    from tanzaku.core.sites import quiet
+    from tanzaku.core.quiet import quiet
 
     modes = {id(module): module.training for module in tree.modules(model)}
     try:

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tanzaku.core.sites import quiet
+from tanzaku.core.quiet import quiet
 from tanzaku.models import tree
 from tanzaku.models.families import Base
 from tanzaku.support.autograd import once_differentiable

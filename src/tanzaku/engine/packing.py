@@ -19,10 +19,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tanzaku.core.attention import PACKING, AttentionHook, register
 from tanzaku.core.method import AttentionCall
 from tanzaku.core.positions import numbering
 from tanzaku.core.routing import Ragged, Route, split
-from tanzaku.core.sites import PACKING, AttentionHook, register
 from tanzaku.engine.attention import row_attention, suits
 from tanzaku.engine.products import Tokens
 from tanzaku.engine.trim import last_layer_modules

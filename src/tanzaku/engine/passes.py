@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Protocol
+
+from torch import Tensor
 
 from tanzaku.core.routing import Route
 from tanzaku.engine.gates import FrozenGates
@@ -12,7 +15,25 @@ from tanzaku.engine.packing import Packing
 from tanzaku.engine.products import FrozenProducts, Tokens
 from tanzaku.engine.trim import PooledOnly, pooled_columns
 from tanzaku.models.families import Base
-from tanzaku.tasks.task import Batch
+
+
+class Batch(Protocol):
+    """Rows for one pass, as a task collates them: see :class:`tanzaku.tasks.task.Batch`."""
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """By `forward`'s names, [B, T]."""
+        ...
+
+    @property
+    def lengths(self) -> list[int]:
+        """Own tokens of each row."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """T."""
+        ...
 
 
 class CheapPasses:

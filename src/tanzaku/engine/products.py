@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanzaku.core.host import Adapter
+from tanzaku.core.adapter import Adapter
 from tanzaku.core.routing import Ragged
 from tanzaku.engine.memory import free
 from tanzaku.engine.trim import last_layer_modules

@@ -25,7 +25,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tanzaku.core.host import Adapter, attach, detach, host_of
+from tanzaku.core.adapter import Adapter
+from tanzaku.core.attach import attach, detach
+from tanzaku.core.host import host_of
 from tanzaku.core.method import Method, Strip
 from tanzaku.core.weights import BiasStrip, WeightStrip
 from tanzaku.errors import TanzakuError, listed, nearest

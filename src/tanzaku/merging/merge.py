@@ -11,7 +11,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tanzaku.core.host import MERGED, Adapter, activate, detach, host_of
+from tanzaku.core.adapter import Adapter
+from tanzaku.core.attach import activate, detach
+from tanzaku.core.host import MERGED, host_of
 from tanzaku.core.method import ModuleStrip
 from tanzaku.core.weights import WeightStrip
 from tanzaku.errors import TanzakuError, listed

@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tanzaku.core.host import Adapter
-from tanzaku.core.method import ModuleStrip, Strip, trainable
+from tanzaku.core.method import Attached, ModuleStrip, Strip, trainable
 from tanzaku.core.space import Choice, Range, ends, spaces
 from tanzaku.methods.lora import LoRA, low_rank
 from tanzaku.models.families import Base, features, weight_of
@@ -155,7 +154,7 @@ class AdaLoRA(LoRA):
 
     # -- training
 
-    def prepare(self, adapter: Adapter, total_steps: int) -> None:
+    def prepare(self, adapter: Attached, total_steps: int) -> None:
         if self.total_step is None or self.inference_mode:  # a file's number is that of the run it comes from
             self.total_step = total_steps
         self.require(
@@ -166,12 +165,12 @@ class AdaLoRA(LoRA):
         self._sensitivity: list[Tensor] = []
         self._uncertainty: list[Tensor] = []
 
-    def training_state(self, adapter: Adapter) -> dict[str, Tensor]:
+    def training_state(self, adapter: Attached) -> dict[str, Tensor]:
         kinds = {"sensitivity": self._sensitivity, "uncertainty": self._uncertainty}
         out = {f"{kind}.{i}": tensor for kind, tensors in kinds.items() for i, tensor in enumerate(tensors)}
         return out | {f"kept.{path}": strip.kept() for path, strip in _at(adapter) if self.rank_pattern}
 
-    def resume(self, adapter: Adapter, state: dict[str, Tensor]) -> None:
+    def resume(self, adapter: Attached, state: dict[str, Tensor]) -> None:
         def all_of(kind: str) -> list[Tensor]:
             number = sum(key.startswith(f"{kind}.") for key in state)
             return [state[f"{kind}.{i}"].to(_strips(adapter)[0].lora_A.device, copy=True) for i in range(number)]
@@ -181,7 +180,7 @@ class AdaLoRA(LoRA):
             if (kept := state.get(f"kept.{path}")) is not None:
                 self._set_kept(path, strip, kept.to(strip.lora_E.device))
 
-    def penalty(self, adapter: Adapter) -> Tensor | None:
+    def penalty(self, adapter: Attached) -> Tensor | None:
         """orth_reg_weight times the mean of ||A A^T - I|| and ||B^T B - I|| over the matrices."""
         strips = _strips(adapter)
         if self.orth_reg_weight == 0 or not strips:
@@ -195,7 +194,7 @@ class AdaLoRA(LoRA):
         return self.orth_reg_weight * torch.cat(norms).mean()
 
     @torch.no_grad()
-    def after_step(self, adapter: Adapter, step: int) -> None:
+    def after_step(self, adapter: Attached, step: int) -> None:
         total = cast(int, self.total_step)
         strips = _strips(adapter)
         if step < total - self.tfinal:
@@ -232,7 +231,7 @@ class AdaLoRA(LoRA):
         gap = torch._foreach_abs(torch._foreach_sub(now, self._sensitivity))
         torch._foreach_lerp_(self._uncertainty, gap, 1 - self.beta2)
 
-    def _prune(self, adapter: Adapter, strips: list[SvdStrip], budget: int) -> None:
+    def _prune(self, adapter: Attached, strips: list[SvdStrip], budget: int) -> None:
         if not self._sensitivity:
             return
         score = torch._foreach_mul(self._sensitivity, self._uncertainty)
@@ -253,11 +252,11 @@ class AdaLoRA(LoRA):
         self.rank_pattern = {**(self.rank_pattern or {}), f"{path}.lora_E": kept.tolist()}
 
 
-def _at(adapter: Adapter) -> list[tuple[str, SvdStrip]]:
+def _at(adapter: Attached) -> list[tuple[str, SvdStrip]]:
     return [(path, strip) for path, strip in adapter.at() if isinstance(strip, SvdStrip)]
 
 
-def _strips(adapter: Adapter) -> list[SvdStrip]:
+def _strips(adapter: Attached) -> list[SvdStrip]:
     return [strip for _, strip in _at(adapter)]
 
 

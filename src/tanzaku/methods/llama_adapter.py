@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tanzaku.core.method import AttentionCall, AttentionStrip, Method, Strip, trainable
-from tanzaku.core.sites import quiet
+from tanzaku.core.quiet import quiet
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.errors import TanzakuError
 from tanzaku.models import tree

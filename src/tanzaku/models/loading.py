@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 import transformers
@@ -24,9 +24,6 @@ from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.files.writing import check_kind
 from tanzaku.models.embedded import EMBEDDED, Progress, embedded_model, gguf_model, one_line, quiet
 from tanzaku.support.seeds import seeded
-
-if TYPE_CHECKING:
-    from tanzaku.tasks.task import Task
 
 _KINDS = {
     "AutoModelForSequenceClassification": "as a classifier",
@@ -114,9 +111,19 @@ def load_pair(
     return _with_head(name, where, AutoModelForSequenceClassification, labels, dtype, seed, trust_remote_code)
 
 
+class Headed(Protocol):
+    """What a task says of its model: see :class:`tanzaku.tasks.task.Task`."""
+
+    auto_class: ClassVar[str]
+
+    def model_settings(self) -> dict[str, Any]:
+        """What the model's config is to say of the task."""
+        ...
+
+
 def load_for(
     name: str,
-    task: Task,
+    task: Headed,
     *,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from tanzaku.errors import listed, nearest
+from tanzaku.errors import flag, listed, nearest
 
 # Where pydantic's own words would not help: it speaks of Python.
 _WORDS = {
@@ -17,11 +17,6 @@ _WORDS = {
     "string_too_short": "a name",
     "string_pattern_mismatch": "letters, digits, '_' and '-' only",
 }
-
-
-def flag(field: str) -> str:
-    """The flag of a field: `--batch-size` for `batch_size`."""
-    return "--" + field.replace("_", "-")
 
 
 def complaint(

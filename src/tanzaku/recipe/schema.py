@@ -21,9 +21,9 @@ from pydantic import (
 )
 
 from tanzaku.core.space import Space, space_of
-from tanzaku.errors import TanzakuError, listed, nearest
+from tanzaku.errors import TanzakuError, flag, listed, nearest
 from tanzaku.recipe.comparison import CompareSettings
-from tanzaku.recipe.errors import complaint, flag
+from tanzaku.recipe.errors import complaint
 from tanzaku.recipe.yaml import parse_yaml, read_yaml
 from tanzaku.tasks import TASKS, task_named
 from tanzaku.tasks.settings import DataSettings

@@ -272,6 +272,6 @@ def _vllm(config: dict[str, Any], hub: str | None) -> str:
 
 
 def _versions() -> dict[str, str]:
-    from tanzaku import __version__
+    from tanzaku.support.versions import VERSION
 
-    return {"tanzaku": __version__, **versions_of(_LIBRARIES)}
+    return {"tanzaku": VERSION, **versions_of(_LIBRARIES)}

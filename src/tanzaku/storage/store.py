@@ -23,8 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tanzaku.core.host import Adapter, Host, attach, detach, host_of
+from tanzaku.core.adapter import Adapter
+from tanzaku.core.attach import attach, detach
+from tanzaku.core.host import Host, host_of
 from tanzaku.core.method import Copy, Method, Strip
+from tanzaku.core.programs import write_adapters_by
 from tanzaku.core.survey import may_not_run, survey
 from tanzaku.core.weights import BiasStrip, WeightStrip, copied_in, copy_of, elsewhere
 from tanzaku.errors import TanzakuError, TooLarge, listed
@@ -99,6 +102,9 @@ def save(
         reason = getattr(error, "strerror", None) or str(error)
         raise TanzakuError(f"cannot write {target}: {reason}; nothing there was changed") from None
     return Path(path)
+
+
+write_adapters_by(save)
 
 
 def load(

@@ -1,10 +1,11 @@
-"""Versions of what is installed."""
+"""The version of this library, and of others that are installed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
-from importlib import metadata
+
+VERSION = "0.1.0"
 
 
 def versions_of(libraries: Iterable[str]) -> dict[str, str]:
@@ -14,6 +15,8 @@ def versions_of(libraries: Iterable[str]) -> dict[str, str]:
 
 @cache
 def _version(library: str) -> str | None:
+    from importlib import metadata
+
     try:
         return metadata.version(library)
     except metadata.PackageNotFoundError:

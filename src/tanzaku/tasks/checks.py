@@ -6,28 +6,14 @@ Each check has a name, by which `--allow` passes it: what stops training is seld
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tanzaku.tasks.cells import plain
 from tanzaku.tasks.data import Table
-from tanzaku.tasks.settings import Check
-
-if TYPE_CHECKING:
-    from tanzaku.tasks.task import Task
+from tanzaku.tasks.settings import Finding
+from tanzaku.tasks.task import Task
 
 TITLES = {"train": "training", "valid": "validation", "test": "test"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing about the rows. Without a check's name it is a note; else it stops training unless it is allowed."""
-
-    text: str
-    check: Check | None = None
-
-    def __str__(self) -> str:
-        return self.text if self.check is None else f"{self.text}; if it is meant, pass --allow {self.check}"
 
 
 def findings(tables: Mapping[str, Table], task: Task, data: Any, folded: bool = False) -> Iterator[Finding]:

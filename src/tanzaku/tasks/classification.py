@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from tanzaku.tasks.checks import Finding
     from tanzaku.tasks.data import Table
+    from tanzaku.tasks.settings import Finding
     from tanzaku.tasks.task import Array
 else:
     np = Lazy("numpy")

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from tanzaku.core.host import host_of, route
+from tanzaku.core.attach import route
+from tanzaku.core.host import host_of
 from tanzaku.core.positions import room
 from tanzaku.core.tokens import without_cache
 from tanzaku.engine.passes import CheapPasses

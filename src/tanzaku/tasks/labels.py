@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.tasks.cells import missing, plain, short
-from tanzaku.tasks.checks import Finding
+from tanzaku.tasks.settings import Finding
 
 if TYPE_CHECKING:
     from tanzaku.tasks.data import Table

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from tanzaku.errors import TanzakuError
-from tanzaku.recipe.errors import flag
+from tanzaku.errors import TanzakuError, flag
 from tanzaku.tasks.checks import findings
 from tanzaku.tasks.data import Table, read_table, to_stderr
 from tanzaku.tasks.settings import DataSettings

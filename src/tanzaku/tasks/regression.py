@@ -13,8 +13,7 @@ from pydantic import Field
 from tanzaku.errors import TanzakuError
 from tanzaku.support.lazy import Lazy
 from tanzaku.tasks.cells import missing
-from tanzaku.tasks.checks import Finding
-from tanzaku.tasks.settings import TextSettings
+from tanzaku.tasks.settings import Finding, TextSettings
 from tanzaku.tasks.task import LEARNED, LOSS, Batch, Column, Example, Metric, Records, Said, Statistics
 from tanzaku.tasks.text import TextTask, check_columns, columns_in
 

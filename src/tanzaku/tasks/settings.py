@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +15,17 @@ Check = Literal[
     "labels-missing",
     "label-spellings",
 ]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing about the rows. Without a check's name it is a note; else it stops training unless it is allowed."""
+
+    text: str
+    check: Check | None = None
+
+    def __str__(self) -> str:
+        return self.text if self.check is None else f"{self.text}; if it is meant, pass --allow {self.check}"
 
 
 class DataSettings(BaseModel):

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from tanzaku.tasks.checks import Finding
     from tanzaku.tasks.data import Table
+    from tanzaku.tasks.settings import Finding
 
     Array = np.ndarray[Any, np.dtype[Any]]
 else:

@@ -7,8 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tanzaku.errors import TanzakuError
-from tanzaku.recipe.errors import flag
+from tanzaku.errors import TanzakuError, flag
 from tanzaku.tasks.cells import missing, short
 from tanzaku.tasks.task import Batch, Example, Split, Task
 

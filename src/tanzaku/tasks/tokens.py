@@ -15,8 +15,7 @@ from pydantic import Field
 from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.support.lazy import Lazy
 from tanzaku.tasks.cells import missing
-from tanzaku.tasks.checks import Finding
-from tanzaku.tasks.settings import DataSettings
+from tanzaku.tasks.settings import DataSettings, Finding
 from tanzaku.tasks.task import (
     LEARNED,
     LOSS,

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import get_scheduler
 from transformers.pytorch_utils import Conv1D
 
-from tanzaku.core.host import Adapter
+from tanzaku.core.adapter import Adapter
 from tanzaku.core.method import AttentionStrip, Method, TokenStrip
 from tanzaku.core.weights import BiasStrip, WeightStrip
 from tanzaku.engine.memory import Need

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from tanzaku.core.host import activate, adapters, attach, count, detach
+from tanzaku.core.attach import activate, adapters, attach, count, detach
 from tanzaku.engine.memory import Need, in_use, peak, reset_peak
 from tanzaku.engine.products import layer_of
 from tanzaku.errors import TanzakuError

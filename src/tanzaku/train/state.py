@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tanzaku import __version__
 from tanzaku.errors import TanzakuError
 from tanzaku.files.writing import apart, written_beside
 from tanzaku.models import tree
+from tanzaku.support.versions import VERSION
 from tanzaku.tasks.task import TaskData
 from tanzaku.train.lane import Lane
 
@@ -144,7 +144,7 @@ def _about(lane: Lane) -> dict[str, Any]:
     if lane.about is None:
         job = lane.job
         about = {
-            "version of tanzaku": __version__,
+            "version of tanzaku": VERSION,
             "method": job.method.name,
             **job.settings.model_dump(),
             **{f"{job.method.name}.{key}": value for key, value in job.method.settings().items()},

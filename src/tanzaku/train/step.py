@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from tanzaku.core.host import adapters, host_of
+from tanzaku.core.attach import adapters
+from tanzaku.core.host import host_of
 from tanzaku.core.noise import Foreign, Noise, Share, foreign_generators, watch
 from tanzaku.core.positions import room
 from tanzaku.core.routing import Entry, Route

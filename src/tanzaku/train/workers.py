@@ -21,19 +21,18 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 
 from tanzaku.errors import TanzakuError
-from tanzaku.train.results import EpochRecord, Job, JobResult
-
-if TYPE_CHECKING:
-    from tanzaku.train.loop import Pool
+from tanzaku.tasks.task import TaskData
+from tanzaku.train.results import EpochRecord, Job, JobResult, Observer
 
 _ROWS = 3  # a worker has so many of a step's rows at least: with fewer, the weights are read for too little
 _START = 20  # starting the operations of a job's own step takes as long as so many tokens
@@ -97,6 +96,29 @@ def shares(number: int, workers: int) -> list[int]:
     return [max(1, number // workers + (at < number % workers)) for at in range(workers)]
 
 
+class Forking(Protocol):
+    """A pool, as its workers see it: see :class:`tanzaku.train.loop.Pool`."""
+
+    data: TaskData
+    observer: Observer
+    results: dict[str, JobResult]
+    queue: deque[Job]
+    rows_per_step: int
+    room: float
+    share: float
+    interrupted: bool
+
+    @property
+    def waiting(self) -> dict[str, int]: ...
+    @property
+    def queued(self) -> list[str]: ...
+    def run(self) -> None: ...
+    def proceed(self, stopped: Sequence[str] = (), waiting: Sequence[str] = ()) -> None: ...
+    def become_worker(
+        self, jobs: Sequence[Job], rows: int, room: float, observer: Observer, hand_back: Callable[[Job], None]
+    ) -> None: ...
+
+
 class Crew:
     """The workers of a pool, made of its process as it is: they take the queued jobs that share batches.
 
@@ -104,7 +126,7 @@ class Crew:
     limit comes back into the queue.
     """
 
-    def __init__(self, pool: Pool, number: int):
+    def __init__(self, pool: Forking, number: int):
         self.pool = pool
         sharing = [job for job in pool.queue if job.method.shares_batch]
         self.jobs = {job.name: job for job in sharing}
@@ -294,7 +316,7 @@ class _InWorker(Exception):
 
 
 def _work(
-    pool: Pool, part: list[Job], rows: int, room: float, pipe: Connection, others: list[Connection], parent: int
+    pool: Forking, part: list[Job], rows: int, room: float, pipe: Connection, others: list[Connection], parent: int
 ) -> None:
     with_parent = getattr(ctypes.CDLL(None), "prctl", None)
     if with_parent is not None:
@@ -313,7 +335,7 @@ def _work(
     thread.join()
 
 
-def _serve(pool: Pool, reporter: _Reporter) -> None:
+def _serve(pool: Forking, reporter: _Reporter) -> None:
     try:
         while (order := reporter.order())[0] != "leave":
             if order[0] == "run":
@@ -382,7 +404,7 @@ def _portable(error: BaseException) -> BaseException:
     return error
 
 
-def _cost(job: Job, pool: Pool) -> float:
+def _cost(job: Job, pool: Forking) -> float:
     """What a job takes, in the time of a token."""
     s, train = job.settings, (job.data or pool.data).train
     virtual = getattr(job.method, "num_virtual_tokens", 0) if job.method.lengthens_rows else 0

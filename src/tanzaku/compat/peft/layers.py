@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from tanzaku.core.host import Adapter
+from tanzaku.core.adapter import Adapter
 from tanzaku.core.method import Strip
 from tanzaku.core.weights import BiasStrip, WeightStrip
 from tanzaku.errors import TanzakuError

@@ -9,7 +9,7 @@ from torch import nn
 
 from tanzaku.compat.peft.layers import undress_all
 from tanzaku.compat.peft.wrapped import Wrapped, hosted
-from tanzaku.core.host import detach
+from tanzaku.core.attach import detach
 from tanzaku.core.weights import WeightStrip
 from tanzaku.errors import TanzakuError
 from tanzaku.merging.merge import merge, unmerge

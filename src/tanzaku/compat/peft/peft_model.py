@@ -41,7 +41,8 @@ from tanzaku.compat.peft.seeding import draw_as_peft
 from tanzaku.compat.peft.targets import fit
 from tanzaku.compat.peft.tuner import TUNERS
 from tanzaku.compat.peft.wrapped import STATE, Forward, from_peft_names, hosted
-from tanzaku.core.host import Adapter, adapters, attach, detach, route
+from tanzaku.core.adapter import Adapter
+from tanzaku.core.attach import adapters, attach, detach, route
 from tanzaku.core.method import Strip
 from tanzaku.core.weights import WeightStrip
 from tanzaku.errors import TanzakuError, listed

@@ -14,9 +14,9 @@ from transformers import DynamicCache
 
 from tanzaku.compat.peft.wrapped import Wrapped
 from tanzaku.core import layout
+from tanzaku.core.in_force import InForce
 from tanzaku.core.method import TokenStrip
 from tanzaku.core.routing import Route
-from tanzaku.core.sites import InForce
 from tanzaku.errors import TanzakuError
 from tanzaku.methods.prefix_tuning import PrefixStrip
 

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tanzaku.core.host import Adapter
+from tanzaku.core.adapter import Adapter
 from tanzaku.core.weights import BiasStrip, WeightStrip
 from tanzaku.methods.adalora import SvdStrip
 from tanzaku.methods.ia3 import ScaleStrip

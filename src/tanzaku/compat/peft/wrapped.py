@@ -16,7 +16,9 @@ from tanzaku.compat.peft.layers import BaseTunerLayer, encoder_of, is_bare, is_l
 from tanzaku.compat.peft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from tanzaku.compat.peft.tuner import PREFIXES, BaseTuner
 from tanzaku.compat.peft.utils.save_and_load import in_peft
-from tanzaku.core.host import Adapter, Count, Host, adapters, host_of, numbers_in
+from tanzaku.core.adapter import Adapter
+from tanzaku.core.attach import Count, adapters, numbers_in
+from tanzaku.core.host import Host, host_of
 from tanzaku.core.method import ModuleStrip, Strip
 from tanzaku.core.routing import Entry
 from tanzaku.core.weights import BiasStrip, WeightStrip

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from tanzaku.compat.peft.config import PeftType, TaskType
-from tanzaku.core.host import Adapter
+from tanzaku.core.adapter import Adapter
 from tanzaku.core.method import AttentionStrip, Strip
 from tanzaku.core.weights import BiasStrip, WeightStrip
 from tanzaku.errors import TanzakuError, listed

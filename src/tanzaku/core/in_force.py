@@ -1,0 +1,256 @@
+"""What a route does at every site of a model, worked out once, and which route is in force."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+
+from tanzaku.core import noise
+from tanzaku.core.method import AttentionCall, AttentionStrip, ModuleStrip, Strip, TokenStrip
+from tanzaku.core.quiet import routes
+from tanzaku.core.routing import Route, Rows, put, take
+from tanzaku.core.rows import Places, rows_at
+from tanzaku.core.tokens import VirtualTokens
+from tanzaku.core.weights import WeightStrip
+from tanzaku.errors import TanzakuError, listed
+from tanzaku.models.families import Base
+
+# One list of strips per stack of the route, in stacking order.
+Plan = list[list[Any]]
+
+
+class InForce:
+    """What one route does at every site of a model. It is made once and not changed after, so threads may share it.
+
+    Args:
+        stacks: for each stack of the route, (path, strip) in stacking order.
+    """
+
+    def __init__(self, base: Base, route: Route, stacks: list[list[tuple[str, Strip]]]):
+        self.route, self.stacks = route, stacks
+        self.ended = False  # one of its adapters is gone
+        self.before: dict[str, Plan] = {}
+        self.after: dict[str, Plan] = {}
+        self.weights: dict[str, Plan] = {}
+        self.attention: dict[str, Plan] = {}
+        tokens: Plan = [[] for _ in stacks]
+        for number, stack in enumerate(stacks):
+            for path, strip in stack:
+                if isinstance(strip, TokenStrip):
+                    tokens[number].append(strip)
+                    continue
+                for plans in self._plans_of(strip):
+                    plans.setdefault(path, [[] for _ in stacks])[number].append(strip)
+        if not route.uniform and "" in self.weights:
+            names = dict.fromkeys(name for strips in self.weights[""] for strip in strips for name in strip.own)
+            raise TanzakuError(
+                f"{listed(names, 3)} of the whole model are an adapter's own: its rows cannot share a batch with others"
+            )
+        self.shared = [
+            s for plan in self.attention.values() for strips in plan for s in strips if isinstance(s, AttentionStrip)
+        ]
+        self.shared = [strip for strip in self.shared if type(strip).refresh is not AttentionStrip.refresh]
+        placed = [any(isinstance(s, TokenStrip | AttentionStrip) for _, s in stack) for stack in stacks]
+        self.tokens = None
+        if any(placed):
+            self.tokens = VirtualTokens(base, route, tokens, [_offset(stack) for stack in stacks], placed)
+        self.token_hooks: set[tuple[str, str, str]] = set()
+        sites = [*self.before, *self.after, *self.weights, *self.attention]
+        self.places = None if route.uniform else Places(base, route, sites)
+        self._base = base
+        self._alone: dict[int, InForce] = {}
+
+    def alone(self, number: int) -> InForce:
+        """What is done to the rows of one stack in a batch of their own, inside of the backbone."""
+        if number not in self._alone:
+            inside = [(path, strip) for path, strip in self.stacks[number] if not isinstance(strip, TokenStrip)]
+            self._alone[number] = InForce(self._base, self.route.alone(number), [inside])
+        return self._alone[number]
+
+    def groups(self, path: str, x: Tensor, returned: bool) -> tuple[int, list[tuple[int, Rows]]]:
+        """(dimension that counts rows, the rows of each stack) for a tensor of a site."""
+        if self.places is None:
+            # What is drawn for a job's rows lies as it does where others are beside them.
+            dim = 0 if noise.mark() is None else rows_at(self._base, path, x.dim(), returned)
+            return dim, self.route.groups(x.shape[dim] if x.dim() else 1)
+        return self.places.groups(path, x, returned)
+
+    def _plans_of(self, strip: Strip) -> Iterator[dict[str, Plan]]:
+        if isinstance(strip, ModuleStrip):
+            if strip.edits_input:
+                yield self.before
+            if strip.edits_output:
+                yield self.after
+        else:
+            yield self.weights if isinstance(strip, WeightStrip) else self.attention
+
+    @property
+    def whole(self) -> WeightStrip | None:
+        """The copy of all weights, if the route has one."""
+        plan = self.weights.get("")
+        return plan[0][-1] if plan else None
+
+    def spans(self, plan: Plan, groups: list[tuple[int, Rows]], x: Tensor, module: nn.Module) -> list[_Span]:
+        """Which strips work on which rows of `x`. Neighbours with a strip each, of one kind and shape, are one span."""
+        spans: list[_Span] = []
+        last: Any = None
+        for number, rows_of_it in groups:
+            strips, at = plan[number], cast(Any, rows_of_it)
+            if not strips:
+                continue
+            for strip in strips:
+                strip.check_here(x)
+            shape = strips[0].alike(module) if len(strips) == 1 and isinstance(at, slice) else None
+            kind = None if shape is None else (type(strips[0]), shape)
+            if kind is None:
+                spans.append(_Span(number, at, strips))
+            elif kind == last and spans[-1].rows.stop == at.start:
+                before = spans[-1]
+                sizes = (*before.sizes, at.stop - at.start)
+                spans[-1] = _Span(None, slice(before.rows.start, at.stop), [*before.strips, *strips], sizes)
+            else:
+                spans.append(_Span(None, at, strips, (at.stop - at.start,)))
+            last = kind
+        return spans
+
+    def attend(self, path: str, plan: Plan, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        """The result of an attention layer for a batch of rows, with what the strips of `plan` make of it."""
+        size = call.query.shape[0]
+        groups = self.route.groups(size) if self.places is None else self.places.of_rows(path, call.query)
+        if groups[0][1] is None:
+            return (self.changed(plan, 0, call), None) if plan[0] else call.base_result()
+        bare, weights = None, None
+        mark = noise.mark()
+        if not all(self.stacks[number] for number, _ in groups) or (mark is not None and not all(plan)):
+            # The base's own call over the whole batch keeps bare rows bit for bit what they are without adapters.
+            bare, weights = call.base_result()
+        parts = []
+        for number, rows in groups if bare is not None else joined(groups, plan):
+            if plan[number]:
+                noise.rewind(mark, number)
+                parts.append((rows, self.changed(plan, number, _rows_of(call, rows))))
+            elif bare is None:
+                parts.append((rows, _rows_of(call, rows).run()))
+        if bare is None:
+            bare = call.query.new_empty(call.query.shape[0], *parts[0][1].shape[1:])
+        return put(bare, parts), weights
+
+    def changed(self, plan: Plan, number: int, call: AttentionCall) -> Tensor:
+        """The result for rows of one stack, whose strips change it."""
+        for strip in plan[number]:
+            strip.check_here(call.query)
+        with self.route.running(number, call.key.shape[2]):
+            return _stacked(plan[number], call).run()
+
+
+class _Span(NamedTuple):
+    """Strips that one after another change these rows; `number` None: each changes its own, so many `sizes` of them."""
+
+    number: int | None
+    rows: Any
+    strips: list[Any]
+    sizes: tuple[int, ...] = ()
+
+
+class Current:
+    """What is in force in one model, in all threads or in this one."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, base: Base):
+        self.base = base
+        self.active: InForce | None = None  # for everybody who has no route of his own
+        self._reset()
+
+    def _reset(self) -> None:
+        self._number = next(Current._numbers)
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_number", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy is another model: routes of the first are not its own.
+        self.__dict__.update(state)
+        self._reset()
+
+    def in_force(self) -> InForce | None:
+        """What is in force where this runs."""
+        own = routes.get()
+        force = self.active if own is None else own.get(self._number, self.active)
+        return None if force is None or force.ended else force
+
+    def here(self) -> tuple[InForce | None] | None:
+        """The route of this context, if it has one of its own."""
+        own = routes.get()
+        return (own[self._number],) if own is not None and self._number in own else None
+
+    def put(self, here: tuple[InForce | None] | None) -> None:
+        """Give this context a route of its own, or take it away: then it has what is active."""
+        own = dict(routes.get() or {})
+        if here is None:
+            own.pop(self._number, None)
+        else:
+            own[self._number] = here[0]
+        routes.set(own or None)
+
+
+def _rows_of(call: AttentionCall, rows: Rows) -> AttentionCall:
+    mask = call.mask
+    if mask is not None and mask.shape[0] > 1:
+        mask = take(mask, rows)
+    query, key, value = (take(x, rows) for x in (call.query, call.key, call.value))
+    # Biases and sinks that each row's tokens give, beside those of all rows.
+    size = len(call.query)
+    own = {n: x for n, x in call.options.items() if isinstance(x, Tensor) and x.dim() == 4 and len(x) == size > 1}
+    options = {**call.options, **{name: take(x, rows) for name, x in own.items()}}
+    return replace(call, query=query, key=key, value=value, mask=mask, options=options)
+
+
+def joined(groups: list[tuple[int, Any]], plan: Plan) -> list[tuple[int, Any]]:
+    """Groups whose attention nothing changes are one group where they are neighbours."""
+    out: list[tuple[int, Any]] = []
+    for number, rows in groups:
+        last, before = out[-1] if out else (number, None)
+        plain = not plan[number] and not plan[last]
+        if plain and isinstance(rows, slice) and isinstance(before, slice) and before.stop == rows.start:
+            out[-1] = (number, slice(before.start, rows.stop))
+        else:
+            out.append((number, rows))
+    return out
+
+
+def _stacked(strips: Sequence[AttentionStrip], call: AttentionCall) -> AttentionCall:
+    """Each strip sees the ones before it as the model's own attention."""
+    for strip in strips:
+        call = replace(call, base=partial(_through, strip, call))
+    return call
+
+
+def _through(
+    strip: AttentionStrip,
+    below: AttentionCall,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    call = replace(below, query=query, key=key, value=value, mask=mask, options=options)
+    return strip.attend(call), None
+
+
+def _offset(stack: list[tuple[str, Strip]]) -> int:
+    """Positions that the stack's attention strips take before a row's first token, each adapter counted once."""
+    per_path: dict[str, int] = {}
+    for path, strip in stack:
+        if isinstance(strip, AttentionStrip):
+            per_path[path] = per_path.get(path, 0) + strip.position_offset
+    return max(per_path.values(), default=0)
