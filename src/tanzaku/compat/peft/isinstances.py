@@ -23,6 +23,15 @@ def theirs(module: str, name: str) -> Any:
     return found if isinstance(found, type) and found.__module__.partition(".")[0] == "peft" else None
 
 
+# Our configuration, layer and function that builds a model: what this is imported by.
+_ours: list[tuple[type, type, Any]] = []
+
+
+def bridge_to(config: type, layer: type, build: Any) -> None:
+    """Say which are ours."""
+    _ours[:] = [(config, layer, build)]
+
+
 def seen_as(own: type, base: nn.Module | None, module: str) -> type:
     """The class that an object answers with when it is asked for `__class__`: one that is a subclass of all it may be
     taken for.
@@ -52,10 +61,7 @@ def _both(first: type, second: type) -> type:
 @cache
 def _bridge() -> None:
     """Let HF PEFT build our models from our configurations, and know our layers."""
-    from tanzaku.compat.peft.config import PeftConfig
-    from tanzaku.compat.peft.layers import BaseTunerLayer
-    from tanzaku.compat.peft.mapping import get_peft_model
-
+    PeftConfig, BaseTunerLayer, get_peft_model = _ours[0]
     model, tuner = (theirs("peft.peft_model", "PeftModel"), theirs("peft.tuners.tuners_utils", "BaseTuner"))
     layer = theirs("peft.tuners.tuners_utils", "BaseTunerLayer")
 

@@ -12,11 +12,12 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from tanzaku.compat.peft.owner import Owner
 from tanzaku.core.adapter import Adapter
 from tanzaku.core.method import Strip
 from tanzaku.core.weights import BiasStrip, WeightStrip
@@ -31,16 +32,13 @@ from tanzaku.models import tree
 from tanzaku.models.families import features
 from tanzaku.models.quantize import full_weight
 
-if TYPE_CHECKING:
-    from tanzaku.compat.peft.peft_model import PeftModel
-
 _PLACE = "_tanzaku_place"
 
 
 class Place:
     """Where a module is in a wrapped model."""
 
-    def __init__(self, model: PeftModel, path: str):
+    def __init__(self, model: Owner, path: str):
         self.model, self.path = model, path
         self.kept: dict[str, Any] = {}  # what programs were given to look into, which follows the adapters
 
@@ -579,7 +577,7 @@ def own_class(module: nn.Module) -> type:
     return _MADE_OF.get(type(module), ((), type(module)))[1]
 
 
-def dress(model: PeftModel) -> None:
+def dress(model: Owner) -> None:
     """Give the modules with adapters, and no others, the face of PEFT's layers."""
     base = model.get_base_model()
     faces: dict[str, list[type]] = {}

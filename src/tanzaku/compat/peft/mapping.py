@@ -10,6 +10,8 @@ from torch import nn
 from tanzaku.compat.peft.absent import absent_from
 from tanzaku.compat.peft.config import CONFIGS as PEFT_TYPE_TO_CONFIG_MAPPING
 from tanzaku.compat.peft.config import PeftConfig
+from tanzaku.compat.peft.isinstances import bridge_to
+from tanzaku.compat.peft.layers import BaseTunerLayer
 from tanzaku.compat.peft.peft_model import BY_TASK, PeftModel, wrapped_again
 from tanzaku.compat.peft.peft_model import BY_TASK as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from tanzaku.compat.peft.tuner import PREFIXES as PEFT_TYPE_TO_PREFIX_MAPPING
@@ -69,3 +71,6 @@ def get_peft_model(
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
     """The configuration that a dictionary describes, by its `peft_type`."""
     return PeftConfig.from_peft_type(**config_dict)
+
+
+bridge_to(PeftConfig, BaseTunerLayer, get_peft_model)

@@ -10,6 +10,7 @@ from torch import nn
 
 from tanzaku.compat.peft.errors import WrongType
 from tanzaku.compat.peft.layers import BaseTunerLayer
+from tanzaku.compat.peft.owner import Owner
 from tanzaku.compat.peft.tuner import BaseTuner
 from tanzaku.errors import TanzakuError
 
@@ -113,10 +114,8 @@ def get_model_status(model: Any) -> TunerModelStatus:
 
 
 def _base(model: Any, what: str) -> nn.Module:
-    from tanzaku.compat.peft.peft_model import PeftModel
-
-    base = model.base_model if isinstance(model, PeftModel) else model
-    if isinstance(model, PeftModel) and not isinstance(base, BaseTuner):
+    base: nn.Module = model.base_model if isinstance(model, Owner) else model  # type: ignore[assignment]
+    if isinstance(model, Owner) and not isinstance(base, BaseTuner):
         raise WrongType(
             f"{what} got an invalid PeftModel instance; prefix tuning and adaption prompt are not supported"
         )

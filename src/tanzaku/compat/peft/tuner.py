@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from torch import nn
 
 from tanzaku.compat.peft.config import PeftConfig, PeftType
+from tanzaku.compat.peft.owner import Owner
 from tanzaku.core.weights import BiasStrip, WeightStrip
 from tanzaku.files.patterns import groups_of
 from tanzaku.models import tree
-
-if TYPE_CHECKING:
-    from tanzaku.compat.peft.peft_model import PeftModel
 
 
 class BaseTuner(nn.Module):
@@ -22,7 +20,7 @@ class BaseTuner(nn.Module):
     prefix: ClassVar[str] = ""  # of the names of the method's parameters
     uses_shared_state: ClassVar[bool] = False
 
-    def __init__(self, model: nn.Module, owner: PeftModel):
+    def __init__(self, model: nn.Module, owner: Owner):
         super().__init__()
         self.model = model
         self.__dict__["owner"] = owner  # not a submodule: it holds this one

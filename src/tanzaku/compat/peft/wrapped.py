@@ -13,6 +13,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from tanzaku.compat.peft.config import PeftConfig
 from tanzaku.compat.peft.isinstances import seen_as
 from tanzaku.compat.peft.layers import BaseTunerLayer, encoder_of, is_bare, is_layer, without_bias
+from tanzaku.compat.peft.owner import Owner
 from tanzaku.compat.peft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from tanzaku.compat.peft.tuner import PREFIXES, BaseTuner
 from tanzaku.compat.peft.utils.save_and_load import in_peft
@@ -28,18 +29,14 @@ from tanzaku.models import tree
 STATE = "training_state"  # before the names of what training goes on from beside parameters
 
 
-class Wrapped(nn.Module):
+class Wrapped(Owner):
     """A base and its adapters, seen as PEFT's model."""
 
     heads: ClassVar[tuple[str, ...]] = ()  # names of what the task trains along
     _hf_peft_config_loaded = True  # so Trainer trains it on a quantised base too
 
-    active_adapter: str | list[str]
-    peft_config: dict[str, PeftConfig]  # the configuration of every adapter, by name: the program's own
     peft_type: Any
-    merged_adapters: list[str]
     _trained: dict[str, list[nn.Parameter]]
-    _adapters_disabled: bool
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from tanzaku.compat.peft.config import PeftType, TaskType
+from tanzaku.compat.peft.owner import Owner
 from tanzaku.core.adapter import Adapter
 from tanzaku.core.method import AttentionStrip, Strip
 from tanzaku.core.weights import BiasStrip, WeightStrip
@@ -19,9 +20,6 @@ from tanzaku.methods.adalora import SvdStrip
 from tanzaku.methods.prompt_tuning import PromptLearning
 from tanzaku.models import tree
 from tanzaku.storage.store import entries, read_tensors
-
-if TYPE_CHECKING:
-    from tanzaku.compat.peft.peft_model import PeftModel
 
 __all__ = [
     "PeftType",
@@ -54,7 +52,7 @@ def in_peft(adapter: Adapter, path: str, strip: Strip, name: str) -> str:
 
 
 def get_peft_model_state_dict(
-    model: PeftModel,
+    model: Owner,
     state_dict: Mapping[str, Tensor] | None = None,
     adapter_name: str = "default",
     unwrap_compiled: bool = False,
@@ -78,7 +76,7 @@ def get_peft_model_state_dict(
 
 @torch.no_grad()
 def set_peft_model_state_dict(
-    model: PeftModel, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
+    model: Owner, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
 ) -> Any:
     """Give an adapter the tensors of a file, by its keys.
 
@@ -121,12 +119,12 @@ def load_peft_weights(model_id: str | Path, device: str | None = None) -> dict[s
     return tensors if device is None else {key: tensor.to(device) for key, tensor in tensors.items()}
 
 
-def get_base_model_state_dict(model: PeftModel) -> dict[str, Tensor]:
+def get_base_model_state_dict(model: Owner) -> dict[str, Tensor]:
     """The base's own tensors, by their names in a model without adapters."""
     return dict(base_tensors(model.get_base_model()))
 
 
-def set_base_model_state_dict(model: PeftModel, state_dict: Mapping[str, Tensor], strict: bool = True) -> Any:
+def set_base_model_state_dict(model: Owner, state_dict: Mapping[str, Tensor], strict: bool = True) -> Any:
     """Give the base tensors, by their names in a model without adapters.
 
     Raises:

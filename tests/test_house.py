@@ -1,0 +1,23 @@
+"""The rooms of the house: which may import from which, and that none is without a word on what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+ROOT = Path(__file__).parents[1]
+ROOMS = sorted(path.parent for path in (ROOT / "src/tanzaku").glob("*/__init__.py"))
+
+
+def test_rooms_import_from_rooms_below_them_and_no_circle_is_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    found = lint_imports(str(ROOT / "pyproject.toml"), cache_dir=None)
+    assert found == EXIT_STATUS_SUCCESS, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda path: path.name)
+def test_every_room_says_what_it_is(room: Path) -> None:
+    said = (room / "__init__.py").read_text(encoding="utf-8").split('"""')[1]
+    assert len(said.split()) >= 8
+    assert f"`{room.name}/" in (ROOT / "docs/design.md").read_text(encoding="utf-8")
