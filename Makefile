@@ -2,6 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+RUNTIME := $(VENV)/.runtime
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
@@ -10,12 +11,17 @@ export HF_HUB_OFFLINE ?= 1
 install: $(STAMP)
 
 # torch is pinned in constraints.txt: unpinned, the registry hands out gigabytes of CUDA.
-$(STAMP): pyproject.toml constraints.txt
+$(RUNTIME): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[embedded]'
+	touch $@
+
+$(STAMP): $(RUNTIME)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(STAMP)
+# What the demo needs and no more: tests and their tools come with `make test`.
+demo: $(RUNTIME)
 	$(BIN)/tanzaku demo $(ARGS)
 
 # Every method under every condition on one family; test-all: on all families.
