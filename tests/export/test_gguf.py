@@ -25,6 +25,7 @@ from llama_cpp import (
     unspoken,
 )
 from models import tiny
+from tanzaku.core.host import host_of
 from tanzaku.export.architectures import turn
 from tanzaku.export.gguf import export_adapter, export_model
 from tanzaku.export.vocabulary import vocabulary_of
@@ -69,7 +70,7 @@ def built(family: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.M
 def attached(model: PreTrainedModel, method: tz.Method, name: str = "a") -> None:
     tz.attach(model, method, name, seed=0)
     generator = torch.Generator().manual_seed(1)
-    for key, parameter in tz.host.host_of(model).get(name).trained():
+    for key, parameter in host_of(model).get(name).trained():
         parameter.data.normal_(std=0.3, generator=generator) if "lora_" in key else None
 
 
@@ -157,7 +158,7 @@ def test_an_unscaled_adapter_is_kept_bit_for_bit(tokenizer: PreTrainedTokenizerB
     assert (said["general.architecture"], said["general.type"]) == ("qwen3", "adapter")
     assert (said["adapter.type"], said["adapter.lora.alpha"]) == ("lora", 16.0)
     written = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
-    strips = dict(tz.host.host_of(model).get("a").at())
+    strips = dict(host_of(model).get("a").at())
     assert len(written) == 2 * len(strips)
     strip = strips["model.layers.1.self_attn.v_proj"]
     assert torch.equal(written["blk.1.attn_v.weight.lora_a"], strip.lora_A.weight)  # type: ignore[union-attr]
@@ -300,7 +301,7 @@ def test_the_embedded_model(tmp_path: Path) -> None:
     # Its weights are half-precision numbers, so nothing is rounded.
     base = export_model(model, tokenizer, tmp_path / "base.gguf", outtype="f16")
     attached(model, tz.LoRA(r=4, target_modules="all-linear", use_rslora=True, rank_pattern={"down_proj": 2}))
-    for _, parameter in tz.host.host_of(model).get("a").trained():
+    for _, parameter in host_of(model).get("a").trained():
         parameter.data.mul_(0.05)
     adapter = export_adapter(model, "a", tmp_path / "a.gguf", outtype="f32")
     adapted = LlamaCpp(base, adapter)

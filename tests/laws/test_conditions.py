@@ -21,6 +21,7 @@ from variants import (
 import tanzaku as tz
 from close import HALF, assert_close
 from models import VOCAB, batch
+from tanzaku.core.host import host_of
 from tanzaku.methods import METHODS
 from tanzaku.models import tree
 from tiers import in_families
@@ -47,7 +48,7 @@ def test_padding(name, padding, kind, head):
     entries = mixed_route(name)
     inputs = batch(model, padding=padding)
     assert_isolated(model, entries, inputs)
-    adapter = tz.host.host_of(model).get(name)
+    adapter = host_of(model).get(name)
     found = gradients(losses(logits(model, entries, inputs))[[0, 3]].sum(), adapter)
     assert all(g.any() for g in found.values())
 
@@ -137,7 +138,7 @@ def test_training_mode(name):
 
 def checkpointed(model, name, entries, inputs, use_reentrant=False):
     """Gradients where the backward pass comes after the route ended and other routes came and went."""
-    adapter = tz.host.host_of(model).get(name)
+    adapter = host_of(model).get(name)
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     try:
@@ -158,9 +159,9 @@ def test_gradient_checkpointing(name, kind, head):
     model = full_bamboo(kind, head)
     entries = mixed_route(name)
     inputs = batch(model)
-    expected = gradients(losses(logits(model, entries, inputs)).sum(), tz.host.host_of(model).get(name))
+    expected = gradients(losses(logits(model, entries, inputs)).sum(), host_of(model).get(name))
     assert_equal_gradients(checkpointed(model, name, entries, inputs), expected)
-    assert tz.host.host_of(model).route is None
+    assert host_of(model).route is None
 
 
 @all_variants
@@ -168,7 +169,7 @@ def test_gradient_checkpointing_of_every_setting(name, variant):
     """The same for each method's settings, on LLaMA; dropout draws the same mask again."""
     model = bamboo()
     hang(model, name, variant)
-    adapter = tz.host.host_of(model).get(name)
+    adapter = host_of(model).get(name)
     inputs = batch(model)
     model.train()
     torch.manual_seed(3)

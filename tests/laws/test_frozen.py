@@ -6,6 +6,7 @@ from variants import all_methods, all_variants, bamboo, hang, losses, plain_logi
 import tanzaku as tz
 from close import assert_close
 from models import batch
+from tanzaku.core.host import host_of
 from tanzaku.models import tree
 from tiers import in_families
 
@@ -24,7 +25,7 @@ def assert_bitwise(model, before):
 
 def train(model, name, steps=3):
     """Steps of AdamW on all that `model.parameters()` gives while the adapter is active."""
-    adapter = tz.host.host_of(model).get(name)
+    adapter = host_of(model).get(name)
     tz.activate(model, name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
     adapter.method.prepare(adapter, steps)
