@@ -15,6 +15,8 @@ import peft
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
+from transformers import DistilBertConfig, DistilBertForSequenceClassification, PreTrainedModel
 
 from compat.test_keywords import KINDS, NEEDED
 from models import tiny
@@ -197,6 +199,39 @@ def test_a_list_may_be_for_several_models() -> None:
         get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj"], exclude_modules=["q_proj"]))
     with pytest.raises(TanzakuError, match="modules_to_save: 'head' matches no module"):
         get_peft_model(tiny("llama"), LoraConfig(modules_to_save=["head"]))
+
+
+def distilbert() -> PreTrainedModel:
+    config = DistilBertConfig(vocab_size=50, dim=16, hidden_dim=32, n_layers=2, n_heads=2, num_labels=3)
+    return DistilBertForSequenceClassification(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "names", "task"),
+    [
+        ("distilbert", "cls", None, "SEQ_CLS"),  # "classifier" is the end of "pre_classifier", too
+        ("bert", "cls", ["dense"], "SEQ_CLS"),
+        ("llama", "lm", ["norm"], "CAUSAL_LM"),
+        ("llama", "lm", ["embed_tokens", "head"], None),
+        ("t5", "lm", ["layer_norm"], "SEQ_2_SEQ_LM"),
+    ],
+)
+def test_modules_to_save_are_those_that_end_with_a_name(
+    kind: str, head: str, names: list[str] | None, task: str | None, tmp_path: Path
+) -> None:
+    """As in PEFT: the same parameters are trained, and saved by the same keys."""
+    found = {}
+    for library in (peft, compat):
+        targets = ["q_lin"] if kind == "distilbert" else "all-linear"
+        config = library.LoraConfig(r=2, target_modules=targets, modules_to_save=names, task_type=task)
+        base = distilbert() if kind == "distilbert" else tiny(kind, head)
+        model = library.get_peft_model(base, config)
+        model.save_pretrained(tmp_path / library.__name__, save_embedding_layers=False)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+        saved = load_file(tmp_path / library.__name__ / "adapter_model.safetensors")
+        found[library.__name__] = trained, {key for key in saved if "lora_" not in key}
+    theirs, ours = found.values()
+    assert ours == theirs and len(ours[0]) > 1
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "gpt2", "t5"])

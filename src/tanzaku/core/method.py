@@ -229,7 +229,7 @@ class Method:
         for name in self.modules_to_save or []:
             if heads and name in ("classifier", "score") and name not in paths:
                 continue  # PEFT writes both of its names for a head, whichever the model has
-            found = [(p, m) for p, m in tree.named_modules(base.model) if p == name or p.endswith("." + name)]
+            found = [(p, m) for p, m in tree.named_modules(base.model) if self._means(name, p)]
             if not found:
                 raise TanzakuError(
                     f"modules_to_save: {name!r} matches no module of {type(base.model).__name__}"
@@ -243,7 +243,17 @@ class Method:
         """Whether the module at a path is copied whole, so that nothing else is hung on it."""
         parts = self.heads(base)
         names = (self.modules_to_save or []) if self._copies is None else []
-        return lambda path: any(part.has(path) for part in parts) or any(f".{n}." in f".{path}." for n in names)
+
+        def inside(path: str) -> bool:
+            above = [path[:at] for at, letter in enumerate(f"{path}.") if letter == "."]
+            return any(part.has(path) for part in parts) or any(self._means(n, p) for n in names for p in above)
+
+        return inside
+
+    def _means(self, name: str, path: str) -> bool:
+        """Whether a name of `modules_to_save` means the module at `path`. PEFT asks for the ending alone, so that
+        "classifier" means DistilBERT's pre_classifier, too."""
+        return path.endswith(name) if self._as_peft else f".{path}".endswith(f".{name}")
 
     def file_type(self, base: Base) -> str:
         """The name that files carry: PEFT's, unless PEFT would read the same file to another effect."""

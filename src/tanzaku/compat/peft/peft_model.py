@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -158,12 +158,15 @@ class PeftModel(Prompting, Merging):
         As in PEFT, one name of `modules_to_save` that is here is enough: it often lists what a head may be called.
         """
         config = copy.deepcopy(config)
-        there = {part for path, _ in tree.named_modules(self.get_base_model()) for part in _ends(path)}
+        paths = [path for path, _ in tree.named_modules(self.get_base_model())]
+
+        def here(names: Iterable[str]) -> list[str]:
+            return [name for name in names if any(path.endswith(name) for path in paths)]
+
         names = list(config.modules_to_save or [])
-        if any(name in there for name in names):
-            names = [name for name in names if name in there]
+        names = here(names) or names
         if not config.is_adaption_prompt:
-            names += [name for name in self.heads if name in there]
+            names += here(self.heads)
         config.modules_to_save = list(dict.fromkeys(names)) or config.modules_to_save
         return config
 
@@ -697,12 +700,6 @@ def _as_base(strip: Strip, module: nn.Module) -> None:
     dtype = next((p.dtype for p in module.parameters() if plain_tensor(p) and p.is_floating_point()), None)
     if dtype is not None:
         strip.to(dtype)
-
-
-def _ends(path: str) -> Iterator[str]:
-    """What a name may be that means the module at `path`."""
-    parts = path.split(".")
-    return (".".join(parts[at:]) for at in range(len(parts)))
 
 
 def _home(folder: Path, name: str) -> Path:
