@@ -10,10 +10,10 @@ from bench.zoo import SUBJECTS, batch_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, DynamicCache, MambaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, MambaConfig, StaticCache
 
 import tanzaku as tz
-from close import assert_close, close
+from close import GRADIENT, assert_close, close
 from models import batch, tiny
 from tanzaku.core import caches, layout
 from tanzaku.core.host import host_of
@@ -93,6 +93,30 @@ def test_a_row_of_a_batch_gets_what_it_gets_alone(name, side):
         assert_close(own, expected)
         different += not close(expected, run(model, row, [None]))
     assert different == 3
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *RECURRENT, *ENCODERS, *PAIRS, *IMAGES])
+def test_gradients_of_a_batch_are_those_of_its_rows(name):
+    """Whatever a model does with what stands in for a shorter row's missing virtual tokens, such as divide by it."""
+    subject, model = FAMILIES[name], prompted(name)
+    row = rows_of(subject, model)[0]
+    two = {key: torch.cat([value, value]) for key, value in row.items()}
+    entries, adapters = ["a", "b"], [host_of(model).get(each) for each in "ab"]
+
+    def gradients(inputs, routed):
+        model.zero_grad()
+        with tz.route(model, routed):
+            logits = model(**inputs).logits
+        (logits * torch.linspace(0.5, 1.5, logits.shape[-1])).square().sum().backward()
+        return [None if p.grad is None else p.grad.clone() for a in adapters for _, p in a.trained()]
+
+    together = gradients(two, entries)
+    alone = [gradients(row, [entry]) for entry in entries]
+    for found, a, b in zip(together, *alone, strict=True):
+        expected = a if b is None else b
+        assert (found is None) == (expected is None)
+        if found is not None:
+            assert_close(found, expected, GRADIENT)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=str)
@@ -379,6 +403,22 @@ def test_fillers_that_would_be_seen(name):
     if name == "rwkv":
         found = run(model, {**two, "use_cache": False}, ["a", None])
         assert_close(found[1:], run(model, row, [None]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3", "qwen2"])
+@pytest.mark.parametrize("method", [tz.PrefixTuning(num_virtual_tokens=3), tz.LlamaAdapter(adapter_layers=1)], ids=str)
+def test_a_cache_with_room_left_is_not_looked_into(kind, method):
+    """A static cache has more keys than a first pass has queries."""
+    model = hung(tiny(kind, "lm"), method)
+    ids = torch.randint(3, 99, (2, 6), generator=torch.Generator().manual_seed(0))
+    static = StaticCache(config=model.config.get_text_config(), max_cache_len=20)
+    with torch.no_grad(), tz.route(model, ["a", None]):
+        expected, found = model(ids).logits, model(ids, past_key_values=static).logits
+    assert_close(found, expected)
+    with tz.route(model, ["a"]):
+        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        grown, fixed = (model.generate(ids[:1], **options, **more) for more in ({}, {"cache_implementation": "static"}))
+    assert grown.tolist() == fixed.tolist()
 
 
 def test_other_refusals():

@@ -514,7 +514,9 @@ class VirtualTokens:
         return (torch.where(slots, _pad(self.base), ids), *args[1:]), kwargs if args else {}
 
     def _vectors(self, rows: int, like: Tensor) -> Tensor:
-        """(rows, width, hidden): fillers are zero."""
+        """(rows, width, hidden): fillers are as good as zero, which is what a model sees beyond a row's ends, and yet
+        not zero, since some divide by a vector's length."""
+        filler = torch.linspace(-1e-12, 1e-12, like.shape[-1], dtype=like.dtype, device=like.device)
         stacks = []
         for number, strips in enumerate(self.tokens):
             with self.route.running(number):
@@ -528,7 +530,7 @@ class VirtualTokens:
                         f"{type(self.base.model).__name__} have {like.shape[-1]}"
                     )
             fill = self.width - self.counts[number]
-            stacks.append(torch.cat([like.new_zeros(fill, like.shape[-1]), *vectors]))
+            stacks.append(torch.cat([filler.expand(fill, -1), *vectors]))
         if len(stacks) == 1:
             return stacks[0].expand(rows, -1, -1)
         which = torch.tensor(self.route.of_rows(range(len(stacks)), rows), device=like.device)

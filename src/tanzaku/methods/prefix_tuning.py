@@ -100,9 +100,10 @@ class PrefixStrip(AttentionStrip):
         if mask is None:
             causal = call.options.get("is_causal")
             causal = getattr(call.module, "is_causal", True) if causal is None else causal
-            # Flash attention aligns its causal mask with the last key, so it needs none.
+            # Flash attention aligns its causal mask with the last key, so it needs none. The others' begins with the
+            # first: more keys than queries are a cache that has room left.
             if causal and queries > 1 and "flash" not in call.implementation:
-                own = torch.ones(queries, keys, dtype=torch.bool, device=k.device).tril(keys - queries)
+                own = torch.ones(queries, keys, dtype=torch.bool, device=k.device).tril()
                 mask = F.pad(own, (n, 0), value=True)[None, None]
         elif mask.dim() == 2:  # flash attention: one number a key
             mask = F.pad(mask, (n, 0), value=1)
