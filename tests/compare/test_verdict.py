@@ -48,7 +48,9 @@ ADALORA = folded("adalora", 0.88 + NOISE[::-1], 900_000)
 HEAD = folded("head", 0.55 + NOISE[::-1], 3)
 FULL = folded("full", 0.5 - NOISE, 5)
 BEST = "lora has the best mean ROC-AUC, 0.900 (95% interval 0.871 to 0.929, 5 runs)."
-CHOSEN = "It is the best of {} by the rows that chose it, which flatters it: on others expect it to be somewhat worse."
+CHOSEN = (
+    "Of {} that could be the best these rows put it first, partly by luck: on others expect it to be somewhat worse."
+)
 # 0.02, -0.02, 0.01, -0.01, 0: variance 0.00025; (1/5 + 100/400) of it is a standard error of 0.010607, by 2.776 0.0294.
 
 
@@ -70,11 +72,11 @@ def test_tied_cheapest_and_worse() -> None:
 def test_the_best_of_several_is_shown_by_rows_that_did_not_choose_it() -> None:
     ranking = rank([LORA, IA3, ADALORA], FOLDS)
     assert sentences(ranking, FOLDS, tested=0.8512)[1] == (
-        "It is the best of 3 by the rows that chose it, which flatters it; "
+        "Of 3 that could be the best these rows put it first, partly by luck; "
         "on the test rows, which chose nothing, its adapter has 0.851."
     )
     assert sentences(ranking, FOLDS, tested=math.nan)[1] == CHOSEN.format(3)
-    assert not any("flatters" in sentence for sentence in verdict([LORA, FULL, HEAD]))  # no other could have been it
+    assert not any("by luck" in sentence for sentence in verdict([LORA, FULL, HEAD]))  # no other could have been it
 
 
 def test_two_that_are_tied() -> None:

@@ -109,6 +109,8 @@ def test_no_number_has_no_figure() -> None:
         (10**400, ["expected one such as 3.5"]),
         ("1e200", ["less than 1e+100"]),
         (True, ["finite"]),
+        ("1_000", ["'1_000'", "such as 3.5"]),
+        ("１２", ["such as 3.5"]),
         ([1], ["'[1]'"]),
     ],
 )

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from tanzaku.cli.record import RESULTS
+from tanzaku.support.numbers import written
 
 if TYPE_CHECKING:
     from tanzaku.tasks.task import Metric, Task, TaskData
@@ -137,7 +138,7 @@ def _tested(result: JobResult, task: Task) -> list[str]:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.4f}"
+    return "-" if value is None or math.isnan(value) else written(value, 4)
 
 
 def _mebibytes(result: JobResult) -> str:

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from tanzaku.cli.display import Display
 from tanzaku.compare.verdict import tested_by
+from tanzaku.support.numbers import written
 
 if TYPE_CHECKING:
     from tanzaku.compare.comparison import Comparison
@@ -230,4 +231,4 @@ def _tested(test: dict[str, float] | None, metric: Metric) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.4f}"
+    return "-" if value is None or math.isnan(value) else written(value, 4)

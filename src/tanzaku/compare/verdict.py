@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tanzaku.compare.statistics import LEVEL, Comparison, Design, Interval, Ranking, Standing
+from tanzaku.support.numbers import written
 from tanzaku.tasks.task import Metric, Task, metric_named
 
 MORE = "measure with --seeds 3 or --folds 5"
@@ -60,7 +61,7 @@ def sentences(
 
 
 def _best(best: Standing, runs: int, metric: str, alone: bool) -> str:
-    metric = f"mean {metric}" if runs > 1 else metric
+    metric = f"mean {metric}" if runs > 1 and not metric.startswith("mean ") else metric
     of = "other validation rows: " if best.of_rows else "95% interval "
     interval = f"{of}{_range(best.interval)}, " if best.interval else ""
     figure = f"{_number(best.mean)} ({interval}{runs} run{'s' if runs > 1 else ''})"
@@ -72,10 +73,10 @@ def _best(best: Standing, runs: int, metric: str, alone: bool) -> str:
 def _chosen(many: int, tested: float | None) -> str:
     """Of several that could have come first, the one that did had luck: its figure is too good. Tsamardinos et al.
     2018, Machine Learning 107, measure by how much."""
-    flattered = f"It is the best of {many} by the rows that chose it, which flatters it"
+    lucky = f"Of {many} that could be the best these rows put it first, partly by luck"
     if tested is None or math.isnan(tested):
-        return f"{flattered}: on others expect it to be somewhat worse."
-    return f"{flattered}; on the test rows, which chose nothing, its adapter has {_number(tested)}."
+        return f"{lucky}: on others expect it to be somewhat worse."
+    return f"{lucky}; on the test rows, which chose nothing, its adapter has {_number(tested)}."
 
 
 def _too_few(ranking: Ranking) -> str:
@@ -153,9 +154,7 @@ def _range(interval: Interval) -> str:
 
 
 def _number(value: float) -> str:
-    """Three decimals, or two digits of what these would not show."""
-    small = 0 < abs(value) < 0.001
-    return f"{value:.{min(9, 1 - math.floor(math.log10(abs(value))))}f}" if small else f"{value:.3f}"
+    return written(value, 3)
 
 
 def _p(value: float, only: bool) -> str:

@@ -21,7 +21,8 @@ from torch import Tensor
 from tanzaku.errors import TanzakuError
 from tanzaku.files.writing import finite
 from tanzaku.models.task_types import AUTO_CLASSES, PIPELINES
-from tanzaku.support.versions import versions_of
+from tanzaku.support.numbers import written
+from tanzaku.support.versions import VERSION, versions_of
 from tanzaku.tasks import task_in
 from tanzaku.tasks.task import LOSS, Task
 
@@ -206,7 +207,7 @@ def _figures(training: dict[str, Any], known: Mapping[str, str]) -> list[tuple[s
     out = []
     for split in ("valid", "test"):
         if found := training.get(split):
-            out.append((split, [(key, f"{found[key]:.4f}") for key in known if found.get(key) is not None]))
+            out.append((split, [(key, written(found[key], 4)) for key in known if found.get(key) is not None]))
     # One table: what one split lacks is left out of the other.
     both = set.intersection(*({key for key, _ in values} for _, values in out)) if out else set()
     return [(split, [pair for pair in values if pair[0] in both]) for split, values in out]
@@ -272,6 +273,4 @@ def _vllm(config: dict[str, Any], hub: str | None) -> str:
 
 
 def _versions() -> dict[str, str]:
-    from tanzaku.support.versions import VERSION
-
     return {"tanzaku": VERSION, **versions_of(_LIBRARIES)}

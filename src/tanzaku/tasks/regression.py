@@ -201,7 +201,7 @@ class Regression(TextTask):
         return [Column("predicted", "number")]
 
     def cells(self, prediction: Any) -> list[Any]:
-        return [round(prediction, 6)]
+        return [float(f"{prediction:.9g}")]
 
     def answer(self, prediction: Any) -> dict[str, Any]:
         return {"predicted": prediction}
@@ -272,6 +272,8 @@ def number_of(value: Any, where: str) -> float:
     if missing(value):
         raise TanzakuError(f"{where} has no number; fill it in or drop the row")
     try:
+        if isinstance(value, str) and ("_" in value or not value.isascii()):
+            raise ValueError  # which Python reads as a number, and hardly anybody means so
         found = math.nan if isinstance(value, bool) else float(value)
     except (OverflowError, TypeError, ValueError):
         comma = isinstance(value, str) and "," in value
