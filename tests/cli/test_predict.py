@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
 import importlib
 import io
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -579,6 +581,36 @@ def test_an_interrupted_file_goes_on(work: Path, tanzaku: Tanzaku, monkeypatch: 
     assert sorted(work.rglob("*")) == before
 
 
+@pytest.mark.parametrize("place", ["rows", "journal"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_full_disk_keeps_what_is_written(
+    work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch, kind: str, place: str
+) -> None:
+    """Whichever file the last block does not suffice for."""
+    args = ["predict", "lora", "--data", "new.tsv", "--batch-size", "2", "--out", f"x.{kind}"]
+    monkeypatch.setattr(inference, "WINDOW", 2)
+    add, text, calls = os.fsync, Path.write_text, []
+
+    def full(*given: Any, **more: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return (add if place == "rows" else text)(*given, **more)
+
+    with monkeypatch.context() as patch:
+        if place == "rows":
+            patch.setattr("tanzaku.cli.output.os.fsync", full)
+        else:
+            patch.setattr(Path, "write_text", full)
+        said = tanzaku(*args)
+    assert_refused(said, f"cannot write x.{kind}: No space left", "free some space, then go on", "--resume")
+    kept = int(re.findall(r"(\d) rows are kept", said.err)[0])
+    assert kept in (2, 4) and not (work / f"x.{kind}").exists()
+    assert_refused(tanzaku(*args), f"cut off after {kept} rows", "--resume", "--overwrite")
+    assert tanzaku(*args, "--resume").code == 0 and tanzaku(*args[:-1], f"whole.{kind}").code == 0
+    assert (work / f"x.{kind}").read_bytes() == (work / f"whole.{kind}").read_bytes()
+
+
 def test_interrupted_before_the_first_rows(work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
     stops_at(monkeypatch, 1)
     before = sorted(work.rglob("*"))
@@ -685,6 +717,22 @@ def test_rows_that_come_later(work: Path, tanzaku: Tanzaku, monkeypatch: pytest.
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=buffer, isatty=lambda: False))
     assert_refused(tanzaku("predict", "lora", "--data", "-", "--out", "x.tsv"), "standard input", *says)
     assert not list(work.glob("*x.tsv*")) and not list(work.glob(".*"))
+
+
+@pytest.mark.parametrize("kind", ["json", "tsv", "csv"])
+def test_rows_in_front_of_a_broken_one_are_answered(
+    work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """All may have come at once."""
+    rows = {
+        "json": '{"text": "sea"}\n{"text": "rain"}\nnot json\n{"text": "wind"}\n',
+        "tsv": "n\ttext\n1\tsea\n2\train\n3\n4\twind\n",
+        "csv": "n,text\n1,sea\n2,rain\n3\n4,wind\n",
+    }[kind]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(rows.encode())))
+    said = tanzaku("predict", "lora", "--data", "-", "--json")
+    assert [json.loads(line)["text"] for line in said.out.splitlines()] == ["sea", "rain"]
+    assert_refused(said, "standard input line", "3" if kind == "json" else "4")
 
 
 def test_what_cannot_be_of_standard_input(work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ whole. Parquet has its end in one piece, so until then its rows lie there as an 
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tanzaku.errors import CONTROL, TanzakuError, printable
 from tanzaku.files.locks import held
-from tanzaku.files.writing import finite, to_disk, written_beside
+from tanzaku.files.writing import finite, is_full, to_disk, written_beside
 from tanzaku.tasks.stream import Row, Rows
 
 if TYPE_CHECKING:
@@ -140,6 +141,10 @@ def schema_of(rows: Rows, added: Mapping[str, str]) -> pyarrow.Schema:
     return pyarrow.schema([*(own.field(name) for name in rows.names), *((n, kinds[k]) for n, k in added.items())])
 
 
+class Unwritten(TanzakuError):
+    """The disk takes no more of a file; what is whole of it is there."""
+
+
 class Partial:
     """The file `out` on its way. A context manager: while entered, no other process writes it.
 
@@ -147,14 +152,23 @@ class Partial:
     would be so again.
     """
 
-    def __init__(self, out: Path, form: Lines | Parquet, about: dict[str, str], resume: bool, keep: bool = True):
+    def __init__(
+        self,
+        out: Path,
+        form: Lines | Parquet,
+        about: dict[str, str],
+        resume: bool,
+        overwrite: bool = False,
+        keep: bool = True,
+    ):
         """
         Args:
             about: all that the rows in the file depend on, by a name for the user.
-            resume: go on with what is there.
+            resume: go on with what is there. overwrite: begin anew, whatever is there.
             keep: whether what is written before the run is cut off can be gone on with.
         """
-        self.out, self.form, self.about, self.resume, self.keep = out, form, about, resume, keep
+        self.out, self.form, self.about, self.resume, self.overwrite = out, form, about, resume, overwrite
+        self.keep = keep
         self.path = out.with_name(f".{out.name}.partial")
         self.journal = out.with_name(f".{out.name}.partial.json")
         self.counts: dict[str, int] = {}
@@ -175,6 +189,8 @@ class Partial:
                 raise TanzakuError(f"--out {self.out} is being written by another tanzaku predict") from None
             except OSError as error:
                 raise TanzakuError(f"cannot write {self.out}: {error.strerror or error}") from None
+            if not (self.resume or self.overwrite):
+                self._check_nothing_is_lost()
             size = self._go_on() if self.resume else 0
             self.file.truncate(size)
             self.file.seek(size)
@@ -183,6 +199,16 @@ class Partial:
                 self.file.write(self.form.head())
             self.held = stack.pop_all()
         return self
+
+    def _check_nothing_is_lost(self) -> None:
+        rows = 0
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            rows = int(json.loads(self.journal.read_text(encoding="utf-8"))["counts"]["rows"])
+        if rows:
+            raise TanzakuError(
+                f"--out {self.out} was begun and cut off after {rows} rows; go on with them by --resume, or begin anew "
+                "with --overwrite"
+            )
 
     def _go_on(self) -> int:
         """Bytes that are whole; 0 where there is nothing to go on with."""
@@ -203,14 +229,29 @@ class Partial:
         return int(size)
 
     def add(self, rows: Sequence[Row], counts: Mapping[str, int]) -> None:
-        """Write rows, which are there from now on, whatever happens. `counts` are the run's, and are kept with them."""
-        self.file.write(self.form.rows(rows))
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        """Write rows, which are there from now on, whatever happens. `counts` are the run's, and are kept with them.
+
+        Raises:
+            Unwritten: they cannot be written, nor can it be noted that they are.
+        """
+        written = self.form.rows(rows)
+        try:
+            self.file.write(written)
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            state = {"bytes": self.file.tell(), "counts": dict(counts), "about": self.about}
+            with written_beside(self.journal) as beside:
+                beside.write_text(json.dumps(state), encoding="utf-8")
+        except (OSError, TanzakuError) as error:
+            full = is_full(error)
+            fix = "free some space" if full else ""
+            if self.keep and self.rows:
+                fix += f"{', then ' if full else ''}go on with the same command and --resume: {self.rows} rows are kept"
+            elif full:
+                fix += ", or write elsewhere"
+            reason = os.strerror(errno.ENOSPC) if full else str(error)
+            raise Unwritten(f"cannot write {self.out}: {reason}{f'; {fix}' if fix else ''}") from None
         self.counts = dict(counts)
-        state = {"bytes": self.file.tell(), "counts": self.counts, "about": self.about}
-        with written_beside(self.journal) as beside:
-            beside.write_text(json.dumps(state), encoding="utf-8")
 
     def finish(self) -> None:
         """Put the file in its place."""
@@ -222,7 +263,7 @@ class Partial:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         self.file.close()
-        hopeless = kind is not None and not (self.keep and issubclass(kind, OSError | KeyboardInterrupt))
+        hopeless = kind is not None and not (self.keep and issubclass(kind, OSError | KeyboardInterrupt | Unwritten))
         if not self.done and (hopeless or not self.rows):
             for path in (self.path, self.journal):
                 with suppress(OSError):

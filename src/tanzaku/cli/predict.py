@@ -161,7 +161,7 @@ def predict(
             "precision": repr([adapter.precision for adapter in given]),
             "max length": repr([adapter.max_length for adapter in given]),
         }
-        partial = Partial(out, form, about, resume, keep=not piped)
+        partial = Partial(out, form, about, resume, overwrite, keep=not piped)
         try:
             with partial:
                 counts.update(partial.counts)
@@ -568,7 +568,13 @@ def _name(column: Column, adapter: str, prefix: str) -> str:
 
 
 def _cell(value: str | float) -> str:
-    return printable(value) if isinstance(value, str) else str(value) if isinstance(value, int) else f"{value:.6f}"
+    if isinstance(value, str):
+        return printable(value)
+    # Six decimals, unless these would not show all that was kept of it.
+    short = f"{value:.6f}"
+    return (
+        str(value) if isinstance(value, int) else short if float(short) == value and abs(value) < 1e9 else repr(value)
+    )
 
 
 def _print(form: Lines | Parquet, chunks: Iterator[tuple[int, list[Row]]], rows: int | None) -> None:

@@ -6,8 +6,9 @@ import codecs
 import csv
 import io
 import json
+from bisect import bisect
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -51,6 +52,7 @@ class Piped:
             self._header = self._lines.take(2 if first.lower().startswith("sep=") else 1)
         self._begin = self._lines.number
         self._count, self._ready = 0, deque[dict[str, Any]]()
+        self._broken: TanzakuError | None = None  # what is wrong behind the rows that are ready
         self.names: tuple[str, ...] = ()
         while not self._ready:
             columns = self._more()
@@ -79,31 +81,54 @@ class Piped:
                 self._more()
 
     def _more(self) -> Columns:
-        """Wait for whole rows, and make them ready; as columns."""
+        """Wait for whole rows, and make them ready; as columns. Those in front of a broken one come first."""
+        if self._broken is not None:
+            raise self._broken
         at, text = self._lines.number, self._lines.take()
         while not self._lines.ended and (self._whole or self._is_open(text)):
             text += self._lines.take()
         if not text.strip() and (self.names or not self._lines.ended):
             return {}
-        old = 0
+        try:
+            columns, old = self._read(text, at)
+        except TanzakuError as error:
+            lines = text.splitlines(keepends=True)
+            good = 0 if self._whole else bisect(range(1, len(lines)), False, key=lambda n: self._breaks(lines[:n], at))
+            if not good:
+                raise
+            self._broken = error
+            text = "".join(lines[:good])
+            columns, old = self._read(text, at)
         if self._format in DELIMITERS:
-            # Rows before tell whether a line within quotes is a row that a stray quote has swallowed.
-            before = list(self._before) if '"' in text else []
-            old = len(before)
-            lines = "".join((self._header, *before, text))
-            gap = at - old - self._begin
-            names, rows = read_delimited(lines, DELIMITERS[self._format], _SOURCE, self._note, gap)
-            columns: Columns = {name: [row[column] for row in rows] for column, name in enumerate(names)}
             self._before.extend(line for line in text.splitlines(keepends=True) if '"' not in line and line.strip())
-        elif self._whole:
-            columns = read_json(text, _SOURCE, self._note)
-        else:
-            columns = read_json_lines(text, _SOURCE, at)
         self._note = lambda _: None  # what is inferred is so for all rows, and said once
         rows_now = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
         lacking = dict.fromkeys(self.names)
         self._ready.extend(lacking | row for row in islice(rows_now, old, None))
         return columns
+
+    def _breaks(self, lines: Sequence[str], at: int) -> bool:
+        """Whether something is wrong with the first lines of what has come."""
+        note, self._note = self._note, lambda _: None
+        try:
+            return not self._read("".join(lines), at)[0]
+        except TanzakuError:
+            return True
+        finally:
+            self._note = note
+
+    def _read(self, text: str, at: int) -> tuple[Columns, int]:
+        """Columns, and how many of their rows were there before."""
+        if self._format in DELIMITERS:
+            # Rows before tell whether a line within quotes is a row that a stray quote has swallowed.
+            before = list(self._before) if '"' in text else []
+            lines = "".join((self._header, *before, text))
+            gap = at - len(before) - self._begin
+            names, rows = read_delimited(lines, DELIMITERS[self._format], _SOURCE, self._note, gap)
+            return {name: [row[column] for row in rows] for column, name in enumerate(names)}, len(before)
+        if self._whole:
+            return read_json(text, _SOURCE, self._note), 0
+        return read_json_lines(text, _SOURCE, at), 0
 
     def _is_open(self, text: str) -> bool:
         """Whether the text ends within a quoted field."""
