@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from cli_kit import ROWS, Tanzaku, assert_refused, write_tsv
 
 
@@ -77,6 +78,28 @@ def test_control_characters_do_not_reach_the_terminal(work: Path, tanzaku: Tanza
     said = tanzaku("check", "train.tsv")
     assert said.code == 0
     assert "\x1b" not in said.out and r"\x1b[2J" in said.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--set", "r=0"], "r=0"),
+        (["--set", "target_modules=foo"], "foo"),
+        (["--set", "lora_dropout=2"], "lora_dropout=2"),
+        (["--restore-best"], "restore_best needs validation rows"),
+        (["--patience", "2"], "patience needs validation rows"),
+        (["--tracker", "foo"], "tracker is 'foo'"),
+        (["--device", "mps"], "mps"),
+        (["--max-length", "999"], "999"),
+    ],
+)
+def test_a_dry_run_refuses_what_training_would(work: Path, tanzaku: Tanzaku, flags: list[str], says: str) -> None:
+    if flags[-1] == "999":
+        (work / "train.tsv").write_text("text\tlabel\n" + f"{'warm ' * 200}\tmild\nsea\tharsh\n", encoding="utf-8")
+    args = ["--model", yaml.safe_load((work / "recipe.yaml").read_text())["model"], "--train", "train.tsv"]
+    said = tanzaku("train", *args, "--method", "lora", *flags, "--dry-run")
+    assert said.code == 2 and says in said.err.splitlines()[-1]
+    assert not (work / "runs").exists()
 
 
 def test_what_is_inferred_is_in_the_card(work: Path, tanzaku: Tanzaku) -> None:

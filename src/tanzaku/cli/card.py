@@ -33,8 +33,8 @@ class _Tokens:
     lengths: dict[str, list[int]]
 
 
-def show_card(kind: type[Task], data: DataSettings, model: str | None, max_length: int, folded: bool = False) -> None:
-    """Print the card; without a model, in characters alone.
+def show_card(kind: type[Task], data: DataSettings, model: str | None, max_length: int, folded: bool = False) -> Tables:
+    """Print the card of the tables that are returned; without a model, in characters alone.
 
     Raises:
         TanzakuError: rows that cannot be read, or no such model.
@@ -59,6 +59,7 @@ def show_card(kind: type[Task], data: DataSettings, model: str | None, max_lengt
     _first_rows(display, read, tokens, tokenizer)
     if stops:
         raise typer.Exit(1)
+    return read
 
 
 def _tokenizer(model: str) -> PreTrainedTokenizerBase:

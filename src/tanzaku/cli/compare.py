@@ -10,13 +10,16 @@ import typer
 
 from tanzaku.cli.flags import recipe_flags
 from tanzaku.cli.resume import DRY_RUN, begin, resumed, switch
-from tanzaku.cli.run import Interrupted, sitting
+from tanzaku.cli.run import Interrupted, rehearse, sitting
 from tanzaku.errors import TanzakuError
 from tanzaku.recipe.schema import SECTIONS, Recipe, build_recipe
 
 if TYPE_CHECKING:
     from tanzaku.cli.run import Sitting
+    from tanzaku.compare.candidates import Candidate, Searched
     from tanzaku.compare.comparison import Comparison
+    from tanzaku.core.method import Method
+    from tanzaku.train.settings import TrainSettings
 
 DEFAULT = ("lora", "adalora", "prompt_tuning", "p_tuning", "prefix_tuning", "ia3", "llama_adapter", "head")
 REPORT, EPOCHS = "report.html", "epochs.parquet"
@@ -30,10 +33,7 @@ def compare(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: b
     """
     recipe = resumed("compare", file, flags, DEFAULT) if resume else build_recipe(file, flags, DEFAULT)
     if dry_run:
-        from tanzaku.cli.card import show_card
-
-        folded = recipe.compare.design(recipe.data.valid is not None).folds is not None
-        return show_card(recipe.kind, recipe.data, recipe.model, recipe.train.max_length, folded)
+        return rehearse("compare", recipe, _every(recipe)[2])
     run_comparison("compare", recipe, overwrite, resume)
 
 
@@ -45,11 +45,7 @@ def run_comparison(command: str, recipe: Recipe, overwrite: bool, resume: bool) 
         Interrupted: Ctrl-C while training; what was finished is kept.
         typer.Exit: with code 1, some candidates failed.
     """
-    from tanzaku.compare.candidates import expand
-
-    candidates, searched = expand(recipe.methods, recipe.train, recipe.compare)
-    every = [*candidates, *(corner for search in searched for corner in search.corners())]
-    methods = [(each.name, each.method, each.settings) for each in every]
+    candidates, searched, methods = _every(recipe)
     recipe.compare.design(recipe.data.valid is not None)
     with sitting(command, recipe, methods, overwrite, resume) as run:
         from tanzaku.cli.live import Live
@@ -86,6 +82,15 @@ def run_comparison(command: str, recipe: Recipe, overwrite: bool, resume: bool) 
         results = _write(run, about, comparison, "done")
         live.summary(results, data.task, run.out, REPORT)
         _check_success(results)
+
+
+def _every(recipe: Recipe) -> tuple[list[Candidate], list[Searched], list[tuple[str, Method, TrainSettings]]]:
+    """Candidates, searches, and the methods of both, a search's at the ends of its space."""
+    from tanzaku.compare.candidates import expand
+
+    candidates, searched = expand(recipe.methods, recipe.train, recipe.compare)
+    every = [*candidates, *(corner for search in searched for corner in search.corners())]
+    return candidates, searched, [(each.name, each.method, each.settings) for each in every]
 
 
 def _write(run: Sitting, about: dict[str, Any], comparison: Comparison, status: str) -> dict[str, Any]:

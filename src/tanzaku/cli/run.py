@@ -102,6 +102,42 @@ class Sitting:
         }
 
 
+def rehearse(command: str, recipe: Recipe, methods: Sequence[tuple[str, Method, TrainSettings]]) -> None:
+    """Check all that a run checks, up to the model's weights, and print what `tanzaku check` prints.
+
+    Raises:
+        TanzakuError: bad input.
+        typer.Exit: with code 1, a check of the rows would stop training.
+    """
+    from tanzaku.cli.card import show_card
+    from tanzaku.compare.resamples import resamples
+    from tanzaku.models.loading import outline_for
+    from tanzaku.tasks.prepare import encode
+
+    device, folded = _check_settings(command, recipe, methods)
+    tables = show_card(recipe.kind, recipe.data, recipe.model, recipe.train.max_length, folded)
+    model, tokenizer = outline_for(recipe.model, tables.task)
+    data = encode(tables, tokenizer, recipe.train.max_length)
+    if command != "train":
+        resamples(data, recipe.compare.design(data.valid is not None), recipe.train.seed)
+    _check_fit(model, _distinct(methods), data, recipe.train.max_length, device)
+
+
+def _check_settings(
+    command: str, recipe: Recipe, methods: Sequence[tuple[str, Method, TrainSettings]]
+) -> tuple[str, bool]:
+    """What takes no look at rows or model; the device, and whether rows are cut into folds."""
+    from tanzaku.cli.machine import device_named, quieten
+
+    for name, _, settings in methods:
+        _check_sense(recipe, name, settings)
+    for tracker in dict.fromkeys(settings.tracker for _, _, settings in methods):
+        _check_tracker(tracker)
+    quieten()
+    folded = command != "train" and recipe.compare.design(recipe.data.valid is not None).folds is not None
+    return device_named(recipe.device), folded
+
+
 @contextmanager
 def sitting(
     command: str, recipe: Recipe, methods: Sequence[tuple[str, Method, TrainSettings]], overwrite: bool, resume: bool
@@ -111,19 +147,12 @@ def sitting(
     Raises:
         TanzakuError: bad input.
     """
-    from tanzaku.cli.machine import device_named, quieten
     from tanzaku.cli.record import locked, prepare_out
     from tanzaku.tasks.prepare import read_tables
 
     if resume and overwrite:
         raise TanzakuError("--resume goes on with a run, and --overwrite replaces it; give one of the two")
-    for name, _, settings in methods:
-        _check_sense(recipe, name, settings)
-    for tracker in dict.fromkeys(settings.tracker for _, _, settings in methods):
-        _check_tracker(tracker)
-    quieten()
-    device = device_named(recipe.device)
-    folded = command != "train" and recipe.compare.design(recipe.data.valid is not None).folds is not None
+    device, folded = _check_settings(command, recipe, methods)
     tables = read_tables(recipe.kind, recipe.data, folded)
     out = Path(recipe.out).expanduser() if recipe.out else _new(command)
     fresh = not out.is_dir()

@@ -9,7 +9,7 @@ from typing import Any
 
 from tanzaku.cli.flags import recipe_flags
 from tanzaku.cli.resume import DRY_RUN, begin, resumed, switch
-from tanzaku.cli.run import Interrupted, sitting
+from tanzaku.cli.run import Interrupted, rehearse, sitting
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.recipe.schema import build_recipe, jobs_of
 
@@ -26,11 +26,9 @@ def train(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: boo
         found = listed(str(entry.name) for entry in recipe.methods) or "no method"
         raise TanzakuError(f"train takes one method, found {found}; name one with --method, or use tanzaku compare")
     [job] = jobs_of(recipe)
-    if dry_run:
-        from tanzaku.cli.card import show_card
-
-        return show_card(recipe.kind, recipe.data, recipe.model, recipe.train.max_length)
     methods = [(job.name, job.method, job.settings)]
+    if dry_run:
+        return rehearse("train", recipe, methods)
     with sitting("train", recipe, methods, overwrite, resume) as run:
         from tanzaku.cli.display import Display
         from tanzaku.cli.record import Record, clear

@@ -148,17 +148,34 @@ def _with_head(
     seed: int,
     trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    with _loading(f"the config of {name!r}"):
-        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **settings)
+    config, made = _configured(name, where, auto, settings, trust_remote_code)
     tokenizer = _tokenizer(name, where, trust_remote_code)
-    kind = _KINDS.get(auto.__name__, f"for {auto.__name__}")
-    if auto is AutoModelForTokenClassification and type(config) not in auto._model_mapping:
-        auto = _of_tokens(name, config)
+    kind, auto = _KINDS.get(auto.__name__, f"for {auto.__name__}"), made
     with _loading(f"{name!r} ({config.model_type}) {kind}"), seeded(seed):
         model, info = _pretrained(auto, where, config, dtype, trust_remote_code)
     _check_backbone(name, model.base_model_prefix, info)
     agree_on_padding(name, model, tokenizer)
     return model, tokenizer
+
+
+def outline_for(name: str, task: Headed, *, on_progress: Progress = None) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model of :func:`load_for` on the meta device, without weights, and its tokenizer."""
+    where = _locate(name, tuple(_PARTS), on_progress)
+    auto = getattr(transformers, task.auto_class)
+    config, made = _configured(name, where, auto, task.model_settings(), trust_remote_code=False)
+    kind = _KINDS.get(auto.__name__, f"for {auto.__name__}")
+    with _loading(f"{name!r} ({config.model_type}) {kind}"), torch.device("meta"):
+        model = made.from_config(config) if hasattr(made, "from_config") else made(config)
+    return model, _tokenizer(name, where, trust_remote_code=False)
+
+
+def _configured(name: str, where: str, auto: Any, settings: dict[str, Any], trust_remote_code: bool) -> tuple[Any, Any]:
+    """A model's config, and what makes the model of it."""
+    with _loading(f"the config of {name!r}"):
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **settings)
+    if auto is AutoModelForTokenClassification and type(config) not in auto._model_mapping:
+        auto = _of_tokens(name, config)
+    return config, auto
 
 
 def _of_tokens(name: str, config: Any) -> Any:
