@@ -135,6 +135,16 @@ def test_a_task_that_is_not_what_is_trained(work: Path, tanzaku: Tanzaku) -> Non
     assert tanzaku("train", "recipe.yaml", "--set", "task_type=SEQ_CLS", "--out", "run").code == 0
 
 
+def test_a_folder_of_something_else_is_spared_at_once(work: Path, tanzaku: Tanzaku) -> None:
+    """And not first offered to be overwritten."""
+    (work / "mine").mkdir()
+    (work / "mine" / "letter.txt").write_text("dear", encoding="utf-8")
+    said = tanzaku("train", "recipe.yaml", "--out", "mine")
+    assert_refused(said, "mine holds files but no run; choose another --out")
+    assert "--overwrite" not in said.err
+    assert_refused(tanzaku("train", "recipe.yaml", "--out", "mine", "--overwrite"), "so --overwrite spares it")
+
+
 def test_a_current_directory_that_is_gone(work: Path, tanzaku: Tanzaku) -> None:
     (work / "gone").mkdir()
     os.chdir(work / "gone")

@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 from cli_kit import Tanzaku, assert_refused
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -205,6 +206,19 @@ def test_several_are_combined_first(model_dir: Path, tmp_path: Path, tanzaku: Ta
     tz.load(model, b, "head")
     tz.merge(model, "head")
     assert_close(head, model.score.weight)
+
+
+def test_ours_and_another_library_s(model_dir: Path, tmp_path: Path, tanzaku: Tanzaku) -> None:
+    """PEFT names the kind of head, and not the class."""
+    ours = trained(model_dir, tmp_path / "ours", tz.LoRA(r=2))
+    config = peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(classifier(model_dir), config).save_pretrained(tmp_path / "theirs")
+    args = ("merge", ours, tmp_path / "theirs", "--model", model_dir, "--out", tmp_path / "plain")
+    assert_refused(tanzaku(*args), "each have their own score", "--copies ours, or --copies mean")
+    assert_refused(tanzaku(*args, "--copies", "mean", "--weights", "0.7"), "--weights: found 1 weights for 2 adapters")
+    assert tanzaku(*args, "--copies", ours).code == 0  # by the path that it was given by
+    head = load_file(ours / "adapter_model.safetensors")["base_model.model.score.weight"]
+    assert_close(read(tmp_path / "plain").score.weight, head)
 
 
 def test_refusals(model_dir: Path, tmp_path: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:

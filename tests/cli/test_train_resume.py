@@ -92,7 +92,8 @@ def test_ctrl_c_says_how_to_go_on(work: Path, whole: Path, tanzaku: Tanzaku, mon
     assert "steps, going on after epoch 3" in said.out
     assert_same_run(work / "run", whole)
     assert sorted(path.name for path in (work / "run").iterdir()) == ["adapters", "results.json"]
-    assert_refused(tanzaku("train", "--resume", "--out", "run"), "run holds no run to resume")
+    assert_refused(tanzaku("train", "--resume", "--out", "run"), "the run in run is done", "run/adapters")
+    assert_refused(tanzaku("train", "--resume", "--out", "nowhere"), "there is no nowhere", "leave --resume out")
 
 
 def test_the_newest_run_goes_on(work: Path, whole: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,7 +214,8 @@ def test_confusion_counts_entities(tokenizer: Any) -> None:
     ("row", "parts"),
     [
         (("kyoto", [span(0, 9, "x")]), ["span 1 is from 0 to 9", "0 to 5"]),
-        (("kyoto", [span(3, 3, "x")]), ["span 1 is from 3 to 3"]),
+        (("kyoto", [span(3, 3, "x")]), ["span 1 is empty, from 3 to 3"]),
+        (("kyoto", [span("0", 3, "x")]), ["span 1 is from '0' to 3, expected whole numbers"]),
         (("kyoto", [span(0, 3, "")]), ["label ''"]),
         (("kyoto", [{"start": 0}]), ["expected start, end and label"]),
         (("kyoto", [span(0, 3, "x"), span(2, 4, "y")]), ["overlap"]),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tanzaku.cli.record import BEGUN
 from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.files.writing import recover
 from tanzaku.models.task_types import AUTO_CLASSES
@@ -52,6 +53,11 @@ def check_paths(paths: Sequence[Path]) -> None:
     for path in paths:
         recover(path)
         if not path.is_dir():
+            cut = next((out for out in path.parents if (out / BEGUN).is_file()), None)
+            if cut is not None:
+                raise TanzakuError(
+                    f"there is no adapter {path}: the run in {cut} was cut off; go on with it by --resume --out {cut}"
+                )
             raise TanzakuError(f"there is no adapter {path}{_neighbour(path)}")
         inside = sorted(str(each.parent) for each in path.glob("adapters/*/adapter_config.json"))
         if inside and not (path / "adapter_config.json").exists():
@@ -119,7 +125,7 @@ def read_adapter(name: str, path: Path) -> Saved:
     return Saved(
         name=name,
         path=path,
-        method=method_of(config),
+        method=method_of(config, path),
         base=named if isinstance(named, str) and named else None,
         kind=kind if isinstance(kind, str) else None,
         task=task,
@@ -180,7 +186,7 @@ def load_base_of(
     from tanzaku.models.loading import agree_on_padding, load_base, load_tokenizer, read_config, reads_text
 
     one_by_one = "merge them one by one"
-    kind = agreed(given, "kind", "kinds of model", one_by_one)
+    kind = _kind_of(given, one_by_one)
     agreed(given, "answers", "answers", one_by_one)
     width = agreed(given, "width", "numbers of outputs", one_by_one)
     task = next((each.task for each in given if each.task is not None), None)
@@ -211,6 +217,16 @@ def load_base_of(
         else:
             tokenizer = _plain_tokenizer(name)
     return model, tokenizer
+
+
+def _kind_of(given: Sequence[Saved], fix: str) -> str | None:
+    """The class of the model that the adapters were made for. Another library's names an Auto class by its head."""
+    exact = [each for each in given if each.kind is not None and not each.kind.startswith("Auto")]
+    heads = {each.kind.partition("For")[2] for each in given if each.kind is not None}
+    if exact and len(heads) == 1:
+        given = exact
+    found: str | None = agreed(given, "kind", "kinds of model", fix)
+    return found
 
 
 def _own_class(name: str, adapter: Saved) -> Any:

@@ -76,6 +76,9 @@ def merge(
     _check_out(out, overwrite, [*paths, Path(base).expanduser()])
     for each in given:
         check_mergeable(each)
+    if numbers is not None and len(numbers) != len(given):
+        raise TanzakuError(f"--weights: found {len(numbers)} weights for {len(given)} adapters, expected one each")
+    copies = next((each.name for each in given if copies is not None and each.path == Path(copies)), copies)
     asked = {"how": combine, "density": density, "svd_rank": svd_rank, "copies": copies}
     options = {key: value for key, value in asked.items() if value is not None}
     if dtype == "auto" and (base == "embedded" or base.lower().endswith(".gguf")):
@@ -168,7 +171,11 @@ def _combined(
     how = options.pop("how", "cat" if given[0].method.name == "lora" else "linear")
     names = [each.name for each in given]
     new = next(name for name in ("combined", *(f"combined-{n}" for n in range(2, 99))) if name not in names)
-    tz.combine(model, names, new, weights=weights, how=how, majority_sign_method=sign, seed=seed, **options)
+    try:
+        tz.combine(model, names, new, weights=weights, how=how, majority_sign_method=sign, seed=seed, **options)
+    except TanzakuError as error:  # which speaks of arguments
+        said = str(error).removeprefix("combine: ")
+        raise TanzakuError(re.sub(r"copies='([^']*)'", r"--copies \1", said)) from None
     for name in names:
         tz.detach(model, name)
     return new

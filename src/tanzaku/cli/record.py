@@ -74,13 +74,12 @@ def prepare_out(out: Path, overwrite: bool) -> None:
         if out.exists() and not out.is_dir():
             raise TanzakuError(f"{out} is a file; expected a directory for the run, so choose another --out")
         if out.is_dir() and any(out.iterdir()) and not only_leftovers(out):
+            if command_of(out) is None:
+                spared = ", so --overwrite spares it" if overwrite else ""
+                raise TanzakuError(f"{out} holds files but no run{spared}; choose another --out, or empty it")
             if not overwrite:
                 on = ", or go on with --resume" if (out / BEGUN).is_file() else ""
                 raise TanzakuError(f"{out} is not empty; choose another --out or pass --overwrite{on}")
-            if command_of(out) is None:
-                raise TanzakuError(
-                    f"{out} holds files but no run, so --overwrite spares it; choose another --out, or empty it"
-                )
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out) as probe:
             probe.write(bytes(4096))

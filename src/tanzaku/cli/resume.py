@@ -40,6 +40,8 @@ def resumed(command: str, file: Path | None, flags: dict[str, Any], default_meth
     from tanzaku.compare.journal import Journal
 
     out = Path(flags["out"]).expanduser() if flags.get("out") else _newest(command)
+    if command == "train" and not (out / BEGUN).is_file():
+        _say_what_is_there(out)
     _check_whole(out)
     about = Journal(out).about()
     begun = about["command"]
@@ -64,6 +66,17 @@ def resumed(command: str, file: Path | None, flags: dict[str, Any], default_meth
         return schema(task_in(kept)).model_validate({**kept, "out": str(out)})
     except ValidationError as error:
         raise _damaged(out, complaint(error, "its recipe", sections(task_in(kept)), {})) from None
+
+
+def _say_what_is_there(out: Path) -> None:
+    if not out.is_dir():
+        raise TanzakuError(f"--resume: there is no {out}, so no run to go on with; leave --resume out to begin one")
+    found = _read(out / "results.json")
+    if found.get("command") == "train" and [job.get("status") for job in found.get("jobs", [])] == ["done"]:
+        raise TanzakuError(
+            f"--resume: the run in {out} is done, and its adapter is below {out / 'adapters'}; to train anew choose "
+            "another --out, or pass --overwrite"
+        )
 
 
 def _check_whole(out: Path) -> None:

@@ -153,7 +153,7 @@ def _load(model: nn.Module, folder: Path, name: str, strict: bool, method: Metho
     with ThreadPoolExecutor(1) as aside:  # a checksum takes as long as all the rest, and needs no lock
         checksum = None if about is None else aside.submit(_sha256, folder / TENSORS)
         tensors = read_tensors(folder)
-        method = method_of(config) if method is None else copy.deepcopy(method)
+        method = method_of(config, folder) if method is None else copy.deepcopy(method)
         if about is not None and checksum is not None:
             _check_base(model, about.get("base") or {}, folder, not any_base)
             if about.get("sha256") not in (None, checksum.result()):
@@ -479,18 +479,22 @@ def _not_trained(name: str, strip: Strip) -> bool:
     return isinstance(strip, WeightStrip) and (not strip.trained or name not in strip.own)
 
 
-def method_of(config: dict[str, Any]) -> Method:
-    """The method that an adapter_config.json describes; settings that change the mathematics must be known."""
+def method_of(config: dict[str, Any], folder: Path) -> Method:
+    """The method that the adapter_config.json in a folder describes; settings that change the mathematics must be
+    known."""
+    where = folder / CONFIG
     kind = config.get("peft_type")
     cls = next((m for m in METHODS.values() if m.peft_type == str(kind).removeprefix(_OURS)), None)
     if cls is None:
         known = ", ".join(m.peft_type for m in METHODS.values())
-        raise TanzakuError(f"{CONFIG}: peft_type is {kind!r}; this version reads {known}")
+        raise TanzakuError(f"{where}: peft_type is {kind!r}; this version reads {known}")
     fields = {f.name for f in dataclasses.fields(cls)}
     harmless = {"peft_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", *_INERT}
     for key, value in config.items():
         if key not in fields and key not in harmless and value not in (None, False, {}, [], "", "none"):
-            raise TanzakuError(f"{CONFIG}: {key}={value!r} is a setting that this version does not know")
+            raise TanzakuError(
+                f"{where}: {key}={value!r} is a setting that this version does not know; use it with HF PEFT"
+            )
     settings = {key: value for key, value in config.items() if key in fields}
     for key in ("rank_pattern", "alpha_pattern"):
         if settings.get(key, 0) is None and kind != "ADALORA":

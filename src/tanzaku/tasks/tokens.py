@@ -509,7 +509,11 @@ def _from_spans(spans: Sequence[Any], text: str, where: str) -> list[Entity]:
         if not isinstance(span, Mapping) or not {"start", "end", "label"} <= span.keys():
             raise TanzakuError(f"{where} span {at} is {str(span)[:40]}, expected start, end and label")
         start, end, kind = span["start"], span["end"], span["label"]
-        if type(start) is not int or type(end) is not int or not 0 <= start < end <= len(text):
+        if type(start) is not int or type(end) is not int:
+            raise TanzakuError(f"{where} span {at} is from {start!r} to {end!r}, expected whole numbers")
+        if start == end:
+            raise TanzakuError(f"{where} span {at} is empty, from {start} to {end}; end is behind its last character")
+        if not 0 <= start < end <= len(text):
             raise TanzakuError(
                 f"{where} span {at} is from {start} to {end}, expected characters from 0 to {len(text)} of its text"
             )
