@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import get_scheduler
 from transformers.pytorch_utils import Conv1D
 
@@ -23,7 +23,6 @@ from tanzaku.models.families import features
 from tanzaku.support.seeds import seed_of
 from tanzaku.tasks.batches import epoch_batches
 from tanzaku.tasks.task import Example, Records, TaskData, metric_named, weighed
-from tanzaku.train.optimizer import FlatAdamW
 from tanzaku.train.results import EpochRecord, Job, JobResult
 
 # What transformers' Trainer spares from weight decay, by the parameter's name.
@@ -206,6 +205,8 @@ class Lane:
         self._begun = not batch.ends_step
         if batch.ends_step:
             self.scaler.unscale_(self.optimizer)
+            if norm := self.job.settings.max_grad_norm:
+                nn.utils.clip_grad_norm_(self.trained, norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.schedule.step()
@@ -352,17 +353,17 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _optimizer(adapter: Adapter, job: Job) -> FlatAdamW:
+def _optimizer(adapter: Adapter, job: Job) -> torch.optim.AdamW:
     s = job.settings
     named = adapter.trained()
     groups: list[dict[str, Any]] = [
         {"params": [p for n, p in named if not _NO_DECAY.search(n)], "weight_decay": s.weight_decay},
         {"params": [p for n, p in named if _NO_DECAY.search(n)], "weight_decay": 0.0},
     ]
-    return FlatAdamW(
+    return torch.optim.AdamW(
         [g for g in groups if g["params"]],
         lr=cast(float, s.learning_rate),  # a job has one
         betas=(s.adam_beta1, s.adam_beta2),
         eps=s.adam_epsilon,
-        max_norm=s.max_grad_norm,
+        fused=True,
     )
