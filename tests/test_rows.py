@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultipleChoice,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     Gemma3Config,
@@ -32,6 +33,7 @@ from models import lively, tiny
 from tanzaku.core import survey as survey_module
 from tanzaku.core.host import host_of
 from tanzaku.core.survey import survey
+from tanzaku.methods import METHODS
 from tanzaku.models.families import Base
 
 _TEXT = {
@@ -164,12 +166,18 @@ def test_modules_of_no_known_kind_learn_from_what_they_are_given() -> None:
                 assert_close(mixed[row], model(x[row : row + 1])[0])
 
 
-def test_a_batch_of_choices_is_its_rows_choices() -> None:
-    from transformers import BertConfig, BertForMultipleChoice
-
-    model = BertForMultipleChoice(BertConfig(**_TEXT)).eval()
+@pytest.mark.parametrize("name", ["lora", "prefix_tuning", "llama_adapter"])
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "albert", "electra"])
+def test_a_batch_of_choices_is_its_rows_choices(kind: str, name: str) -> None:
+    own = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4} if kind == "distilbert" else {}
+    model = AutoModelForMultipleChoice.from_config(AutoConfig.for_model(kind, **_TEXT, **own)).eval()
     lively(model)
-    attached(model, ["query", "value"])
+    settings: dict[str, Any] = {"prefix_tuning": {"num_virtual_tokens": 3}, "llama_adapter": {"adapter_layers": 1}}
+    for seed, adapter in enumerate("ab"):
+        hung = tz.attach(model, METHODS[name](**settings.get(name, {})), adapter, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        for _, parameter in hung.trained():
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
     ids = torch.arange(5, 35).view(2, 3, 5)
     with torch.no_grad():
         with tz.route(model, ["a", "b"]):

@@ -414,6 +414,8 @@ def _inputs(model: Any) -> dict[str, Tensor]:
         if "pixel_values" in names and "inputs_embeds" not in names:  # two towers side by side
             vision = config.vision_config
             out["pixel_values"] = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size)
+    if type(model).__name__.endswith("ForMultipleChoice"):  # which reads a text for each choice
+        out = {name: torch.stack([x, x], dim=1) for name, x in out.items()}
     if "decoder_input_ids" in names and getattr(config, "is_encoder_decoder", False):
         out["decoder_input_ids"] = torch.full((1, _DECODER_TOKENS), 7)
     if "use_cache" in names:
