@@ -142,7 +142,8 @@ def activate(model: nn.Module, name: Entry) -> None:
 
     Of the attached adapters the active ones alone require gradients and stand in the `state_dict`, as
     `tanzaku.NAME...`. So optimizers, gradient clipping, trainers and checkpoints see them, in the model and in whatever
-    holds it.
+    holds it. A pass that another thread has under way may see both what was active and what is: where several threads
+    compute, each has its own with :func:`route`.
     """
     host = host_of(model)
     host.set_active(name)
