@@ -47,7 +47,8 @@ def test_it_is_torchs_attention_of_each_row(rows: list[tuple[int, int]], heads: 
         torch.autograd.grad(expected, (q, k, v), gradient),
         strict=True,
     ):
-        assert_close(a, b, GRADIENT)
+        # Of one key the scores have no gradient, but for the rounding of what is multiplied.
+        assert_close(a, b, GRADIENT, scale=float(gradient.abs().max()))
 
 
 def test_a_broken_row_breaks_no_other() -> None:
