@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, MambaConfig, Static
 import tanzaku as tz
 from close import GRADIENT, assert_close, close
 from models import batch, tiny
-from tanzaku.core import caches, layout
+from tanzaku.core import caches, layout, tokens
 from tanzaku.core.host import host_of
 from tanzaku.core.positions import numbering
 from tanzaku.models.families import Base
@@ -463,6 +463,20 @@ def test_one_graph(kind, padding):
         with torch.no_grad(), tz.route(model, entries):
             fast = torch.compile(model, backend="eager", fullgraph=True)(**inputs).logits
         assert_close(fast, run(model, inputs, entries))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "t5"])
+def test_a_pass_asks_for_nothing_that_is_known_of_other_models(kind, monkeypatch):
+    """They come and go while it is compiled, and its guards would fail: how positions are numbered is known before."""
+    model = hung(tiny(kind, "lm"), tz.PromptTuning(num_virtual_tokens=3), tz.PrefixTuning(num_virtual_tokens=1))
+    inputs = batch(model, padding="right")
+
+    def asked(*_):
+        raise AssertionError("in a pass")
+
+    with torch.no_grad(), tz.route(model, ["a", "b", None, "a"]):
+        monkeypatch.setattr(tokens, "numbering", asked)
+        model(**inputs)
 
 
 def test_a_pass_that_failed_and_threads_do_not_meet():

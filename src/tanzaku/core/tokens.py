@@ -89,6 +89,7 @@ class VirtualTokens:
         self.width = max(self.counts)
         self.room = room(base)  # positions that the model has for a row's tokens
         self._neutral: int | None = None
+        self._stacks: list[tuple[nn.Module, Numbering]] = []  # those that number positions, and how
 
     def hooks(self) -> list[Hook]:
         """All that runs at the model's modules, in order."""
@@ -110,7 +111,9 @@ class VirtualTokens:
         numbers = _decoder(base) if base.encoder_decoder else _text_stack(base, entrance)
         if (shifted or self.width) and numbers is not entrance:
             hooks += [(numbers, "forward_pre", self._enter_text), (numbers, "forward", self._leave_text)]
-        if numbering(numbers, base).kind == "told":
+        # Known before a pass: what is known of all models changes with them, and compiled code would guard that.
+        self._stacks = [(stack, numbering(stack, base)) for stack in (numbers, _text_stack(base, entrance))]
+        if self._stacks[0][1].kind == "told":
             hooks.append((cast(nn.Module, numbers.embed_positions), "forward", self._place))
         return hooks
 
@@ -454,7 +457,8 @@ class VirtualTokens:
             state.positions = self._within((columns - skipped).clamp(min=0) + offset).expand(rows, -1)
 
     def _numbering(self, module: nn.Module) -> Numbering:
-        return numbering(_text_stack(self.base, module), self.base)
+        stack = _text_stack(self.base, module)
+        return next((found for known, found in self._stacks if known is stack), None) or numbering(stack, self.base)
 
     def _within(self, positions: Tensor) -> Tensor:
         """Positions that the model has: there is room for a row's own (`_check_room`), and what else stands in its
