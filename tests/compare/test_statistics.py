@@ -14,7 +14,7 @@ from scipy import stats
 from sklearn import metrics
 
 from tanzaku.compare import statistics
-from tanzaku.compare.statistics import Comparison, Design, Run, Scored, holm, rank
+from tanzaku.compare.statistics import Comparison, Design, Run, Scored, holm, losses, rank
 from tanzaku.errors import TanzakuError
 from tanzaku.tasks.classification import Classification
 from tanzaku.tasks.metrics import ACCURACY, ROC_AUC
@@ -478,6 +478,19 @@ def test_two_that_cannot_be_told_apart_are_not_therefore_alike() -> None:
     by_loss = replace(FIVE_FOLDS, metric=LOSS)
     assert rank(loss, replace(by_loss, margin=0.05)).cheapest == "head"  # 0.1 nats of 2
     assert rank(loss, replace(by_loss, margin=0.0001)).cheapest == "best"
+
+
+def test_what_is_cheaper_must_hold_in_the_other_metrics_too() -> None:
+    """A metric that is near its end for all says nothing of what others still tell apart."""
+    noise = np.array([0.001, -0.001, 0.0005, -0.0005, 0.0])
+    area = [folded("lora", list(0.998 + noise), 100), folded("head", list(0.997 - noise), 1)]
+    share = [folded("lora", list(0.95 + noise), 100), folded("head", list(0.88 - noise), 1)]
+    assert rank(area, FIVE_FOLDS).cheapest == "head"
+    found = losses(share, FIVE_FOLDS, "lora")
+    assert found["lora"] == 0.0 and found["head"] == pytest.approx(0.07, abs=0.001)
+    assert rank(area, FIVE_FOLDS, found).cheapest == "lora"
+    assert losses(share, FIVE_FOLDS, "head")["lora"] < 1e-3  # it need not be the best there
+    assert rank(area, FIVE_FOLDS, dict.fromkeys(found, 0.005)).cheapest == "head"
 
 
 def test_few_runs_have_an_interval_of_rows() -> None:

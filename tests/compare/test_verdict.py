@@ -95,6 +95,8 @@ def test_what_is_cheaper_and_as_good_is_named() -> None:
         "Of these, ia3 is the cheapest that is expected to lose no more than 0.05 against lora: "
         "it trains 24,000 parameters."
     )
+    held = verdict([LORA, IA3], replace(FOLDS, margin=0.05, beside=("accuracy", "macro F1")))[-1]
+    assert "no more than 0.05 against lora, in accuracy and macro F1 too: it trains" in held
     loss = replace(FOLDS, metric=LOSS, margin=0.1)
     assert "no more than 10% of it against" in verdict([IA3, replace(LORA, trainable_parameters=9)], loss)[-1]
 

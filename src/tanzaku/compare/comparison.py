@@ -22,14 +22,14 @@ from tanzaku.compare.flags import flags
 from tanzaku.compare.journal import Journal
 from tanzaku.compare.resamples import Resample, pooled, resamples
 from tanzaku.compare.search import Outcome, Search, direction, rungs, survivors
-from tanzaku.compare.statistics import Design, Ranking, Run, Scored, rank
+from tanzaku.compare.statistics import Design, Ranking, Run, Scored, losses, rank
 from tanzaku.compare.verdict import sentences
 from tanzaku.core.attach import activate, detach
 from tanzaku.files.writing import finite
 from tanzaku.recipe.comparison import CompareSettings, bytes_of
 from tanzaku.storage import store
 from tanzaku.tasks.inference import records_of
-from tanzaku.tasks.task import Split, Statistics, TaskData, metric_named
+from tanzaku.tasks.task import Metric, Split, Statistics, TaskData, metric_named
 from tanzaku.train.loop import Pool, intervals
 from tanzaku.train.results import EpochRecord, Job, JobResult, Observer
 from tanzaku.train.step import autocast
@@ -72,6 +72,8 @@ class Comparison:
     def __post_init__(self) -> None:
         self.task = self.data.task
         self.metric = metric_named(self.task, self.settings.rank_by or self.task.rank_by)
+        # Figures that a reader of the ranking looks at as well.
+        self.beside = [metric_named(self.task, name) for name in self.task.held if name != self.metric.name]
         self.design = self.settings.design(self.data.valid is not None)
         self.resamples = resamples(self.data, self.design, self.seed)
         self.memory = bytes_of(self.settings.memory) if self.settings.memory else None
@@ -136,8 +138,12 @@ class Comparison:
 
     def judge(self) -> None:
         """Rank the candidates all of whose runs are done, and choose the finalists."""
-        scored = [each for each in map(self._scored, self.measured) if each is not None]
-        self.ranking = rank(scored, self._statistics()) if scored else None
+        scored = self._all_scored(self.metric)
+        self.ranking = rank(scored, self._statistics(self.metric)) if scored else None
+        if self.ranking is not None and self.beside and not math.isnan(self.ranking.candidates[0].mean):
+            found = [losses(self._all_scored(m), self._statistics(m), self.ranking.best) for m in self.beside]
+            worst = {each.name: max(by_name[each.name] for by_name in found) for each in scored}
+            self.ranking = rank(scored, self._statistics(self.metric), worst)
         order = [standing.name for standing in self.ranking.candidates] if self.ranking else []
         # Whoever is recommended is kept and tested, too.
         also = {self.ranking.cheapest} if self.ranking else set()
@@ -271,7 +277,10 @@ class Comparison:
         names = [_name(candidate.name, at.name) for at in self.resamples]
         return [self.journal.jobs[name] for name in names if name in self.journal.jobs]
 
-    def _scored(self, candidate: Candidate) -> Scored | None:
+    def _all_scored(self, metric: Metric) -> list[Scored]:
+        return [each for candidate in self.measured if (each := self._scored(candidate, metric)) is not None]
+
+    def _scored(self, candidate: Candidate, metric: Metric) -> Scored | None:
         records = self.records(candidate)
         if len(records) < len(self.resamples) or any(record["status"] != "done" for record in records):
             return None
@@ -280,36 +289,37 @@ class Comparison:
                 at.repeat,
                 at.fold,
                 at.seed,
-                _figure(record["valid"] or {}, self.metric.name),
-                self._sums(record["predictions"], at.data.valid),
+                _figure(record["valid"] or {}, metric.name),
+                self._sums(record["predictions"], at.data.valid, metric),
                 None if at.data.valid is None else self._strata(at.data.valid),
             )
             for at, record in zip(self.resamples, records, strict=True)
         ]
         return Scored(candidate.name, runs, records[0]["trainable_parameters"])
 
-    def _sums(self, predictions: list[Any] | None, split: Split | None) -> Statistics | None:
+    def _sums(self, predictions: list[Any] | None, split: Split | None, metric: Metric) -> Statistics | None:
         if not predictions or split is None:
             return None
-        return self.metric.statistics(self.task.recorded(predictions, split.examples))
+        return metric.statistics(self.task.recorded(predictions, split.examples))
 
     def _strata(self, split: Split) -> np.ndarray[Any, np.dtype[Any]]:
         """Of each row, the number of its stratum."""
         names = [self.task.stratum(example) for example in split.examples]
         return np.unique([name or "" for name in names], return_inverse=True)[1]
 
-    def _statistics(self) -> Design:
+    def _statistics(self, metric: Metric) -> Design:
         train = plain.fmean(len(at.data.train) for at in self.resamples)
         valid = [at.data.valid for at in self.resamples if at.data.valid is not None]
         strata = None
         if self.design.folds is None:
             strata = self._strata(valid[0])
         kind: Any = "split" if self.design.folds is None else "folds"
-        return Design(kind, self.metric, train, plain.fmean(map(len, valid)), strata, self.settings.margin)
+        beside = tuple(each.title for each in self.beside)
+        return Design(kind, metric, train, plain.fmean(map(len, valid)), strata, self.settings.margin, beside)
 
     def results(self) -> dict[str, Any]:
         """The part of results.json that the comparison fills, as far as it has come; docs/results.md says what."""
-        design = self._statistics()
+        design = self._statistics(self.metric)
         failed = self._failed()
         names = [standing.name for standing in self.ranking.candidates] if self.ranking else []
         order = [*names, *(c.name for c in self.measured or self.candidates if c.name not in names)]

@@ -8,7 +8,7 @@ seeds, and the choice of validation rows, seen in a bootstrap of them. Nothing h
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -65,7 +65,8 @@ class Design:
 
     `train_rows` and `valid_rows` are those of one run, on average. `strata` are numbers [n] of a fixed split's
     validation rows, by which they are drawn anew. `margin` is how much less of the metric a cheaper candidate may be
-    expected to have: of one without bounds, a share of the best's.
+    expected to have: of one without bounds, a share of the best's. `beside`: titles of metrics in which it must not
+    lose more either.
     """
 
     kind: Literal["folds", "split"]
@@ -74,6 +75,7 @@ class Design:
     valid_rows: float
     strata: Array | None = None
     margin: float = MARGIN
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,28 @@ class Ranking:
     runs: int
 
 
-def rank(scored: Sequence[Scored], design: Design) -> Ranking:
+def losses(scored: Sequence[Scored], design: Design, best: str) -> dict[str, float]:
+    """What of the design's metric is expected to be lost by taking each candidate in place of `best`, which need not be
+    the best in this metric; inf where nothing tells. Of a metric without bounds, as a share of the best's."""
+    found = {each.name: _figures(each, design) for each in scored}
+    order = sorted(scored, key=lambda each: each.name != best)
+    table = np.stack([found[each.name] for each in order])
+    noise = _Folds(table, design) if design.kind == "folds" else _Split(table, order, design)
+    means, out = table.mean(axis=1), {best: 0.0}
+    scale = 1.0 if design.metric.bounded else abs(float(means[0])) or 1.0
+    for i, each in enumerate(order[1:], 1):
+        between = noise.of_difference(0, i)
+        loss = math.inf if between is None else between.loss(design.metric.sign * float(means[0] - means[i]))
+        out[each.name] = loss / scale
+    return out
+
+
+def rank(scored: Sequence[Scored], design: Design, beside: Mapping[str, float] | None = None) -> Ranking:
     """Candidates in the order of their means, and what can be told of each pair.
+
+    Args:
+        beside: by candidate, the largest loss (:func:`losses`) against the best in what else is asked of it. A metric
+            that is near its end for all tells little apart, where others still do.
 
     Equal means go by fewer trained parameters, then by name. A candidate with a figure that is no number (the area of
     one class alone, a loss that ran away) has no mean: it comes last and is compared with none.
@@ -169,7 +191,8 @@ def rank(scored: Sequence[Scored], design: Design) -> Ranking:
 
     def good(each: Standing) -> bool:
         loss = None if each is best else with_best[each.name].loss
-        return each is best or (loss is not None and loss <= margin)
+        also = (beside or {}).get(each.name, 0.0)
+        return each is best or (loss is not None and loss <= margin and also <= design.margin)
 
     cheapest = min(filter(good, tied), key=lambda each: each.trainable_parameters)
     names = tuple(each.name for each in tied)

@@ -106,9 +106,10 @@ def _cheapest(ranking: Ranking, design: Design) -> str:
     parameters = f"it trains {sizes[ranking.cheapest]:,} parameters"
     if ranking.cheapest != ranking.best:
         within = f"{design.margin:.0%} of it" if not design.metric.bounded else f"{design.margin:g}"
+        also = f", in {_and(design.beside)} too" if design.beside else ""
         return (
             f"Of these, {ranking.cheapest} is the cheapest that is expected to lose no more than {within} against "
-            f"{ranking.best}: {parameters}."
+            f"{ranking.best}{also}: {parameters}."
         )
     if all(sizes[name] >= sizes[ranking.best] for name in ranking.tied):
         return f"Of these, {ranking.best}, the best, also is the cheapest: {parameters}."

@@ -317,6 +317,11 @@ class Task(ABC):
         """Metrics whose test figures stand beside that which ranks."""
         return ()
 
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Metrics in which a cheaper candidate must not be expected to lose more than the margin either."""
+        return self.beside
+
     def doubts(self, runs: Sequence[Mapping[str, Any]], examples: Sequence[Example]) -> list[str]:
         """What a reader should know of a candidate before its figures are believed.
 

@@ -321,6 +321,10 @@ class Tokens(Task):
     def beside(self) -> tuple[str, ...]:
         return ("f1", "precision", "recall")
 
+    @property
+    def held(self) -> tuple[str, ...]:
+        return ("f1",)  # of which precision and recall are two sides
+
     def doubts(self, runs: Sequence[Mapping[str, Any]], examples: Sequence[Example]) -> list[str]:
         ignorant = ignorance(Counter(tag for example in examples for tag in self._tagged(example)).values())
         out = []
