@@ -14,6 +14,7 @@ import tanzaku
 from close import GRADIENT, assert_close
 from tanzaku.core.routing import Ragged, _Pack, _Pad
 from tanzaku.engine.attention import _Rows, row_attention
+from tanzaku.engine.gates import _SILU, _Gated
 from tanzaku.engine.norms import _Norm
 from tanzaku.engine.products import _Product, _TrainedProduct
 from tanzaku.methods.lora import _LowRank
@@ -32,6 +33,7 @@ USES: dict[type, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | 
     _Pad: (lambda x: RAGGED.pack(RAGGED.pad(x).sin()), torch.sin),
     _Pack: (lambda x: RAGGED.pack(RAGGED.pad(x).exp()), torch.exp),
     _Rows: (lambda x: row_attention(*[x[:, None]] * 3, [1, 3], [1, 3], MASKS, 0.5), None),
+    _Gated: (lambda x: _Gated.apply(x, x, *_SILU), None),
     _Norm: (lambda x: _Norm.apply(x, W[0], torch.tensor(1e-6)), None),
     _Product: (lambda x: _Product.apply(x.sin(), W, None, None, None, None), None),
     _TrainedProduct: (lambda x: _TrainedProduct.apply(x.sin(), W, None), None),

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from tanzaku.core.routing import Route
+from tanzaku.engine.gates import FrozenGates
 from tanzaku.engine.norms import FrozenNorms
 from tanzaku.engine.packing import Packing
 from tanzaku.engine.products import FrozenProducts, Tokens
@@ -40,11 +41,11 @@ class CheapPasses:
 
     def __init__(self, base: Base):
         self.pooled, self.packing = PooledOnly(base), Packing(base)
-        self.products, self.norms = FrozenProducts(base), FrozenNorms(base)
+        self.products, self.norms, self.gates = FrozenProducts(base), FrozenNorms(base), FrozenGates(base)
         self._entered = ExitStack()
 
     def __enter__(self) -> CheapPasses:
-        for part in (self.packing, self.products, self.norms):
+        for part in (self.packing, self.products, self.norms, self.gates):
             self._entered.enter_context(part)
         return self
 
