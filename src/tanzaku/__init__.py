@@ -95,8 +95,6 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'tanzaku' has no attribute {name!r}")
-    if _HOME[name].startswith("tanzaku.core."):
-        importlib.import_module("tanzaku.storage.store")  # a model's save_pretrained writes its adapters by it
     return getattr(importlib.import_module(_HOME[name]), name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -23,6 +24,7 @@ from cli_kit import Tanzaku, assert_refused, results_of
 from close import GRADIENT, assert_close
 from tanzaku.cli import demo
 from tanzaku.cli.live import Live
+from tanzaku.compare import comparison
 from tanzaku.compare.comparison import Comparison
 from tanzaku.methods import METHODS
 from tanzaku.tasks.task import LOSS
@@ -118,6 +120,28 @@ def test_a_comparison_of_every_kind_of_entry(plenty: Path, tanzaku: Tanzaku) -> 
         for name in finalists:
             expected = found["rows"]["predictions"][name][row]
             assert_close([*json.loads(line)["adapters"][name]["probabilities"].values()], expected)
+
+
+def test_what_is_cheaper_is_held_to_the_figures_beside_the_ranking_one(
+    plenty: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, real = [], comparison.losses
+
+    def losses(scored: Any, design: Any, best: str) -> dict[str, float]:
+        asked.append(design.metric.name)
+        return dict.fromkeys(real(scored, design, best), math.inf)
+
+    def good(scored: Any, design: Any, best: str) -> dict[str, float]:
+        return dict.fromkeys(real(scored, design, best), 0.0)
+
+    found = {}
+    for name, replaced in (("held", losses), ("free", good)):
+        monkeypatch.setattr(comparison, "losses", replaced)
+        assert tanzaku("compare", "recipe.yaml", "--margin", "1", "--out", name).code == 0
+        found[name] = results_of(plenty / name)["verdict"]
+    assert set(asked) == {"accuracy"}  # beside the ROC-AUC of two classes
+    assert found["held"]["cheapest"] == found["held"]["best"]
+    assert found["free"]["cheapest"] != found["free"]["best"] or len(found["free"]["tied"]) == 1
 
 
 def test_folds(plenty: Path, tanzaku: Tanzaku) -> None:

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from close import assert_close
 from tanzaku.cli import main
 from tanzaku.cli.adapters import names_of
+from tanzaku.cli.output import Lines, Partial, Unwritten
 from tanzaku.tasks import inference, stream
 
 module = importlib.import_module("tanzaku.cli.predict")
@@ -611,6 +612,30 @@ def test_a_full_disk_keeps_what_is_written(
     assert (work / f"x.{kind}").read_bytes() == (work / f"whole.{kind}").read_bytes()
 
 
+def test_what_does_not_fit_is_said_once_more_by_nobody(tmp_path: Path) -> None:
+    """The file's own buffer keeps what could not be written, and closing it would try again."""
+
+    class Full(io.BytesIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None:
+            self.flush()
+
+    form = Lines("tsv", ["text"])
+    for keep in (True, False):
+        partial = Partial(tmp_path / "x", form, {}, False, keep=keep)
+        with pytest.raises(Unwritten, match="No space left"), partial as part:
+            part.add([{"text": "a"}], {"rows": 1})
+            part.file.close()
+            part.file = Full()  # type: ignore[assignment]
+            part.add([{"text": "b"}], {"rows": 2})
+        left = sorted(path.name for path in tmp_path.iterdir())
+        assert left == ([".x.partial", ".x.partial.json"] if keep else [])
+        for name in left:
+            (tmp_path / name).unlink()
+
+
 def test_interrupted_before_the_first_rows(work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
     stops_at(monkeypatch, 1)
     before = sorted(work.rglob("*"))
@@ -717,6 +742,31 @@ def test_rows_that_come_later(work: Path, tanzaku: Tanzaku, monkeypatch: pytest.
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=buffer, isatty=lambda: False))
     assert_refused(tanzaku("predict", "lora", "--data", "-", "--out", "x.tsv"), "standard input", *says)
     assert not list(work.glob("*x.tsv*")) and not list(work.glob(".*"))
+
+
+OPEN = 'n,text\n1,sea\n2,rain\n3,"open\n4,wind\n'
+LAST = "n,text\n1,sea\n2,rain\n3\n"
+LONG = "n,text\n" + "".join(f'{n},"{chr(10).join(["sea"] * 6)}"\n' for n in range(8)) + "9\n"
+SEPARATED = "n,text\n1,sea\u2028rain\n2\n3,wind\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "texts"),
+    [
+        (OPEN, ["sea", "rain"]),
+        (LAST, ["sea", "rain"]),
+        (LONG, ["\n".join(["sea"] * 6)] * 8),
+        (SEPARATED, ["sea\u2028rain"]),
+    ],
+    ids=["an open quote", "the last row", "rows of several lines", "a separator in a text"],
+)
+def test_a_broken_row_is_told_however_rows_end(
+    work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch, rows: str, texts: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(rows.encode())))
+    said = tanzaku("predict", "lora", "--data", "-", "--json", "--data-format", "csv")
+    assert [json.loads(line)["text"] for line in said.out.splitlines()] == texts
+    assert_refused(said, "standard input")
 
 
 @pytest.mark.parametrize("kind", ["json", "tsv", "csv"])

@@ -22,7 +22,7 @@ from variants import all_methods, bamboo, hang, logits, method, plain_logits
 
 import tanzaku as tz
 from close import GRADIENT, assert_close, close
-from models import batch
+from models import batch, tiny
 from tanzaku.compat.peft import get_peft_model
 from tanzaku.compat.peft.config import CONFIGS
 from tanzaku.core.host import host_of
@@ -237,6 +237,19 @@ def test_pickled_and_read_again(name, api):
     assert len(trained(twin)) == len(trained(model))
     steps(twin)
     assert_close(compute(model), before)
+
+
+def test_a_model_that_was_unpickled_writes_its_adapters(tmp_path):
+    """In a process that has imported nothing of ours by name."""
+    model = tiny("llama", "lm")
+    tz.attach(model, tz.LoRA(r=2), "a", seed=0)
+    tz.activate(model, "a")
+    with (tmp_path / "model").open("wb") as file:
+        pickle.dump(model, file)
+    code = "import pickle, sys; pickle.load(open(sys.argv[1], 'rb')).save_pretrained(sys.argv[2])"
+    paths = [str(tmp_path / name) for name in ("model", "out")]
+    subprocess.run([sys.executable, "-c", code, *paths], check=True, timeout=300)
+    tz.load(tiny("llama", "lm"), tmp_path / "out" / "tanzaku" / "a", "mine")
 
 
 def test_read_in_another_process(tmp_path):

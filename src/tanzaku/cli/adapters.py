@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tanzaku.cli.record import BEGUN
+from tanzaku.cli.record import BEGUN, command_of, is_done
 from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.files.writing import recover
 from tanzaku.models.task_types import AUTO_CLASSES
@@ -53,10 +53,11 @@ def check_paths(paths: Sequence[Path]) -> None:
     for path in paths:
         recover(path)
         if not path.is_dir():
-            cut = next((out for out in path.parents if (out / BEGUN).is_file()), None)
-            if cut is not None:
+            if (cut := next((out for out in path.parents if (out / BEGUN).is_file()), None)) and not is_done(cut):
+                verb = command_of(cut)
                 raise TanzakuError(
-                    f"there is no adapter {path}: the run in {cut} was cut off; go on with it by --resume --out {cut}"
+                    f"there is no adapter {path}: the run in {cut} is not done; if it was cut off, go on with it by "
+                    f"tanzaku {verb} --resume --out {cut}"
                 )
             raise TanzakuError(f"there is no adapter {path}{_neighbour(path)}")
         inside = sorted(str(each.parent) for each in path.glob("adapters/*/adapter_config.json"))
@@ -221,9 +222,16 @@ def load_base_of(
 
 def _kind_of(given: Sequence[Saved], fix: str) -> str | None:
     """The class of the model that the adapters were made for. Another library's names an Auto class by its head."""
+    import transformers
+
+    def has(auto: str, kind: str) -> bool:
+        known = getattr(getattr(transformers, auto, None), "_model_mapping", None)
+        classes = getattr(known, "_model_mapping", {}).values()
+        return any(kind == each or kind in each for each in classes if isinstance(each, tuple) or kind == each)
+
     exact = [each for each in given if each.kind is not None and not each.kind.startswith("Auto")]
-    heads = {each.kind.partition("For")[2] for each in given if each.kind is not None}
-    if exact and len(heads) == 1:
+    autos = {each.kind for each in given if each.kind is not None and each.kind.startswith("Auto")}
+    if exact and all(has(auto, str(each.kind)) for auto in autos for each in exact):
         given = exact
     found: str | None = agreed(given, "kind", "kinds of model", fix)
     return found

@@ -189,7 +189,7 @@ class Partial:
                 raise TanzakuError(f"--out {self.out} is being written by another tanzaku predict") from None
             except OSError as error:
                 raise TanzakuError(f"cannot write {self.out}: {error.strerror or error}") from None
-            if not (self.resume or self.overwrite):
+            if self.keep and not (self.resume or self.overwrite):
                 self._check_nothing_is_lost()
             size = self._go_on() if self.resume else 0
             self.file.truncate(size)
@@ -221,7 +221,7 @@ class Partial:
             other = [key for key, value in self.about.items() if about.get(key) != value]
             raise TanzakuError(
                 f"--resume: {self.out} was begun with another {other[0] if other else 'version'}; give the same "
-                "command again, or leave --resume out to begin anew"
+                "command again, or begin anew with --overwrite in place of --resume"
             )
         if self.path.stat().st_size < size:
             return 0
@@ -262,10 +262,15 @@ class Partial:
         self.done = True
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
-        self.file.close()
+        with self.held:  # what did not fit is in the file's buffer yet
+            with suppress(OSError):
+                self.file.close()
+            self._clear(kind)
+
+    def _clear(self, kind: type[BaseException] | None) -> None:
+        """Remove what nobody can go on with."""
         hopeless = kind is not None and not (self.keep and issubclass(kind, OSError | KeyboardInterrupt | Unwritten))
         if not self.done and (hopeless or not self.rows):
             for path in (self.path, self.journal):
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
-        self.held.close()

@@ -37,6 +37,16 @@ def command_of(out: Path) -> str | None:
     return "damaged" if (out / BEGUN).is_file() or ((out / RESULTS).is_file() and beside) else None
 
 
+def is_done(out: Path) -> bool:
+    """Whether the directory's results.json says that all of its run is done."""
+    with suppress(OSError, ValueError, AttributeError, TypeError):
+        found = json.loads((out / RESULTS).read_text(encoding="utf-8"))
+        if found.get("command") == "train":
+            return [job.get("status") for job in found.get("jobs", [])] == ["done"]
+        return bool(found.get("status") == "done")
+    return False
+
+
 def only_leftovers(out: Path) -> bool:
     """Whether the directory holds nothing but what a run has left that was cut off before it had finished anything."""
     ours = {STATE, ADAPTERS, *WRITTEN, *(f".{name}.partial" for name in WRITTEN)}

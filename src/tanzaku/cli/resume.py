@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from tanzaku.cli.record import BEGUN
+from tanzaku.cli.record import BEGUN, command_of, is_done
 from tanzaku.cli.run import portable
 from tanzaku.errors import TanzakuError, flag
 from tanzaku.recipe.errors import complaint
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tanzaku.tasks.task import TaskData
 
 
-DRY_RUN = "print what tanzaku check tells of the rows, and train nothing"
+DRY_RUN = "print what tanzaku check tells of the rows, see that all fits the model, and train nothing"
 
 
 def switch(what: str) -> str:
@@ -71,8 +71,7 @@ def resumed(command: str, file: Path | None, flags: dict[str, Any], default_meth
 def _say_what_is_there(out: Path) -> None:
     if not out.is_dir():
         raise TanzakuError(f"--resume: there is no {out}, so no run to go on with; leave --resume out to begin one")
-    found = _read(out / "results.json")
-    if found.get("command") == "train" and [job.get("status") for job in found.get("jobs", [])] == ["done"]:
+    if command_of(out) == "train" and is_done(out):
         raise TanzakuError(
             f"--resume: the run in {out} is done, and its adapter is below {out / 'adapters'}; to train anew choose "
             "another --out, or pass --overwrite"

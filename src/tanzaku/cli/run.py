@@ -103,7 +103,8 @@ class Sitting:
 
 
 def rehearse(command: str, recipe: Recipe, methods: Sequence[tuple[str, Method, TrainSettings]]) -> None:
-    """Check all that a run checks, up to the model's weights, and print what `tanzaku check` prints.
+    """Check what a run checks of its settings, its rows and the model, without weights, and print what `tanzaku check`
+    prints.
 
     Raises:
         TanzakuError: bad input.

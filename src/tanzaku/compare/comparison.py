@@ -314,8 +314,15 @@ class Comparison:
         if self.design.folds is None:
             strata = self._strata(valid[0])
         kind: Any = "split" if self.design.folds is None else "folds"
-        beside = tuple(each.title for each in self.beside)
+        beside = tuple(self._named(each) for each in self.beside)
         return Design(kind, metric, train, plain.fmean(map(len, valid)), strata, self.settings.margin, beside)
+
+    def _named(self, metric: Metric) -> str:
+        """A metric that must hold, with its margin where that is of another kind than the ranking one's."""
+        if metric.bounded == self.metric.bounded:
+            return metric.title
+        own = f"{self.settings.margin:g}" if metric.bounded else f"{self.settings.margin:.0%} of it"
+        return f"{metric.title} ({own})"
 
     def results(self) -> dict[str, Any]:
         """The part of results.json that the comparison fills, as far as it has come; docs/results.md says what."""

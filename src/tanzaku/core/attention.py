@@ -17,7 +17,7 @@ from tanzaku.errors import TanzakuError
 from tanzaku.models.families.prompt_call import catch
 from tanzaku.models.families.trace import PREFIX
 
-PACKING = "_tanzaku_packing"  # gives attention its rows back where a batch holds single tokens (see train/packing.py)
+PACKING = "_tanzaku_packing"  # gives attention its rows back where a batch holds single tokens (see engine/packing.py)
 ATTEND = "_tanzaku_attend"
 _Result = tuple[Tensor, Tensor | None]
 

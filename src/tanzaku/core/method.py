@@ -9,7 +9,7 @@ devices and data types are written once, elsewhere.
 | `ModuleStrip`    | `inputs`, `outputs`          | change what a submodule reads or what it returns; `..._together` |
 | `AttentionStrip` | `attend`                     | change one attention layer's result, given queries, keys, values |
 | `TokenStrip`     | `vectors`                    | virtual tokens, put before the row's own                         |
-| `WeightStrip`    | (nothing: see `sites.py`)    | the adapter's own copy of a module's weights                     |
+| `WeightStrip`    | (nothing: see `weights.py`)  | the adapter's own copy of a module's weights                     |
 """
 
 from __future__ import annotations

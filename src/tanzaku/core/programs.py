@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,8 @@ class _SavePretrained:
         self.model, self.host = model, host
 
     def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _writers:
-            raise TanzakuError("save_pretrained: import tanzaku.storage.store first, which writes adapters")
+        if not _writers:  # a model that was unpickled may be all that was imported
+            import_module("tanzaku.storage.store")
         out = type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             for name in self.host.active_names:

@@ -1,7 +1,7 @@
-"""The three sites of a frozen model: what runs there is what the route in force says.
+"""The three sites of a frozen model: which hooks a route needs there, hung and taken away.
 
-Everything an adapter does to a model passes through here. Modules are reached by forward (pre-)hooks, attention by
-transformers' attention interface, virtual tokens by the backbone's inputs. Nothing in the model is replaced.
+Modules are reached by forward (pre-)hooks, attention by transformers' attention interface, virtual tokens by the
+backbone's inputs. Nothing in the model is replaced.
 
 A hook is hung when a route first needs it and stays until the last adapter goes. It holds no module, no adapter and no
 route: it asks, each time it runs, what is in force where it runs. So routes of several threads do not meet, a

@@ -112,8 +112,10 @@ class VirtualTokens:
         if (shifted or self.width) and numbers is not entrance:
             hooks += [(numbers, "forward_pre", self._enter_text), (numbers, "forward", self._leave_text)]
         # Known before a pass: what is known of all models changes with them, and compiled code would guard that.
-        self._stacks = [(stack, numbering(stack, base)) for stack in (numbers, _text_stack(base, entrance))]
-        if self._stacks[0][1].kind == "told":
+        # Without weights there is nothing to know it by yet.
+        stacks = [stack for stack in (numbers, _text_stack(base, entrance)) if not any_meta(stack)]
+        self._stacks = [(stack, numbering(stack, base)) for stack in stacks]
+        if numbering(numbers, base).kind == "told":
             hooks.append((cast(nn.Module, numbers.embed_positions), "forward", self._place))
         return hooks
 
@@ -520,7 +522,8 @@ class VirtualTokens:
     def _vectors(self, rows: int, like: Tensor) -> Tensor:
         """(rows, width, hidden): fillers are as good as zero, which is what a model sees beyond a row's ends, and yet
         not zero, since some divide by a vector's length."""
-        filler = torch.linspace(-1e-12, 1e-12, like.shape[-1], dtype=like.dtype, device=like.device)
+        least = max(1e-12, torch.finfo(like.dtype).tiny / 64)
+        filler = torch.linspace(-least, least, like.shape[-1], dtype=like.dtype, device=like.device)
         stacks = []
         for number, strips in enumerate(self.tokens):
             with self.route.running(number):
@@ -676,6 +679,10 @@ def without_cache(base: Base) -> dict[str, bool]:
 
 def _decoder(base: Base) -> nn.Module:
     return cast(nn.Module, cast(Any, base.model).get_decoder())
+
+
+def any_meta(module: nn.Module) -> bool:
+    return any(p.is_meta for p in tree.parameters(module))
 
 
 def _text_stack(base: Base, entrance: nn.Module) -> nn.Module:

@@ -166,7 +166,9 @@ def outline_for(name: str, task: Headed, *, on_progress: Progress = None) -> tup
     kind = _KINDS.get(auto.__name__, f"for {auto.__name__}")
     with _loading(f"{name!r} ({config.model_type}) {kind}"), torch.device("meta"):
         model = made.from_config(config) if hasattr(made, "from_config") else made(config)
-    return model, _tokenizer(name, where, trust_remote_code=False)
+    tokenizer = _tokenizer(name, where, trust_remote_code=False)
+    agree_on_padding(name, model, tokenizer)
+    return model, tokenizer
 
 
 def _configured(name: str, where: str, auto: Any, settings: dict[str, Any], trust_remote_code: bool) -> tuple[Any, Any]:

@@ -53,7 +53,8 @@ class CompareSettings(BaseModel):
         MARGIN,
         ge=0,
         allow_inf_nan=False,
-        description="what of it a cheaper candidate may be expected to lose against the best; of a loss, a share",
+        description="what a cheaper candidate may be expected to lose against the best, of that and of the figures "
+        "beside it; of a loss, a share",
     )
     rows_per_step: int | None = Field(None, ge=1, description="rows of all candidates in one step (chosen)")
     workers: int | None = Field(

@@ -73,11 +73,11 @@ class Piped:
         """The rows that have come, at most `size` at a time."""
         if start:
             raise ValueError(f"start is {start}, expected 0: what was read once is gone")
-        while self._ready or not self._lines.ended:
+        while self._ready or self._broken is not None or not self._lines.ended:
             while chunk := [self._ready.popleft() for _ in range(min(size, len(self._ready)))]:
                 self._count += len(chunk)
                 yield chunk
-            if not self._lines.ended:
+            if self._broken is not None or not self._lines.ended:
                 self._more()
 
     def _more(self) -> Columns:
@@ -92,15 +92,17 @@ class Piped:
         try:
             columns, old = self._read(text, at)
         except TanzakuError as error:
-            lines = text.splitlines(keepends=True)
-            good = 0 if self._whole else bisect(range(1, len(lines)), False, key=lambda n: self._breaks(lines[:n], at))
+            lines = _lines_of(text)
+            # A prefix that ends within a quoted field is no whole rows.
+            ends = [] if self._whole else [n for n in range(1, len(lines)) if not self._is_open("".join(lines[:n]))]
+            good = bisect(ends, False, key=lambda n: self._breaks(lines[:n], at))
             if not good:
                 raise
-            self._broken = error
-            text = "".join(lines[:good])
+            self._broken, self._note = error, lambda _: None
+            text = "".join(lines[: ends[good - 1]])
             columns, old = self._read(text, at)
         if self._format in DELIMITERS:
-            self._before.extend(line for line in text.splitlines(keepends=True) if '"' not in line and line.strip())
+            self._before.extend(line for line in _lines_of(text) if '"' not in line and line.strip())
         self._note = lambda _: None  # what is inferred is so for all rows, and said once
         rows_now = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
         lacking = dict.fromkeys(self.names)
@@ -141,6 +143,11 @@ class Piped:
         except csv.Error as error:
             return "unexpected end of data" in str(error)
         return False
+
+
+def _lines_of(text: str) -> list[str]:
+    """Lines with what ends them: a line separator within a text ends none."""
+    return io.StringIO(text, newline="").readlines()
 
 
 def _is_row(line: str) -> bool:
