@@ -172,6 +172,18 @@ def test_all_small_methods_by_default(work: Path, model_dir: Path, tanzaku: Tanz
     assert {c["status"] for c in found["candidates"]} == {"done"}
 
 
+def test_an_adapter_of_a_run_that_is_done_or_not(work: Path, tanzaku: Tanzaku) -> None:
+    """Who mistypes a name is not told to resume; who looks for what a run has not come to is."""
+    assert tanzaku("compare", "recipe.yaml", "--seeds", "1", "--out", "run").code == 0
+    said = tanzaku("predict", "run/adapters/lorra", "--data", "test.tsv")
+    assert_refused(said, "there is no adapter run/adapters/lorra", "did you mean 'lora'")
+    assert "--resume" not in said.err
+    found = json.loads((work / "run" / "results.json").read_text(encoding="utf-8"))
+    (work / "run" / "results.json").write_text(json.dumps(found | {"status": "interrupted"}), encoding="utf-8")
+    said = tanzaku("predict", "run/adapters/head", "--data", "test.tsv")
+    assert_refused(said, "the run in run is not done", "tanzaku compare --resume --out run")
+
+
 def test_one_run_each_gives_no_verdict(work: Path, tanzaku: Tanzaku) -> None:
     said = tanzaku("compare", "recipe.yaml", "--method", "lora", "--method", "head", "--seeds", "1", "--out", "run")
     assert said.code == 0 and "One run each" in said.out
