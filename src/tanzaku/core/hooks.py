@@ -18,7 +18,7 @@ from tanzaku.core.in_force import Current, InForce, Plan
 from tanzaku.core.quiet import quiet
 from tanzaku.core.routing import Cut, Route, Rows, take
 from tanzaku.core.rows import Batch, under_way
-from tanzaku.core.survey import Axis, Key, is_plain, replaced, see, survey, tensors
+from tanzaku.core.survey import Axis, Key, is_plain, replaced, see, tensors
 from tanzaku.core.weights import WeightStrip, rows_in, rows_put
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models import tree
@@ -338,7 +338,7 @@ class Split:
         assert force.places is not None
         self.args, self.kwargs = args, kwargs
         self.given = dict(tensors({**dict(enumerate(args)), **kwargs}))
-        for call in survey(force.places.base).at(path):
+        for call in force.places.seen.at(path):
             axes = {key: call.inputs.get(key) for key in self.given}
             if all(axis and axis.dims == self.given[key].dim() for key, axis in axes.items()):
                 self.call = call

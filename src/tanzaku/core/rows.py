@@ -52,9 +52,9 @@ class Places:
 
     def look(self) -> None:
         """Take what has been seen of the base up to now."""
-        seen = survey(self.base)
-        self.unseen = not seen.calls
-        self.found = {path: _place_of(seen, self.base, path) for path in self.sites}
+        self.seen = survey(self.base)  # kept: a pass asks no table of all models
+        self.unseen = not self.seen.calls
+        self.found = {path: _place_of(self.seen, self.base, path) for path in self.sites}
         self.around = {place.path for place in self.found.values() if isinstance(place, Within)}
 
     def groups(self, path: str, x: Tensor, returned: bool) -> tuple[int, list[tuple[int, Rows]]]:
