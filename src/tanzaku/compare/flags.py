@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tanzaku.support.numbers import written
 from tanzaku.tasks.task import Example, Metric, Task
 
 # Between the best and the worst run on the same rows: of what a metric can be, and of one without bounds, of its mean.
@@ -34,7 +35,7 @@ def flags(
         low, high = metric.bounds
         if apart > (UNSTEADY * (high - low) if metric.bounded else UNSTEADY_SHARE * statistics.fmean(figures)):
             more = "" if len(figures) >= 5 else "; give it five seeds"
-            out.append(f"unstable: its runs are {apart:.2f} apart{more}")
+            out.append(f"unstable: its runs are {written(apart, 2)} apart{more}")
     return out
 
 

@@ -23,6 +23,7 @@ from plotly.offline import get_plotlyjs
 from tanzaku.compare.statistics import ENOUGH
 from tanzaku.compare.verdict import tested_by
 from tanzaku.files.writing import written_beside
+from tanzaku.support.numbers import written
 from tanzaku.tasks import task_named
 from tanzaku.tasks.task import LOSS, Example, Metric, Said, metric_named
 
@@ -361,9 +362,9 @@ def _figure(value: float | None, kind: str) -> str:
     if value is None:
         return "–"
     if kind in ("points", "difference"):
-        text = f"{100 * value:+.1f}" if kind == "points" else f"{value:+.3f}"
+        text = f"{100 * value:+.1f}" if kind == "points" else f"{'+' if value >= 0 else ''}{written(value, 3)}"
         return text.replace("-", "\N{MINUS SIGN}")
-    return f"{100 * value:.1f}%" if kind == "percent" else f"{value:.3f}"
+    return f"{100 * value:.1f}%" if kind == "percent" else written(value, 3)
 
 
 def _p(value: float | None) -> str:
