@@ -200,11 +200,18 @@ class Partial:
             self.held = stack.pop_all()
         return self
 
+    def _noted(self) -> tuple[int, dict[str, int], dict[str, str]] | None:
+        """Bytes that are whole, the run's counts and what the rows depend on; None where that cannot be told."""
+        try:
+            kept = json.loads(self.journal.read_text(encoding="utf-8"))
+            size, counts, about = int(kept["bytes"]), dict(kept["counts"]), dict(kept["about"])
+            return (size, counts, about) if self.path.stat().st_size >= size else None
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+
     def _check_nothing_is_lost(self) -> None:
-        rows = 0
-        with suppress(OSError, ValueError, LookupError, TypeError):
-            rows = int(json.loads(self.journal.read_text(encoding="utf-8"))["counts"]["rows"])
-        if rows:
+        noted = self._noted()
+        if noted is not None and (rows := noted[1].get("rows", 0)):
             raise TanzakuError(
                 f"--out {self.out} was begun and cut off after {rows} rows; go on with them by --resume, or begin anew "
                 "with --overwrite"
@@ -212,21 +219,17 @@ class Partial:
 
     def _go_on(self) -> int:
         """Bytes that are whole; 0 where there is nothing to go on with."""
-        try:
-            kept = json.loads(self.journal.read_text(encoding="utf-8"))
-            size, counts, about = kept["bytes"], kept["counts"], kept["about"]
-        except (OSError, ValueError, LookupError, TypeError):
+        if (noted := self._noted()) is None:
             return 0
+        size, counts, about = noted
         if about != self.about:
             other = [key for key, value in self.about.items() if about.get(key) != value]
             raise TanzakuError(
                 f"--resume: {self.out} was begun with another {other[0] if other else 'version'}; give the same "
                 "command again, or begin anew with --overwrite in place of --resume"
             )
-        if self.path.stat().st_size < size:
-            return 0
         self.counts = counts
-        return int(size)
+        return size
 
     def add(self, rows: Sequence[Row], counts: Mapping[str, int]) -> None:
         """Write rows, which are there from now on, whatever happens. `counts` are the run's, and are kept with them.

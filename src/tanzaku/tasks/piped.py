@@ -214,7 +214,7 @@ class _Lines:
             raise TanzakuError(f"{below} on looks like {marked(block)}; say so with --encoding")
         if "\0" in text:
             raise TanzakuError(f"{below} on has a NUL character; expected plain text")
-        lines = io.StringIO(text, newline="").readlines()
+        lines = _lines_of(text)
         whole = self._ended or text.endswith("\n")  # a return at the end may be half of an end of line
         self._rest = "" if whole or not lines else lines.pop()
         self._ready.extend(lines)
