@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from cli_kit import Tanzaku, assert_refused, results_of
+from cli_kit import ROWS, Tanzaku, assert_refused, results_of
 
 from close import GRADIENT, assert_close
 from tanzaku.cli import demo
@@ -137,11 +137,15 @@ def test_what_is_cheaper_is_held_to_the_figures_beside_the_ranking_one(
     found = {}
     for name, replaced in (("held", losses), ("free", good)):
         monkeypatch.setattr(comparison, "losses", replaced)
-        assert tanzaku("compare", "recipe.yaml", "--margin", "1", "--out", name).code == 0
-        found[name] = results_of(plenty / name)["verdict"]
+        assert tanzaku("compare", "recipe.yaml", "--margin", "1", "--finalists", "1", "--out", name).code == 0
+        found[name] = results_of(plenty / name)
     assert set(asked) == {"accuracy"}  # beside the ROC-AUC of two classes
-    assert found["held"]["cheapest"] == found["held"]["best"]
-    assert found["free"]["cheapest"] != found["free"]["best"] or len(found["free"]["tied"]) == 1
+    held, free = (found[name]["verdict"] for name in ("held", "free"))
+    assert held["cheapest"] == held["best"] and free["cheapest"] == "head" != free["best"]
+    # Whoever is recommended is tested and kept, be it no finalist by its place.
+    chosen = [each for each in found["free"]["candidates"] if each["finalist"]]
+    assert all(each["test"] and each["adapter"] for each in chosen)
+    assert {each["name"] for each in chosen} == {free["best"], "head"}
 
 
 def test_folds(plenty: Path, tanzaku: Tanzaku) -> None:
@@ -165,11 +169,40 @@ def test_folds(plenty: Path, tanzaku: Tanzaku) -> None:
 
 
 def test_all_small_methods_by_default(work: Path, model_dir: Path, tanzaku: Tanzaku) -> None:
-    flags = ["--train", "train.tsv", "--epochs", "1", "--set", "llama_adapter.adapter_layers=1", "--folds", "2"]
+    flags = ["--train", "train.tsv", "--epochs", "1", "--folds", "2"]
     assert tanzaku("compare", "--model", model_dir, *flags, "--out", "run").code == 0
     found = results_of(work / "run")
     assert {c["name"] for c in found["candidates"]} == set(METHODS) - {"full"}
     assert {c["status"] for c in found["candidates"]} == {"done"}
+
+
+@pytest.mark.parametrize("tested", [True, False])
+def test_what_is_said_of_three_labels_and_one_rate(work: Path, model_dir: Path, tanzaku: Tanzaku, tested: bool) -> None:
+    """Macro F1 and accuracy of the test rows, of which nothing is said where there are none; whose rate it was."""
+    for split, before in (("train", ""), ("valid", "the "), ("test", "a ")):
+        text = "".join(
+            f"{before}{words}\t{label}\n" for words, label in [*ROWS, ("rain wind", "odd"), ("sea of sea", "odd")]
+        )
+        (work / f"{split}.tsv").write_text(f"text\tlabel\n{text}", encoding="utf-8")
+    flags = [
+        "--model",
+        model_dir,
+        "--train",
+        "train.tsv",
+        "--valid",
+        "valid.tsv",
+        "--method",
+        "head",
+        "--method",
+        "ia3",
+    ]
+    flags += ["--epochs", "1", "--seeds", "2", "--learning-rate", "1e-3"]
+    said = tanzaku("compare", *flags, *(["--test", "test.tsv"] if tested else []), "--out", "run")
+    assert said.code == 0, said.err
+    for words in ("test accuracy", "test macro F1", "test ROC-AUC", "test: the finalists' predictions"):
+        assert (words in said.out) == tested
+    for name in ("head", "ia3"):
+        assert f"{name}: its learning rate, 0.001, was shared with other methods and not searched" in said.out
 
 
 def test_an_adapter_of_a_run_that_is_done_or_not(work: Path, tanzaku: Tanzaku) -> None:
