@@ -27,8 +27,8 @@ from tanzaku.models.families import Base
 from tanzaku.tasks.classification import Classification, ClassificationSettings
 from tanzaku.tasks.prepare import encode, read_tables
 from tanzaku.tasks.task import Example, Split, TaskData
-from tanzaku.train.loop import Silent, train_jobs
 from tanzaku.train.results import Job, JobResult
+from tanzaku.train.scheduler import Silent, train_jobs
 from tanzaku.train.settings import TrainSettings
 
 BOOK = [name for name in METHODS if name not in ("full", "head")]

@@ -37,7 +37,7 @@ from transformers import PreTrainedModel
 import tanzaku as tz
 from bench.zoo import IMAGE, SUBJECTS, Row, Subject, batch_of, more
 from tanzaku.core.adapter import Adapter
-from tanzaku.core.method import Method, ModuleStrip
+from tanzaku.core.method import Method, ModuleLayer
 
 # Column -> two adapters of the method, of unequal size where rows may have such.
 COLUMNS: dict[str, Callable[[], tuple[Method, Method]]] = {
@@ -199,7 +199,7 @@ class Case:
         missing = [name for name, p in adapter.trained() if p.grad is None or not bool(p.grad.any())]
         # What the base's own weights have no gradient of is not asked of an adapter of them.
         weighed = {name.rpartition(".")[0] for name in self.gradients or ()}
-        paths = {path for path, strip in adapter.at() if isinstance(strip, ModuleStrip) and path not in weighed}
+        paths = {path for path, layer in adapter.at() if isinstance(layer, ModuleLayer) and path not in weighed}
         missing = [name for name in missing if not any(name.startswith(f"{path}.") for path in paths)]
         if adapter.method.name in ("full", "head"):
             missing = [name for name in missing if name in (self.gradients or ())]

@@ -23,8 +23,8 @@ from tanzaku.models.loading import load_classifier, load_tokenizer
 from tanzaku.tasks.classification import Classification, ClassificationSettings
 from tanzaku.tasks.prepare import encode, read_tables
 from tanzaku.tasks.task import Batch, Example, TaskData
-from tanzaku.train.loop import train_jobs
 from tanzaku.train.results import Job
+from tanzaku.train.scheduler import train_jobs
 from tanzaku.train.settings import TrainSettings
 
 RATES = {"lora": 5e-4, "ia3": 2e-3, "prompt_tuning": 5e-3}

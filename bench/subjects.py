@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
 
 import tanzaku as tz
-from tanzaku.core.host import host_of
+from tanzaku.core.manager import manager_of
 from tanzaku.core.routing import Route
-from tanzaku.engine.passes import CheapPasses
+from tanzaku.engine.accelerations import Accelerations
 from tanzaku.engine.products import lowest_layer
 from tanzaku.models.loading import load_classifier
 from tanzaku.tasks.task import Batch, Example
@@ -102,19 +102,19 @@ def tanzaku_stepper(model: PreTrainedModel, method: str) -> Stepper:
     adapter = tz.attach(model, ours(method), "bench", seed=0)
     settings = adapter.method
     settings.prepare(adapter, STEPS)
-    passes = CheapPasses(adapter.base).__enter__()
+    accelerations = Accelerations(adapter.base).__enter__()
     if settings.shares_batch:
-        passes.products.pack()
+        accelerations.products.pack()
     lowest = lowest_layer(adapter)
     model.train()
     route = Route.everywhere("bench")
-    host_of(model).switch(route)
+    manager_of(model).switch(route)
 
     def forward(batch: dict[str, Tensor]) -> Tensor:
         rows, length = batch["input_ids"].shape
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         together = Batch(inputs, {}, [Example({"input_ids": range(length)})] * rows)
-        with passes.reading(together, [adapter.virtual] * rows, [lowest] * rows, route):
+        with accelerations.reading(together, [adapter.virtual] * rows, [lowest] * rows, route):
             logits = model(**inputs, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits, batch["labels"])
         penalty = settings.penalty(adapter)

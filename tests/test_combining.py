@@ -13,12 +13,12 @@ from torch import nn
 import tanzaku as tz
 from close import GRADIENT, assert_close, close
 from models import batch, tiny
-from tanzaku.core.host import host_of
+from tanzaku.core.manager import manager_of
 from tanzaku.merging.combine import HOW
 
 
 @torch.no_grad()
-def hang(model: nn.Module, name: str, method: tz.Method, seed: int = 0) -> tz.Adapter:
+def attached(model: nn.Module, name: str, method: tz.Method, seed: int = 0) -> tz.Adapter:
     adapter = tz.attach(model, method, name, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for _, parameter in adapter.trained():
@@ -27,13 +27,13 @@ def hang(model: nn.Module, name: str, method: tz.Method, seed: int = 0) -> tz.Ad
 
 
 def deltas(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    return {path: strip.delta().detach() for path, strip in host_of(model).get(name).at() if hasattr(strip, "delta")}
+    return {path: layer.delta().detach() for path, layer in manager_of(model).get(name).at() if hasattr(layer, "delta")}
 
 
 def pair(**more: Any) -> nn.Module:
     model = tiny("llama", "lm")
-    hang(model, "a", tz.LoRA(r=2, **more), 1)
-    hang(model, "b", tz.LoRA(r=2, **more), 2)
+    attached(model, "a", tz.LoRA(r=2, **more), 1)
+    attached(model, "b", tz.LoRA(r=2, **more), 2)
     return model
 
 
@@ -53,7 +53,7 @@ def test_exact_rules_are_the_weighted_sum(ranks: list[int], data: st.DataObject,
         targets = data.draw(st.lists(st.sampled_from(["q_proj", "v_proj", "down_proj"]), min_size=1, unique=True))
         layers = data.draw(st.sampled_from([None, [0], [1]]))
         method = tz.LoRA(r=r, lora_alpha=3, target_modules=targets, layers_to_transform=layers, use_rslora=rslora)
-        hang(model, name, method, i)
+        attached(model, name, method, i)
     more = {"svd_rank": sum(ranks)} if how == "svd" else {}
     tz.combine(model, names, "new", weights=weights, how=how, **more)
     expected: dict[str, torch.Tensor] = {}
@@ -68,13 +68,13 @@ def test_exact_rules_are_the_weighted_sum(ranks: list[int], data: st.DataObject,
 
 def test_the_parts_and_the_callers_draws_stay() -> None:
     model = pair()
-    before = {name: p.clone() for each in "ab" for name, p in host_of(model).get(each).named_parameters()}
+    before = {name: p.clone() for each in "ab" for name, p in manager_of(model).get(each).named_parameters()}
     state = torch.get_rng_state()
     tz.combine(model, ["a", "b"], "new", how="dare_ties", density=0.5, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
     tz.combine(model, ["a", "b"], "again", how="dare_ties", density=0.5, seed=3)
     tz.combine(model, ["a", "b"], "other", how="dare_ties", density=0.5, seed=4)
-    after = {name: p for each in "ab" for name, p in host_of(model).get(each).named_parameters()}
+    after = {name: p for each in "ab" for name, p in manager_of(model).get(each).named_parameters()}
     assert all(torch.equal(after[name], p) for name, p in before.items())
     new, again, other = (deltas(model, name) for name in ("new", "again", "other"))
     assert_close(again, new)
@@ -86,14 +86,14 @@ def test_heads(copies: str) -> None:
     """Two heads are an error as in PEFT, unless it is said what to take."""
     model = tiny("llama", "cls")
     for seed, name in enumerate("ab"):
-        hang(model, name, tz.LoRA(r=2), seed)
+        attached(model, name, tz.LoRA(r=2), seed)
     with pytest.raises(tz.TanzakuError, match=r"a, b each have their own score.*copies='a'.*'mean'"):
         tz.combine(model, ["a", "b"], "new")
     assert tz.adapters(model) == ["a", "b"]
     tz.combine(model, ["a", "b"], "new", weights=[3, 1], copies=copies)
 
     def head(name: str) -> torch.Tensor:
-        return dict(host_of(model).get(name).named_parameters())["score.weight"]
+        return dict(manager_of(model).get(name).named_parameters())["score.weight"]
 
     expected = 0.75 * head("a") + 0.25 * head("b") if copies == "mean" else head(copies)
     assert_close(head("new"), expected)
@@ -103,11 +103,11 @@ def test_heads(copies: str) -> None:
 
 def test_a_copy_that_one_alone_has_is_taken() -> None:
     model = tiny("llama", "lm")
-    hang(model, "a", tz.LoRA(r=2), 1)
-    hang(model, "b", tz.LoRA(r=2, modules_to_save=["lm_head"]), 2)
+    attached(model, "a", tz.LoRA(r=2), 1)
+    attached(model, "b", tz.LoRA(r=2, modules_to_save=["lm_head"]), 2)
     tz.combine(model, ["a", "b"], "new", weights=[0.5, 0.1])
-    own = dict(host_of(model).get("new").named_parameters())
-    assert torch.equal(own["lm_head.weight"], dict(host_of(model).get("b").named_parameters())["lm_head.weight"])
+    own = dict(manager_of(model).get("new").named_parameters())
+    assert torch.equal(own["lm_head.weight"], dict(manager_of(model).get("b").named_parameters())["lm_head.weight"])
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -167,8 +167,8 @@ def test_bad_input(arguments: dict[str, Any], message: str) -> None:
 )
 def test_what_does_not_go_together(first: tz.Method, second: tz.Method, options: dict[str, Any], message: str) -> None:
     model = tiny("llama", "lm", attention_bias=True)
-    hang(model, "a", first, 1)
-    hang(model, "b", second, 2)
+    attached(model, "a", first, 1)
+    attached(model, "b", second, 2)
     with pytest.raises(tz.TanzakuError, match=message):
         tz.combine(model, ["a", "b"], "new", **options)
     assert tz.adapters(model) == ["a", "b"]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import tanzaku as tz
 from close import assert_close, close
 from models import KINDS, batch, tiny
-from tanzaku.core.host import host_of
+from tanzaku.core.manager import manager_of
 from tanzaku.methods import METHODS
 from tanzaku.models.families import Base, table
 
@@ -315,7 +315,7 @@ def test_keys_and_values_of_their_own_size(kind):
     with torch.no_grad():
         bare = model(ids).logits
         for name in ("prefix", "prompts"):
-            adapter = dict(host_of(model).adapters)[name]
+            adapter = dict(manager_of(model).adapters)[name]
             for _, parameter in adapter.trained():
                 parameter.add_(torch.randn_like(parameter))
             with tz.route(model, [name]):

@@ -10,7 +10,7 @@ import torch
 from bench import families, zoo
 
 from tanzaku.errors import TanzakuError
-from tanzaku.methods.lora import LoraStrip
+from tanzaku.methods.lora import LoraDelta
 from tanzaku.methods.prompt_tuning import PromptTuning
 from tiers import in_families
 
@@ -88,15 +88,15 @@ def wrong(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_faults_have_their_marks(wrong: Any) -> None:
     """A method that merges to something else, has a parameter of no use, refuses, or fails is told by its mark."""
-    wrong(LoraStrip, "merged", lambda right, *args: {"weight": right(*args)["weight"] * 1.1})
+    wrong(LoraDelta, "merged", lambda right, *args: {"weight": right(*args)["weight"] * 1.1})
     assert list(cell_of("LoRA (default)").found) == ["MERGE"]
 
-    def idle(right: Any, strip: Any, module: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return y + strip.lora_B.weight.sum() * 0
+    def idle(right: Any, layer: Any, module: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y + layer.lora_B.weight.sum() * 0
 
-    wrong(LoraStrip, "merged", lambda right, strip, module: {"weight": module.weight.detach().clone()})
-    wrong(LoraStrip, "outputs", idle)
-    wrong(LoraStrip, "alike", lambda right, *args: None)
+    wrong(LoraDelta, "merged", lambda right, layer, module: {"weight": module.weight.detach().clone()})
+    wrong(LoraDelta, "outputs", idle)
+    wrong(LoraDelta, "batch_key", lambda right, *args: None)
     assert list(cell_of("LoRA (default)").found) == ["nograd"]
 
     def refuse(right: Any, *args: Any) -> None:

@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig, LlamaForSequenceClassification, Tor
 import tanzaku as tz
 from close import GRADIENT, HALF, PASS, assert_close, tolerance
 from models import batch, tiny
-from tanzaku.core.host import host_of
+from tanzaku.core.manager import manager_of
 from tanzaku.models.quantize import full_weight, quantised
 
 
@@ -61,8 +61,8 @@ def test_what_rounding_takes_is_measured(dtype: torch.dtype) -> None:
         model = tiny("llama", "lm").to(dtype)
         opened(model, tz.LoRA(r=2, target_modules=["layers.0.self_attn.q_proj"]), scale=scale)
         module = model.model.layers[0].self_attn.q_proj
-        strip = next(iter(dict(host_of(model).get("a").at()).values()))
-        delta = strip.delta().detach()
+        layer = next(iter(dict(manager_of(model).get("a").at()).values()))
+        delta = layer.delta().detach()
         exact = module.weight.float() + delta
         said = pytest.warns(UserWarning, match=r"rounding to b?float16 lost .*load the base in float32")
         with said if scale == 0.002 else contextlib.nullcontext():
@@ -96,7 +96,7 @@ def test_merged_for_good() -> None:
     """The adapter is gone, no second copy is held, and the base can take another."""
     model = tiny("llama")
     opened(model, tz.LoRA(r=2))
-    gone = weakref.ref(host_of(model).get("a"))
+    gone = weakref.ref(manager_of(model).get("a"))
     expected = logits(model, "a")
     tz.merge(model, "a", keep=False)
     assert_close(logits(model), expected)
@@ -210,7 +210,7 @@ def test_a_dequantised_base_is_saved_plain(form: str, folder: Path, tmp_path: Pa
     model = quantise(folder, form)
     opened(model, tz.LoRA(r=2))
     q_proj = model.model.layers[0].self_attn.q_proj
-    exact = full_weight(q_proj) + next(s for p, s in host_of(model).get("a").at()).delta()
+    exact = full_weight(q_proj) + next(s for p, s in manager_of(model).get("a").at()).delta()
     down = full_weight(model.model.layers[1].mlp.down_proj)
     tz.merge(model, "a", dequantize=True, keep=False)
     model.save_pretrained(tmp_path / "plain")

@@ -70,9 +70,9 @@ def test_pickling_keeps_the_module():
 # -- prompts
 
 
-def strips(model, method):
+def layers(model, method):
     adapter = tz.attach(model, method, "x", seed=0)
-    return nn.ModuleList([strip for _, strip in adapter.at()])
+    return nn.ModuleList([layer for _, layer in adapter.at()])
 
 
 PREFIX = {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 8}
@@ -85,24 +85,24 @@ PREFIX = {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_si
 def test_a_copied_prefix_is_its_own(kind, method, again):
     """After a forward pass, too: what it wrote then is the original's, and has a graph that nobody can copy."""
     model = tiny(kind, "lm")
-    own = strips(model, method)
+    own = layers(model, method)
     with tz.route(model, ["x"] * 4):
         model(**batch(model))
     other = again(own)
-    before = [[t.detach().clone() for t in strip.keys_values()] for strip in own]
+    before = [[t.detach().clone() for t in layer.keys_values()] for layer in own]
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()
     assert {id(p) for p in own.parameters()}.isdisjoint(map(id, other.parameters()))
-    for strip, tensors in zip(other, before, strict=True):
-        assert not any(t.any() for t in strip.keys_values())
+    for layer, tensors in zip(other, before, strict=True):
+        assert not any(t.any() for t in layer.keys_values())
         assert all(t.any() for t in tensors)
-    for strip, tensors in zip(own, before, strict=True):
-        assert_close(strip.keys_values(), tensors)
+    for layer, tensors in zip(own, before, strict=True):
+        assert_close(layer.keys_values(), tensors)
 
 
 def test_a_layer_that_is_copied_alone_says_so():
-    layer = copy.deepcopy(strips(tiny("llama", "lm"), tz.PrefixTuning(**PREFIX))[1])
+    layer = copy.deepcopy(layers(tiny("llama", "lm"), tz.PrefixTuning(**PREFIX))[1])
     with pytest.raises(tz.TanzakuError, match="copy the whole adapter"):
         layer.keys_values()
 
@@ -110,7 +110,7 @@ def test_a_layer_that_is_copied_alone_says_so():
 def test_a_copied_prompt_encoder_has_no_model():
     model = tiny("llama", "lm")
     method = tz.PTuning(num_virtual_tokens=3, encoder_reparameterization_type="LSTM", encoder_dropout=0.5)
-    (own,) = strips(model, method)
+    (own,) = layers(model, method)
     other = copy.deepcopy(own).eval()
     assert other.model() is None and own.model() is model
     assert_close(other.vectors(), own.vectors())
@@ -121,7 +121,7 @@ def test_a_copied_prompt_encoder_has_no_model():
 def test_threads_do_not_share_what_a_prefix_writes():
     """A thread that writes without a graph, between another's passes through the layers, takes no gradient from it."""
     model = tiny("llama", "lm")
-    own = strips(model, tz.PrefixTuning(**PREFIX))
+    own = layers(model, tz.PrefixTuning(**PREFIX))
     tz.activate(model, "x")
 
     def elsewhere():
@@ -133,14 +133,14 @@ def test_threads_do_not_share_what_a_prefix_writes():
     thread = threading.Thread(target=elsewhere)
     thread.start()
     thread.join()
-    sum(t.sum() for strip in own for t in strip.keys_values()).backward()
+    sum(t.sum() for layer in own for t in layer.keys_values()).backward()
     assert all(p.grad is not None for p in own.parameters())
 
 
 def test_a_checkpointed_layer_reads_what_was_written_for_its_own_pass():
     """Another pass, without a graph, comes between the forward and the backward pass."""
     model = tiny("llama", "lm").train()
-    strips(model, tz.PrefixTuning(**PREFIX))
+    layers(model, tz.PrefixTuning(**PREFIX))
     tz.activate(model, "x")
     inputs = batch(model)
 

@@ -31,7 +31,7 @@ import tanzaku as tz
 from close import GRADIENT, assert_close, close
 from models import lively, tiny
 from tanzaku.core import survey as survey_module
-from tanzaku.core.host import host_of
+from tanzaku.core.manager import manager_of
 from tanzaku.core.survey import survey
 from tanzaku.methods import METHODS
 from tanzaku.models.families import Base
@@ -107,7 +107,7 @@ def test_each_row_gets_its_adapter_whatever_the_first_dimension_is(what: str) ->
                 if ("use_cache" in model.forward.__code__.co_varnames)
                 else model(**{name: x[rows] for name, x in inputs.items()}).logits
             )
-        own = [p for _, p in host_of(model).get("a").trained()]
+        own = [p for _, p in manager_of(model).get("a").trained()]
         at = [n for n, entry in enumerate(route) if entry == "a"]
         gradients = torch.autograd.grad(logits[at].pow(2).sum(), own, allow_unused=True) if at else []
         return logits.detach(), [*gradients]
@@ -174,9 +174,9 @@ def test_a_batch_of_choices_is_its_rows_choices(kind: str, name: str) -> None:
     lively(model)
     settings: dict[str, Any] = {"prefix_tuning": {"num_virtual_tokens": 3}, "llama_adapter": {"adapter_layers": 1}}
     for seed, adapter in enumerate("ab"):
-        hung = tz.attach(model, METHODS[name](**settings.get(name, {})), adapter, seed=seed)
+        attached = tz.attach(model, METHODS[name](**settings.get(name, {})), adapter, seed=seed)
         generator = torch.Generator().manual_seed(seed)
-        for _, parameter in hung.trained():
+        for _, parameter in attached.trained():
             parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
     ids = torch.arange(5, 35).view(2, 3, 5)
     with torch.no_grad():
@@ -323,7 +323,7 @@ def test_a_module_that_never_runs_is_left_out_of_all_linear(what: str) -> None:
     x = torch.randn(2, 3, 16, 16) if key == "pixel_values" else torch.arange(5, 21).view(2, 8)
     early = attached(copy.deepcopy(model), "all-linear", "a")
     attached(model, "all-linear", "a")
-    adapter = host_of(model).get("a")
+    adapter = manager_of(model).get("a")
     assert not any(path.endswith(f"head.attention.{name}" if name == "out_proj" else name) for path in adapter.paths)
 
     def out(model: Any) -> Tensor:
@@ -350,7 +350,7 @@ def test_who_names_a_module_that_never_runs_is_told() -> None:
 
 
 def test_pefts_file_with_tensors_of_a_module_that_never_runs(tmp_path: Path) -> None:
-    """PEFT hangs adapters there, too, to no effect."""
+    """PEFT attaches adapters there, too, to no effect."""
     import peft
 
     model = made("falcon_mamba", _MAMBA, AutoModelForCausalLM)
@@ -377,7 +377,7 @@ def test_a_router_that_returns_scores_is_no_target() -> None:
     with pytest.raises(tz.TanzakuError, match="PhimoeTopKRouter returns more than the product with its weight"):
         tz.attach(model, tz.LoRA(r=2, target_modules=["router", "q_proj"]), "a")
     attached(model, "all-linear", "a")
-    assert not any("router" in path for path in host_of(model).get("a").paths)
+    assert not any("router" in path for path in manager_of(model).get("a").paths)
     with torch.no_grad():
         ids = torch.arange(5, 13).view(2, 4)
         with tz.route(model, ["a"]):
@@ -391,7 +391,7 @@ def test_a_linear_layer_in_other_words_stays_a_target() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = attached(made("falcon", _TEXT, AutoModelForCausalLM), ["query_key_value"], "a")
-    assert len(host_of(model).get("a").paths) == 2
+    assert len(manager_of(model).get("a").paths) == 2
 
 
 @pytest.mark.parametrize("kind", ["opt", "bart"])
@@ -429,9 +429,9 @@ def test_tuples_and_named_arguments_are_changed_in_place() -> None:
             return y
 
     from tanzaku.core.in_force import InForce
-    from tanzaku.core.method import ModuleStrip
+    from tanzaku.core.method import ModuleLayer
 
-    class Double(ModuleStrip):
+    class Double(ModuleLayer):
         edits_input = True
 
         def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
@@ -442,14 +442,14 @@ def test_tuples_and_named_arguments_are_changed_in_place() -> None:
 
     model = Whole()
     tz.attach(model, tz.LoRA(r=1, target_modules=["inner"]), "a")
-    host, x = host_of(model), torch.randn(2, 4)
+    manager, x = manager_of(model), torch.randn(2, 4)
     from tanzaku.core.routing import Route
 
-    force = InForce(host.base, Route.everywhere("a"), [[("pair", Double())]])
-    host.sites.ensure(force)
-    host.sites.put((force,))
+    force = InForce(manager.base, Route.everywhere("a"), [[("pair", Double())]])
+    manager.sites.ensure(force)
+    manager.sites.put((force,))
     assert_close(model(x), model.pair.inner(2 * x) + 1)
-    host.sites.put(None)
+    manager.sites.put(None)
 
 
 # -- the survey

@@ -16,8 +16,8 @@ from models import tiny
 from tanzaku.methods import METHODS
 from tanzaku.models.loading import load_base
 from tanzaku.support.seeds import seeded
-from tanzaku.train.loop import train_jobs
 from tanzaku.train.results import Job
+from tanzaku.train.scheduler import train_jobs
 from tanzaku.train.settings import TrainSettings
 from task_data import task
 

@@ -16,7 +16,7 @@ import tanzaku as tz
 from close import GRADIENT, assert_close, close
 from models import batch, tiny
 from tanzaku.core import caches, layout, tokens
-from tanzaku.core.host import host_of
+from tanzaku.core.manager import manager_of
 from tanzaku.core.positions import numbering
 from tanzaku.models.families import Base
 
@@ -45,7 +45,7 @@ LEFT = {"xlnet", *DECODERS, *RECURRENT, "longt5", "m2m_100", *IMAGES} - {"biogpt
 
 
 @torch.no_grad()
-def hung(model, *methods):
+def adapted(model, *methods):
     """Adapters a, b, ... with weights of their own."""
     for seed, method in enumerate(methods):
         adapter = tz.attach(model, method, "abcd"[seed], seed=seed)
@@ -56,7 +56,7 @@ def hung(model, *methods):
 
 
 def prompted(name, **settings):
-    return hung(
+    return adapted(
         FAMILIES[name].build(), tz.PromptTuning(num_virtual_tokens=3), tz.PTuning(num_virtual_tokens=1, **settings)
     )
 
@@ -101,7 +101,7 @@ def test_gradients_of_a_batch_are_those_of_its_rows(name):
     subject, model = FAMILIES[name], prompted(name)
     row = rows_of(subject, model)[0]
     two = {key: torch.cat([value, value]) for key, value in row.items()}
-    entries, adapters = ["a", "b"], [host_of(model).get(each) for each in "ab"]
+    entries, adapters = ["a", "b"], [manager_of(model).get(each) for each in "ab"]
 
     def gradients(inputs, routed):
         model.zero_grad()
@@ -144,7 +144,7 @@ def test_text_is_written_as_alone_and_without_a_cache(name, options):
 
 def test_virtual_tokens_of_a_short_row_stay_in_its_window():
     """What the prompt adds is the same beside a row that is longer than the window, with a prefix in the batch, too."""
-    model = hung(
+    model = adapted(
         tiny("mistral", "lm", sliding_window=4),
         tz.PromptTuning(num_virtual_tokens=2),
         tz.PrefixTuning(num_virtual_tokens=2),
@@ -240,7 +240,7 @@ def test_prefixes_of_unequal_length(name):
     """A prefix shifts positions by its own length, whatever numbers them."""
     subject = FAMILIES[name]
     try:
-        model = hung(subject.build(), tz.PrefixTuning(num_virtual_tokens=2), tz.PrefixTuning(num_virtual_tokens=5))
+        model = adapted(subject.build(), tz.PrefixTuning(num_virtual_tokens=2), tz.PrefixTuning(num_virtual_tokens=5))
     except tz.TanzakuError as refused:
         pytest.skip(str(refused))
     rows, entries = subject.rows(model), ["a", None, "b", "a"]
@@ -256,7 +256,7 @@ def test_prefixes_of_unequal_length(name):
 
 
 def test_a_later_turn_goes_on_with_the_cache_of_an_earlier_one():
-    model = hung(tiny("llama", "lm"), tz.PromptTuning(num_virtual_tokens=4), tz.PromptTuning(num_virtual_tokens=2))
+    model = adapted(tiny("llama", "lm"), tz.PromptTuning(num_virtual_tokens=4), tz.PromptTuning(num_virtual_tokens=2))
     ids = torch.randint(3, 99, (1, 6))
     settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     with tz.route(model, ["a"]):
@@ -310,7 +310,7 @@ def test_a_text_is_read_in_parts():
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_each_of_several_texts_in_a_row_has_its_prompt(kind):
-    model = hung(tiny(kind, "lm"), tz.PromptTuning(num_virtual_tokens=3), tz.PromptTuning(num_virtual_tokens=1))
+    model = adapted(tiny(kind, "lm"), tz.PromptTuning(num_virtual_tokens=3), tz.PromptTuning(num_virtual_tokens=1))
     ids = torch.randint(3, 99, (3, 7))
     at = torch.tensor([[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6]])
     entries = ["a", "b", None]
@@ -330,7 +330,7 @@ def test_each_of_several_texts_in_a_row_has_its_prompt(kind):
 
 
 def test_states_attentions_and_routers_count_the_rows_own_tokens():
-    model = hung(
+    model = adapted(
         FAMILIES["mixtral"].build(), tz.PromptTuning(num_virtual_tokens=3), tz.PromptTuning(num_virtual_tokens=1)
     )
     model.set_attn_implementation("eager")
@@ -354,13 +354,13 @@ def test_states_attentions_and_routers_count_the_rows_own_tokens():
 @pytest.mark.parametrize("name", ["albert", "electra"])
 def test_narrow_embeddings(name, tmp_path):
     """Vectors are as wide as the embedding, in files, too; the classifier reads the first own token."""
-    model = hung(FAMILIES[name].build(), tz.PromptTuning(num_virtual_tokens=3, modules_to_save=[]))
-    tokens = host_of(model).get("a")
-    (strip,) = [s for path, s in tokens.at() if path == ""]
-    assert strip.vectors().shape == (3, 24) and tokens.method.token_dim == 24
+    model = adapted(FAMILIES[name].build(), tz.PromptTuning(num_virtual_tokens=3, modules_to_save=[]))
+    tokens = manager_of(model).get("a")
+    (layer,) = [s for path, s in tokens.at() if path == ""]
+    assert layer.vectors().shape == (3, 24) and tokens.method.token_dim == 24
     row = FAMILIES[name].rows(model)[0]
     with torch.no_grad():
-        embeds = torch.cat([strip.vectors()[None], model.get_input_embeddings()(row["input_ids"])], 1)
+        embeds = torch.cat([layer.vectors()[None], model.get_input_embeddings()(row["input_ids"])], 1)
         backbone = model.base_model
         states = backbone(inputs_embeds=embeds).last_hidden_state[:, 3:]
         if name == "albert":
@@ -409,7 +409,7 @@ def test_fillers_that_would_be_seen(name):
 @pytest.mark.parametrize("method", [tz.PrefixTuning(num_virtual_tokens=3), tz.LlamaAdapter(adapter_layers=1)], ids=str)
 def test_a_cache_with_room_left_is_not_looked_into(kind, method):
     """A static cache has more keys than a first pass has queries."""
-    model = hung(tiny(kind, "lm"), method)
+    model = adapted(tiny(kind, "lm"), method)
     ids = torch.randint(3, 99, (2, 6), generator=torch.Generator().manual_seed(0))
     static = StaticCache(config=model.config.get_text_config(), max_cache_len=20)
     with torch.no_grad(), tz.route(model, ["a", None]):
@@ -422,7 +422,7 @@ def test_a_cache_with_room_left_is_not_looked_into(kind, method):
 
 
 def test_other_refusals():
-    model = hung(tiny("llama", "lm"), tz.PromptTuning(num_virtual_tokens=2))
+    model = adapted(tiny("llama", "lm"), tz.PromptTuning(num_virtual_tokens=2))
     ids = torch.randint(3, 99, (2, 4))
     with torch.no_grad(), tz.route(model, ["a"]):
         with pytest.raises(tz.TanzakuError, match=r"2D attention mask of ones and zeros .* found 4D"):
@@ -445,7 +445,7 @@ def test_other_refusals():
 @pytest.mark.parametrize("entries", [["a"] * 4, ["a", "b", None, "a"]], ids=str)
 def test_fake_tensors(kind, entries):
     """Nothing is read off a tensor, forward and backward."""
-    model = hung(tiny(kind), tz.PromptTuning(num_virtual_tokens=3), tz.PTuning(num_virtual_tokens=2))
+    model = adapted(tiny(kind), tz.PromptTuning(num_virtual_tokens=3), tz.PTuning(num_virtual_tokens=2))
     inputs = batch(model, padding="left")
     with tz.route(model, entries), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         out = model(**{key: mode.from_tensor(value) for key, value in inputs.items()}).logits
@@ -456,7 +456,7 @@ def test_fake_tensors(kind, entries):
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 @pytest.mark.parametrize("padding", ["left", None])
 def test_one_graph(kind, padding):
-    model = hung(tiny(kind, "cls"), tz.PromptTuning(num_virtual_tokens=3), tz.PromptTuning(num_virtual_tokens=1))
+    model = adapted(tiny(kind, "cls"), tz.PromptTuning(num_virtual_tokens=3), tz.PromptTuning(num_virtual_tokens=1))
     inputs = batch(model, padding=padding)
     torch._dynamo.reset()
     for entries in (["a"] * 4, ["a", "b", None, "a"]):
@@ -468,7 +468,7 @@ def test_one_graph(kind, padding):
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "t5"])
 def test_a_pass_asks_for_nothing_that_is_known_of_other_models(kind, monkeypatch):
     """They come and go while it is compiled, and its guards would fail: how positions are numbered is known before."""
-    model = hung(tiny(kind, "lm"), tz.PromptTuning(num_virtual_tokens=3), tz.PrefixTuning(num_virtual_tokens=1))
+    model = adapted(tiny(kind, "lm"), tz.PromptTuning(num_virtual_tokens=3), tz.PrefixTuning(num_virtual_tokens=1))
     inputs = batch(model, padding="right")
 
     def asked(*_):
@@ -480,7 +480,7 @@ def test_a_pass_asks_for_nothing_that_is_known_of_other_models(kind, monkeypatch
 
 
 def test_a_pass_that_failed_and_threads_do_not_meet():
-    model = hung(tiny("llama", "lm"), tz.PromptTuning(num_virtual_tokens=3), tz.PromptTuning(num_virtual_tokens=1))
+    model = adapted(tiny("llama", "lm"), tz.PromptTuning(num_virtual_tokens=3), tz.PromptTuning(num_virtual_tokens=1))
     inputs = batch(model)
     wanted = {name: run(model, inputs, [name] * 4) for name in "ab"}
     handle = model.model.layers[0].register_forward_hook(lambda *_: 1 / 0)
@@ -505,7 +505,7 @@ def test_a_pass_that_failed_and_threads_do_not_meet():
 
 def test_a_state_space_reads_its_prompt_once():
     config = MambaConfig(vocab_size=120, hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=4)
-    model = hung(AutoModelForCausalLM.from_config(config).eval(), tz.PromptTuning(num_virtual_tokens=3))
+    model = adapted(AutoModelForCausalLM.from_config(config).eval(), tz.PromptTuning(num_virtual_tokens=3))
     ids = torch.randint(3, 99, (1, 5))
     with torch.no_grad(), tz.route(model, ["a"]):
         first = model(input_ids=ids, use_cache=True)
@@ -518,7 +518,7 @@ def test_a_state_space_reads_its_prompt_once():
 @torch.no_grad()
 def test_positions_end_where_a_table_that_keeps_rows_for_padding_does(method):
     """RoBERTa's first token has the position behind the padding token's id, so its table has less room than rows."""
-    model = hung(tiny("roberta"), method)
+    model = adapted(tiny("roberta"), method)
     room = model.config.max_position_embeddings - model.config.pad_token_id - 1
     ids = torch.randint(5, 50, (2, room), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)

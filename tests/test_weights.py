@@ -10,39 +10,39 @@ from torch import nn
 import tanzaku as tz
 from close import assert_close
 from models import batch, tiny
-from tanzaku.core.weights import WeightStrip, copy_of
+from tanzaku.core.weights import WeightCopy, copy_of
 
 
 @pytest.mark.parametrize(("kind", "head"), [("llama", "cls"), ("gpt2", "lm"), ("t5", "lm"), ("bart", "lm")])
 def test_parameters_stand_in_the_tree_under_the_names_of_the_module(kind, head):
     """So that whoever goes by names, as for weight decay, knows a copy as the module's own; tied weights stand once."""
     model = tiny(kind, head)
-    strip = copy_of(model)
+    layer = copy_of(model)
     names = [name for name, _ in model.named_parameters()]
     saved = {*names, *(dict(model.named_buffers()).keys() & model.state_dict().keys())}
-    assert [name for name, _ in strip.named_parameters()] == names and strip.state_dict().keys() == saved
-    assert {f"{path}.{name}" if path else name for path, m in strip.named_modules() for name in m._parameters} == {
+    assert [name for name, _ in layer.named_parameters()] == names and layer.state_dict().keys() == saved
+    assert {f"{path}.{name}" if path else name for path, m in layer.named_modules() for name in m._parameters} == {
         *names
     }
-    assert strip.own.keys() == dict(model.named_parameters(remove_duplicate=False)).keys()
-    assert strip.export().keys() == saved
-    for name, parameter in strip.own.items():
+    assert layer.own.keys() == dict(model.named_parameters(remove_duplicate=False)).keys()
+    assert layer.export().keys() == saved
+    for name, parameter in layer.own.items():
         assert parameter.data_ptr() != model.get_parameter(name).data_ptr()
         assert torch.equal(parameter, model.get_parameter(name))
 
 
-@pytest.mark.parametrize("again", [copy.deepcopy, lambda strip: pickle.loads(pickle.dumps(strip))])
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_a_copy_of_the_strip_is_one_of_its_own(again):
     model = tiny("gpt2", "lm")
-    strip = copy_of(model)
-    other = again(strip)
-    assert other.own.keys() == strip.own.keys()
+    layer = copy_of(model)
+    other = again(layer)
+    assert other.own.keys() == layer.own.keys()
     assert other.own["lm_head.weight"] is other.own["transformer.wte.weight"]
-    assert not {id(p) for p in other.parameters()} & {id(p) for p in strip.parameters()}
+    assert not {id(p) for p in other.parameters()} & {id(p) for p in layer.parameters()}
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()
-    assert any(p.any() for p in strip.parameters())
+    assert any(p.any() for p in layer.parameters())
     inputs = batch(model)
     before = model(**inputs).logits
     with other.swapped(model):
@@ -55,9 +55,9 @@ def test_parameters_that_somebody_replaced_are_the_ones_used():
     model = tiny("llama", "cls")
     inputs = batch(model)
     full, lora = tz.attach(model, tz.Full(), "full"), tz.attach(model, tz.LoRA(r=2), "lora")
-    for strip in (next(full.at())[1], dict(lora.at())["score"]):
-        strip.load_state_dict({name: torch.zeros_like(p) for name, p in strip.state_dict().items()}, assign=True)
-        assert not any(p.any() for p in strip.own.values()) and not any(t.any() for t in strip.export().values())
+    for layer in (next(full.at())[1], dict(lora.at())["score"]):
+        layer.load_state_dict({name: torch.zeros_like(p) for name, p in layer.state_dict().items()}, assign=True)
+        assert not any(p.any() for p in layer.own.values()) and not any(t.any() for t in layer.export().values())
     for name in ("full", "lora"):
         with torch.no_grad(), tz.route(model, [name] * 4):
             assert not model(**inputs).logits.any()
@@ -65,7 +65,7 @@ def test_parameters_that_somebody_replaced_are_the_ones_used():
 
 def test_names_of_a_module_may_be_those_of_the_strip_itself():
     module = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("own", "export", "_place")})
-    strip = copy_of(module)
-    assert [name for name, _ in strip.named_parameters()] == [name for name, _ in module.named_parameters()]
-    assert torch.equal(strip.own["own.weight"], module["own"].weight)
-    assert isinstance(strip, WeightStrip) and callable(strip.export)
+    layer = copy_of(module)
+    assert [name for name, _ in layer.named_parameters()] == [name for name, _ in module.named_parameters()]
+    assert torch.equal(layer.own["own.weight"], module["own"].weight)
+    assert isinstance(layer, WeightCopy) and callable(layer.export)

@@ -19,7 +19,7 @@ from tanzaku.cli import VERBS, demo
 from tanzaku.cli.display import Display
 from tanzaku.files.writing import finite
 from tanzaku.methods import METHODS
-from tanzaku.train import loop
+from tanzaku.train import scheduler as scheduling
 
 DATA = Path(demo.__file__).parents[1] / "data"
 
@@ -235,7 +235,7 @@ def test_an_error_nobody_foresaw_is_one_line_too(work: Path, tanzaku: Tanzaku, m
     def fail(*_: Any, **__: Any) -> None:
         raise KeyError("odd")
 
-    monkeypatch.setattr(loop, "train_jobs", fail)
+    monkeypatch.setattr(scheduling, "train_jobs", fail)
     assert_refused(tanzaku("train", "recipe.yaml"), "KeyError", "--debug")
 
 

@@ -28,7 +28,7 @@ from tanzaku.compare import comparison
 from tanzaku.compare.comparison import Comparison
 from tanzaku.methods import METHODS
 from tanzaku.tasks.task import LOSS
-from tanzaku.train.loop import Pool
+from tanzaku.train.scheduler import JobScheduler
 
 WHOLE: dict[str, Any] = {}  # what the run that nobody cuts off ends with
 DATA = Path(demo.__file__).parents[1] / "data"
@@ -62,7 +62,7 @@ def plenty(work: Path) -> Path:
 
 
 def told(out: Path) -> dict[str, Any]:
-    """What a comparison found, without what hangs on the clock or on the company that a job had."""
+    """What a comparison found, without what depends on the clock or on the company that a job had."""
     found = results_of(out)
     keep = ("name", "status", "rank", "finalist", "adapter", "scores", "mean", "interval", "test")
     return {
@@ -313,8 +313,10 @@ def test_finished_jobs_are_not_trained_again(plenty: Path, tanzaku: Tanzaku, mon
     gone.unlink()
     (plenty / "run" / "state" / "tested.json").unlink()
     begun: list[str] = []
-    add = Pool.add
-    monkeypatch.setattr(Pool, "add", lambda self, jobs: (begun.extend(job.name for job in jobs), add(self, jobs))[1])
+    add = JobScheduler.add
+    monkeypatch.setattr(
+        JobScheduler, "add", lambda self, jobs: (begun.extend(job.name for job in jobs), add(self, jobs))[1]
+    )
     assert tanzaku("compare", "--resume", "--out", "run").code == 0
     assert begun == [gone.stem]
 
@@ -350,8 +352,8 @@ def test_a_job_a_rung_ahead_waits_for_the_others() -> None:
         return SimpleNamespace(epochs=[SimpleNamespace(valid={"loss": loss}) for loss in losses])
 
     def judged(**epochs: int) -> tuple[list[str], list[str]]:
-        pool: Any = SimpleNamespace(waiting=epochs, results=results, queued=[])
-        return Comparison._halved(comparison, pool, [["a", "b", "c", "d"]])
+        scheduler: Any = SimpleNamespace(waiting=epochs, results=results, queued=[])
+        return Comparison._halved(comparison, scheduler, [["a", "b", "c", "d"]])
 
     comparison: Any = SimpleNamespace(settings=SimpleNamespace(reduction=2), metric=LOSS)
     comparison._epochs = partial(Comparison._epochs, comparison)

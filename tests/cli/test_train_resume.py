@@ -29,7 +29,7 @@ class Kill(BaseException):
 
 
 def told(out: Path) -> dict[str, Any]:
-    """What a run found, without what hangs on the clock."""
+    """What a run found, without what depends on the clock."""
     (job,) = results_of(out)["jobs"]
     for each in (job, *job["epochs"]):
         each.pop("seconds")
@@ -244,7 +244,7 @@ def test_one_run_at_a_time(work: Path, whole: Path, tanzaku: Tanzaku) -> None:
         "tanzaku.models.loading.load_classifier",
         "tanzaku.train.state.base_checksum",
         "tanzaku.compare.journal.Journal.begin",
-        "tanzaku.train.loop.train_jobs",
+        "tanzaku.train.scheduler.train_jobs",
         "tanzaku.compare.comparison.resamples",
         "tanzaku.train.step.SharedStep.__enter__",
     ],

@@ -25,7 +25,7 @@ from llama_cpp import (
     unspoken,
 )
 from models import tiny
-from tanzaku.core.host import host_of
+from tanzaku.core.manager import manager_of
 from tanzaku.export.architectures import turn
 from tanzaku.export.gguf import export_adapter, export_model
 from tanzaku.export.vocabulary import vocabulary_of
@@ -70,7 +70,7 @@ def built(family: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.M
 def attached(model: PreTrainedModel, method: tz.Method, name: str = "a") -> None:
     tz.attach(model, method, name, seed=0)
     generator = torch.Generator().manual_seed(1)
-    for key, parameter in host_of(model).get(name).trained():
+    for key, parameter in manager_of(model).get(name).trained():
         parameter.data.normal_(std=0.3, generator=generator) if "lora_" in key else None
 
 
@@ -158,11 +158,11 @@ def test_an_unscaled_adapter_is_kept_bit_for_bit(tokenizer: PreTrainedTokenizerB
     assert (said["general.architecture"], said["general.type"]) == ("qwen3", "adapter")
     assert (said["adapter.type"], said["adapter.lora.alpha"]) == ("lora", 16.0)
     written = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
-    strips = dict(host_of(model).get("a").at())
-    assert len(written) == 2 * len(strips)
-    strip = strips["model.layers.1.self_attn.v_proj"]
-    assert torch.equal(written["blk.1.attn_v.weight.lora_a"], strip.lora_A.weight)  # type: ignore[union-attr]
-    assert torch.equal(written["blk.1.attn_v.weight.lora_b"], strip.lora_B.weight)  # type: ignore[union-attr]
+    layers = dict(manager_of(model).get("a").at())
+    assert len(written) == 2 * len(layers)
+    layer = layers["model.layers.1.self_attn.v_proj"]
+    assert torch.equal(written["blk.1.attn_v.weight.lora_a"], layer.lora_A.weight)  # type: ignore[union-attr]
+    assert torch.equal(written["blk.1.attn_v.weight.lora_b"], layer.lora_B.weight)  # type: ignore[union-attr]
 
 
 @given(heads=st.integers(1, 4), half=st.integers(1, 4), columns=st.integers(1, 3))
@@ -200,7 +200,7 @@ TOKENIZERS = {
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_texts_are_cut_alike(kind: str, tmp_path: Path) -> None:
-    """A random model's prediction hangs on every token, so equal predictions mean equal tokens."""
+    """A random model's prediction depends on every token, so equal predictions mean equal tokens."""
     tokenizer = TOKENIZERS[kind]()
     model = tiny("llama", "lm", vocab_size=len(tokenizer))
     running = LlamaCpp(export_model(model, tokenizer, tmp_path / "base.gguf", outtype="f32"))
@@ -228,8 +228,8 @@ def test_refused_adapters(tmp_path: Path) -> None:
         (tiny("llama", "lm"), tz.IA3(), "--merged"),
         (tiny("llama", "lm"), tz.AdaLoRA(), "--merged"),
         (tiny("llama", "lm"), tz.PromptTuning(num_virtual_tokens=2), "cannot be exported"),
-        (tiny("llama", "lm", attention_bias=True), tz.LoRA(r=2, bias="lora_only"), "BiasStrip"),
-        (tiny("llama", "lm"), tz.LoRA(r=2, modules_to_save=["lm_head"]), "WeightStrip at lm_head"),
+        (tiny("llama", "lm", attention_bias=True), tz.LoRA(r=2, bias="lora_only"), "BiasCopy"),
+        (tiny("llama", "lm"), tz.LoRA(r=2, modules_to_save=["lm_head"]), "WeightCopy at lm_head"),
         (tiny("qwen2", "lm", tie_word_embeddings=True), tz.LoRA(r=2, target_modules=["embed_tokens"]), "at once"),
         (tiny("opt", "lm"), tz.LoRA(r=2), "expected one of llama, mistral"),
     ]
@@ -301,7 +301,7 @@ def test_the_embedded_model(tmp_path: Path) -> None:
     # Its weights are half-precision numbers, so nothing is rounded.
     base = export_model(model, tokenizer, tmp_path / "base.gguf", outtype="f16")
     attached(model, tz.LoRA(r=4, target_modules="all-linear", use_rslora=True, rank_pattern={"down_proj": 2}))
-    for _, parameter in host_of(model).get("a").trained():
+    for _, parameter in manager_of(model).get("a").trained():
         parameter.data.mul_(0.05)
     adapter = export_adapter(model, "a", tmp_path / "a.gguf", outtype="f32")
     adapted = LlamaCpp(base, adapter)

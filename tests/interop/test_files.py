@@ -228,7 +228,7 @@ def test_pruned_adalora_of_pefts(kind: str, head: str, tmp_path: Path) -> None:
     assert 0 < sum(ranks) < 4 * len(ranks)
     theirs.save_pretrained(tmp_path)
     adapter = tz.load(base, tmp_path, "a")
-    left = [len(strip.export()["lora_E"]) for _, strip in adapter.at() if hasattr(strip, "lora_E")]
+    left = [len(layer.export()["lora_E"]) for _, layer in adapter.at() if hasattr(layer, "lora_E")]
     assert left == ranks
     tz.activate(base, "a")
     tz.save(base, "a", tmp_path / "copy")

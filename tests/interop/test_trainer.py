@@ -19,8 +19,8 @@ from close import GRADIENT, assert_close
 from interop.oracle import copy_trained, in_peft, inputs, method, trained_in_peft, trained_in_tanzaku
 from models import tiny
 from tanzaku.tasks.task import Batch, TaskData
-from tanzaku.train.loop import train_jobs
 from tanzaku.train.results import Job
+from tanzaku.train.scheduler import train_jobs
 from tanzaku.train.settings import TrainSettings
 from task_data import as_transformers, task
 

@@ -7,10 +7,10 @@ from variants import (
     all_variants,
     assert_equal_gradients,
     assert_isolated,
+    attached,
     bamboo,
     full_bamboo,
     gradients,
-    hang,
     logits,
     losses,
     plain_logits,
@@ -21,7 +21,7 @@ from variants import (
 import tanzaku as tz
 from close import HALF, assert_close
 from models import VOCAB, batch
-from tanzaku.core.host import host_of
+from tanzaku.core.manager import manager_of
 from tanzaku.methods import METHODS
 from tanzaku.models import tree
 from tiers import in_families
@@ -48,7 +48,7 @@ def test_padding(name, padding, kind, head):
     entries = mixed_route(name)
     inputs = batch(model, padding=padding)
     assert_isolated(model, entries, inputs)
-    adapter = host_of(model).get(name)
+    adapter = manager_of(model).get(name)
     found = gradients(losses(logits(model, entries, inputs))[[0, 3]].sum(), adapter)
     assert all(g.any() for g in found.values())
 
@@ -82,8 +82,8 @@ def test_padding_adds_nothing(name, padding, kind, head):
 def test_bf16(name, kind, head):
     """On a base in bf16: parameters are fp32, rows agree with themselves alone, every parameter learns."""
     model = bamboo(kind, head).to(torch.bfloat16)
-    adapter = hang(model, name)
-    hang(model, "prompt_tuning", as_="prompt_tuning-2")
+    adapter = attached(model, name)
+    attached(model, "prompt_tuning", as_="prompt_tuning-2")
     assert {p.dtype for _, p in adapter.trained()} == {torch.float32}
     assert {p.dtype for p in tree.parameters(model)} == {torch.bfloat16}
     entries = mixed_route(name)
@@ -100,7 +100,7 @@ def test_bf16(name, kind, head):
 def test_autocast(name):
     """Under bf16 autocast on an fp32 base, as in mixed-precision training."""
     model = bamboo()
-    adapter = hang(model, name)
+    adapter = attached(model, name)
     inputs = batch(model)
     expected = logits(model, [name] * 4, inputs)
     with torch.autocast("cpu", torch.bfloat16):
@@ -114,7 +114,7 @@ def test_autocast(name):
 def test_model_moved_to_another_type_after_attaching(name, dtype):
     """`model.to(dtype)` moves the base, and the adapter still runs and learns."""
     model = bamboo()
-    adapter = hang(model, name)
+    adapter = attached(model, name)
     model.to(dtype)
     loss = losses(logits(model, [name] * 4, batch(model))).sum()
     assert all(g.any() for g in gradients(loss, adapter).values())
@@ -127,8 +127,8 @@ def test_model_moved_to_another_type_after_attaching(name, dtype):
 def test_training_mode(name):
     """The base's mode reaches the adapters and changes nothing while dropout is zero."""
     model = bamboo()
-    hang(model, name)
-    hang(model, "prompt_tuning", as_="prompt_tuning-2")
+    attached(model, name)
+    attached(model, "prompt_tuning", as_="prompt_tuning-2")
     inputs = batch(model)
     expected = logits(model, mixed_route(name), inputs)
     model.train()
@@ -138,7 +138,7 @@ def test_training_mode(name):
 
 def checkpointed(model, name, entries, inputs, use_reentrant=False):
     """Gradients where the backward pass comes after the route ended and other routes came and went."""
-    adapter = host_of(model).get(name)
+    adapter = manager_of(model).get(name)
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     try:
@@ -159,17 +159,17 @@ def test_gradient_checkpointing(name, kind, head):
     model = full_bamboo(kind, head)
     entries = mixed_route(name)
     inputs = batch(model)
-    expected = gradients(losses(logits(model, entries, inputs)).sum(), host_of(model).get(name))
+    expected = gradients(losses(logits(model, entries, inputs)).sum(), manager_of(model).get(name))
     assert_equal_gradients(checkpointed(model, name, entries, inputs), expected)
-    assert host_of(model).route is None
+    assert manager_of(model).route is None
 
 
 @all_variants
 def test_gradient_checkpointing_of_every_setting(name, variant):
     """The same for each method's settings, on LLaMA; dropout draws the same mask again."""
     model = bamboo()
-    hang(model, name, variant)
-    adapter = host_of(model).get(name)
+    attached(model, name, variant)
+    adapter = manager_of(model).get(name)
     inputs = batch(model)
     model.train()
     torch.manual_seed(3)
@@ -182,7 +182,7 @@ def test_gradient_checkpointing_of_every_setting(name, variant):
 def test_checkpointing_enabled_under_a_route(name):
     """As trainers do it: the adapter is active first, checkpointing comes after, and two losses share a backward."""
     model = bamboo()
-    adapter = hang(model, name)
+    adapter = attached(model, name)
     tz.activate(model, name)
 
     def loss():
@@ -207,7 +207,7 @@ def test_checkpointing_enabled_under_a_route(name):
 def test_a_backward_pass_that_comes_too_late_says_so(name):
     """Of an adapter that is not active any more nothing requires a gradient, and none is passed over in silence."""
     model = bamboo()
-    adapter = hang(model, name)
+    adapter = attached(model, name)
     tz.activate(model, name)
     loss = losses(plain_logits(model, batch(model))).sum()
     tz.activate(model, None)

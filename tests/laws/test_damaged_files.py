@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from variants import all_methods, bamboo, hang, logits, plain_logits
+from variants import all_methods, attached, bamboo, logits, plain_logits
 
 import tanzaku as tz
 from close import assert_close
@@ -22,7 +22,7 @@ CONFIG, TENSORS, META = "adapter_config.json", "adapter_model.safetensors", "tan
 @pytest.fixture
 def saved(tmp_path):
     model = bamboo()
-    hang(model, "lora")
+    attached(model, "lora")
     return tz.save(model, "lora", tmp_path / "lora", meta={"task": "poems"})
 
 
@@ -190,7 +190,7 @@ def test_settings_that_make_no_sense(saved, values, match):
 def test_another_base(name, tmp_path):
     """Another family, other weights and other sizes are each told; bf16 of the same base is the same base."""
     model = bamboo()
-    hang(model, name)
+    attached(model, name)
     tz.save(model, name, tmp_path / "a")
     assert_refused(tmp_path / "a", "made for a 'llama' model", tiny("mistral"))
     assert_refused(tmp_path / "a", "other weights", bamboo(seed=1))
@@ -239,7 +239,7 @@ def test_another_fine_tune_of_the_same_base(saved, tuned):
 def test_another_precision_is_no_other_base(tmp_path, there, here):
     """A base in another type, or rounded to it and back, is the same; a fine-tune in that type is not."""
     model = bamboo().to(there)
-    hang(model, "lora")
+    attached(model, "lora")
     tz.save(model, "lora", tmp_path / "a")
     for same in (bamboo().to(here), bamboo().to(here).float()):
         tz.load(same, tmp_path / "a", "x")
@@ -297,7 +297,7 @@ def test_a_trained_head_is_no_other_base(tmp_path):
     with torch.no_grad():
         other.score.weight.normal_()
     for name in ("lora", "llama_adapter", "prompt_tuning"):
-        hang(model, name)
+        attached(model, name)
         tz.save(model, name, tmp_path / name)
         tz.load(other, tmp_path / name, name)
         found = logits(other, [name] * 4, batch(other))
@@ -327,7 +327,7 @@ PATHS = ["/etc/passwd", "../../etc/passwd", "~/.netrc"]
 def test_no_field_of_a_file_is_opened(saved, tmp_path, path):
     """Whatever path a field holds, loading opens the directory's own files and no other, and reads no tokenizer."""
     model = bamboo()
-    hang(model, "prompt_tuning")
+    attached(model, "prompt_tuning")
     folder = tz.save(model, "prompt_tuning", tmp_path / "prompt", meta={"labels": path})
     change(
         folder / CONFIG,
@@ -382,7 +382,7 @@ def test_links(saved, tmp_path):
     tz.load(model, linked, "x")
     link = tmp_path / "link"
     link.symlink_to(linked)
-    hang(model, "ia3")
+    attached(model, "ia3")
     assert tz.save(model, "ia3", link) == link
     assert link.is_symlink()
     assert not any(p.is_symlink() for p in linked.iterdir())
@@ -404,7 +404,7 @@ def test_saving_over_an_adapter_replaces_it_whole(saved, tmp_path):
     (tmp_path / "neighbour").write_text("here")
     (saved / "left-over.txt").write_text("old")
     model = bamboo()
-    hang(model, "prompt_tuning")
+    attached(model, "prompt_tuning")
     assert tz.save(model, "prompt_tuning", saved) == saved
     assert sorted(p.name for p in saved.iterdir()) == sorted([CONFIG, TENSORS, META, "README.md"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lora", "neighbour"]
@@ -418,7 +418,7 @@ def test_a_failed_save_changes_nothing(saved, monkeypatch):
     """Whatever fails while writing, the adapter there stays whole and nothing is left beside it."""
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
     model = bamboo()
-    hang(model, "ia3")
+    attached(model, "ia3")
 
     def fail(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
@@ -433,7 +433,7 @@ def test_a_failed_save_changes_nothing(saved, monkeypatch):
 def test_saving_onto_a_file(saved):
     """A path that is a file is an error, and the file stays."""
     model = bamboo()
-    hang(model, "ia3")
+    attached(model, "ia3")
     with pytest.raises(tz.TanzakuError, match="is a file; expected a directory"):
         tz.save(model, "ia3", saved / CONFIG)
     assert (saved / CONFIG).is_file()

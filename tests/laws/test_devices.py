@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from variants import bamboo, gradients, hang, logits, losses, method, sharing
+from variants import attached, bamboo, gradients, logits, losses, method, sharing
 
 import tanzaku as tz
 from close import GRADIENT, RUN, assert_close
 from models import batch
-from tanzaku.core.host import host_of
+from tanzaku.core.manager import manager_of
 from tanzaku.engine.memory import in_use
 from tanzaku.methods import METHODS
-from tanzaku.train.loop import Pool, train_jobs
 from tanzaku.train.results import Job, JobResult
+from tanzaku.train.scheduler import JobScheduler, train_jobs
 from tanzaku.train.settings import TrainSettings
 from task_data import task
 
@@ -35,7 +35,7 @@ def test_a_batch_of_all_methods(device):
     for place in ("cpu", device):
         model = bamboo()
         for name in sharing():
-            hang(model, name)
+            attached(model, name)
         model.to(place)
         inputs = {key: value.to(place) for key, value in batch(model, rows=len(entries)).items()}
         out = logits(model, entries, inputs)
@@ -43,7 +43,7 @@ def test_a_batch_of_all_methods(device):
         grads = {
             (name, key): gradient.cpu()
             for row, name in enumerate(sharing())
-            for key, gradient in gradients(each[row], host_of(model).get(name), retain=True).items()
+            for key, gradient in gradients(each[row], manager_of(model).get(name), retain=True).items()
         }
         found[place] = {"logits": out.cpu(), **grads}
     for key, value in found["cpu"].items():
@@ -67,7 +67,7 @@ def test_a_file_of_one_device_is_one_of_the_other(name, device, tmp_path):
 def test_merging_and_taking_out_again(device):
     model = bamboo().to(device)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    hang(model, "lora")
+    attached(model, "lora")
     inputs = {key: value.to(device) for key, value in batch(model, rows=2).items()}
     expected = logits(model, ["lora", "lora"], inputs)
     tz.merge(model, "lora")
@@ -118,11 +118,11 @@ def test_half_precision(device, precision, tmp_path):
 def test_a_limit_of_memory_holds(device, tmp_path):
     model = bamboo(num_labels=2).to(device)
     limit = in_use(model.device) + 2**29
-    with Pool(model, task(train=11), memory=limit, workers=1) as pool:
-        pool.add(company())
-        pool.run()
-        assert [r.status for r in pool.results.values()] == ["done"] * len(METHODS)
-        assert all(r.step_bytes > 0 for r in pool.results.values())
+    with JobScheduler(model, task(train=11), memory=limit, workers=1) as scheduler:
+        scheduler.add(company())
+        scheduler.run()
+        assert [r.status for r in scheduler.results.values()] == ["done"] * len(METHODS)
+        assert all(r.step_bytes > 0 for r in scheduler.results.values())
     if device == "cuda":
         assert torch.cuda.max_memory_allocated() <= limit
 
@@ -131,7 +131,7 @@ def test_a_limit_of_memory_holds(device, tmp_path):
 def test_text_from_rows_of_many_adapters(device):
     model = bamboo(head="lm").to(device).eval()
     for name in sharing():
-        hang(model, name)
+        attached(model, name)
     inputs = {key: value.to(device) for key, value in batch(model, rows=len(sharing())).items()}
     with tz.route(model, sharing()):
         together = model.generate(**inputs, max_new_tokens=4, do_sample=False)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from variants import bamboo, hang, method
+from variants import attached, bamboo, method
 
 import tanzaku as tz
 from models import batch
@@ -29,7 +29,7 @@ def peft(model, name):
 def cases():
     for name in METHODS:
         model = bamboo()
-        hang(model, name)
+        attached(model, name)
         tz.activate(model, name)
         yield name, model
     for name in ("lora", "prompt_tuning", "ia3"):
@@ -74,7 +74,7 @@ def sharded(rank):
     out = {}
     for name in ("lora", "prompt_tuning", "prefix_tuning"):
         model = bamboo()
-        hang(model, name)
+        attached(model, name)
         tz.activate(model, name)
         twin = copy.deepcopy(model)
         alone = steps(twin, twin, 0, 1)

@@ -22,8 +22,8 @@ from tanzaku.tasks.classification import Classification
 from tanzaku.tasks.regression import Regression
 from tanzaku.tasks.task import Example, Split, Task, TaskData
 from tanzaku.tasks.tokens import Tokens
-from tanzaku.train.loop import train_jobs
 from tanzaku.train.results import Job
+from tanzaku.train.scheduler import train_jobs
 from tanzaku.train.settings import TrainSettings
 from task_data import rows
 

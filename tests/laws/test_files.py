@@ -11,12 +11,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from variants import CASES, KINDS_BESIDE_LLAMA, VARIANTS, all_methods, all_variants, bamboo, hang, logits
+from variants import CASES, KINDS_BESIDE_LLAMA, VARIANTS, all_methods, all_variants, attached, bamboo, logits
 
 import tanzaku as tz
 from close import PASS, assert_close
 from models import batch
-from tanzaku.core.host import host_of
+from tanzaku.core.manager import manager_of
 from tanzaku.methods import METHODS
 from tanzaku.models.heads import heads_of
 from tanzaku.storage.store import entries, read_meta
@@ -69,7 +69,7 @@ def written(tmp_path_factory):
         for *where, name, variant in SAVED:
             if tuple(where) == (kind, head):
                 label = f"{name}-{variant}"
-                hang(model, name, variant, label)
+                attached(model, name, variant, label)
                 with torch.no_grad():
                     expected[f"{kind}-{head}/{label}"] = logits(model, [label] * 4, batch(model))
                 tz.save(model, label, root / f"{kind}-{head}" / label)
@@ -96,7 +96,7 @@ def test_a_fresh_process_reads_the_same_bits_and_computes_the_same(written):
 def test_saving_what_was_loaded_gives_the_same_file(name, variant, tmp_path):
     """Save, load, save: the same tensors under the same keys, and the same settings."""
     model, other = bamboo(), bamboo()
-    hang(model, name, variant)
+    attached(model, name, variant)
     tz.save(model, name, tmp_path / "a", meta={"labels": ["x", "y"]})
     tz.load(other, tmp_path / "a", "b")
     tz.save(other, "b", tmp_path / "b", meta=read_meta(tmp_path / "a"))
@@ -114,7 +114,7 @@ def test_saving_what_was_loaded_gives_the_same_file(name, variant, tmp_path):
 def test_the_file_decides_not_the_model_it_is_loaded_into(name, tmp_path):
     """An adapter that was opened is told apart from a fresh one after loading."""
     model = bamboo()
-    hang(model, name)
+    attached(model, name)
     inputs = batch(model)
     expected = logits(model, [name] * 4, inputs)
     tz.save(model, name, tmp_path / "a")
@@ -134,7 +134,7 @@ def test_the_adapter_below_a_saved_model_is_found(tmp_path):
     """Trainers write checkpoints by `save_pretrained`: `tanzaku.load` takes their directory."""
     model = bamboo()
     for name in ("ia3", "lora"):
-        hang(model, name)
+        attached(model, name)
     tz.activate(model, "lora")
     model.save_pretrained(tmp_path / "one")
     assert tz.load(model, tmp_path / "one", "again").method.name == "lora"
@@ -169,10 +169,10 @@ def test_two_adapters_come_back_on_another_head_and_type(where, names, types, tm
             second.get_parameter(name).normal_()
     attached = {f"{name}-{at}": name for at, name in enumerate(names)}
     for label, name in attached.items():
-        hang(first, name, as_=label)
+        attached(first, name, as_=label)
         tz.save(first, label, folder / label)
         tz.load(second, folder / label, label)
-        exported = [{k: t for k, (t, _) in entries(host_of(m).get(label)).items()} for m in (first, second)]
+        exported = [{k: t for k, (t, _) in entries(manager_of(m).get(label)).items()} for m in (first, second)]
         assert exported[0].keys() == exported[1].keys()
         assert all(torch.equal(tensor, exported[1][key]) for key, tensor in exported[0].items())
     stacks = [(label,) for label in attached]

@@ -1,12 +1,12 @@
 """Law 3: the base stays what it was, tensor by tensor and bit by bit."""
 
 import torch
-from variants import all_methods, all_variants, bamboo, hang, losses, plain_logits
+from variants import all_methods, all_variants, attached, bamboo, losses, plain_logits
 
 import tanzaku as tz
 from close import assert_close
 from models import batch
-from tanzaku.core.host import host_of
+from tanzaku.core.manager import manager_of
 from tanzaku.models import tree
 from tiers import in_families
 
@@ -25,7 +25,7 @@ def assert_bitwise(model, before):
 
 def train(model, name, steps=3):
     """Steps of AdamW on all that `model.parameters()` gives while the adapter is active."""
-    adapter = host_of(model).get(name)
+    adapter = manager_of(model).get(name)
     tz.activate(model, name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
     adapter.method.prepare(adapter, steps)
@@ -43,7 +43,7 @@ def test_training_changes_no_tensor_of_the_base(name, variant):
     inputs = batch(model)
     before, modules = snapshot(model), [path for path, _ in tree.named_modules(model)]
     expected = plain_logits(model, inputs)
-    adapter = hang(model, name, variant)
+    adapter = attached(model, name, variant)
     start = {key: p.clone() for key, p in adapter.trained()}
     model.train()
     train(model, name)
@@ -65,7 +65,7 @@ def test_other_families(name, kind, head):
     model = bamboo(kind, head)
     before = snapshot(model)
     expected = plain_logits(model, batch(model))
-    hang(model, name)
+    attached(model, name)
     train(model, name, steps=1)
     assert_bitwise(model, before)
     tz.detach(model)
@@ -79,7 +79,7 @@ def test_attach_freezes_and_detach_restores_the_flags(name):
     frozen = model.get_parameter("model.layers.0.mlp.up_proj.weight").requires_grad_(False)
     flags = {key: p.requires_grad for key, p in model.named_parameters()}
     tz.attach(model, tz.LoRA(r=1), "other")
-    hang(model, name, as_="mine")
+    attached(model, name, as_="mine")
     assert not any(p.requires_grad for p in model.parameters())
     tz.detach(model, "mine")
     assert not any(p.requires_grad for p in model.parameters())
@@ -93,7 +93,7 @@ def test_attach_freezes_and_detach_restores_the_flags(name):
 def test_no_gradient_reaches_the_base(name):
     """A backward pass leaves no gradient on a tensor of the base."""
     model = bamboo()
-    hang(model, name)
+    attached(model, name)
     with tz.route(model, [name] * 4):
         losses(plain_logits(model, batch(model))).sum().backward()
     assert all(p.grad is None for p in model.state_dict(keep_vars=True).values())

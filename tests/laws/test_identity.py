@@ -6,9 +6,9 @@ from variants import (
     KINDS_BESIDE_LLAMA,
     all_methods,
     all_variants,
+    attached,
     bamboo,
     full_bamboo,
-    hang,
     keeps_shape,
     logits,
     method,
@@ -20,9 +20,9 @@ from variants import (
 import tanzaku as tz
 from close import assert_close, close
 from models import batch
-from tanzaku.core.host import host_of
-from tanzaku.core.method import ModuleStrip, TokenStrip
-from tanzaku.core.weights import WeightStrip
+from tanzaku.core.manager import manager_of
+from tanzaku.core.method import ModuleLayer, TokenLayer
+from tanzaku.core.weights import WeightCopy
 from tanzaku.methods import METHODS
 from tanzaku.models import tree
 from tiers import in_families
@@ -102,11 +102,11 @@ def test_bare_rows_in_a_mixed_batch_are_the_base(name, kind, head):
 
 @all_variants
 def test_no_route_no_trace(name, variant):
-    """Attaching hangs no hook, and detaching takes off all that a route hung, in and after training too."""
+    """Attaching adds no hook, and detaching takes off all that a route added, in and after training too."""
     model = bamboo()
     before, keys = model.config._attn_implementation, list(vars(model))
     clean = traces(model)
-    hang(model, name, variant)
+    attached(model, name, variant)
     assert not hooked(model)
     model.train()
     with tz.route(model, [name] * 4):
@@ -127,23 +127,23 @@ def test_an_error_inside_a_route_leaves_no_trace():
         pass
     with pytest.raises(tz.TanzakuError):
         logits(model, ["prompt_tuning", "full-2", None], batch(model))
-    assert host_of(model).route is None
+    assert manager_of(model).route is None
     assert_close(plain_logits(model, batch(model)), base_logits())
 
 
 @all_variants
 def test_hooks_only_where_the_adapter_has_sites(name, variant):
-    """A module that no strip sits on has no hook; tokens and prefixes take the backbone's entrance besides."""
+    """A module that no adapter layer sits on has no hook; tokens and prefixes take the backbone's entrance besides."""
     model = bamboo()
-    adapter = hang(model, name, variant)
-    sites = {path for path, strip in adapter.at() if isinstance(strip, ModuleStrip | WeightStrip)}
-    attention = any(not isinstance(s, ModuleStrip | WeightStrip | TokenStrip) for _, s in adapter.at())
-    host = host_of(model)
-    entrances = {host.base.backbone} if attention or not keeps_shape(adapter) else set()
+    adapter = attached(model, name, variant)
+    sites = {path for path, layer in adapter.at() if isinstance(layer, ModuleLayer | WeightCopy)}
+    attention = any(not isinstance(s, ModuleLayer | WeightCopy | TokenLayer) for _, s in adapter.at())
+    manager = manager_of(model)
+    entrances = {manager.base.backbone} if attention or not keeps_shape(adapter) else set()
     if not keeps_shape(adapter):
-        entrances.add(host.base.embedding)
+        entrances.add(manager.base.embedding)
     if "" in sites:  # every weight: the whole model, and its backbone called by itself
-        entrances.add(host.base.backbone)
+        entrances.add(manager.base.backbone)
     allowed = sites | {path for path, m in model.named_modules() if m in entrances}
     with tz.route(model, [name]):
         assert hooked(model) <= allowed
@@ -153,10 +153,10 @@ def test_hooks_only_where_the_adapter_has_sites(name, variant):
 def test_a_route_hangs_only_its_own_adapters():
     """Attached adapters that no route had yet cost the base nothing."""
     model = bamboo()
-    hang(model, "lora", "default")
-    hang(model, "prefix_tuning")
-    hang(model, "prompt_tuning")
-    own = {path for path, _ in host_of(model).get("lora").at()}
+    attached(model, "lora", "default")
+    attached(model, "prefix_tuning")
+    attached(model, "prompt_tuning")
+    own = {path for path, _ in manager_of(model).get("lora").at()}
     with tz.route(model, [None, None]):
         assert not hooked(model)
     with tz.route(model, ["lora", None]):

@@ -7,9 +7,9 @@ from variants import (
     all_methods,
     all_variants,
     assert_isolated,
+    attached,
     bamboo,
     full_bamboo,
-    hang,
     logits,
     losses,
     opened,
@@ -20,7 +20,7 @@ from variants import (
 import tanzaku as tz
 from close import GRADIENT, assert_close
 from models import batch
-from tanzaku.core.host import host_of
+from tanzaku.core.manager import manager_of
 from tanzaku.methods import METHODS
 
 ENTRIES = [*METHODS, None]
@@ -112,9 +112,9 @@ def test_a_whole_training_run(name):
     """Parameters after steps of AdamW in a mixed batch equal those after the same steps alone."""
     mixed, alone = bamboo(), bamboo()
     partner = "prompt_tuning" if name != "prompt_tuning" else "lora"
-    ours = hang(mixed, name)
-    hang(mixed, partner, as_="partner")
-    theirs = hang(alone, name)
+    ours = attached(mixed, name)
+    attached(mixed, partner, as_="partner")
+    theirs = attached(alone, name)
     shares = METHODS[name].shares_batch
     entries = [name, "partner", name, "partner"] if shares else [name] * 4
     at = [row for row, entry in enumerate(entries) if entry == name]
@@ -122,7 +122,8 @@ def test_a_whole_training_run(name):
     for model, adapter, only in ((mixed, ours, False), (alone, theirs, True)):
         # A large eps: AdamW would blow rounding errors of tiny gradients up to full steps.
         optimizers = [
-            torch.optim.AdamW([p for _, p in a.trained()], lr=1e-2, eps=1e-2) for a in host_of(model).adapters.values()
+            torch.optim.AdamW([p for _, p in a.trained()], lr=1e-2, eps=1e-2)
+            for a in manager_of(model).adapters.values()
         ]
         adapter.method.prepare(adapter, steps)
         for step in range(1, steps + 1):
@@ -138,7 +139,7 @@ def test_a_whole_training_run(name):
             for optimizer in optimizers:
                 optimizer.zero_grad()
     expected = dict(theirs.named_parameters())
-    start = dict(hang(bamboo(), name).trained())
+    start = dict(attached(bamboo(), name).trained())
     for key, parameter in ours.named_parameters():
         assert_close(parameter, expected[key], GRADIENT, at=key)
     assert any(not torch.equal(p, start[key]) for key, p in ours.trained())
@@ -148,8 +149,8 @@ def test_a_whole_training_run(name):
 def test_every_setting(name, variant):
     """The settings of each method, beside virtual tokens and bare rows."""
     model = bamboo()
-    hang(model, name, variant)
-    hang(model, "prompt_tuning", as_="beside")
+    attached(model, name, variant)
+    attached(model, "prompt_tuning", as_="beside")
     entries = [name, "beside", None, name] if METHODS[name].shares_batch else [name] * 4
     assert_isolated(model, entries, batch(model, rows=4))
 

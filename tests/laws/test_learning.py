@@ -7,9 +7,9 @@ from variants import (
     all_methods,
     all_variants,
     assert_equal_gradients,
+    attached,
     bamboo,
     gradients,
-    hang,
     logits,
     losses,
     method,
@@ -30,7 +30,7 @@ def loss_under(model, name, rows=6):
 def test_every_trained_parameter_gets_a_gradient(name, variant):
     """Gates and zero matrices are opened first, or what lies behind them could not learn."""
     model = bamboo()
-    adapter = hang(model, name, variant)
+    adapter = attached(model, name, variant)
     assert adapter.trained()
     for key, gradient in gradients(loss_under(model, name), adapter).items():
         assert gradient.any(), f"{key} learns nothing"
@@ -41,7 +41,7 @@ def test_every_trained_parameter_gets_a_gradient(name, variant):
 def test_every_trained_parameter_gets_a_gradient_in_other_families(name, kind, head):
     """The same where projections are fused, positions are learned or the model has two stacks."""
     model = bamboo(kind, head)
-    adapter = hang(model, name)
+    adapter = attached(model, name)
     for key, gradient in gradients(loss_under(model, name), adapter).items():
         assert gradient.any(), f"{key} learns nothing"
 
@@ -58,7 +58,7 @@ def test_a_closed_adapter_begins_to_learn(name, variant):
 def test_gradients_after_a_forward_without_them(name):
     """A no_grad forward before, under the same route or another, leaves no stale tensor behind."""
     model = bamboo()
-    adapter = hang(model, name)
+    adapter = attached(model, name)
     expected = gradients(loss_under(model, name), adapter)
     inputs = batch(model, rows=6)
     with tz.route(model, [name] * 6):
@@ -75,7 +75,7 @@ def test_gradients_after_a_forward_without_them(name):
 def test_gradients_survive_a_forward_before_backward(name):
     """Another forward pass between a loss and its backward pass does not change the gradient."""
     model = bamboo()
-    adapter = hang(model, name)
+    adapter = attached(model, name)
     expected = gradients(loss_under(model, name), adapter)
     loss = loss_under(model, name)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_gradients_survive_a_forward_before_backward(name):
 def test_two_steps_without_retaining_graphs(name):
     """Nothing computed in one step is reused in the next: no tensor of a freed graph, no value of old weights."""
     model = bamboo()
-    adapter = hang(model, name)
+    adapter = attached(model, name)
     first = loss_under(model, name)
     first.backward()
     with torch.no_grad():

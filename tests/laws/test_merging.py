@@ -4,12 +4,12 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from torch.nn.utils import parametrize
-from variants import CASES, bamboo, hang, logits, method, opened, plain_logits
+from variants import CASES, attached, bamboo, logits, method, opened, plain_logits
 
 import tanzaku as tz
 from close import assert_close
 from models import batch
-from tanzaku.core.host import host_of
+from tanzaku.core.manager import manager_of
 from tanzaku.methods import METHODS
 from tiers import in_families
 
@@ -27,7 +27,7 @@ def assert_merges(model, name):
     assert not torch.allclose(expected, base, atol=1e-2)
     assert tz.merge(model, name) is model
     assert_close(plain_logits(model, inputs), expected)
-    assert host_of(model).route is None
+    assert manager_of(model).route is None
     assert tz.unmerge(model) is model
     after = model.state_dict()
     assert all(torch.equal(tensor, before[key]) for key, tensor in after.items())
@@ -39,7 +39,7 @@ def assert_merges(model, name):
 def test_merged_equals_unmerged(name, variant):
     """Merged without hooks equals routed, and unmerging gives the base back bit for bit."""
     model = bamboo()
-    hang(model, name, variant)
+    attached(model, name, variant)
     assert_merges(model, name)
 
 
@@ -50,7 +50,7 @@ def test_other_families(name, kind, head):
     model = bamboo(kind, head)
     if name == "head" and head == "lm":  # a head is only merged where its weight is not the embedding's too
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    hang(model, name)
+    attached(model, name)
     assert_merges(model, name)
 
 
@@ -71,7 +71,7 @@ def test_half_of_a_tied_weight_is_an_error(kind, name):
 def test_merging_an_active_adapter_counts_it_once():
     """After training with activate(), a merge ends the route."""
     model = bamboo()
-    hang(model, "lora")
+    attached(model, "lora")
     inputs = batch(model)
     tz.activate(model, "lora")
     expected = plain_logits(model, inputs)
@@ -84,7 +84,7 @@ def test_merging_an_active_adapter_counts_it_once():
 def test_what_cannot_be_merged_says_so(name, variant):
     """The error names the method, and nothing has changed."""
     model = bamboo()
-    hang(model, name, variant)
+    attached(model, name, variant)
     base = plain_logits(model, batch(model))
     with pytest.raises(tz.TanzakuError, match=f"{name} is no change of weights"):
         tz.merge(model, name)
@@ -95,7 +95,7 @@ def test_what_cannot_be_merged_says_so(name, variant):
 def test_a_merged_base_reads_as_a_plain_model(name, tmp_path):
     """A merged model is saved and loaded by transformers alone."""
     model = bamboo()
-    hang(model, name)
+    attached(model, name)
     inputs = batch(model)
     expected = logits(model, [name] * 4, inputs)
     tz.merge(model, name)
@@ -106,7 +106,7 @@ def test_a_merged_base_reads_as_a_plain_model(name, tmp_path):
 
 def test_a_merged_adapter_is_not_routed_a_second_time():
     model = bamboo()
-    hang(model, "lora")
+    attached(model, "lora")
     inputs = batch(model)
     expected = logits(model, ["lora"] * 4, inputs)
     tz.merge(model, "lora")
@@ -124,7 +124,7 @@ def test_what_a_parametrization_computes_is_not_merged_into():
     model = bamboo()
     place = model.model.layers[0].self_attn
     parametrize.register_parametrization(place.q_proj, "weight", torch.nn.Tanh())
-    hang(model, "lora")
+    attached(model, "lora")
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with pytest.raises(tz.TanzakuError, match=r"q_proj\.weight is no tensor .* \(a parametrization"):
         tz.merge(model, "lora")
@@ -134,8 +134,8 @@ def test_what_a_parametrization_computes_is_not_merged_into():
 def test_one_merge_at_a_time():
     """A second merge, and an unmerge without one, are errors."""
     model = bamboo()
-    hang(model, "lora")
-    hang(model, "ia3")
+    attached(model, "lora")
+    attached(model, "ia3")
     with pytest.raises(tz.TanzakuError, match="no adapter is merged"):
         tz.unmerge(model)
     tz.merge(model, "lora")
@@ -148,8 +148,8 @@ def test_one_merge_at_a_time():
 def test_a_stack_is_its_parts_in_order():
     """IA3 over LoRA scales the changed output: what a merged LoRA with IA3 on top computes."""
     model = bamboo()
-    hang(model, "lora")
-    hang(model, "ia3")
+    attached(model, "lora")
+    attached(model, "ia3")
     inputs = batch(model)
     model.score.weight.data.copy_(torch.eye(3, 32))  # both adapters copy the head: the upper one's counts
     stacked = logits(model, [("lora", "ia3")] * 4, inputs)
@@ -178,7 +178,7 @@ def test_tied_weights_say_what_happens_to_the_other_end(settings, match):
 @pytest.mark.parametrize("name", MERGEABLE_METHODS)
 def test_what_is_not_in_memory_is_not_merged_into(name, tmp_path):
     model = bamboo(head="lm")
-    hang(model, name)
+    attached(model, name)
     tz.save(model, name, tmp_path / "a")
     tz.detach(model)
     cpu_offload(model)

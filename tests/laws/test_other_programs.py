@@ -11,7 +11,7 @@ from variants import method
 import tanzaku as tz
 from close import RUN, assert_close, close
 from models import batch, tiny
-from tanzaku.core.host import host_of
+from tanzaku.core.manager import manager_of
 from tanzaku.methods import METHODS
 
 LABELS = [0, 1, 1, 0, 1, 0, 0, 1, 2, 0, 2, 1, 0, 1, 2, 2]
@@ -77,7 +77,7 @@ def test_what_trainer_saves_is_read_by_transformers_and_by_tanzaku(name, tmp_pat
     """`save_model` writes a directory that is the base to one and the base with its adapter to the other."""
     model = model_with(name)
     with torch.no_grad():
-        for _, parameter in host_of(model).get(name).trained():
+        for _, parameter in manager_of(model).get(name).trained():
             parameter.add_(0.1)
     one = Trainer(model=model, args=TrainingArguments(str(tmp_path / "run"), report_to=[], use_cpu=True))
     one.save_model(str(tmp_path / "out"))
@@ -117,7 +117,7 @@ def test_a_module_that_took_another_ones_place_has_its_adapters(settings):
     tz.attach(model, tz.LoRA(r=2, target_modules=["v_proj"] if settings else ["q_proj"], **settings), "a", seed=0)
     inputs = batch(model)
     with torch.no_grad():
-        for _, parameter in host_of(model).get("a").trained():
+        for _, parameter in manager_of(model).get("a").trained():
             parameter.add_(0.1)
         with tz.route(model, ["a"] * 4):
             expected = model(**inputs).logits
@@ -143,7 +143,7 @@ def test_adapters_that_come_within_inference_mode_train_afterwards(tmp_path):
             tz.activate(model, name)
             model(**inputs)
     model(**inputs).logits.sum().backward()
-    assert all(p.grad is not None for _, p in host_of(model).get("loaded").trained())
+    assert all(p.grad is not None for _, p in manager_of(model).get("loaded").trained())
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -236,7 +236,7 @@ def plain(request):
     model = tiny("llama", "lm")
     tz.attach(model, method(request.param), "a", seed=1)
     with torch.no_grad():
-        for _, parameter in host_of(model).get("a").trained():
+        for _, parameter in manager_of(model).get("a").trained():
             parameter.add_(0.1)
     return model
 
@@ -260,7 +260,7 @@ def test_an_adapter_on_an_offloaded_base(plain, kind, tmp_path):
     """Attached after the base went elsewhere, it computes what it computes on one that is here. Own copies of modules
     cannot stand in for those that are brought for each pass."""
     inputs = batch(plain)
-    shares = host_of(plain).get("a").method.shares_batch
+    shares = manager_of(plain).get("a").method.shares_batch
     rows = ["a", None, None, "a"] if shares else ["a"]
     with torch.no_grad(), tz.route(plain, rows):
         expected = plain(**inputs).logits

@@ -18,14 +18,14 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from variants import all_methods, bamboo, hang, logits, method, plain_logits
+from variants import all_methods, attached, bamboo, logits, method, plain_logits
 
 import tanzaku as tz
 from close import GRADIENT, assert_close, close
 from models import batch, tiny
 from tanzaku.compat.peft import get_peft_model
 from tanzaku.compat.peft.config import CONFIGS
-from tanzaku.core.host import host_of
+from tanzaku.core.manager import manager_of
 from tanzaku.core.sites import guard_hooks
 from tanzaku.methods import METHODS
 from tanzaku.models import tree
@@ -43,8 +43,8 @@ def active(name, api="native", kind="llama", head="cls"):
     """A model with an opened, active adapter and one that is not active: what a program is handed."""
     model = bamboo(kind, head)
     if api == "native":
-        hang(model, name)
-        hang(model, "lora", as_="idle")
+        attached(model, name)
+        attached(model, "lora", as_="idle")
         tz.activate(model, name)
         return model
     settings = {key: value for key, value in vars(method(name)).items() if value is not None}
@@ -138,9 +138,9 @@ def test_a_state_without_an_active_adapter_is_the_bases(name):
     state = model.state_dict()
     assert list(state) == keys and list(state._metadata) == list(bare.state_dict()._metadata)
     assert list(Net(model).state_dict()) == list(Net(bare).state_dict())
-    own = [p.detach().clone() for p in host_of(model).tree.parameters()]
+    own = [p.detach().clone() for p in manager_of(model).tree.parameters()]
     model.load_state_dict(bare.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(own, host_of(model).tree.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(own, manager_of(model).tree.parameters(), strict=True))
     tz.activate(model, name)
     with pytest.raises(RuntimeError, match="Missing key"):
         model.load_state_dict(bare.state_dict())
@@ -160,7 +160,7 @@ def test_names_that_an_adapter_may_have():
     """Names of attributes of modules do no harm in the tree."""
     model = bamboo()
     for name in ("train", "forward", "host", "training", "_modules", "parameters"):
-        hang(model, "lora", as_=name)
+        attached(model, "lora", as_=name)
         tz.activate(model, name)
         assert any(key.startswith(f"tanzaku.{name}.") for key in model.state_dict())
         assert trained(model)
@@ -279,8 +279,8 @@ def test_read_in_another_process(tmp_path):
 def test_threads_have_routes_of_their_own(name):
     """On one model, at once: each thread gets its own route's rows, whatever the others run."""
     model = bamboo()
-    hang(model, name)
-    hang(model, "llama_adapter", as_="quiet")  # it runs modules of the base without adapters
+    attached(model, name)
+    attached(model, "llama_adapter", as_="quiet")  # it runs modules of the base without adapters
     inputs = batch(model)
     routes = [[name] * 4, ["quiet"] * 4, [None] * 4]
     if METHODS[name].shares_batch:
@@ -342,7 +342,7 @@ def test_what_is_active_is_so_in_all_threads(name):
 def test_a_checkpointed_layer_keeps_its_route_in_another_thread(name, reentrant):
     """The backward pass runs in a thread of its own, as CUDA's does, after the route has ended."""
     model = bamboo()
-    adapter = hang(model, name)
+    adapter = attached(model, name)
     inputs = batch(model)
     mixed = [name, None, None, name] if METHODS[name].shares_batch else [name] * 4
 
@@ -384,8 +384,8 @@ def test_compiled_code_is_never_stale(name):
     fast = compiled(model)
     with torch.no_grad():
         fast(**inputs)
-        hang(model, name)
-        hang(model, name, as_="second")
+        attached(model, name)
+        attached(model, name, as_="second")
         for entry in (name, "second", None, name, "second"):
             tz.activate(model, entry)
             assert_close(fast(**inputs).logits, model(**inputs).logits)
@@ -407,7 +407,7 @@ def test_layers_that_share_compiled_code(name, variant):
     model = bamboo()
     inputs = {**batch(model), "use_cache": False}
     for as_ in "ab":
-        hang(model, name, variant, as_)
+        attached(model, name, variant, as_)
     entries = ("a", "b", None, "a")
     found = []
     for way in ("as they are", "compiled"):
@@ -428,7 +428,7 @@ def test_any_number_of_lora_is_one_graph(entries):
     """Routes and groups are Python's: nothing is read off a tensor."""
     model = bamboo(head="lm")
     for name in "abc":
-        hang(model, "lora", as_=name)
+        attached(model, "lora", as_=name)
     torch._dynamo.reset()
     with torch.no_grad(), tz.route(model, entries):
         found = torch._dynamo.explain(model)(input_ids=batch(model)["input_ids"])
@@ -443,14 +443,14 @@ def test_inductor():
     """torch's own compiler, forward and backward, over a mixed batch."""
     model = bamboo(head="lm")
     for name in "ab":
-        hang(model, "lora", as_=name)
+        attached(model, "lora", as_=name)
     ids = batch(model)["input_ids"]
     fast = compiled(model, "inductor")
     found = []
     with tz.route(model, ["a", "b", None, "a"]):
         for each in (model, fast):
             each(input_ids=ids).logits.square().sum().backward()
-            found.append([p.grad.clone() for n in "ab" for _, p in host_of(model).get(n).trained()])
+            found.append([p.grad.clone() for n in "ab" for _, p in manager_of(model).get(n).trained()])
             model.zero_grad()
     for want, got in zip(*found, strict=True):
         assert_close(got, want, GRADIENT)
@@ -462,7 +462,7 @@ def test_inductor():
 
 def test_a_route_that_cannot_be_put_in_force_leaves_what_was_active():
     model = active("lora")
-    hang(model, "full")
+    attached(model, "full")
     before = compute(model)
     for wrong in (["nobody"], ["lora", "full"], "lora", [], [3]):
         with pytest.raises(tz.TanzakuError), tz.route(model, wrong):
@@ -478,7 +478,7 @@ def test_a_text_is_no_route():
     """It would be read letter by letter."""
     model = bamboo()
     for name in ("a", "b", "ab"):
-        hang(model, "lora", as_=name)
+        attached(model, "lora", as_=name)
     with pytest.raises(tz.TanzakuError, match=r"found 'ab', expected a list .* \['ab'\]"), tz.route(model, "ab"):
         pass
 

@@ -13,8 +13,8 @@ from models import tiny
 from tanzaku.core.survey import sees_padding
 from tanzaku.methods import METHODS
 from tanzaku.models.families import Base
-from tanzaku.train.loop import train_jobs
 from tanzaku.train.results import Job
+from tanzaku.train.scheduler import train_jobs
 from tanzaku.train.settings import TrainSettings
 from task_data import task
 from tiers import in_families

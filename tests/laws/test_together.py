@@ -3,43 +3,43 @@ are one by one; and who is not like the others is not taken for it."""
 
 import pytest
 import torch
-from variants import bamboo, batch, gradients, hang, losses, opened
+from variants import attached, bamboo, batch, gradients, losses, opened
 
 import tanzaku as tz
 from close import GRADIENT, HALF, assert_close
 from models import tiny
-from tanzaku.core.host import host_of
-from tanzaku.core.method import ModuleStrip
-from tanzaku.methods.adalora import SvdStrip
-from tanzaku.methods.ia3 import ScaleStrip
-from tanzaku.methods.lora import LoraStrip
+from tanzaku.core.manager import manager_of
+from tanzaku.core.method import ModuleLayer
+from tanzaku.methods.adalora import SvdDelta
+from tanzaku.methods.ia3 import ScaleLayer
+from tanzaku.methods.lora import LoraDelta
 from tiers import in_families
 
-STRIPS = {"lora": LoraStrip, "adalora": SvdStrip, "ia3": ScaleStrip}
+LAYERS = {"lora": LoraDelta, "adalora": SvdDelta, "ia3": ScaleLayer}
 
 
 @pytest.fixture
 def together(monkeypatch):
-    """Notes (what is edited, adapters, rows) of each time that several strips are computed together."""
+    """Notes (what is edited, adapters, rows) of each time that several adapter layers are computed together."""
     seen = []
 
     nested = [False]
 
-    def spied(strip, name, function):
-        def spy(strips, sizes, module, x, *rest):
-            if not nested[0] and len(strips) > 1:  # a rescaling of outputs is written as one of inputs
-                seen.append((name.split("_")[0], len(strips), x.shape[0]))
+    def spied(layer, name, function):
+        def spy(layers, sizes, module, x, *rest):
+            if not nested[0] and len(layers) > 1:  # a rescaling of outputs is written as one of inputs
+                seen.append((name.removeprefix("batched_"), len(layers), x.shape[0]))
             nested[0] = True
-            out = function(strips, sizes, module, x, *rest)
+            out = function(layers, sizes, module, x, *rest)
             nested[0] = False
             return out
 
-        monkeypatch.setattr(strip, name, staticmethod(spy))
+        monkeypatch.setattr(layer, name, staticmethod(spy))
 
-    for strip in STRIPS.values():
-        for name in ("inputs_together", "outputs_together"):
-            if getattr(strip, name) is not getattr(ModuleStrip, name):
-                spied(strip, name, getattr(strip, name))
+    for layer in LAYERS.values():
+        for name in ("batched_inputs", "batched_outputs"):
+            if getattr(layer, name) is not getattr(ModuleLayer, name):
+                spied(layer, name, getattr(layer, name))
     return seen
 
 
@@ -66,8 +66,8 @@ def run(model, adapters, entries, inputs):
 
 def one_by_one(monkeypatch, *args):
     with monkeypatch.context() as patch:
-        for strip in STRIPS.values():
-            patch.setattr(strip, "alike", lambda self, module: None)
+        for layer in LAYERS.values():
+            patch.setattr(layer, "batch_key", lambda self, module: None)
         return run(*args)
 
 
@@ -77,7 +77,7 @@ def assert_same(found, expected):
     assert_close(found[1], expected[1], GRADIENT)
 
 
-@pytest.mark.parametrize("name", STRIPS)
+@pytest.mark.parametrize("name", LAYERS)
 @in_families("kind", ["llama", "gpt2", "bert", "gemma3", "t5"])
 def test_neighbours_that_are_alike_are_computed_together(kind, name, together, monkeypatch):
     model = bamboo(kind, "cls")
@@ -87,13 +87,13 @@ def test_neighbours_that_are_alike_are_computed_together(kind, name, together, m
     expected = one_by_one(monkeypatch, model, adapters, entries, inputs)
     assert not together
     found = run(model, adapters, entries, inputs)
-    sites = [strip for _, strip in adapters["a"].at() if isinstance(strip, ModuleStrip)]
+    sites = [layer for _, layer in adapters["a"].at() if isinstance(layer, ModuleLayer)]
     assert sorted(together) == sorted(("inputs" if s.edits_input else "outputs", 3, 6) for s in sites)
     assert_same(found, expected)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", STRIPS)
+@pytest.mark.parametrize("name", LAYERS)
 def test_on_a_base_of_half_precision(name, autocast, together, monkeypatch):
     """Adapters are in full precision there: the sum is rounded once, as one by one."""
     model = bamboo().to(torch.bfloat16)
@@ -184,12 +184,12 @@ def test_one_adapter_among_bare_rows_is_not_together_with_itself(together):
 
 
 def test_biases_and_copies_beside_them_stay_each_rows_own(together, monkeypatch):
-    """Strips of other kinds at the same modules: biases are never together, whole modules neither."""
+    """Layers of other kinds at the same modules: biases are never together, whole modules neither."""
     model = bamboo()
     adapters = several(model, {n: tz.LoRA(r=2, bias="lora_only", modules_to_save=["score", "down_proj"]) for n in "ab"})
     entries, inputs = ["a", "a", "b", "b"], batch(model)
     assert_same(run(model, adapters, entries, inputs), one_by_one(monkeypatch, model, adapters, entries, inputs))
-    assert not together, "a strip and a bias at one module are two"
+    assert not together, "an adapter layer and a bias at one module are two"
 
 
 @pytest.mark.parametrize("name", ["lora", "ia3"])
@@ -217,11 +217,11 @@ def test_pruned_singular_values_stay_pruned(together):
     model = bamboo()
     adapters = several(model, {n: method("adalora") for n in "ab"})
     for adapter, gone in zip(adapters.values(), (0, 2), strict=True):
-        for _, strip in adapter.at():
-            if isinstance(strip, SvdStrip):
-                strip.mask = torch.arange(3) != gone
+        for _, layer in adapter.at():
+            if isinstance(layer, SvdDelta):
+                layer.mask = torch.arange(3) != gone
                 with torch.no_grad():
-                    strip.lora_E[gone] = 0.0
+                    layer.lora_E[gone] = 0.0
     inputs = batch(model)
     out, found = run(model, adapters, ["a", "a", "b", "b"], inputs)
     assert together
@@ -243,22 +243,22 @@ def test_a_batch_that_repeats_each_row_is_grouped_alike(together):
 
 
 def test_strips_without_a_formula_for_several_say_so():
-    strip = ModuleStrip()
-    assert strip.alike(torch.nn.Linear(2, 2)) is None
+    layer = ModuleLayer()
+    assert layer.batch_key(torch.nn.Linear(2, 2)) is None
     for wrong in (
-        lambda: strip.inputs_together([strip], (1,), None, None),
-        lambda: strip.outputs_together([strip], (1,), *[None] * 3),
+        lambda: layer.batched_inputs([layer], (1,), None, None),
+        lambda: layer.batched_outputs([layer], (1,), *[None] * 3),
     ):
-        with pytest.raises(TypeError, match="ModuleStrip defines no"):
+        with pytest.raises(TypeError, match="ModuleLayer defines no"):
             wrong()
 
 
 def test_nothing_is_in_force_again(together):
     model = bamboo()
-    hang(model, "lora")
-    hang(model, "lora", as_="lora-2")
+    attached(model, "lora")
+    attached(model, "lora", as_="lora-2")
     with tz.route(model, ["lora", "lora-2"]):
         model(**batch(model, rows=2))
-    assert together and host_of(model).route is None
+    assert together and manager_of(model).route is None
     tz.detach(model)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

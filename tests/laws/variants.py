@@ -1,6 +1,6 @@
 """The settings each method is tested with, and the few operations that all laws share.
 
-A law runs over the whole registry. What is true of a method is read off its class and its strips, not off its name.
+A law runs over the whole registry. What is true of a method is read off its class and its layers, not off its name.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 import tanzaku as tz
 from close import GRADIENT, assert_close
 from models import batch, tiny
-from tanzaku.core.host import host_of
-from tanzaku.core.method import Method, TokenStrip
+from tanzaku.core.manager import manager_of
+from tanzaku.core.method import Method, TokenLayer
 from tanzaku.core.routing import Entry
 from tanzaku.methods import METHODS
 
@@ -102,7 +102,7 @@ def opened(adapter: tz.Adapter, seed: int = 0, noise: float = 0.2) -> tz.Adapter
     return adapter
 
 
-def hang(model: PreTrainedModel, name: str, variant: str = "default", as_: str | None = None) -> tz.Adapter:
+def attached(model: PreTrainedModel, name: str, variant: str = "default", as_: str | None = None) -> tz.Adapter:
     """Attach a method under its own name and open it."""
     seed = sum(map(ord, as_ or name))
     return opened(tz.attach(model, method(name, variant), as_ or name, seed=seed), seed)
@@ -116,8 +116,8 @@ def full_bamboo(kind: str = "llama", head: str = "cls", attention: str = "sdpa")
     """
     model = bamboo(kind, head, attn_implementation=attention)
     for name, variants in VARIANTS.items():
-        hang(model, name)
-        hang(model, name, list(variants)[-1] if (kind, head) == ("llama", "cls") else "default", f"{name}-2")
+        attached(model, name)
+        attached(model, name, list(variants)[-1] if (kind, head) == ("llama", "cls") else "default", f"{name}-2")
     return model
 
 
@@ -128,12 +128,12 @@ def sharing() -> list[str]:
 
 def keeps_shape(adapter: tz.Adapter) -> bool:
     """Whether the adapter adds no token: then other rows keep the very numbers they have without it."""
-    return not any(isinstance(strip, TokenStrip) for _, strip in adapter.at())
+    return not any(isinstance(layer, TokenLayer) for _, layer in adapter.at())
 
 
 def starts_as_identity(adapter: tz.Adapter) -> bool:
     """Whether the adapter is made to change nothing at first: it adds neither tokens nor positions."""
-    return keeps_shape(adapter) and not any(getattr(strip, "position_offset", 0) for _, strip in adapter.at())
+    return keeps_shape(adapter) and not any(getattr(layer, "position_offset", 0) for _, layer in adapter.at())
 
 
 def rows_of(inputs: dict[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
@@ -185,7 +185,7 @@ def assert_isolated(model: PreTrainedModel, entries: Sequence[Entry], inputs: di
         alone_losses = losses(alone)
         assert_close(each[at], alone_losses, at=entry)
         for name in (entry,) if isinstance(entry, str) else entry or ():
-            adapter = host_of(model).get(name)
+            adapter = manager_of(model).get(name)
             assert_equal_gradients(
                 gradients(each[at].sum(), adapter, retain=True),
                 gradients(alone_losses.sum(), adapter, retain=True),
@@ -193,7 +193,7 @@ def assert_isolated(model: PreTrainedModel, entries: Sequence[Entry], inputs: di
     for name in {n for e in entries for n in ((e,) if isinstance(e, str) else e or ())}:
         others = [r for r, e in enumerate(entries) if e is None or (e != name and name not in e)]
         if others and each[others].requires_grad:
-            leak = gradients(each[others].sum(), host_of(model).get(name), retain=True)
+            leak = gradients(each[others].sum(), manager_of(model).get(name), retain=True)
             assert not any(g.any() for g in leak.values()), f"a loss of other rows reaches {name}"
 
 

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 import tanzaku as tz
 from close import RUN, assert_close
 from models import batch, tiny
-from tanzaku.methods.adalora import SvdStrip
+from tanzaku.methods.adalora import SvdDelta
 
 
-def strips(adapter):
-    return {path: s for path, s in adapter.at() if isinstance(s, SvdStrip)}
+def layers(adapter):
+    return {path: s for path, s in adapter.at() if isinstance(s, SvdDelta)}
 
 
 def train(model, adapter, steps):
@@ -27,7 +27,7 @@ def train(model, adapter, steps):
         optimizer.step()
         adapter.method.after_step(adapter, step)
         optimizer.zero_grad()
-        kept.append(sum(int((s.lora_E != 0).sum()) for s in strips(adapter).values()))
+        kept.append(sum(int((s.lora_E != 0).sum()) for s in layers(adapter).values()))
     return kept
 
 
@@ -54,13 +54,13 @@ def test_pruning_keeps_the_budget():
     model = tiny("llama")
     adapter = tz.attach(model, tz.AdaLoRA(init_r=4, target_r=1.5, tinit=2, tfinal=3, deltaT=2), "x", seed=0)
     kept = train(model, adapter, 14)
-    method, matrices = adapter.method, len(strips(adapter))
+    method, matrices = adapter.method, len(layers(adapter))
     assert kept[:3] == [4 * matrices] * 3
     for step in (4, 6, 8, 10):
         assert kept[step - 1] == method.budget(step, matrices)[0], step
     assert kept[10:] == [int(1.5 * matrices)] * 4
     pattern = method.rank_pattern
-    assert {p.removesuffix(".lora_E") for p in pattern} == strips(adapter).keys()
+    assert {p.removesuffix(".lora_E") for p in pattern} == layers(adapter).keys()
     assert sum(map(sum, pattern.values())) == int(1.5 * matrices)
 
 
@@ -70,26 +70,26 @@ def test_the_least_important_values_go():
     method = tz.AdaLoRA(init_r=3, target_r=1, tinit=0, tfinal=1, deltaT=1, total_step=3, beta1=0.6, beta2=0.7)
     adapter = tz.attach(model, method, "x", seed=0)
     generator = torch.Generator().manual_seed(0)
-    for strip in strips(adapter).values():
-        for parameter in (strip.lora_A, strip.lora_B, strip.lora_E):
+    for layer in layers(adapter).values():
+        for parameter in (layer.lora_A, layer.lora_B, layer.lora_E):
             parameter.data = torch.randn(parameter.shape, generator=generator)
             parameter.grad = torch.randn(parameter.shape, generator=generator)
     scores = {}
-    for path, strip in strips(adapter).items():
+    for path, layer in layers(adapter).items():
 
         def importance(p):
             now = (p * p.grad).abs().detach()
             sensitivity = 0.4 * now
             return sensitivity * 0.3 * (now - sensitivity).abs()
 
-        a, b, e = map(importance, (strip.lora_A, strip.lora_B, strip.lora_E))
+        a, b, e = map(importance, (layer.lora_A, layer.lora_B, layer.lora_E))
         for rank in range(3):
             scores[path, rank] = (e[rank, 0] + a[rank].mean() + b[:, rank].mean()).item()
     adapter.method.prepare(adapter, 3)
     adapter.method.after_step(adapter, 1)
-    budget = adapter.method.budget(1, len(strips(adapter)))[0]
+    budget = adapter.method.budget(1, len(layers(adapter)))[0]
     best = set(sorted(scores, key=scores.get, reverse=True)[:budget])
-    kept = {(path, rank) for path, s in strips(adapter).items() for rank in range(3) if s.lora_E[rank] != 0}
+    kept = {(path, rank) for path, s in layers(adapter).items() for rank in range(3) if s.lora_E[rank] != 0}
     assert kept == best and 0 < len(kept) < len(scores)
 
 
@@ -126,8 +126,8 @@ def test_penalty():
     model = tiny("llama")
     adapter = tz.attach(model, tz.AdaLoRA(init_r=3, target_r=2, orth_reg_weight=0.7), "x", seed=0)
     total, count = 0.0, 0
-    for strip in strips(adapter).values():
-        for m in (strip.lora_A @ strip.lora_A.t(), strip.lora_B.t() @ strip.lora_B):
+    for layer in layers(adapter).values():
+        for m in (layer.lora_A @ layer.lora_A.t(), layer.lora_B.t() @ layer.lora_B):
             total, count = total + torch.linalg.norm(m - torch.eye(3)), count + 1
     assert_close(adapter.method.penalty(adapter), 0.7 * total / count)
     adapter.method.orth_reg_weight = 0
@@ -138,12 +138,12 @@ def test_the_formula():
     """y + alpha / (r + 1e-5) B diag(E) A x, with the rank that PEFT divides by."""
     model = tiny("llama")
     adapter = tz.attach(model, tz.AdaLoRA(init_r=3, target_r=2, lora_alpha=16), "x", seed=0)
-    strip = next(iter(strips(adapter).values()))
+    layer = next(iter(layers(adapter).values()))
     x, y = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
     with torch.no_grad():
-        strip.lora_E.normal_()
-        expected = y + x @ (strip.lora_A * strip.lora_E).t() @ strip.lora_B.t() * 16 / (3 + 1e-5)
-        assert_close(strip.outputs(None or model, x, y), expected)
+        layer.lora_E.normal_()
+        expected = y + x @ (layer.lora_A * layer.lora_E).t() @ layer.lora_B.t() * 16 / (3 + 1e-5)
+        assert_close(layer.outputs(None or model, x, y), expected)
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,15 @@ import torch
 import tanzaku as tz
 from close import assert_close
 from models import batch, tiny
-from tanzaku.methods.ia3 import ScaleStrip
+from tanzaku.methods.ia3 import ScaleLayer
 
 
 @torch.no_grad()
 def opened(model, method):
     adapter = tz.attach(model, method, "x", seed=0)
-    found = {path: strip for path, strip in adapter.at() if isinstance(strip, ScaleStrip)}
-    for strip in found.values():
-        strip.ia3_l.add_(torch.randn_like(strip.ia3_l) * 0.3)
+    found = {path: layer for path, layer in adapter.at() if isinstance(layer, ScaleLayer)}
+    for layer in found.values():
+        layer.ia3_l.add_(torch.randn_like(layer.ia3_l) * 0.3)
     return found
 
 
@@ -34,8 +34,8 @@ def test_feedforward_scales_the_input(kind, feedforward):
     with torch.no_grad(), tz.route(model, ["x"] * 4):
         expected = model(**inputs).logits
     with torch.no_grad():
-        for path, strip in found.items():
-            module, factor = model.get_submodule(path), strip.ia3_l.flatten()
+        for path, layer in found.items():
+            module, factor = model.get_submodule(path), layer.ia3_l.flatten()
             rows_are_inputs = type(module).__name__ == "Conv1D"
             if path.endswith(feedforward):
                 module.weight.mul_(factor[:, None] if rows_are_inputs else factor)
@@ -68,7 +68,7 @@ def test_grouped_convolutions(groups, inner):
 def test_random_start():
     """init_ia3_weights=False starts from normal numbers."""
     adapter = tz.attach(tiny("llama"), tz.IA3(init_ia3_weights=False), "x", seed=0)
-    values = torch.cat([s.ia3_l.flatten() for _, s in adapter.at() if isinstance(s, ScaleStrip)])
+    values = torch.cat([s.ia3_l.flatten() for _, s in adapter.at() if isinstance(s, ScaleLayer)])
     assert 0.8 < values.std() < 1.2
 
 

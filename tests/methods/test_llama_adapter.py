@@ -10,7 +10,7 @@ from tanzaku.methods.llama_adapter import GatedPrompt
 
 
 def gated(adapter):
-    return {path: strip for path, strip in adapter.at() if isinstance(strip, GatedPrompt)}
+    return {path: layer for path, layer in adapter.at() if isinstance(layer, GatedPrompt)}
 
 
 def test_gates_start_closed_in_the_top_layers():
@@ -18,18 +18,18 @@ def test_gates_start_closed_in_the_top_layers():
     model = tiny("llama", num_hidden_layers=3)
     found = gated(tz.attach(model, tz.LlamaAdapter(adapter_len=5, adapter_layers=2), "x"))
     assert list(found) == ["model.layers.1.self_attn", "model.layers.2.self_attn"]
-    for strip in found.values():
-        assert not strip.adaption_gate.any()
-        assert strip.adaption_prompt.shape == (1, 5, 32) and strip.adaption_prompt.std() > 0.5
+    for layer in found.values():
+        assert not layer.adaption_gate.any()
+        assert layer.adaption_prompt.shape == (1, 5, 32) and layer.adaption_prompt.std() > 0.5
 
 
 def test_the_formula():
     """The layer's own result and g times attention over the prompt's keys and values, without positions or mask."""
     model = tiny("llama")
     adapter = tz.attach(model, tz.LlamaAdapter(adapter_len=5, adapter_layers=2), "x", seed=0)
-    strip = gated(adapter)["model.layers.1.self_attn"]
+    layer = gated(adapter)["model.layers.1.self_attn"]
     with torch.no_grad():
-        strip.adaption_gate.fill_(0.7)
+        layer.adaption_gate.fill_(0.7)
     attention = model.model.layers[1].self_attn
     seen = {}
 
@@ -50,8 +50,8 @@ def test_the_formula():
         x = seen["hidden"]
         q = attention.q_proj(x).view(4, 9, 4, 8).transpose(1, 2)
         q, _ = apply_rotary_pos_emb(q, q, *seen["positions"])
-        k = attention.k_proj(strip.adaption_prompt).view(1, 5, 2, 8).transpose(1, 2).repeat_interleave(2, 1)
-        v = attention.v_proj(strip.adaption_prompt).view(1, 5, 2, 8).transpose(1, 2).repeat_interleave(2, 1)
+        k = attention.k_proj(layer.adaption_prompt).view(1, 5, 2, 8).transpose(1, 2).repeat_interleave(2, 1)
+        v = attention.v_proj(layer.adaption_prompt).view(1, 5, 2, 8).transpose(1, 2).repeat_interleave(2, 1)
         weights = torch.softmax(q @ k.transpose(2, 3) / 8**0.5, dim=-1)
         second = (weights @ v).transpose(1, 2).reshape(4, 9, 32)
         base, found = seen["results"]

@@ -12,7 +12,7 @@ from torch import nn
 import tanzaku as tz
 from close import GRADIENT, HALF, assert_close, close
 from models import VOCAB, batch, tiny
-from tanzaku.core.weights import BiasStrip
+from tanzaku.core.weights import BiasCopy
 from tanzaku.methods.lora import low_rank
 
 
@@ -24,8 +24,8 @@ def opened(model, method, name="x"):
     return adapter
 
 
-def strips(adapter):
-    return {path: strip for path, strip in adapter.at() if not isinstance(strip, BiasStrip)}
+def layers(adapter):
+    return {path: layer for path, layer in adapter.at() if not isinstance(layer, BiasCopy)}
 
 
 class Plain(nn.Module):
@@ -71,12 +71,12 @@ def test_plain_modules(targets):
 def test_the_formula_of_a_linear_layer():
     """The change is (alpha / r) B A x, whatever the number of dimensions in front."""
     model = Plain().eval()
-    (strip,) = strips(opened(model, tz.LoRA(r=3, lora_alpha=5, target_modules=["linear"]))).values()
+    (layer,) = layers(opened(model, tz.LoRA(r=3, lora_alpha=5, target_modules=["linear"]))).values()
     x = torch.randn(2, 7, 4)
     with torch.no_grad():
         y = model.linear(x)
-        found = strip.outputs(model.linear, x, y)
-        a, b = strip.lora_A.weight, strip.lora_B.weight
+        found = layer.outputs(model.linear, x, y)
+        a, b = layer.lora_A.weight, layer.lora_B.weight
         assert_close(found, y + 5 / 3 * torch.einsum("or,ri,bti->bto", b, a, x))
 
 
@@ -97,13 +97,13 @@ def test_embedding(kind):
     name = "wte" if kind == "gpt2" else "embed_tokens"
     model = tiny(kind)
     adapter = opened(model, tz.LoRA(r=2, target_modules=[name]))
-    ((path, strip),) = strips(adapter).items() - {("score", strips(adapter).get("score"))}
+    ((path, layer),) = layers(adapter).items() - {("score", layers(adapter).get("score"))}
     given = batch(model)
     with torch.no_grad(), tz.route(model, ["x"] * 4):
         expected = model(**given).logits
     with torch.no_grad():
         weight = model.get_submodule(path).weight
-        weight.add_((strip.lora_embedding_B @ strip.lora_embedding_A).t() * strip.scaling)
+        weight.add_((layer.lora_embedding_B @ layer.lora_embedding_A).t() * layer.scaling)
         model.score.weight.copy_(dict(adapter.at())["score"].own["weight"])
     assert_close(model(**given).logits, expected)
 
@@ -113,8 +113,8 @@ def test_starts(init):
     """How A and B are drawn: their product is zero at first, but with False; deviations are as documented."""
     model = tiny("llama", hidden_size=64)
     adapter = tz.attach(model, tz.LoRA(r=8, init_lora_weights=init, target_modules=["q_proj"]), "x", seed=0)
-    strip = strips(adapter)["model.layers.0.self_attn.q_proj"]
-    a, b = strip.lora_A.weight.detach(), strip.lora_B.weight.detach()
+    layer = layers(adapter)["model.layers.0.self_attn.q_proj"]
+    a, b = layer.lora_A.weight.detach(), layer.lora_B.weight.detach()
     assert a.any()
     assert b.any().item() == (init in (False, "orthogonal"))
     product = (b @ a).abs().max()
@@ -135,7 +135,7 @@ def test_scaling(use_rslora, factor):
         rank_pattern={"layers.1.self_attn.q_proj": 9, "v_.*": 1},
         alpha_pattern={"q_proj": 36},
     )
-    found = strips(tz.attach(tiny("llama"), method, "x"))
+    found = layers(tz.attach(tiny("llama"), method, "x"))
     at = {path.removeprefix("model.layers."): (s.r, s.scaling) for path, s in found.items() if path != "score"}
     root = (lambda r: math.sqrt(r)) if use_rslora else (lambda r: r)
     assert at == {
@@ -144,7 +144,7 @@ def test_scaling(use_rslora, factor):
         "0.self_attn.v_proj": (1, 16),
         "1.self_attn.v_proj": (1, 16),
     }
-    assert strips(tz.attach(tiny("llama"), tz.LoRA(r=4, lora_alpha=16, use_rslora=use_rslora), "x"))[
+    assert layers(tz.attach(tiny("llama"), tz.LoRA(r=4, lora_alpha=16, use_rslora=use_rslora), "x"))[
         "model.layers.0.self_attn.q_proj"
     ].scaling == pytest.approx(factor)
 
@@ -163,7 +163,7 @@ def test_scaling(use_rslora, factor):
 def test_where(settings, expected):
     """Layers, patterns, exclusions and regular expressions choose the targets."""
     adapter = tz.attach(tiny("llama"), tz.LoRA(r=2, **settings), "x")
-    assert {path for path in strips(adapter) if path != "score"} == {f"model.layers.{p}" for p in expected.split()}
+    assert {path for path in layers(adapter) if path != "score"} == {f"model.layers.{p}" for p in expected.split()}
 
 
 @pytest.mark.parametrize("pattern", [None, "layers", ["h", "layers"]])
@@ -177,7 +177,7 @@ def test_experts_lie_in_layers(pattern):
 
     model = nn.ModuleDict({"layers": nn.ModuleList(Block() for _ in range(3))})
     method = tz.LoRA(target_modules=["up"], layers_to_transform=[1], layers_pattern=pattern)
-    assert set(strips(tz.attach(model, method, "x"))) == {"layers.1.experts.0.up", "layers.1.experts.1.up"}
+    assert set(layers(tz.attach(model, method, "x"))) == {"layers.1.experts.0.up", "layers.1.experts.1.up"}
 
 
 def test_all_linear_leaves_heads_out():
@@ -194,17 +194,17 @@ def test_bias(bias, expected):
     """Which biases are trained: none, the targets', or all."""
     model = tiny("llama", attention_bias=True, mlp_bias=True)
     adapter = tz.attach(model, tz.LoRA(r=2, bias=bias), "x")
-    found = [path for path, strip in adapter.at() if isinstance(strip, BiasStrip)]
+    found = [path for path, layer in adapter.at() if isinstance(layer, BiasCopy)]
     assert len(found) == expected
 
 
 def test_biases_of_half_precision_are_trained_in_full():
     """As every other parameter, and they start as the base's."""
     model = tiny("llama", attention_bias=True).to(torch.bfloat16)
-    for path, strip in tz.attach(model, tz.LoRA(r=2, bias="all"), "x").at():
-        if isinstance(strip, BiasStrip):
-            assert strip.bias.dtype == torch.float32
-            assert torch.equal(strip.bias, model.get_submodule(path).bias.float())
+    for path, layer in tz.attach(model, tz.LoRA(r=2, bias="all"), "x").at():
+        if isinstance(layer, BiasCopy):
+            assert layer.bias.dtype == torch.float32
+            assert torch.equal(layer.bias, model.get_submodule(path).bias.float())
 
 
 def test_dropout_only_in_training():

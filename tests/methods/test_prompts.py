@@ -7,15 +7,15 @@ from transformers import DynamicCache, T5Config, T5ForTokenClassification
 import tanzaku as tz
 from close import GRADIENT, assert_close
 from models import batch, tiny
-from tanzaku.core.host import host_of
+from tanzaku.core.manager import manager_of
 
 PROMPTS = [tz.PromptTuning, tz.PTuning, tz.PrefixTuning]
 
 
 def vectors(model, name="x"):
-    ((_, strip),) = [at for at in host_of(model).get(name).at() if at[0] == ""]
+    ((_, layer),) = [at for at in manager_of(model).get(name).at() if at[0] == ""]
     with torch.no_grad():
-        return strip.vectors()
+        return layer.vectors()
 
 
 def logits(model, entries, inputs):
@@ -47,8 +47,8 @@ def test_a_prefix_is_a_cache_in_front(kind):
     model = tiny(kind, "lm")
     adapter = tz.attach(model, tz.PrefixTuning(num_virtual_tokens=3), "x", seed=0)
     cache = DynamicCache()
-    for layer, (_, strip) in enumerate(adapter.at()):
-        keys, values = (t.detach().expand(4, -1, -1, -1).contiguous() for t in strip.keys_values())
+    for layer, (_, adapter_layer) in enumerate(adapter.at()):
+        keys, values = (t.detach().expand(4, -1, -1, -1).contiguous() for t in adapter_layer.keys_values())
         cache.update(keys, values, layer)
     inputs = batch(model)
     mask = torch.cat([torch.ones(4, 3, dtype=torch.long), inputs["attention_mask"]], 1)
@@ -66,8 +66,8 @@ def test_projection_is_the_mlp():
     with torch.no_grad():
         e, (one, _, two) = first.prefix.embedding.weight, first.prefix.transform
         flat = two(torch.tanh(one(e)))
-        for layer, (_, strip) in enumerate(at for at in adapter.at() if at[0] != "score"):
-            for half, tensor in enumerate(strip.keys_values()):
+        for layer, (_, adapter_layer) in enumerate(at for at in adapter.at() if at[0] != "score"):
+            for half, tensor in enumerate(adapter_layer.keys_values()):
                 part = flat.view(2, 2 * 2, 2, 8)[:, 2 * layer + half]
                 assert_close(tensor, part.transpose(0, 1))
 
@@ -80,8 +80,8 @@ def test_a_prefix_from_text(kind, tokenizer):
     adapter = tz.attach(model, tz.PrefixTuning(num_virtual_tokens=4, **settings), "x")
     ids = torch.tensor([[10, 11, 12, 10]])
     cache = model.base_model(input_ids=ids, use_cache=True).past_key_values
-    for layer, (_, strip) in enumerate(adapter.at()):
-        keys, values = strip.keys_values()
+    for layer, (_, adapter_layer) in enumerate(adapter.at()):
+        keys, values = adapter_layer.keys_values()
         assert_close(keys, cache.layers[layer].keys[0])
         assert_close(values, cache.layers[layer].values[0])
     # So the text in front and its prefix give the same logits.

@@ -21,7 +21,7 @@ from tanzaku.tasks.batches import epoch_batches
 from tanzaku.tasks.classification import Classification, ClassificationSettings, labels_of
 from tanzaku.tasks.data import Table
 from tanzaku.tasks.task import Batch, Example, Split
-from tanzaku.train.lane import Lane
+from tanzaku.train.active_job import ActiveJob
 from task_data import labelled
 
 TASK = Classification(("a", "b"))
@@ -320,8 +320,8 @@ def test_loss_of_a_batch_is_the_mean_of_its_rows(factors: tuple[float, float]) -
     logits = torch.tensor([[2.0, -1.0], [0.5, 0.25], [-3.0, 1.0]])
     labels = [0, 1, 0]
     examples = [replace(each, factor=factors[each.target]) for each in labelled(labels)]
-    lane: Any = SimpleNamespace(adapter=SimpleNamespace(method=LoRA()))
-    found = Lane.loss(lane, loss(logits, torch.tensor(labels)), examples)
+    active: Any = SimpleNamespace(adapter=SimpleNamespace(method=LoRA()))
+    found = ActiveJob.loss(active, loss(logits, torch.tensor(labels)), examples)
     assert_close(found, cross_entropy(logits, torch.tensor(labels), weight=torch.tensor(factors)))
     each = -logits.log_softmax(1)[range(3), labels]
     weights = torch.tensor([factors[label] for label in labels])

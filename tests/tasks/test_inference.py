@@ -15,15 +15,15 @@ from transformers import PreTrainedModel
 import tanzaku as tz
 from close import assert_close, close
 from models import VOCAB, tiny
-from tanzaku.core.host import host_of
+from tanzaku.core.manager import manager_of
 from tanzaku.engine.trim import last_layer_modules
 from tanzaku.methods import METHODS
 from tanzaku.tasks import inference
 from tanzaku.tasks.classification import Classification
 from tanzaku.tasks.inference import predictions, records_of
 from tanzaku.tasks.task import Example, Split
-from tanzaku.train.loop import train_jobs
 from tanzaku.train.results import Job
+from tanzaku.train.scheduler import train_jobs
 from tanzaku.train.settings import TrainSettings
 from task_data import task
 
@@ -41,7 +41,7 @@ LENGTHS = (5, 1, 9, 2, 9, 3, 7)
 TASK = Classification(("a", "b", "c"))
 
 
-def hang(model: PreTrainedModel, name: str, method: tz.Method) -> str:
+def attached(model: PreTrainedModel, name: str, method: tz.Method) -> str:
     """Attach, and move every parameter away from where it starts."""
     adapter = tz.attach(model, method, name, seed=0)
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
@@ -52,7 +52,7 @@ def hang(model: PreTrainedModel, name: str, method: tz.Method) -> str:
 
 
 def hang_all(model: PreTrainedModel) -> list[str]:
-    return [hang(model, name, method.from_settings(SETTINGS.get(name, {}))) for name, method in METHODS.items()]
+    return [attached(model, name, method.from_settings(SETTINGS.get(name, {}))) for name, method in METHODS.items()]
 
 
 def row(ids: list[int], types: list[int] | None = None) -> Example:
@@ -136,7 +136,7 @@ def test_streamed_rows_are_those_of_all_at_once(monkeypatch: pytest.MonkeyPatch)
 def test_rows_stream_window_by_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "WINDOW", 4)
     model = tiny("llama")
-    splits = dict.fromkeys([hang(model, "a", tz.LoRA(r=2)), hang(model, "b", tz.IA3())], rows(model, [3] * 10))
+    splits = dict.fromkeys([attached(model, "a", tz.LoRA(r=2)), attached(model, "b", tz.IA3())], rows(model, [3] * 10))
     with watched(model) as shapes:
         stream = predictions(model, TASK, splits, 0, 2)
         assert shapes == []
@@ -155,7 +155,7 @@ def test_sharing_adapters_take_one_pass_and_others_their_own() -> None:
 
 def test_texts_of_like_length_share_a_batch() -> None:
     model = tiny("llama")
-    splits = dict.fromkeys([hang(model, "a", tz.LoRA(r=2))], rows(model, [9, 2, 9, 2, 9, 2]))
+    splits = dict.fromkeys([attached(model, "a", tz.LoRA(r=2))], rows(model, [9, 2, 9, 2, 9, 2]))
     with watched(model) as shapes:
         logits_of(model, splits, 0, 3)
     assert shapes == [(3, 2), (3, 9)]
@@ -164,10 +164,10 @@ def test_texts_of_like_length_share_a_batch() -> None:
 def test_nothing_is_computed_that_nobody_reads() -> None:
     """No key-value cache, no graph of gradients, and the last feed-forward for the pooled token alone."""
     model = tiny("llama")
-    splits = dict.fromkeys([hang(model, "a", tz.LoRA(r=2)), hang(model, "b", tz.IA3())], rows(model))
+    splits = dict.fromkeys([attached(model, "a", tz.LoRA(r=2)), attached(model, "b", tz.IA3())], rows(model))
     seen: list[Any] = []
     model.register_forward_pre_hook(lambda _m, _a, given: seen.append(given["use_cache"]), with_kwargs=True)
-    mlp = last_layer_modules(host_of(model).base)[-1]
+    mlp = last_layer_modules(manager_of(model).base)[-1]
     mlp.register_forward_hook(lambda _m, _a, y: seen.append((int(y.flatten(0, 1).any(-1).sum()), y.requires_grad)))
     logits_of(model, splits, 0, 7)
     assert seen[-2:] == [False, (14, False)]
@@ -175,7 +175,7 @@ def test_nothing_is_computed_that_nobody_reads() -> None:
 
 def test_each_adapter_reads_its_own_rows() -> None:
     model = tiny("llama")
-    names = [hang(model, "short", tz.LoRA(r=2)), hang(model, "long", tz.PromptTuning(num_virtual_tokens=3))]
+    names = [attached(model, "short", tz.LoRA(r=2)), attached(model, "long", tz.PromptTuning(num_virtual_tokens=3))]
     splits = {names[0]: rows(model, cut=4), names[1]: rows(model)}
     found = logits_of(model, splits, 0, 2)
     assert_alone(model, found, splits)
@@ -186,7 +186,7 @@ def test_each_adapter_reads_its_own_rows() -> None:
 def test_adapters_without_room_for_each_others_rows(method: tz.Method) -> None:
     """Beside long rows the virtual tokens of another adapter may have no room, though each alone has."""
     model = tiny("gpt2", n_positions=16)
-    names = [hang(model, name, m) for name, m in (("a", tz.LoRA(r=2)), ("b", method), ("c", tz.IA3()))]
+    names = [attached(model, name, m) for name, m in (("a", tz.LoRA(r=2)), ("b", method), ("c", tz.IA3()))]
     long, short = rows(model, [3, 16, 5]), rows(model, [3, 16, 5], cut=8)
     splits = dict(zip(names, (long, short, long), strict=True))
     with watched(model) as shapes:
@@ -207,7 +207,7 @@ def test_texts_that_end_with_the_padding_token(kind: str) -> None:
     """Where it is the end of a text, too, a classifier pools the token before."""
     model = tiny(kind)
     methods = {"lora": tz.LoRA(r=2), "prompt": tz.PromptTuning(num_virtual_tokens=2)}
-    names = [hang(model, name, m) for name, m in methods.items()]
+    names = [attached(model, name, m) for name, m in methods.items()]
     pad = model.config.pad_token_id
     texts = [[5, 6, pad], [7, 8, 9, 4], [3, pad, pad, 9], [pad, 5, pad, pad], [pad]]
     split = Split("data", [row(ids) for ids in texts], [""] * len(texts), 0, "data")
@@ -218,8 +218,8 @@ def test_texts_that_end_with_the_padding_token(kind: str) -> None:
 
 def test_a_module_of_an_adapters_own_in_the_part_that_is_trimmed() -> None:
     model = tiny("llama")
-    hang(model, "own", tz.LoRA(r=2, modules_to_save=["score", "mlp"]))
-    hang(model, "lora", tz.LoRA(r=2))
+    attached(model, "own", tz.LoRA(r=2, modules_to_save=["score", "mlp"]))
+    attached(model, "lora", tz.LoRA(r=2))
     for lengths in ([1, 1], [1, 6], [6, 2]):
         splits = dict.fromkeys(("own", "lora"), rows(model, lengths))
         assert_alone(model, logits_of(model, splits, 0, 2), splits)
@@ -265,7 +265,7 @@ def test_the_model_is_left_to_its_caller(monkeypatch: pytest.MonkeyPatch) -> Non
         patch.setattr(model, "forward", fail)
         with pytest.raises(RuntimeError, match="broken"):
             logits_of(model, splits, 0, 2)
-    assert host_of(model).active == "lora"
+    assert manager_of(model).active == "lora"
     assert_close(model(**example).logits, expected)
 
 
@@ -273,7 +273,7 @@ def test_bad_calls() -> None:
     model = tiny("llama")
     with pytest.raises(tz.TanzakuError, match="attach one"):
         predictions(model, TASK, {"a": rows(model)}, 0, 2)
-    names = [hang(model, "a", tz.LoRA(r=2)), hang(model, "b", tz.IA3())]
+    names = [attached(model, "a", tz.LoRA(r=2)), attached(model, "b", tz.IA3())]
     split = rows(model)
     bad: list[tuple[dict[str, Split], int, str]] = [
         ({}, 2, "no adapter"),

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tanzaku.train import loop
+from tanzaku.train import scheduler as scheduling
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _in_this_process() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "suited", lambda *_: 1)
+        patch.setattr(scheduling, "suited", lambda *_: 1)
         yield

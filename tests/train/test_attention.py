@@ -59,7 +59,7 @@ def test_a_broken_row_breaks_no_other() -> None:
     with torch.no_grad():
         q[5], v[6] = torch.nan, torch.inf
     together = row_attention(q, k, v, [3, 4], [3, 4], masks, 0.5)
-    assert_close(together[:3], alone)  # how a product rounds hangs on where in memory it lies
+    assert_close(together[:3], alone)  # how a product rounds depends on where in memory it lies
     assert not together[3:].isfinite().all()
     for a, b in zip(torch.autograd.grad(together[:3].sum(), (q, k, v)), expected, strict=True):
         assert_close(a[:3], b[:3])

@@ -16,9 +16,9 @@ from close import GRADIENT, RUN, assert_close, close
 from models import tiny
 from tanzaku.storage.store import read_meta
 from tanzaku.support.seeds import seed_of
-from tanzaku.train.lane import Lane
-from tanzaku.train.loop import Pool, Silent, train_jobs
+from tanzaku.train.active_job import ActiveJob
 from tanzaku.train.results import EpochRecord, Job, JobResult
+from tanzaku.train.scheduler import JobScheduler, Silent, train_jobs
 from tanzaku.train.settings import TrainSettings
 from task_data import task
 
@@ -99,11 +99,11 @@ def test_accumulated_batches_are_one_larger_batch(
 
 def test_no_seed_has_an_epoch_of_another() -> None:
     orders = set()
-    with Pool(tiny("llama", num_labels=2), task(train=20)) as pool:
-        pool.add([job(f"seed{seed}", seed=seed, epochs=4) for seed in (-2, -1, 0, 1, 2)])
-        pool._admit()
-        for lane in pool.lanes.values():
-            rows = [row for batch in lane._epochs() for row in batch.rows]
+    with JobScheduler(tiny("llama", num_labels=2), task(train=20)) as scheduler:
+        scheduler.add([job(f"seed{seed}", seed=seed, epochs=4) for seed in (-2, -1, 0, 1, 2)])
+        scheduler._admit()
+        for active in scheduler.active_jobs.values():
+            rows = [row for batch in active._epochs() for row in batch.rows]
             orders |= {tuple(rows[at : at + 20]) for at in range(0, len(rows), 20)}
     assert len(orders) == 5 * 4 and all(sorted(order) == list(range(20)) for order in orders)
 
@@ -154,17 +154,17 @@ def test_schedules_warm_up_and_end_where_they_should(schedule: str) -> None:
 
     class Watch(Silent):
         def step_done(self, job: Job, step: int, steps: int, loss: float) -> None:
-            rates.append(lanes[0].optimizer.param_groups[0]["lr"])
+            rates.append(active_jobs[0].optimizer.param_groups[0]["lr"])
 
-    lanes: list[Lane] = []
-    first = Lane.__init__
+    active_jobs: list[ActiveJob] = []
+    first = ActiveJob.__init__
 
-    def spy(self: Lane, *args: Any, **kwargs: Any) -> None:
+    def spy(self: ActiveJob, *args: Any, **kwargs: Any) -> None:
         first(self, *args, **kwargs)
-        lanes.append(self)
+        active_jobs.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Lane, "__init__", spy)
+        patch.setattr(ActiveJob, "__init__", spy)
         train_jobs(tiny("llama", num_labels=2), task(), [job(schedule=schedule, warmup=0.4)], observer=Watch())
     assert len(rates) == 10
     assert rates[0] == pytest.approx(0.02 / 4) and max(rates) == pytest.approx(0.02)

@@ -25,10 +25,10 @@ from tanzaku.engine import memory
 from tanzaku.engine.memory import LiveBytes, Need, bytes_needed, free, in_use, peak, reset_peak
 from tanzaku.engine.products import FrozenProducts
 from tanzaku.tasks.task import Records, Split, TaskData
-from tanzaku.train import loop
-from tanzaku.train.lane import Lane
-from tanzaku.train.loop import Pool, train_jobs
+from tanzaku.train import scheduler as scheduling
+from tanzaku.train.active_job import ActiveJob
 from tanzaku.train.results import Job
+from tanzaku.train.scheduler import JobScheduler, train_jobs
 from tanzaku.train.settings import TrainSettings
 from tanzaku.train.step import SharedStep
 from task_data import task
@@ -42,7 +42,7 @@ PLENTY = 10**12
 @pytest.fixture(autouse=True)
 def _nothing_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit is then all for the jobs."""
-    monkeypatch.setattr(loop, "in_use", lambda device: 0)
+    monkeypatch.setattr(scheduling, "in_use", lambda device: 0)
 
 
 # -- counting
@@ -171,25 +171,25 @@ def job(name: str, method: Method | None = None, rows: TaskData | None = None, *
     return Job(name, method or tz.LoRA(r=2), settings, rows or data(6))
 
 
-class Weighed(Pool):
-    """A pool that notes the real bytes of each step: what lanes keep, and the peak of what the step makes."""
+class Weighed(JobScheduler):
+    """A scheduler that notes the real bytes of each step: what jobs keep, and the peak of what the step makes."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self.steps: list[tuple[set[str], int]] = []
         self.weights: dict[str, list[Tensor]] = {}
 
-    def _step(self, lanes: list[Lane]) -> list[Lane]:
-        kept = sum(_kept(lane) for lane in self.lanes.values())
-        names = {lane.job.name for lane in lanes}
+    def _step(self, active_jobs: list[ActiveJob]) -> list[ActiveJob]:
+        kept = sum(_kept(active) for active in self.active_jobs.values())
+        names = {active.job.name for active in active_jobs}
         with LiveBytes() as live:
-            trained = super()._step(lanes)
+            trained = super()._step(active_jobs)
         self.steps.append((names, kept + live.peak))
         return trained
 
-    def _end(self, lane: Lane, status: Any, error: str | None = None) -> None:
-        self.weights[lane.job.name] = [p.detach().clone() for p in lane.trained]
-        super()._end(lane, status, error)
+    def _end(self, active: ActiveJob, status: Any, error: str | None = None) -> None:
+        self.weights[active.job.name] = [p.detach().clone() for p in active.trained]
+        super()._end(active, status, error)
 
     @property
     def peak(self) -> int:
@@ -200,19 +200,19 @@ class Weighed(Pool):
         return max(len(names) for names, _ in self.steps)
 
 
-def _kept(lane: Lane) -> int:
-    gradients = [p.grad for p in lane.trained if p.grad is not None]
-    mine = [*lane.adapter.parameters(), *gradients, *tree_leaves(dict(lane.optimizer.state))]
-    mine += tree_leaves(list(vars(lane.adapter.method).values()))
+def _kept(active: ActiveJob) -> int:
+    gradients = [p.grad for p in active.trained if p.grad is not None]
+    mine = [*active.adapter.parameters(), *gradients, *tree_leaves(dict(active.optimizer.state))]
+    mine += tree_leaves(list(vars(active.adapter.method).values()))
     return sum(t.numel() * t.element_size() for t in mine if isinstance(t, Tensor))
 
 
 def train(jobs: Sequence[Job], model: Any = None, **options: Any) -> Weighed:
     model = tiny("llama", num_labels=2) if model is None else model
-    with Weighed(model, jobs[0].data, **options) as pool:
-        pool.add(jobs)
-        pool.run()
-    return pool
+    with Weighed(model, jobs[0].data, **options) as scheduler:
+        scheduler.add(jobs)
+        scheduler.run()
+    return scheduler
 
 
 def assert_same_weights(found: Weighed, expected: Weighed, half: bool = False) -> None:
@@ -317,10 +317,10 @@ def test_a_limit_is_made_use_of(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_limit_is_for_the_whole_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "in_use", lambda device: 10**9)
+    monkeypatch.setattr(scheduling, "in_use", lambda device: 10**9)
     with pytest.raises(tz.TanzakuError, match=r"limit of 900\.0 MB is less than the 1\.00 GB that are in use .*allow"):
-        Pool(tiny("llama", num_labels=2), data(4), memory=9 * 10**8)
-    assert Pool(tiny("llama", num_labels=2), data(4), memory=10**9 + 5).room == 5
+        JobScheduler(tiny("llama", num_labels=2), data(4), memory=9 * 10**8)
+    assert JobScheduler(tiny("llama", num_labels=2), data(4), memory=10**9 + 5).room == 5
 
 
 @pytest.mark.parametrize("method", [tz.LoRA(r=2), tz.Full()], ids=["lora", "full"])
@@ -329,16 +329,16 @@ def test_a_job_that_fits_nowhere_ends_alone_and_says_what_would_help(method: Met
     large = job("large", method, data(40), batch_size=4)
     expected = train(small)
     need = max(r.step_bytes for r in train(small, memory=PLENTY).results.values())
-    pool = train([small[0], large, small[1]], memory=int(need * 1.1))
-    assert [pool.results[name].status for name in ("a", "large", "b")] == ["done", "failed", "done"]
-    error = str(pool.results["large"].error)
+    scheduler = train([small[0], large, small[1]], memory=int(need * 1.1))
+    assert [scheduler.results[name].status for name in ("a", "large", "b")] == ["done", "failed", "done"]
+    error = str(scheduler.results["large"].error)
     assert "beside the model" in error and "memory limit" in error and "\n" not in error
     for what in ("gradient_checkpointing", "batch_size", "max_length", "eval_batch_size"):
         assert what in error
     assert f"{need * 1.1 / 1e6:.1f} MB are left" in error
-    assert f"needs {pool.results['large'].step_bytes / 1e6:.1f} MB" in error
-    expected.weights["large"] = pool.weights["large"] = []
-    assert_same_weights(pool, expected)
+    assert f"needs {scheduler.results['large'].step_bytes / 1e6:.1f} MB" in error
+    expected.weights["large"] = scheduler.weights["large"] = []
+    assert_same_weights(scheduler, expected)
 
 
 def test_the_advice_is_good() -> None:
@@ -348,9 +348,9 @@ def test_the_advice_is_good() -> None:
     needs = {name: r.step_bytes for name, r in train(jobs, model, memory=PLENTY).results.items()}
     assert needs["less"] < 0.7 * needs["plain"]
     limit = (needs["less"] + needs["plain"]) // 2
-    pool = train(jobs, model, memory=limit)
-    assert {n: r.status for n, r in pool.results.items()} == {"plain": "failed", "less": "done"}
-    assert pool.peak <= limit
+    scheduler = train(jobs, model, memory=limit)
+    assert {n: r.status for n, r in scheduler.results.items()} == {"plain": "failed", "less": "done"}
+    assert scheduler.peak <= limit
 
 
 @pytest.mark.parametrize("lengths", [(30,), (4, 30), (30, 4, 4, 4)], ids=str)
@@ -398,10 +398,10 @@ def test_an_evaluation_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     records = SharedStep.records
 
-    def weighed(step: SharedStep, lane: Lane, split: Split) -> Records:
+    def weighed(step: SharedStep, active: ActiveJob, split: Split) -> Records:
         with LiveBytes() as live:
-            out = records(step, lane, split)
-        seen.append(live.peak + lane.kept_bytes)
+            out = records(step, active, split)
+        seen.append(live.peak + active.kept_bytes)
         return out
 
     monkeypatch.setattr(SharedStep, "records", weighed)
@@ -410,8 +410,8 @@ def test_an_evaluation_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = train([wide], model, memory=2 * least).results["a"]
     assert refused.status == "failed" and "eval_batch_size" in str(refused.error)
     seen.clear()
-    pool = train([narrow], model, memory=2 * least)
-    assert pool.results["a"].status == "done" and max(seen) <= 2 * least
+    scheduler = train([narrow], model, memory=2 * least)
+    assert scheduler.results["a"].status == "done" and max(seen) <= 2 * least
 
 
 def test_what_a_new_job_keeps_leaves_room_for_those_that_are_there() -> None:
@@ -421,23 +421,23 @@ def test_what_a_new_job_keeps_leaves_room_for_those_that_are_there() -> None:
     needs = {n: r.step_bytes for n, r in train([heavy, fat], memory=PLENTY).results.items()}
     limit = int(needs["heavy"] * 1.05)
     assert needs["fat"] < limit
-    pool = train([heavy, fat], memory=limit)
-    assert {r.status for r in pool.results.values()} == {"done"} and pool.peak <= limit
-    order = [min(names) for names, _ in pool.steps]
+    scheduler = train([heavy, fat], memory=limit)
+    assert {r.status for r in scheduler.results.values()} == {"done"} and scheduler.peak <= limit
+    order = [min(names) for names, _ in scheduler.steps]
     assert order == ["heavy"] * 2 + ["fat"] * 3
 
 
 def test_a_job_without_room_is_not_tried_again_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    attach = loop.attach
+    attach = scheduling.attach
     monkeypatch.setattr(
-        loop, "attach", lambda m, method, name, **k: (calls.append(name), attach(m, method, name, **k))[1]
+        scheduling, "attach", lambda m, method, name, **k: (calls.append(name), attach(m, method, name, **k))[1]
     )
     jobs = [job("a", rows=data(20, train=9)), job("b", rows=data(20, train=9))]
     need = train(jobs[:1], memory=PLENTY).results["a"].step_bytes
     calls.clear()
-    pool = train(jobs, memory=int(need * 1.01))
-    assert {r.status for r in pool.results.values()} == {"done"}
+    scheduler = train(jobs, memory=int(need * 1.01))
+    assert {r.status for r in scheduler.results.values()} == {"done"}
     assert calls == ["a", "b", "b"], "once beside the other, and once when that has left"
 
 
@@ -449,16 +449,16 @@ def test_jobs_at_a_rung_keep_their_room() -> None:
     need = train(jobs[2:], memory=PLENTY).results["c"].step_bytes
     kept = 3 * sum(p.numel() * 4 for p in train(jobs[2:]).weights["c"])
     limit = int(need + 1.5 * kept)
-    with Weighed(tiny("llama", num_labels=2), data(6), memory=limit) as pool:
-        pool.add(waits)
-        pool.run()
-        pool.add(jobs[2:])
-        pool.run()
-        assert [j.name for j in pool.queue] == ["c"] and list(pool.lanes) == ["a", "b"]
-        pool.proceed(["a"])
-        pool.run()
-    assert {n: r.status for n, r in pool.results.items()} == {"a": "stopped", "b": "done", "c": "done"}
-    assert pool.peak <= limit
+    with Weighed(tiny("llama", num_labels=2), data(6), memory=limit) as scheduler:
+        scheduler.add(waits)
+        scheduler.run()
+        scheduler.add(jobs[2:])
+        scheduler.run()
+        assert [j.name for j in scheduler.queue] == ["c"] and list(scheduler.active_jobs) == ["a", "b"]
+        scheduler.proceed(["a"])
+        scheduler.run()
+    assert {n: r.status for n, r in scheduler.results.items()} == {"a": "stopped", "b": "done", "c": "done"}
+    assert scheduler.peak <= limit
 
 
 def test_texts_as_long_as_the_model_takes_share_no_step_with_a_prompt() -> None:

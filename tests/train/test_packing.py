@@ -16,14 +16,14 @@ from transformers import PreTrainedModel
 import tanzaku as tz
 from close import GRADIENT, assert_close
 from models import batch, tiny
-from tanzaku.core.host import host_of
+from tanzaku.core.manager import manager_of
 from tanzaku.core.routing import Cut, Ragged
 from tanzaku.engine import products
 from tanzaku.engine.packing import Packing
 from tanzaku.engine.products import ABOVE, FrozenProducts, Tokens, lowest_layer
 from tanzaku.models.families import Base
-from tanzaku.train.loop import train_jobs
 from tanzaku.train.results import Job
+from tanzaku.train.scheduler import train_jobs
 from tanzaku.train.settings import TrainSettings
 from task_data import task
 
@@ -39,7 +39,7 @@ HUNG = {
 }
 
 
-def hung(model: PreTrainedModel, names: list[str]) -> list[Any]:
+def adapted(model: PreTrainedModel, names: list[str]) -> list[Any]:
     adapters = [tz.attach(model, HUNG[name][0], name.replace(" ", "-"), seed=n) for n, name in enumerate(names)]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -54,7 +54,7 @@ def both(
 ) -> tuple[list[Any], list[Any], list[int]]:
     """Logits and gradients of rows routed to these adapters, by the plain model and packed; and how many rows each
     layer's norm saw."""
-    adapters = hung(model, names)
+    adapters = adapted(model, names)
     inputs = {key: value[:, :width] for key, value in batch(model, rows=len(rows)).items()}
     entries = [adapters[row].name for row in rows]
     lengths = inputs["attention_mask"].sum(1).tolist()
@@ -81,7 +81,7 @@ def both(
             stack.enter_context(tz.route(model, entries))
             if packed:
                 packing, products = stack.enter_context(Packing(base)), stack.enter_context(FrozenProducts(base))
-                route = host_of(model).route
+                route = manager_of(model).route
                 assert packing.possible and route is not None
                 stack.enter_context(packing.reading(tokens, route))
                 stack.enter_context(products.reading(tokens))

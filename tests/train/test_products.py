@@ -16,15 +16,15 @@ from torch import Tensor, nn
 import tanzaku as tz
 from close import GRADIENT, HALF, PASS, assert_close
 from models import batch, tiny
-from tanzaku.core.host import host_of
+from tanzaku.core.manager import manager_of
 from tanzaku.core.method import Method
 from tanzaku.engine import products
 from tanzaku.engine.memory import in_use
 from tanzaku.engine.norms import FrozenNorms
 from tanzaku.engine.products import ABOVE, FrozenProducts, Tokens, layer_of, lowest_layer
 from tanzaku.models.families import Base
-from tanzaku.train.loop import Pool, Silent
 from tanzaku.train.results import Job, JobResult
+from tanzaku.train.scheduler import JobScheduler, Silent
 from tanzaku.train.settings import TrainSettings
 from task_data import task
 
@@ -70,11 +70,11 @@ def test_a_batch_of_adapters_at_different_layers(kind: str, head: str) -> None:
     base = Base.of(model)
     top = len(base.attention()) - 1
     methods = [tz.LoRA(r=2, layers_to_transform=[top]), tz.Head(), tz.LoRA(r=2), tz.PromptTuning(num_virtual_tokens=2)]
-    hung = [tz.attach(model, method, f"a{seed}", seed=seed) for seed, method in enumerate(methods)]
-    for adapter in hung:
+    attached = [tz.attach(model, method, f"a{seed}", seed=seed) for seed, method in enumerate(methods)]
+    for adapter in attached:
         for _, parameter in adapter.trained():
             parameter.data += 0.1
-    lowest = [lowest_layer(adapter) for adapter in hung]
+    lowest = [lowest_layer(adapter) for adapter in attached]
     assert lowest == [top, ABOVE, 0, -1]
     inputs = batch(model, rows=4)
     lengths = inputs["attention_mask"].sum(1).tolist()
@@ -88,10 +88,10 @@ def test_a_batch_of_adapters_at_different_layers(kind: str, head: str) -> None:
         lowest,
         CPU,
     )
-    trained = [p for adapter in hung for _, p in adapter.trained()]
+    trained = [p for adapter in attached for _, p in adapter.trained()]
 
     def gradients() -> list[torch.Tensor]:
-        with tz.route(model, [adapter.name for adapter in hung]):
+        with tz.route(model, [adapter.name for adapter in attached]):
             loss = model(**inputs, **options).logits.square().sum()
         return [
             torch.zeros_like(p) if g is None else g
@@ -115,7 +115,7 @@ def test_weights_that_are_trained_are_left_alone() -> None:
     inputs = batch(model, rows=2)
     tz.activate(model, "a")
     width = inputs["input_ids"].shape[1]
-    fast = FrozenProducts(host_of(model).base)
+    fast = FrozenProducts(manager_of(model).base)
     with fast, fast.reading(Tokens(width, [0, 0], [width, width], [0, 0], CPU)):
         model(**inputs).logits.square().sum().backward()
     copies = [p for name, p in adapter.trained() if "down_proj" in name]
@@ -328,24 +328,24 @@ def gradients_of_a_step(kind: str, fast: bool, **changes: Any) -> dict[str, Tens
         jobs.append(Job(name, method(), settings))
     if kind == "llama":
         jobs.append(Job("saved", tz.LoRA(r=2, modules_to_save=["score", "down_proj"]), TrainSettings(**changes)))
-    with Pool(model.to(precision), data, rows_per_step=50) as pool:
+    with JobScheduler(model.to(precision), data, rows_per_step=50) as scheduler:
         if not fast:
-            pool.step.passes.products.__exit__()
-            pool.step.passes.norms.__exit__()
-        pool.add(jobs)
-        pool._admit()
-        lanes = pool._picked()
-        assert len(lanes) == len(jobs), [r.error for r in pool.results.values()]
-        for lane in lanes:
-            for parameter in lane.trained:  # what starts at zero lets no gradient through
+            scheduler.step.accelerations.products.__exit__()
+            scheduler.step.accelerations.norms.__exit__()
+        scheduler.add(jobs)
+        scheduler._admit()
+        active_jobs = scheduler._picked()
+        assert len(active_jobs) == len(jobs), [r.error for r in scheduler.results.values()]
+        for active in active_jobs:
+            for parameter in active.trained:  # what starts at zero lets no gradient through
                 with torch.random.fork_rng(), torch.no_grad():
                     torch.manual_seed(parameter.numel())
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        assert pool._step(lanes) == lanes
+        assert scheduler._step(active_jobs) == active_jobs
         return {
-            f"{lane.job.name}: {name}": torch.zeros_like(p) if p.grad is None else p.grad
-            for lane in lanes
-            for name, p in lane.adapter.trained()
+            f"{active.job.name}: {name}": torch.zeros_like(p) if p.grad is None else p.grad
+            for active in active_jobs
+            for name, p in active.adapter.trained()
         }
 
 
@@ -464,11 +464,11 @@ class TestCopies:
             self.check(layer, fast)
 
     def test_none_for_arithmetic_that_does_not_use_them(self) -> None:
-        with Pool(tiny("llama", "cls", num_labels=2), task()) as pool:
-            pool.add([Job("lora", tz.LoRA(r=2), TrainSettings(epochs=1, precision="bf16"))])
-            pool.run()
-            assert not pool.step.passes.products.copies
-        assert pool.results["lora"].status == "done"
+        with JobScheduler(tiny("llama", "cls", num_labels=2), task()) as scheduler:
+            scheduler.add([Job("lora", tz.LoRA(r=2), TrainSettings(epochs=1, precision="bf16"))])
+            scheduler.run()
+            assert not scheduler.step.accelerations.products.copies
+        assert scheduler.results["lora"].status == "done"
 
     def test_none_in_another_precision(self) -> None:
         _, fast = self.layer()
@@ -504,18 +504,18 @@ class TestCopies:
 
         class Watch(Silent):
             def job_started(self, job: Job, result: JobResult, steps: int) -> None:
-                seen.append((job.name, bool(pool.step.passes.products.copies), pool.room))
+                seen.append((job.name, bool(scheduler.step.accelerations.products.copies), scheduler.room))
 
         jobs = [
             Job("full", tz.Full(), TrainSettings(epochs=1)),
             Job("lora", tz.LoRA(r=2), TrainSettings(epochs=1)),
         ]
-        with Pool(model, data, observer=Watch(), memory=in_use(CPU) + 2**30 if limited else None) as pool:
-            before = pool.room
-            pool.add(jobs)
-            pool.run()
-            taken = 2 * sum(module.weight.nbytes for module, _ in pool.step.passes.products.layers)
-        assert [result.status for result in pool.results.values()] == ["done", "done"]
+        with JobScheduler(model, data, observer=Watch(), memory=in_use(CPU) + 2**30 if limited else None) as scheduler:
+            before = scheduler.room
+            scheduler.add(jobs)
+            scheduler.run()
+            taken = 2 * sum(module.weight.nbytes for module, _ in scheduler.step.accelerations.products.layers)
+        assert [result.status for result in scheduler.results.values()] == ["done", "done"]
         assert seen == [("lora", True, before - taken), ("full", False, before)]
 
     @pytest.mark.parametrize("jobs", [1, 3])
@@ -523,46 +523,50 @@ class TestCopies:
         """A limit that holds the jobs alone, or copies and some of them."""
         model, data = tiny("llama", "cls", num_labels=2, intermediate_size=8), task()
         added = [Job(f"lora{i}", tz.LoRA(r=64, target_modules="all-linear"), TrainSettings()) for i in range(jobs)]
-        with Pool(model, data, memory=in_use(CPU) + 2**30) as pool:
-            pool.add([Job("measured", added[0].method, TrainSettings())])
-            pool._admit()
-            (lane,) = pool.lanes.values()
-            assert lane.need is not None
-            needed = jobs * lane.kept_bytes + lane.need.alone
-            taken = 2 * sum(module.weight.nbytes for module, _ in pool.step.passes.products.layers)
+        with JobScheduler(model, data, memory=in_use(CPU) + 2**30) as scheduler:
+            scheduler.add([Job("measured", added[0].method, TrainSettings())])
+            scheduler._admit()
+            (active,) = scheduler.active_jobs.values()
+            assert active.need is not None
+            needed = jobs * active.kept_bytes + active.need.alone
+            taken = 2 * sum(module.weight.nbytes for module, _ in scheduler.step.accelerations.products.layers)
         assert 4 * taken <= needed, "else no copies are made at all"
-        with Pool(model, data, memory=in_use(CPU) + 2**30) as pool:
-            pool.room = needed + taken / 2
-            pool.add(added)
-            pool._admit()
-            assert len(pool.lanes) == jobs and not pool.step.passes.products.copies and pool.room == needed + taken / 2
+        with JobScheduler(model, data, memory=in_use(CPU) + 2**30) as scheduler:
+            scheduler.room = needed + taken / 2
+            scheduler.add(added)
+            scheduler._admit()
+            assert (
+                len(scheduler.active_jobs) == jobs
+                and not scheduler.step.accelerations.products.copies
+                and scheduler.room == needed + taken / 2
+            )
 
     def test_they_go_before_a_step_that_found_no_memory_is_made_smaller(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, data = tiny("llama", "cls", num_labels=2), task()
-        with Pool(model, data) as pool:
-            losses, sizes = pool.step.losses, list[int]()
+        with JobScheduler(model, data) as scheduler:
+            losses, sizes = scheduler.step.losses, list[int]()
 
-            def short(lanes: Any, batches: Any) -> Any:
-                sizes.append(len(lanes))
-                if pool.step.passes.products.copies:
+            def short(active_jobs: Any, batches: Any) -> Any:
+                sizes.append(len(active_jobs))
+                if scheduler.step.accelerations.products.copies:
                     raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-                return losses(lanes, batches)
+                return losses(active_jobs, batches)
 
-            monkeypatch.setattr(pool.step, "losses", short)
-            pool.add([Job(f"lora{i}", tz.LoRA(r=2), TrainSettings(epochs=1)) for i in range(2)])
-            pool.run()
-        assert [result.status for result in pool.results.values()] == ["done", "done"]
-        assert set(sizes) == {2} and not pool.step.passes.products.copies
+            monkeypatch.setattr(scheduler.step, "losses", short)
+            scheduler.add([Job(f"lora{i}", tz.LoRA(r=2), TrainSettings(epochs=1)) for i in range(2)])
+            scheduler.run()
+        assert [result.status for result in scheduler.results.values()] == ["done", "done"]
+        assert set(sizes) == {2} and not scheduler.step.accelerations.products.copies
 
     def test_none_on_a_machine_whose_memory_is_short(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, data = tiny("llama", "cls", num_labels=2), task()
-        with Pool(model, data) as pool:
-            taken = 2 * sum(module.weight.nbytes for module, _ in pool.step.passes.products.layers)
+        with JobScheduler(model, data) as scheduler:
+            taken = 2 * sum(module.weight.nbytes for module, _ in scheduler.step.accelerations.products.layers)
             monkeypatch.setattr(products, "free", lambda: 4 * taken - 4)
-            pool.add([Job("lora", tz.LoRA(r=2), TrainSettings(epochs=1))])
-            pool.run()
-            assert not pool.step.passes.products.copies
-        assert pool.results["lora"].status == "done"
+            scheduler.add([Job("lora", tz.LoRA(r=2), TrainSettings(epochs=1))])
+            scheduler.run()
+            assert not scheduler.step.accelerations.products.copies
+        assert scheduler.results["lora"].status == "done"
 
 
 def zeros(weight: Tensor) -> list[Tensor]:

@@ -20,8 +20,8 @@ from close import RUN, assert_close
 from models import tiny
 from tanzaku.methods import METHODS
 from tanzaku.train import state as states
-from tanzaku.train.loop import Pool, Silent, train_jobs
 from tanzaku.train.results import EpochRecord, Job, JobResult
+from tanzaku.train.scheduler import JobScheduler, Silent, train_jobs
 from tanzaku.train.settings import TrainSettings
 from task_data import task
 
@@ -154,18 +154,18 @@ def test_half_precision_keeps_its_scale(tmp_path: Path) -> None:
 def test_a_job_at_a_rung_waits_there_again(tmp_path: Path) -> None:
     job = replace(a_job("lora"), rungs=(1, 3))
     model, data = model_of(), task(train=11)
-    with Pool(model, data, states=tmp_path) as pool:
-        pool.add([job])
-        pool.run()
-        assert pool.lanes["lora"].waiting
-    with Pool(model, data, states=tmp_path) as pool:
-        pool.add([job])
-        pool.run()
-        lane = pool.lanes["lora"]
-        assert lane.waiting and lane.epoch == 1 and len(pool.results["lora"].epochs) == 1
-        pool.proceed()
-        pool.run()
-        assert lane.waiting and lane.epoch == 3
+    with JobScheduler(model, data, states=tmp_path) as scheduler:
+        scheduler.add([job])
+        scheduler.run()
+        assert scheduler.active_jobs["lora"].waiting
+    with JobScheduler(model, data, states=tmp_path) as scheduler:
+        scheduler.add([job])
+        scheduler.run()
+        active = scheduler.active_jobs["lora"]
+        assert active.waiting and active.epoch == 1 and len(scheduler.results["lora"].epochs) == 1
+        scheduler.proceed()
+        scheduler.run()
+        assert active.waiting and active.epoch == 3
 
 
 # -- states that do not fit
@@ -256,15 +256,15 @@ def test_large_states_take_a_tenth_of_the_time(
     clock = [0.0]
     written: list[float] = []
 
-    def slow(lane: Any, folder: Path) -> None:
+    def slow(active: Any, folder: Path) -> None:
         written.append(clock[0])
         clock[0] += takes
 
     monkeypatch.setattr(states.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(states, "save_state", slow)
-    lane: Any = type("", (), {"job": a_job()})()
+    active: Any = type("", (), {"job": a_job()})()
     keeper = states.States(tmp_path)
     while clock[0] < 49:
-        keeper.keep(lane)
+        keeper.keep(active)
         clock[0] += 4
     assert written == expected

@@ -14,8 +14,8 @@ import tanzaku as tz
 from close import RUN, assert_close, close
 from models import tiny
 from tanzaku.tasks.classification import Classification
-from tanzaku.train.loop import train_jobs
 from tanzaku.train.results import Job, JobResult
+from tanzaku.train.scheduler import train_jobs
 from tanzaku.train.settings import TrainSettings
 from task_data import task
 

@@ -8,7 +8,7 @@ import torch
 import tanzaku as tz
 from close import GRADIENT, assert_close
 from models import batch, tiny
-from tanzaku.core.host import host_of
+from tanzaku.core.manager import manager_of
 from tanzaku.engine.trim import PooledOnly, last_layer_modules
 from tanzaku.models.families import Base
 
@@ -31,7 +31,7 @@ def test_logits_and_gradients_are_the_same(kind: str, method: str, padding: str)
         for _, p in adapter.trained():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
     given = batch(model, padding=padding)
-    pooled = PooledOnly(host_of(model).base)
+    pooled = PooledOnly(manager_of(model).base)
     virtual = adapter.virtual
     seen = []
     with tz.route(model, ["a", None, "a", "a"]):

@@ -28,8 +28,8 @@ from tanzaku.engine import products
 from tanzaku.engine.memory import in_use
 from tanzaku.methods.lora import LoRA
 from tanzaku.train import workers
-from tanzaku.train.loop import Pool, Silent, train_jobs
 from tanzaku.train.results import EpochRecord, Job, JobResult
+from tanzaku.train.scheduler import JobScheduler, Silent, train_jobs
 from tanzaku.train.settings import TrainSettings
 from tanzaku.train.workers import parts, shares, suited
 from task_data import task
@@ -131,14 +131,18 @@ def test_two_long_jobs_and_five_short_ones_are_not_shared_out_one_by_one() -> No
 
 
 def test_cost_is_in_tokens_with_virtual_ones_and_all_epochs() -> None:
-    pool: Any = type("", (), {"data": DATA})
+    scheduler: Any = type("", (), {"data": DATA})
     own = sum(e.length for e in DATA.train.examples)
-    assert workers._cost(job("a"), pool) == 2 * (own + 6 * workers._START)
-    assert workers._cost(job("a", batch_size=4, epochs=1), pool) == own + 2 * workers._START
+    assert workers._cost(job("a"), scheduler) == 2 * (own + 6 * workers._START)
+    assert workers._cost(job("a", batch_size=4, epochs=1), scheduler) == own + 2 * workers._START
     virtual = tz.PromptTuning(num_virtual_tokens=5)
-    assert workers._cost(job("a", virtual), pool) == 2 * (own + 6 * 5 + 6 * workers._START)
-    assert workers._cost(job("a", tz.PTuning(num_virtual_tokens=5)), pool) == workers._cost(job("a", virtual), pool)
-    assert workers._cost(job("a", tz.PrefixTuning(num_virtual_tokens=5)), pool) == workers._cost(job("a"), pool)
+    assert workers._cost(job("a", virtual), scheduler) == 2 * (own + 6 * 5 + 6 * workers._START)
+    assert workers._cost(job("a", tz.PTuning(num_virtual_tokens=5)), scheduler) == workers._cost(
+        job("a", virtual), scheduler
+    )
+    assert workers._cost(job("a", tz.PrefixTuning(num_virtual_tokens=5)), scheduler) == workers._cost(
+        job("a"), scheduler
+    )
 
 
 @pytest.mark.parametrize(
@@ -219,13 +223,13 @@ def test_a_run_that_is_repeated_is_the_same() -> None:
 
 
 def test_rows_of_a_step_are_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    become = Pool.become_worker
+    become = JobScheduler.become_worker
 
-    def noting(self: Pool, jobs: Sequence[Job], *rest: Any) -> None:
+    def noting(self: JobScheduler, jobs: Sequence[Job], *rest: Any) -> None:
         become(self, jobs, *rest)
         tmp_path.joinpath("".join(each.name for each in jobs)).write_text(str(self.rows_per_step), encoding="ascii")
 
-    monkeypatch.setattr(Pool, "become_worker", noting)
+    monkeypatch.setattr(JobScheduler, "become_worker", noting)
     train_jobs(tiny("llama", num_labels=2), DATA, [job(name) for name in "abc"], workers=2, rows_per_step=7)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"ac": "4", "b": "3"}
 
@@ -243,11 +247,11 @@ def test_copies_of_weights_are_made_once_for_all(monkeypatch: pytest.MonkeyPatch
 
     process = os.getpid()
     monkeypatch.setattr(products._Copies, "of", noting)
-    with Pool(tiny("llama", num_labels=2), DATA, workers=2, memory=in_use(CPU) + 10**10) as pool:
-        room = pool.room
-        pool.add([job("a", rungs=(1,)), job("b", rungs=(1,))])
-        pool.run()
-        assert len(pool.waiting) == 2 and pool.room == room - 2 * sum(made) and len(made) > 1
+    with JobScheduler(tiny("llama", num_labels=2), DATA, workers=2, memory=in_use(CPU) + 10**10) as scheduler:
+        room = scheduler.room
+        scheduler.add([job("a", rungs=(1,)), job("b", rungs=(1,))])
+        scheduler.run()
+        assert len(scheduler.waiting) == 2 and scheduler.room == room - 2 * sum(made) and len(made) > 1
 
 
 # -- rungs
@@ -257,35 +261,35 @@ def test_jobs_wait_at_rungs_in_workers_and_end_as_without_them(tmp_path: Path) -
     def jobs(*rungs: int) -> list[Job]:
         return [job(name, epochs=epochs, rungs=rungs) for name, epochs in zip("abcd", (4, 4, 3, 1), strict=True)]
 
-    def pool_of(name: str, number: int) -> Pool:
-        return Pool(tiny("llama", num_labels=2), DATA, out=tmp_path / name, workers=number)
+    def pool_of(name: str, number: int) -> JobScheduler:
+        return JobScheduler(tiny("llama", num_labels=2), DATA, out=tmp_path / name, workers=number)
 
-    with pool_of("one", 1) as pool:
-        pool.add(jobs())
-        pool.run()
-        expected = pool.results
-    with pool_of("two", 2) as pool:
-        pool.add([*jobs(1, 3), job("full", tz.Full(), epochs=1)])
-        pool.run()
-        assert pool.waiting == {"a": 1, "b": 1, "c": 1} and pool.results["d"].status == "done"
-        assert pool.queued == ["full"], "what runs alone runs when nobody waits any more"
-        assert [len(pool.results[name].epochs) for name in "abc"] == [1, 1, 1]
-        pool.proceed(["b"], ["a"])
-        assert pool.waiting == {"a": 1} and pool.results["b"].status == "stopped"
-        pool.run()
-        assert pool.waiting == {"a": 1} and pool.results["c"].status == "done"
-        pool.proceed()
-        pool.run()
-        assert pool.waiting == {"a": 3}
-        pool.proceed()
-        pool.run()
-        assert not pool.waiting and not pool.queued and not pool.lanes and pool.crew is None
-        assert {name: r.status for name, r in pool.results.items() if r.status != "done"} == {"b": "stopped"}
+    with pool_of("one", 1) as scheduler:
+        scheduler.add(jobs())
+        scheduler.run()
+        expected = scheduler.results
+    with pool_of("two", 2) as scheduler:
+        scheduler.add([*jobs(1, 3), job("full", tz.Full(), epochs=1)])
+        scheduler.run()
+        assert scheduler.waiting == {"a": 1, "b": 1, "c": 1} and scheduler.results["d"].status == "done"
+        assert scheduler.queued == ["full"], "what runs alone runs when nobody waits any more"
+        assert [len(scheduler.results[name].epochs) for name in "abc"] == [1, 1, 1]
+        scheduler.proceed(["b"], ["a"])
+        assert scheduler.waiting == {"a": 1} and scheduler.results["b"].status == "stopped"
+        scheduler.run()
+        assert scheduler.waiting == {"a": 1} and scheduler.results["c"].status == "done"
+        scheduler.proceed()
+        scheduler.run()
+        assert scheduler.waiting == {"a": 3}
+        scheduler.proceed()
+        scheduler.run()
+        assert not scheduler.waiting and not scheduler.queued and not scheduler.active_jobs and scheduler.crew is None
+        assert {name: r.status for name, r in scheduler.results.items() if r.status != "done"} == {"b": "stopped"}
         for name in "acd":
-            assert_close(pool.results[name].valid, expected[name].valid, RUN)
-        pool.add([job("e"), job("f")])
-        pool.run()
-        assert pool.results["f"].status == "done"
+            assert_close(scheduler.results[name].valid, expected[name].valid, RUN)
+        scheduler.add([job("e"), job("f")])
+        scheduler.run()
+        assert scheduler.results["f"].status == "done"
 
 
 # -- what goes wrong
@@ -333,19 +337,19 @@ def test_an_error_that_cannot_be_sent_says_what_it_was() -> None:
 @pytest.mark.parametrize(("number", "why"), [(0, "at least 1"), (-1, "at least 1")])
 def test_wrong_numbers(number: int, why: str) -> None:
     with pytest.raises(tz.TanzakuError, match=f"workers is {number}, expected {why}"):
-        Pool(tiny("llama", num_labels=2), DATA, workers=number)
+        JobScheduler(tiny("llama", num_labels=2), DATA, workers=number)
 
 
 def test_where_no_worker_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tanzaku.train.loop.possible", lambda device: False)
+    monkeypatch.setattr("tanzaku.train.scheduler.possible", lambda device: False)
     with pytest.raises(tz.TanzakuError, match=r"workers is 2.*one process; expected 1"):
-        Pool(tiny("llama", num_labels=2), DATA, workers=2)
+        JobScheduler(tiny("llama", num_labels=2), DATA, workers=2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     model = tiny("llama", num_labels=2)
-    with Pool(model, DATA) as pool:
-        pool.add([job("a"), job("b")])
-        pool.run()
-        assert pool.crew is None and {r.status for r in pool.results.values()} == {"done"}
+    with JobScheduler(model, DATA) as scheduler:
+        scheduler.add([job("a"), job("b")])
+        scheduler.run()
+        assert scheduler.crew is None and {r.status for r in scheduler.results.values()} == {"done"}
 
 
 def test_where_no_process_can_be_made_one_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,12 +405,12 @@ def test_ctrl_c_ends_jobs_under_way_and_keeps_those_that_are_done(moment: str, t
     model: PreTrainedModel = tiny("llama", num_labels=2)
     jobs = [job("a", epochs=1), job("b", epochs=200), job("c", epochs=200), job("d", epochs=9)]
     told = Interrupts(moment, "d")
-    with Pool(model, DATA, workers=2, states=tmp_path, observer=told, rows_per_step=4) as pool:
-        pool.add(jobs)
-        pool.run()
-        assert pool.interrupted
-        status = {name: r.status for name, r in pool.results.items()}
-    assert status["b"] == status["c"] == "interrupted" and "after epoch" in str(pool.results["b"].error)
+    with JobScheduler(model, DATA, workers=2, states=tmp_path, observer=told, rows_per_step=4) as scheduler:
+        scheduler.add(jobs)
+        scheduler.run()
+        assert scheduler.interrupted
+        status = {name: r.status for name, r in scheduler.results.items()}
+    assert status["b"] == status["c"] == "interrupted" and "after epoch" in str(scheduler.results["b"].error)
     assert status["d"] == ("done" if moment == "done" else "interrupted")
     if moment in ("epoch", "done"):
         assert (tmp_path / "d.safetensors").is_file(), "nobody has noted its end: it may go on from there"
@@ -416,10 +420,10 @@ def test_ctrl_c_ends_jobs_under_way_and_keeps_those_that_are_done(moment: str, t
 
 
 def test_a_job_that_interrupts_ends_the_run() -> None:
-    with Pool(tiny("llama", num_labels=2), DATA, workers=2) as pool:
-        pool.add([job("a"), job("b", Does(r=2, what="interrupt"))])
-        pool.run()
-        assert pool.interrupted and pool.results["b"].status == "interrupted"
+    with JobScheduler(tiny("llama", num_labels=2), DATA, workers=2) as scheduler:
+        scheduler.add([job("a"), job("b", Does(r=2, what="interrupt"))])
+        scheduler.run()
+        assert scheduler.interrupted and scheduler.results["b"].status == "interrupted"
 
 
 def test_ctrl_c_is_noted_once_and_stays_ignored_where_it_was() -> None:

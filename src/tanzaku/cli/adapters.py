@@ -272,16 +272,16 @@ def _plain_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def hang(model: PreTrainedModel, given: Sequence[Saved]) -> str:
+def attach_saved(model: PreTrainedModel, given: Sequence[Saved]) -> str:
     """Attach the adapters. What the checkpoint lacks must come from one of them."""
     import tanzaku as tz
-    from tanzaku.core.host import host_of
-    from tanzaku.core.weights import WeightStrip
+    from tanzaku.core.manager import manager_of
+    from tanzaku.core.weights import WeightCopy
 
     for each in given:
         tz.load(model, each.path, each.name)
-    host = host_of(model)
-    covered = {path for each in given for path, s in host.get(each.name).at() if isinstance(s, WeightStrip)}
+    manager = manager_of(model)
+    covered = {path for each in given for path, s in manager.get(each.name).at() if isinstance(s, WeightCopy)}
     lacking = [key for key in model.__dict__.pop("_tanzaku_fresh") if not any(_below(key, path) for path in covered)]
     if lacking:
         raise TanzakuError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tanzaku.cli.adapters import check_mergeable, check_paths, hang, load_base_of, note, read_adapter
+from tanzaku.cli.adapters import attach_saved, check_mergeable, check_paths, load_base_of, note, read_adapter
 from tanzaku.errors import TanzakuError, listed
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def export(
 
     quieten()
     loaded, tokenizer = load_base_of(base, [given], "float32" if outtype == "f32" else "auto")
-    hang(loaded, [given])
+    attach_saved(loaded, [given])
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
         if merged:

@@ -13,9 +13,9 @@ import typer
 from tanzaku.cli.adapters import (
     Saved,
     agreed,
+    attach_saved,
     check_mergeable,
     check_paths,
-    hang,
     load_base_of,
     names_of,
     note,
@@ -85,7 +85,7 @@ def merge(
         dtype = "float32"  # what a GGUF holds has no type of its own: float16 is how it is kept after unpacking
     loaded, tokenizer = load_base_of(base, given, dtype)
     _check_room(loaded, out)
-    name = hang(loaded, given)
+    name = attach_saved(loaded, given)
     if len(given) > 1 or numbers is not None or options:
         name = _combined(loaded, given, numbers, options, majority_sign_method, seed)
     _fold(loaded, name)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tanzaku.cli.output import Lines, Parquet
-    from tanzaku.engine.passes import CheapPasses
+    from tanzaku.engine.accelerations import Accelerations
     from tanzaku.tasks.piped import Piped
     from tanzaku.tasks.stream import Row, Rows
     from tanzaku.tasks.task import Column, Split, Task
@@ -344,7 +344,7 @@ class _Run:
     ):
         self.adapters, self.rows, self.task = adapters, rows, adapters[0].task
         self.tokenizer, self.batch_size, self.device = tokenizer, batch_size, device
-        self.passes: CheapPasses | None = None
+        self.accelerations: Accelerations | None = None
         self.lengths = list(dict.fromkeys(adapter.max_length for adapter in adapters))
 
     def chunks(self, start: int, counts: Counter[str]) -> Iterator[tuple[list[Row], list[dict[str, Any] | None]]]:
@@ -412,25 +412,25 @@ class _Run:
     def _predictions(
         self, model: PreTrainedModel, splits: dict[int, Split], start: int, there: Sequence[int]
     ) -> list[dict[str, Any]]:
-        from tanzaku.core.host import host_of
-        from tanzaku.engine.passes import CheapPasses
+        from tanzaku.core.manager import manager_of
+        from tanzaku.engine.accelerations import Accelerations
         from tanzaku.tasks.inference import NotFinite, check_rows, predictions
         from tanzaku.train.step import autocast
 
         rows: list[dict[str, Any]] = [{} for _ in there]
-        host = host_of(model)
-        self.passes = self.passes or CheapPasses(host.base)
+        manager = manager_of(model)
+        self.accelerations = self.accelerations or Accelerations(manager.base)
         for adapter in self.adapters:
             length = adapter.max_length
             numbers = [start + at + 1 for at in there]
-            check_rows(host.base, splits[length], length, host.get(adapter.name).before, numbers)
+            check_rows(manager.base, splits[length], length, manager.get(adapter.name).before, numbers)
         for precision in dict.fromkeys(adapter.precision for adapter in self.adapters):
             group = [adapter for adapter in self.adapters if adapter.precision == precision]
             texts = {adapter.name: splits[adapter.max_length] for adapter in group}
             try:
                 with autocast(model.device, precision):
                     pad = int(self.tokenizer.pad_token_id)
-                    found = list(predictions(model, self.task, texts, pad, self.batch_size, self.passes))
+                    found = list(predictions(model, self.task, texts, pad, self.batch_size, self.accelerations))
             except NotFinite as error:
                 path = next(adapter.path for adapter in group if adapter.name == error.name)
                 fix = "" if precision == "fp32" else ", or --precision fp32"

@@ -48,7 +48,7 @@ class Sitting:
     def load(
         self, display: Display, methods: Sequence[tuple[str, Method, TrainSettings]]
     ) -> tuple[PreTrainedModel, TaskData]:
-        """The model on its device, and the rows; each method is hung on a model without weights first.
+        """The model on its device, and the rows; each method is attached to a model without weights first.
 
         Raises:
             TanzakuError: no such model, rows that cannot be encoded, or a method that does not fit the model.

@@ -33,7 +33,7 @@ def train(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: boo
         from tanzaku.cli.display import Display
         from tanzaku.cli.record import Record, clear
         from tanzaku.compare.journal import Journal
-        from tanzaku.train.loop import train_jobs
+        from tanzaku.train.scheduler import train_jobs
 
         display = Display(recipe.kind.metrics)
         model, data = run.load(display, methods)

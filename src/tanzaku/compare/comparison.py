@@ -1,7 +1,7 @@
 """A comparison from its candidates to its results: search, measure, judge, and try the finalists on the test rows.
 
-Every job that ends is in the journal before anything is done with it, and what follows hangs on jobs' figures alone. So
-a comparison that is killed and begun again trains what is missing and ends where it would have ended.
+Every job that ends is in the journal before anything is done with it, and what follows depends on jobs' figures alone.
+So a comparison that is killed and begun again trains what is missing and ends where it would have ended.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from tanzaku.recipe.comparison import CompareSettings, bytes_of
 from tanzaku.storage import store
 from tanzaku.tasks.inference import records_of
 from tanzaku.tasks.task import Metric, Split, Statistics, TaskData, metric_named
-from tanzaku.train.loop import Pool, intervals
 from tanzaku.train.results import EpochRecord, Job, JobResult, Observer
+from tanzaku.train.scheduler import JobScheduler, intervals
 from tanzaku.train.step import autocast
 
 ADAPTERS = "adapters"
@@ -43,7 +43,7 @@ class Interrupted(Exception):
 
 
 class Watcher(Observer, Protocol):
-    """Told what happens, as a pool's observer is, and of the stages."""
+    """Told what happens, as a scheduler's observer is, and of the stages."""
 
     def stage(self, name: str, jobs: int, done: int) -> None:
         """A stage begins: `search`, `measure`, `final` or `test`, of so many jobs, of which some are done already."""
@@ -220,7 +220,7 @@ class Comparison:
         if not missing:
             return
         keeper = _Keeper(self.journal, {job.name: job for job in jobs}, self.watcher)
-        with Pool(
+        with JobScheduler(
             self.model,
             self.data,
             out=self.journal.folder,
@@ -231,43 +231,43 @@ class Comparison:
             workers=self.settings.workers,
             measure=True,
             states=self.journal.states,
-        ) as pool:
-            self.rows_per_step = pool.rows_per_step
-            pool.add([job.job(self.settings.reduction) for job in missing])
+        ) as scheduler:
+            self.rows_per_step = scheduler.rows_per_step
+            scheduler.add([job.job(self.settings.reduction) for job in missing])
             while True:
-                pool.run()
-                if pool.interrupted:
+                scheduler.run()
+                if scheduler.interrupted:
                     raise Interrupted
-                if not pool.waiting:
+                if not scheduler.waiting:
                     return
-                pool.proceed(*self._halved(pool, groups))
+                scheduler.proceed(*self._halved(scheduler, groups))
 
-    def _halved(self, pool: Pool, groups: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:
+    def _halved(self, scheduler: JobScheduler, groups: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:
         """Those of the waiting jobs that successive halving stops, and those that wait on. A group is judged when all
         of it have come to the rung; where memory lets only a part of it come, nobody is stopped. Those that are a rung
         ahead, after a kill, wait for the others."""
         stopped: list[str] = []
         ahead: list[str] = []
         for names in groups:
-            all_waiting = {name: epochs for name, epochs in pool.waiting.items() if name in names}
-            if not all_waiting or any(name in names for name in pool.queued):
+            all_waiting = {name: epochs for name, epochs in scheduler.waiting.items() if name in names}
+            if not all_waiting or any(name in names for name in scheduler.queued):
                 continue
             epoch = min(all_waiting.values())
             waiting = [name for name, epochs in all_waiting.items() if epochs == epoch]
             ahead += [name for name in all_waiting if name not in waiting]
             values = {}
             for name in names:
-                epochs = self._epochs(pool, name)
+                epochs = self._epochs(scheduler, name)
                 if len(epochs) >= epoch:
                     values[name] = _figure(epochs[epoch - 1], self.metric.name)
             on = survivors(values, self.settings.reduction, direction(self.metric))
             stopped += [name for name in waiting if name not in on]
         return stopped, ahead
 
-    def _epochs(self, pool: Pool, name: str) -> list[Mapping[str, float]]:
+    def _epochs(self, scheduler: JobScheduler, name: str) -> list[Mapping[str, float]]:
         """Validation figures by epoch, of a job under way or one that ended, in this sitting or before."""
-        if name in pool.results:
-            return [record.valid for record in pool.results[name].epochs]
+        if name in scheduler.results:
+            return [record.valid for record in scheduler.results[name].epochs]
         return [epoch["valid"] for epoch in self.journal.jobs.get(name, {"epochs": []})["epochs"]]
 
     # -- figures
@@ -481,7 +481,7 @@ class _Job:
 
 
 class _Keeper:
-    """Listens to a pool on behalf of the journal, and passes on what it hears."""
+    """Listens to a scheduler on behalf of the journal, and passes on what it hears."""
 
     def __init__(self, journal: Journal, jobs: Mapping[str, _Job], watcher: Watcher):
         self.journal, self.jobs, self.watcher = journal, jobs, watcher

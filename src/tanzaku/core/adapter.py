@@ -10,49 +10,51 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
-from tanzaku.core.method import AttentionStrip, Method, Strip, TokenStrip
+from tanzaku.core.method import AdapterLayer, AttentionLayer, Method, TokenLayer
 from tanzaku.errors import TanzakuError
 from tanzaku.models import tree
 from tanzaku.models.families import Base
 
 
 class Adapter(nn.Module):
-    """One adapter: a method's settings and its strips, which stand in the tree below it by the paths of their sites."""
+    """One adapter: a method's settings and its layers, which stand in the tree below it by the paths of their sites."""
 
-    def __init__(self, name: str, method: Method, strips: list[tuple[str, Strip]], base: Base):
+    def __init__(self, name: str, method: Method, layers: list[tuple[str, AdapterLayer]], base: Base):
         super().__init__()
         self.name, self.method, self.base = name, method, base
-        self._strips: list[tuple[str, Strip]] = []
+        self._layers: list[tuple[str, AdapterLayer]] = []
         self._wanted: dict[str, bool] | None = None  # while nothing of it requires gradients: what does otherwise
         self._guards: list[Any] = []
-        self.followed: torch.device | None = None  # where the model was when the strips were last moved to their sites
-        for path, strip in strips:
-            self.add(path, strip)
+        self.followed: torch.device | None = (
+            None  # where the model was when the adapter layers were last moved to their sites
+        )
+        for path, layer in layers:
+            self.add(path, layer)
 
-    def add(self, path: str, strip: Strip, *, first: bool = False) -> None:
-        """Hang one more strip; `first`, so that what others do at the site is done to what it computes."""
-        strip.trained = any(p.requires_grad for p in strip.parameters())
-        tree.hang(self, path or ("prompt" if isinstance(strip, TokenStrip) else "weights"), strip)
-        self._strips.insert(0 if first else len(self._strips), (path, strip))
+    def add(self, path: str, layer: AdapterLayer, *, first: bool = False) -> None:
+        """Hang one more adapter layer; `first`, so that what others do at the site is done to what it computes."""
+        layer.trained = any(p.requires_grad for p in layer.parameters())
+        tree.attach(self, path or ("prompt" if isinstance(layer, TokenLayer) else "weights"), layer)
+        self._layers.insert(0 if first else len(self._layers), (path, layer))
 
     @property
     def paths(self) -> list[str]:
         """The paths of the sites."""
-        return [path for path, _ in self._strips]
+        return [path for path, _ in self._layers]
 
-    def at(self) -> Iterator[tuple[str, Strip]]:
-        """(path, strip) in the order they were hung."""
-        yield from self._strips
+    def at(self) -> Iterator[tuple[str, AdapterLayer]]:
+        """(path, adapter layer) in the order they were attached."""
+        yield from self._layers
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters by the path of their site, each once; none is the adapter's own beside its strips'."""
+        """Parameters by the path of their site, each once; none is the adapter's own beside its adapter layers'."""
         seen: set[int] = set()
         if not recurse:
             return
-        for path, strip in self.at():
-            for name, parameter in strip.named_parameters():
+        for path, layer in self.at():
+            for name, parameter in layer.named_parameters():
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     yield ".".join(part for part in (prefix, path, name) if part), parameter
@@ -66,7 +68,7 @@ class Adapter(nn.Module):
         return [(name, p) for name, p in self.named_parameters() if flags[id(p)]]
 
     def _in_tree(self) -> Iterator[tuple[str, nn.Parameter]]:
-        # By the path of their site two strips may have parameters of one name.
+        # By the path of their site two adapter layers may have parameters of one name.
         return super().named_parameters()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -97,12 +99,12 @@ class Adapter(nn.Module):
     @property
     def virtual(self) -> int:
         """Tokens that it puts before a row's own."""
-        return sum(strip.num_virtual_tokens for _, strip in self.at() if isinstance(strip, TokenStrip))
+        return sum(layer.num_virtual_tokens for _, layer in self.at() if isinstance(layer, TokenLayer))
 
     @property
     def before(self) -> int:
         """Positions that it takes before a row's first token."""
-        offsets = (strip.position_offset for _, strip in self.at() if isinstance(strip, AttentionStrip))
+        offsets = (layer.position_offset for _, layer in self.at() if isinstance(layer, AttentionLayer))
         return self.virtual + max(offsets, default=0)
 
 

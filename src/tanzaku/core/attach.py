@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from tanzaku.core.adapter import Adapter
-from tanzaku.core.host import Host, find_host, host_of
-from tanzaku.core.method import Method, Strip, offloaded
+from tanzaku.core.manager import AdapterManager, find_manager, manager_of
+from tanzaku.core.method import AdapterLayer, Method, offloaded
 from tanzaku.core.programs import serve
 from tanzaku.core.routing import Entry, Route
 from tanzaku.core.survey import of_use
-from tanzaku.core.weights import WeightStrip, copied_in, copy_of
+from tanzaku.core.weights import WeightCopy, copied_in, copy_of
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models import tree
 from tanzaku.models.families import Base
@@ -48,34 +48,34 @@ def attach(model: nn.Module, method: Method, name: str = "default", *, seed: int
         raise TanzakuError(f"adapter name {name!r}: expected letters, digits, '_' and '-' only")
     if isinstance(model, torch._dynamo.OptimizedModule):  # which answers for the model, and is none
         model = model._orig_mod
-    host = find_host(model)
-    fresh = host is None
+    manager = find_manager(model)
+    fresh = manager is None
     if fresh and hasattr(model, tree.PLACE):
         raise TanzakuError(
             f"{type(model).__name__} has something of its own named {tree.PLACE!r}, where adapters stand"
         )
-    host = host or Host(model)
-    if name in host.adapters:
+    manager = manager or AdapterManager(model)
+    if name in manager.adapters:
         raise TanzakuError(f"an adapter named {name!r} is attached already; detach it first or choose another name")
     # Building notes the family's defaults in the settings: the caller's own object may go to another model yet.
     method = copy.deepcopy(method)
     method.check_finite()
-    with _at_home(host.base), seeded(seed, (p.device for p in model.parameters())):
-        strips = [*method.build(host.base)]
-        strips += _extra(host.base, method, strips)
-    if not strips:
+    with _at_home(manager.base), seeded(seed, (p.device for p in model.parameters())):
+        layers = [*method.build(manager.base)]
+        layers += _extra(manager.base, method, layers)
+    if not layers:
         raise TanzakuError(f"{method.name} found no site in {type(model).__name__}")
     named = str(getattr(method, "target_modules", None)).lower() != "all-linear"
-    adapter = Adapter(name, method, of_use(host.base, strips, named), host.base)
+    adapter = Adapter(name, method, of_use(manager.base, layers, named), manager.base)
     adapter.train(model.training)
     adapter.require_gradients(False)
     _say_what_stays_random(adapter)
     if fresh:
         for parameter in tree.parameters(model):
             parameter.requires_grad_(False)
-        model._modules[tree.PLACE] = host.tree
-        serve(model, host)
-    host.adapters[name] = adapter
+        model._modules[tree.PLACE] = manager.tree
+        serve(model, manager)
+    manager.adapters[name] = adapter
     return adapter
 
 
@@ -89,9 +89,9 @@ def _at_home(base: Base) -> Iterator[None]:
         offloaded.set(None)
 
 
-def _extra(base: Base, method: Method, strips: list[tuple[str, Strip]]) -> Iterator[tuple[str, Strip]]:
-    """The adapter's own copies of modules, beside the `strips` that it has: see :meth:`Method.copies`."""
-    done = copied_in(strips)
+def _extra(base: Base, method: Method, layers: list[tuple[str, AdapterLayer]]) -> Iterator[tuple[str, AdapterLayer]]:
+    """The adapter's own copies of modules, beside the `layers` that it has: see :meth:`Method.copies`."""
+    done = copied_in(layers)
     tied: dict[int, Tensor] = {}
     for each in method.copies(base):
         path, module = each.part.path, base.model.get_submodule(each.part.path)
@@ -99,8 +99,8 @@ def _extra(base: Base, method: Method, strips: list[tuple[str, Strip]]) -> Itera
         left = [name for name, full in names.items() if full not in done]
         if left:
             done.update(names.values())
-            strip = copy_of(module, left, tied if each.tied else None)
-            yield path, strip if each.trained else strip.requires_grad_(False)
+            layer = copy_of(module, left, tied if each.tied else None)
+            yield path, layer if each.trained else layer.requires_grad_(False)
 
 
 def _say_what_stays_random(adapter: Adapter) -> None:
@@ -133,7 +133,7 @@ def route(model: nn.Module, entries: Sequence[Entry]) -> Iterator[None]:
         TanzakuError: entries that are no list of such, or an adapter that is not attached; what was in force stays.
     """
     own = Route.of(entries if isinstance(entries, str) else list(entries))
-    with host_of(model).routed(own):
+    with manager_of(model).routed(own):
         yield
 
 
@@ -145,32 +145,32 @@ def activate(model: nn.Module, name: Entry) -> None:
     holds it. A pass that another thread has under way may see both what was active and what is: where several threads
     compute, each has its own with :func:`route`.
     """
-    host = host_of(model)
-    host.set_active(name)
-    for each, adapter in host.adapters.items():
-        adapter.require_gradients(each in host.active_names)
+    manager = manager_of(model)
+    manager.set_active(name)
+    for each, adapter in manager.adapters.items():
+        adapter.require_gradients(each in manager.active_names)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
     """Take an adapter off (all without a name). With the last one the base is unfrozen and has no hook left."""
-    host = host_of(model)
-    names = list(host.adapters) if name is None else [host.get(name).name]
-    host.mend()
-    host.end(names)
+    manager = manager_of(model)
+    names = list(manager.adapters) if name is None else [manager.get(name).name]
+    manager.mend()
+    manager.end(names)
     for each in names:
-        host.adapters.pop(each).require_gradients(True)
-    if not host.adapters:
-        host.sites.off()
+        manager.adapters.pop(each).require_gradients(True)
+    if not manager.adapters:
+        manager.sites.off()
         del model._modules[tree.PLACE]
         serve(model, None)
         for key, parameter in model.named_parameters():
-            parameter.requires_grad_(host.requires_grad.get(key, True))
+            parameter.requires_grad_(manager.requires_grad.get(key, True))
 
 
 def adapters(model: nn.Module) -> list[str]:
     """Names of the attached adapters."""
-    host = find_host(model)
-    return list(host.adapters) if host is not None else []
+    manager = find_manager(model)
+    return list(manager.adapters) if manager is not None else []
 
 
 @dataclass(frozen=True)
@@ -190,14 +190,14 @@ class Count:
 
 def count(model: nn.Module, name: str = "default") -> Count:
     """Count what `name` trains and all parameters of the base and of it, as HF PEFT counts them."""
-    host = host_of(model)
-    adapter = host.get(name)
+    manager = manager_of(model)
+    adapter = manager.get(name)
     base = sum(numbers_in(p) for p in tree.parameters(model))
     frozen_copies = sum(
         p.numel()
-        for _, strip in adapter.at()
-        if isinstance(strip, WeightStrip) and not strip.trained
-        for p in strip.parameters()
+        for _, layer in adapter.at()
+        if isinstance(layer, WeightCopy) and not layer.trained
+        for p in layer.parameters()
     )
     own = sum(p.numel() for _, p in adapter.named_parameters())
     return Count(trainable=sum(p.numel() for _, p in adapter.trained()), total=base + own - frozen_copies)

@@ -97,5 +97,5 @@ class AttentionHook(NamedTuple):
         return [(number if self.plan[number] else None, at) for number, at in joined(groups, self.plan)]
 
     def changed(self, number: int, call: AttentionCall) -> Tensor:
-        """The result for rows of one stack, whose strips change it."""
+        """The result for rows of one stack, whose adapter layers change it."""
         return self.force.changed(self.plan, number, call)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tanzaku.core import noise
+from tanzaku.core import dropout
 from tanzaku.core.in_force import InForce
 from tanzaku.core.sites import Sites
 from tanzaku.errors import TanzakuError
@@ -24,16 +24,16 @@ class KeptRoute:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         force = self.sites.in_force()
-        function = noise.again(function)
+        function = dropout.replayed(function)
         return self.checkpoint(function if force is None else _Replay(self.sites, force, function), *args, **kwargs)
 
 
 class _Replay:
     def __init__(self, sites: Sites, force: InForce, function: Callable[..., Any]):
         self.sites, self.force, self.function = sites, force, function
-        self.context = copy_context()  # with what strips have written for this pass
+        self.context = copy_context()  # with what adapter layers have written for this pass
         ends = (next((s for _, s in reversed(stack) if s.trained), None) for stack in force.stacks)
-        self.training = [p for strip in ends if strip is not None for p in [*strip.parameters()][:1] if p.requires_grad]
+        self.training = [p for layer in ends if layer is not None for p in [*layer.parameters()][:1] if p.requires_grad]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.context.run(self._run, *args, **kwargs)

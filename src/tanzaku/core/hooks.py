@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from tanzaku.core import noise
+from tanzaku.core import dropout
 from tanzaku.core.in_force import Current, InForce, Plan
 from tanzaku.core.quiet import quiet
 from tanzaku.core.routing import Cut, Route, Rows, take
 from tanzaku.core.rows import Batch, under_way
 from tanzaku.core.survey import Axis, Key, is_plain, replaced, see, tensors
-from tanzaku.core.weights import WeightStrip, rows_in, rows_put
+from tanzaku.core.weights import WeightCopy, rows_in, rows_put
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models import tree
 from tanzaku.support.context import Local
@@ -43,11 +43,11 @@ class ModuleSite:
         parts = []
         for span, part in zip(spans, cut.parts, strict=True):
             if span.number is None:
-                part = type(span.strips[0]).inputs_together(span.strips, span.sizes, module, part)
+                part = type(span.layers[0]).batched_inputs(span.layers, span.sizes, module, part)
             else:
                 with force.route.running(span.number):
-                    for strip in span.strips:
-                        part = strip.inputs(module, part)
+                    for layer in span.layers:
+                        part = layer.inputs(module, part)
             parts.append(part)
         changed = cut.put(parts)
         changed = changed.transpose(0, dim).contiguous() if dim else changed  # models take views of it
@@ -65,24 +65,24 @@ class ModuleSite:
         cut = Cut(y.transpose(0, dim) if dim else y, at)
         parts, read, split = [], None, None
         for i, (span, part) in enumerate(zip(spans, cut.parts, strict=True)):
-            if read is None and not all(strip.reads_call for strip in span.strips):
+            if read is None and not all(layer.reads_call for layer in span.layers):
                 _, x = self._read(module, args, kwargs)
                 read = Cut(x.transpose(0, dim) if dim else x, at).parts
             if span.number is None:
                 assert read is not None
-                part = type(span.strips[0]).outputs_together(span.strips, span.sizes, module, read[i], part)
+                part = type(span.layers[0]).batched_outputs(span.layers, span.sizes, module, read[i], part)
                 parts.append(part)
                 continue
             with force.route.running(span.number):
-                for strip in span.strips:
-                    if strip.reads_call:
+                for layer in span.layers:
+                    if layer.reads_call:
                         if split is None and force.places is not None:
                             split = Split(force, self.path, args, kwargs)
                         given = (args, kwargs) if split is None else split.of(span.number)
-                        part = strip.outputs_of(module, *given, part)
+                        part = layer.outputs_of(module, *given, part)
                     else:
                         assert read is not None
-                        part = strip.outputs(module, read[i], part)
+                        part = layer.outputs(module, read[i], part)
             parts.append(part)
         changed = cut.put(parts)
         changed = changed.transpose(0, dim).contiguous() if dim else changed  # models take views of it
@@ -141,7 +141,7 @@ class WeightSite:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_depth": 0, "_open": None, "_marks": []}
 
-    def hang(self) -> list[RemovableHandle]:
+    def attach(self) -> list[RemovableHandle]:
         module = self.sites.base.model.get_submodule(self.path)
         # Parts of a module are also called past its own pass (an encoder, in generate()), so each is an entrance.
         parts = dict(tree.named_modules(module))
@@ -149,7 +149,7 @@ class WeightSite:
             parts = {path: m for path, m in parts.items() if isinstance(m, PreTrainedModel)} or {"": module}
         handles = []
         for path, part in parts.items():
-            # What other strips do at the same module is done to what it computes with these weights.
+            # What other adapter layers do at the same module is done to what it computes with these weights.
             leave = partial(self.leave, path)
             handles.append(part.register_forward_pre_hook(self.enter, prepend=True))
             handles.append(part.register_forward_hook(leave, prepend=True, with_kwargs=True, always_call=True))
@@ -168,7 +168,7 @@ class WeightSite:
             self._open = plan[0][-1].swapped(whole)
             self._open.__enter__()
         else:
-            self._marks.append(noise.mark())
+            self._marks.append(dropout.mark())
 
     def leave(self, part: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not (self._lock.owned() and self._depth):  # the module failed before it was entered
@@ -205,24 +205,24 @@ class WeightSite:
             return None
         if force.places is not None:
             force.places.check(self.path, args, kwargs)
-        for number, strips in enumerate(plan):
-            if strips and strips[-1].below(part):
+        for number, layers in enumerate(plan):
+            if layers and layers[-1].below(part):
                 at = partial(_rows_of_stack, force.route, number)
                 picked, named = rows_in((args, kwargs), at, self.path)
-                noise.rewind(mark, number)
+                dropout.rewind(mark, number)
                 whole = self.sites.base.model.get_submodule(self.path)
-                with strips[-1].swapped(whole, part), quiet(), force.route.running(number, base=True):
+                with layers[-1].swapped(whole, part), quiet(), force.route.running(number, base=True):
                     result = module(*picked, **named)
                 output = rows_put(output, result, at, self.path)
         return output
 
     @contextmanager
-    def within(self, strip: WeightStrip) -> Iterator[None]:
+    def within(self, layer: WeightCopy) -> Iterator[None]:
         """Weights of an adapter's own outside of the module's pass, if they are not in place already."""
         self._lock.acquire()
         self._depth += 1
         try:
-            with nullcontext() if self._depth > 1 else strip.swapped(self.sites.base.model.get_submodule(self.path)):
+            with nullcontext() if self._depth > 1 else layer.swapped(self.sites.base.model.get_submodule(self.path)):
                 yield
         finally:
             self._depth -= 1
@@ -295,7 +295,7 @@ class SplitSite:
                 )
             block = ExitStack()
             block.enter_context(quiet())
-            _open.set((*(_open.get() or ()), (self, force, noise.mark(), block)))
+            _open.set((*(_open.get() or ()), (self, force, dropout.mark(), block)))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The output, with the rows of each stack as the stack makes them."""
@@ -313,7 +313,7 @@ class SplitSite:
             if not any(path.startswith(f"{self.path}.") for path, _ in force.stacks[number]):
                 continue
             own_args, own_kwargs = split.of(number)
-            noise.rewind(mark, number)
+            dropout.rewind(mark, number)
             before = self.sites.here()
             self.sites.put((force.alone(number),))
             try:

@@ -11,17 +11,17 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from tanzaku.core import noise
-from tanzaku.core.method import AttentionCall, AttentionStrip, ModuleStrip, Strip, TokenStrip
+from tanzaku.core import dropout
+from tanzaku.core.method import AdapterLayer, AttentionCall, AttentionLayer, ModuleLayer, TokenLayer
 from tanzaku.core.quiet import routes
 from tanzaku.core.routing import Route, Rows, put, take
 from tanzaku.core.rows import Places, rows_at
 from tanzaku.core.tokens import VirtualTokens
-from tanzaku.core.weights import WeightStrip
+from tanzaku.core.weights import WeightCopy
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models.families import Base
 
-# One list of strips per stack of the route, in stacking order.
+# One list of adapter layers per stack of the route, in stacking order.
 Plan = list[list[Any]]
 
 
@@ -29,10 +29,10 @@ class InForce:
     """What one route does at every site of a model. It is made once and not changed after, so threads may share it.
 
     Args:
-        stacks: for each stack of the route, (path, strip) in stacking order.
+        stacks: for each stack of the route, (path, adapter layer) in stacking order.
     """
 
-    def __init__(self, base: Base, route: Route, stacks: list[list[tuple[str, Strip]]]):
+    def __init__(self, base: Base, route: Route, stacks: list[list[tuple[str, AdapterLayer]]]):
         self.route, self.stacks = route, stacks
         self.ended = False  # one of its adapters is gone
         self.before: dict[str, Plan] = {}
@@ -41,22 +41,22 @@ class InForce:
         self.attention: dict[str, Plan] = {}
         tokens: Plan = [[] for _ in stacks]
         for number, stack in enumerate(stacks):
-            for path, strip in stack:
-                if isinstance(strip, TokenStrip):
-                    tokens[number].append(strip)
+            for path, layer in stack:
+                if isinstance(layer, TokenLayer):
+                    tokens[number].append(layer)
                     continue
-                for plans in self._plans_of(strip):
-                    plans.setdefault(path, [[] for _ in stacks])[number].append(strip)
+                for plans in self._plans_of(layer):
+                    plans.setdefault(path, [[] for _ in stacks])[number].append(layer)
         if not route.uniform and "" in self.weights:
-            names = dict.fromkeys(name for strips in self.weights[""] for strip in strips for name in strip.own)
+            names = dict.fromkeys(name for layers in self.weights[""] for layer in layers for name in layer.own)
             raise TanzakuError(
                 f"{listed(names, 3)} of the whole model are an adapter's own: its rows cannot share a batch with others"
             )
         self.shared = [
-            s for plan in self.attention.values() for strips in plan for s in strips if isinstance(s, AttentionStrip)
+            s for plan in self.attention.values() for layers in plan for s in layers if isinstance(s, AttentionLayer)
         ]
-        self.shared = [strip for strip in self.shared if type(strip).refresh is not AttentionStrip.refresh]
-        placed = [any(isinstance(s, TokenStrip | AttentionStrip) for _, s in stack) for stack in stacks]
+        self.shared = [layer for layer in self.shared if type(layer).refresh is not AttentionLayer.refresh]
+        placed = [any(isinstance(s, TokenLayer | AttentionLayer) for _, s in stack) for stack in stacks]
         self.tokens = None
         if any(placed):
             self.tokens = VirtualTokens(base, route, tokens, [_offset(stack) for stack in stacks], placed)
@@ -69,7 +69,7 @@ class InForce:
     def alone(self, number: int) -> InForce:
         """What is done to the rows of one stack in a batch of their own, inside of the backbone."""
         if number not in self._alone:
-            inside = [(path, strip) for path, strip in self.stacks[number] if not isinstance(strip, TokenStrip)]
+            inside = [(path, layer) for path, layer in self.stacks[number] if not isinstance(layer, TokenLayer)]
             self._alone[number] = InForce(self._base, self.route.alone(number), [inside])
         return self._alone[number]
 
@@ -77,63 +77,63 @@ class InForce:
         """(dimension that counts rows, the rows of each stack) for a tensor of a site."""
         if self.places is None:
             # What is drawn for a job's rows lies as it does where others are beside them.
-            dim = 0 if noise.mark() is None else rows_at(self._base, path, x.dim(), returned)
+            dim = 0 if dropout.mark() is None else rows_at(self._base, path, x.dim(), returned)
             return dim, self.route.groups(x.shape[dim] if x.dim() else 1)
         return self.places.groups(path, x, returned)
 
-    def _plans_of(self, strip: Strip) -> Iterator[dict[str, Plan]]:
-        if isinstance(strip, ModuleStrip):
-            if strip.edits_input:
+    def _plans_of(self, layer: AdapterLayer) -> Iterator[dict[str, Plan]]:
+        if isinstance(layer, ModuleLayer):
+            if layer.edits_input:
                 yield self.before
-            if strip.edits_output:
+            if layer.edits_output:
                 yield self.after
         else:
-            yield self.weights if isinstance(strip, WeightStrip) else self.attention
+            yield self.weights if isinstance(layer, WeightCopy) else self.attention
 
     @property
-    def whole(self) -> WeightStrip | None:
+    def whole(self) -> WeightCopy | None:
         """The copy of all weights, if the route has one."""
         plan = self.weights.get("")
         return plan[0][-1] if plan else None
 
     def spans(self, plan: Plan, groups: list[tuple[int, Rows]], x: Tensor, module: nn.Module) -> list[_Span]:
-        """Which strips work on which rows of `x`. Neighbours with a strip each, of one kind and shape, are one span."""
+        """Which layers work on which rows of `x`. Neighbours with one layer each, of one batch key, are one span."""
         spans: list[_Span] = []
         last: Any = None
         for number, rows_of_it in groups:
-            strips, at = plan[number], cast(Any, rows_of_it)
-            if not strips:
+            layers, at = plan[number], cast(Any, rows_of_it)
+            if not layers:
                 continue
-            for strip in strips:
-                strip.check_here(x)
-            shape = strips[0].alike(module) if len(strips) == 1 and isinstance(at, slice) else None
-            kind = None if shape is None else (type(strips[0]), shape)
+            for layer in layers:
+                layer.check_here(x)
+            shape = layers[0].batch_key(module) if len(layers) == 1 and isinstance(at, slice) else None
+            kind = None if shape is None else (type(layers[0]), shape)
             if kind is None:
-                spans.append(_Span(number, at, strips))
+                spans.append(_Span(number, at, layers))
             elif kind == last and spans[-1].rows.stop == at.start:
                 before = spans[-1]
                 sizes = (*before.sizes, at.stop - at.start)
-                spans[-1] = _Span(None, slice(before.rows.start, at.stop), [*before.strips, *strips], sizes)
+                spans[-1] = _Span(None, slice(before.rows.start, at.stop), [*before.layers, *layers], sizes)
             else:
-                spans.append(_Span(None, at, strips, (at.stop - at.start,)))
+                spans.append(_Span(None, at, layers, (at.stop - at.start,)))
             last = kind
         return spans
 
     def attend(self, path: str, plan: Plan, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        """The result of an attention layer for a batch of rows, with what the strips of `plan` make of it."""
+        """The result of an attention layer for a batch of rows, with what the adapter layers of `plan` make of it."""
         size = call.query.shape[0]
         groups = self.route.groups(size) if self.places is None else self.places.of_rows(path, call.query)
         if groups[0][1] is None:
             return (self.changed(plan, 0, call), None) if plan[0] else call.base_result()
         bare, weights = None, None
-        mark = noise.mark()
+        mark = dropout.mark()
         if not all(self.stacks[number] for number, _ in groups) or (mark is not None and not all(plan)):
             # The base's own call over the whole batch keeps bare rows bit for bit what they are without adapters.
             bare, weights = call.base_result()
         parts = []
         for number, rows in groups if bare is not None else joined(groups, plan):
             if plan[number]:
-                noise.rewind(mark, number)
+                dropout.rewind(mark, number)
                 parts.append((rows, self.changed(plan, number, _rows_of(call, rows))))
             elif bare is None:
                 parts.append((rows, _rows_of(call, rows).run()))
@@ -142,19 +142,19 @@ class InForce:
         return put(bare, parts), weights
 
     def changed(self, plan: Plan, number: int, call: AttentionCall) -> Tensor:
-        """The result for rows of one stack, whose strips change it."""
-        for strip in plan[number]:
-            strip.check_here(call.query)
+        """The result for rows of one stack, whose adapter layers change it."""
+        for layer in plan[number]:
+            layer.check_here(call.query)
         with self.route.running(number, call.key.shape[2]):
             return _stacked(plan[number], call).run()
 
 
 class _Span(NamedTuple):
-    """Strips that one after another change these rows; `number` None: each changes its own, so many `sizes` of them."""
+    """Layers that one after another change these rows; `number` None: each changes its own, so many `sizes` of them."""
 
     number: int | None
     rows: Any
-    strips: list[Any]
+    layers: list[Any]
     sizes: tuple[int, ...] = ()
 
 
@@ -226,15 +226,15 @@ def joined(groups: list[tuple[int, Any]], plan: Plan) -> list[tuple[int, Any]]:
     return out
 
 
-def _stacked(strips: Sequence[AttentionStrip], call: AttentionCall) -> AttentionCall:
-    """Each strip sees the ones before it as the model's own attention."""
-    for strip in strips:
-        call = replace(call, base=partial(_through, strip, call))
+def _stacked(layers: Sequence[AttentionLayer], call: AttentionCall) -> AttentionCall:
+    """Each adapter layer sees the ones before it as the model's own attention."""
+    for layer in layers:
+        call = replace(call, base=partial(_through, layer, call))
     return call
 
 
 def _through(
-    strip: AttentionStrip,
+    layer: AttentionLayer,
     below: AttentionCall,
     module: nn.Module,
     query: Tensor,
@@ -244,13 +244,13 @@ def _through(
     **options: Any,
 ) -> tuple[Tensor, None]:
     call = replace(below, query=query, key=key, value=value, mask=mask, options=options)
-    return strip.attend(call), None
+    return layer.attend(call), None
 
 
-def _offset(stack: list[tuple[str, Strip]]) -> int:
-    """Positions that the stack's attention strips take before a row's first token, each adapter counted once."""
+def _offset(stack: list[tuple[str, AdapterLayer]]) -> int:
+    """Positions that the stack's attention layers take before a row's first token, each adapter counted once."""
     per_path: dict[str, int] = {}
-    for path, strip in stack:
-        if isinstance(strip, AttentionStrip):
-            per_path[path] = per_path.get(path, 0) + strip.position_offset
+    for path, layer in stack:
+        if isinstance(layer, AttentionLayer):
+            per_path[path] = per_path.get(path, 0) + layer.position_offset
     return max(per_path.values(), default=0)

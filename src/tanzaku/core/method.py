@@ -1,15 +1,15 @@
 """What a method is: the whole contract, on one screen.
 
-A method is a dataclass of settings and one function, :meth:`Method.build`, that hangs *strips* on sites of a frozen
-model. A strip owns the parameters and the mathematics of one adapter at one site. Saving, loading, merging, routing,
-devices and data types are written once, elsewhere.
+A method is a dataclass of settings and one function, :meth:`Method.build`, that attaches *adapter layers* to sites of a
+frozen model. An adapter layer owns the parameters and the mathematics of one adapter at one site. Saving, loading,
+merging, routing, devices and data types are written once, elsewhere.
 
-| strip            | it overrides                 | meaning                                                          |
+| adapter layer    | it overrides                 | meaning                                                          |
 |------------------|------------------------------|------------------------------------------------------------------|
-| `ModuleStrip`    | `inputs`, `outputs`          | change what a submodule reads or what it returns; `..._together` |
-| `AttentionStrip` | `attend`                     | change one attention layer's result, given queries, keys, values |
-| `TokenStrip`     | `vectors`                    | virtual tokens, put before the row's own                         |
-| `WeightStrip`    | (nothing: see `weights.py`)  | the adapter's own copy of a module's weights                     |
+| `ModuleLayer`    | `inputs`, `outputs`          | change what a submodule reads or what it returns; `batched_...` |
+| `AttentionLayer` | `attend`                     | change one attention layer's result, given queries, keys, values |
+| `TokenLayer`     | `vectors`                    | virtual tokens, put before the row's own                         |
+| `WeightCopy`    | (nothing: see `weights.py`)  | the adapter's own copy of a module's weights                     |
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ OFFLOADED = (
 )
 
 
-class Strip(nn.Module):
+class AdapterLayer(nn.Module):
     """Parameters and mathematics of one adapter at one site."""
 
     trained = True  # False for what is only kept, such as a head that is not to be trained
 
     def check_here(self, like: Tensor) -> None:
-        """Raise a clear error where the strip's tensors were moved off with a base that was offloaded after it was
+        """Raise a clear error where the layer's tensors were moved off with a base that was offloaded after it was
         attached: what is computed with them is whatever memory holds, and no error of torch's."""
         first = self.__dict__.get("_first")
         if first is None:
@@ -79,10 +79,10 @@ class Strip(nn.Module):
         self.load_state_dict(tensors)
 
 
-class ModuleStrip(Strip):
+class ModuleLayer(AdapterLayer):
     """Changes a submodule's input or output, for the rows routed to it. Rows are the first dimension.
 
-    In training a decoder's rows may come as single tokens, (tokens, 1, features): a strip treats each token by itself.
+    In training a decoder's rows may come as single tokens, (tokens, 1, features): a layer treats each token by itself.
     """
 
     edits_input: ClassVar[bool] = False
@@ -101,24 +101,24 @@ class ModuleStrip(Strip):
         """`y` as the module shall return it, of all that it was given."""
         raise TypeError(f"{type(self).__name__} defines no outputs_of()")
 
-    def alike(self, module: nn.Module) -> Hashable | None:
-        """Strips of one kind at one module with equal answers are computed together; None: this one by itself."""
+    def batch_key(self, module: nn.Module) -> Hashable | None:
+        """Layers of one kind at one module with equal answers are computed together; None: this one by itself."""
         return None
 
     @staticmethod
-    def inputs_together(strips: Sequence[Any], sizes: tuple[int, ...], module: nn.Module, x: Tensor) -> Tensor:
-        """:meth:`inputs` of strips that are alike, each for so many rows of `x`, one strip after another."""
-        raise TypeError(f"{type(strips[0]).__name__} defines no inputs_together()")
+    def batched_inputs(layers: Sequence[Any], sizes: tuple[int, ...], module: nn.Module, x: Tensor) -> Tensor:
+        """:meth:`inputs` of layers of one batch key, each for so many rows of `x`, one layer after another."""
+        raise TypeError(f"{type(layers[0]).__name__} defines no batched_inputs()")
 
     @staticmethod
-    def outputs_together(
-        strips: Sequence[Any], sizes: tuple[int, ...], module: nn.Module, x: Tensor, y: Tensor
+    def batched_outputs(
+        layers: Sequence[Any], sizes: tuple[int, ...], module: nn.Module, x: Tensor, y: Tensor
     ) -> Tensor:
-        """:meth:`outputs` of strips that are alike, each for so many rows of `x` and `y`, one strip after another."""
-        raise TypeError(f"{type(strips[0]).__name__} defines no outputs_together()")
+        """:meth:`outputs` of layers of one batch key, each for so many rows of `x` and `y`, one after another."""
+        raise TypeError(f"{type(layers[0]).__name__} defines no batched_outputs()")
 
     def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
-        """The module's tensors with this strip folded in, or None where the mathematics does not allow it.
+        """The module's tensors with this adapter layer folded in, or None where the mathematics does not allow it.
 
         They are in full precision (`quantize.full_weight` reads the module's own): merging rounds them once.
         """
@@ -148,10 +148,10 @@ class AttentionCall:
         return self.base_result()[0]
 
 
-class AttentionStrip(Strip):
+class AttentionLayer(AdapterLayer):
     """Adds keys and values to an attention layer, or a second result to its own."""
 
-    position_offset: int = 0  # how many positions the strip takes before the row's first token
+    position_offset: int = 0  # how many positions the adapter layer takes before the row's first token
 
     def refresh(self) -> None:
         """Called before each forward pass, outside of checkpointed layers: the place to compute what layers share."""
@@ -161,7 +161,7 @@ class AttentionStrip(Strip):
         return call.run()
 
 
-class TokenStrip(Strip):
+class TokenLayer(AdapterLayer):
     """Virtual tokens with learned vectors, prepended to the rows routed to it."""
 
     num_virtual_tokens: int
@@ -176,8 +176,8 @@ class Attached(Protocol):
 
     name: str
 
-    def at(self) -> Iterator[tuple[str, Strip]]:
-        """(path, strip) in the order they were hung."""
+    def at(self) -> Iterator[tuple[str, AdapterLayer]]:
+        """(path, layer) in the order they were attached."""
         ...
 
 
@@ -193,7 +193,7 @@ class Method:
     shares_batch: ClassVar[bool] = True  # False: its rows need the model to themselves
     trains_head: ClassVar[bool] = True  # a classifier's head is trained along, unless modules_to_save is empty
     lengthens_rows: ClassVar[bool] = False  # by num_virtual_tokens, which go through every layer
-    covers_head: ClassVar[bool] = False  # the method's own strips say what of the head is trained
+    covers_head: ClassVar[bool] = False  # the method's own adapter layers say what of the head is trained
     file_prefix: ClassVar[str] = "base_model.model."
     learning_rate: ClassVar[float] = 1e-3  # where none is given; each method says where its own is from
     space: ClassVar[Spaces] = spaces(learning_rate=Range(1e-5, 1e-2, log=True))  # what a search draws; see open_space
@@ -206,8 +206,8 @@ class Method:
     task_type: str | None = field(default=None, kw_only=True)
     inference_mode: bool = field(default=False, kw_only=True)
 
-    def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
-        """Yield (path of the site's module, strip). Token strips have the path ""."""
+    def build(self, base: Base) -> Iterator[tuple[str, AdapterLayer]]:
+        """Yield (path of the site's module, adapter layer). Token adapter layers have the path ""."""
         raise TypeError(f"{type(self).__name__} defines no build()")
 
     def heads(self, base: Base) -> list[Part]:
@@ -240,7 +240,7 @@ class Method:
         return [*out, *(Copy(part, trained, tied=True) for part in heads)]
 
     def copied(self, base: Base) -> Callable[[str], bool]:
-        """Whether the module at a path is copied whole, so that nothing else is hung on it."""
+        """Whether the module at a path is copied whole, so that nothing else is attached to it."""
         parts = self.heads(base)
         names = (self.modules_to_save or []) if self._copies is None else []
 
@@ -315,7 +315,7 @@ class Method:
         return dataclasses.asdict(self)
 
     def check_finite(self) -> None:
-        """Raise a clear error where a setting is nan or infinite: whatever hung on it would be, too."""
+        """Raise a clear error where a setting is nan or infinite: whatever depends on it would be, too."""
         for key, value in self.settings().items():
             for number in value.values() if isinstance(value, dict) else [value]:
                 finite = not isinstance(number, float) or math.isfinite(number)

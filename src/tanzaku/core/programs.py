@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from tanzaku.core.checkpointing import KeptRoute
-from tanzaku.core.host import Host
-from tanzaku.core.method import ModuleStrip
+from tanzaku.core.manager import AdapterManager
+from tanzaku.core.method import ModuleLayer
 from tanzaku.core.sites import Sites
 from tanzaku.core.weights import copied_in
 from tanzaku.errors import TanzakuError, listed
@@ -25,8 +25,8 @@ _CHECKPOINT, _SET, _SAVE = "_gradient_checkpointing_func", "_set_gradient_checkp
 _RESIZE = "resize_token_embeddings"
 
 
-def serve(model: nn.Module, host: Host | None) -> None:
-    """Answer for a model that has adapters, or, without a host, for none any more."""
+def serve(model: nn.Module, manager: AdapterManager | None) -> None:
+    """Answer for a model that has adapters, or, without a manager, for none any more."""
     for module in tree.modules(model):
         own = module.__dict__
         for key in (_SET, _SAVE, _RESIZE):
@@ -35,18 +35,18 @@ def serve(model: nn.Module, host: Host | None) -> None:
         kept = own.get(_CHECKPOINT)
         if isinstance(kept, KeptRoute):
             own[_CHECKPOINT] = kept.checkpoint
-        if host is None or not isinstance(module, PreTrainedModel):
+        if manager is None or not isinstance(module, PreTrainedModel):
             continue
         if "value" not in inspect.signature(type(module)._set_gradient_checkpointing).parameters:  # an older form
-            own[_SET] = _SetCheckpointing(module, host.sites)
-    if host is None:
+            own[_SET] = _SetCheckpointing(module, manager.sites)
+    if manager is None:
         return
     if isinstance(model, PreTrainedModel):
-        model.__dict__[_SAVE] = _SavePretrained(model, host)
-        model.__dict__[_RESIZE] = _Resize(model, host)
+        model.__dict__[_SAVE] = _SavePretrained(model, manager)
+        model.__dict__[_RESIZE] = _Resize(model, manager)
     for module in tree.modules(model):
         if (kept := module.__dict__.get(_CHECKPOINT)) is not None:
-            module.__dict__[_CHECKPOINT] = KeptRoute(host.sites, kept)
+            module.__dict__[_CHECKPOINT] = KeptRoute(manager.sites, kept)
 
 
 class _SetCheckpointing:
@@ -73,15 +73,15 @@ def write_adapters_by(write: Callable[[nn.Module, str, Path], Any]) -> None:
 class _SavePretrained:
     """`save_pretrained` of a model: what transformers writes, and beside it each active adapter, for `tanzaku.load`."""
 
-    def __init__(self, model: PreTrainedModel, host: Host):
-        self.model, self.host = model, host
+    def __init__(self, model: PreTrainedModel, manager: AdapterManager):
+        self.model, self.manager = model, manager
 
     def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         if not _writers:  # a model that was unpickled may be all that was imported
             import_module("tanzaku.storage.store")
         out = type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
-            for name in self.host.active_names:
+            for name in self.manager.active_names:
                 _writers[0](self.model, name, Path(save_directory, tree.PLACE, name))
         return out
 
@@ -89,8 +89,8 @@ class _SavePretrained:
 class _Resize:
     """`resize_token_embeddings` of a model, which adapters of its embeddings would not survive."""
 
-    def __init__(self, model: PreTrainedModel, host: Host):
-        self.model, self.host = model, host
+    def __init__(self, model: PreTrainedModel, manager: AdapterManager):
+        self.model, self.manager = model, manager
 
     def __call__(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         if new_num_tokens is not None and (names := sorted(self._affected())):
@@ -107,7 +107,7 @@ class _Resize:
         names = {name for name, p in tree.named_parameters(self.model, remove_duplicate=False) if id(p) in ends}
         return {
             adapter.name
-            for adapter in self.host.adapters.values()
+            for adapter in self.manager.adapters.values()
             if names & copied_in(adapter.at())
-            or any(path in paths for path, strip in adapter.at() if isinstance(strip, ModuleStrip))
+            or any(path in paths for path, layer in adapter.at() if isinstance(layer, ModuleLayer))
         }

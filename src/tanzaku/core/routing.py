@@ -51,24 +51,24 @@ class Route:
 
     @property
     def at(self) -> int | None:
-        """The stack whose strips run just now; None: the base."""
+        """The stack whose adapter layers run just now; None: the base."""
         now = _running.get()
         return now[1] if now is not None and now[0] is self else None
 
     @property
     def keys(self) -> int | None:
-        """Keys of the attention that the strips which run change: its own, without theirs."""
+        """Keys of the attention that the adapter layers which run change: its own, without theirs."""
         now = _running.get()
         return now[2] if now is not None and now[0] is self else None
 
     @property
     def base_runs(self) -> bool:
-        """Whether it is the base that runs for one stack, and not its strips."""
+        """Whether it is the base that runs for one stack, and not its adapter layers."""
         now = _running.get()
         return now is not None and now[3]
 
     def running(self, number: int, keys: int | None = None, base: bool = False) -> Running:
-        """A block in which the strips of one stack run, or the base for its rows alone."""
+        """A block in which the adapter layers of one stack run, or the base for its rows alone."""
         return Running(*((self, number) if self._part_of is None else self._part_of), keys, base)
 
     def alone(self, number: int) -> Route:
@@ -160,7 +160,7 @@ _running: Local[_Now] = Local("tanzaku_running")
 
 
 class Running:
-    """Within the block, the strips of one stack run: dropout is theirs alone. A class, since it is entered often."""
+    """Within the block, the layers of one stack run: dropout is theirs alone. A class, since it is entered often."""
 
     __slots__ = ("_before", "_now")
 

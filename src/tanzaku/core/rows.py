@@ -1,6 +1,6 @@
 """Whose rows a module has before it: known from what its tensors are, never guessed from a size that fits.
 
-In a batch of several adapters each strip changes its own rows of what a module reads and returns. Mostly the first
+In a batch of several adapters each layer changes its own rows of what a module reads and returns. Mostly the first
 dimension counts them. Where it counts tokens, images or anything else, the base was seen (`survey.py`) and tells:
 
 - the second dimension counts them: it is routed by that;
@@ -27,7 +27,7 @@ from tanzaku.support.context import Local
 
 
 class Place(NamedTuple):
-    """Where a module has rows in the tensors that strips change, which have so many `dims`: see `survey.Axis`."""
+    """Where a module has rows in the tensors that layers change, which have so many `dims`: see `survey.Axis`."""
 
     dim: int
     share: int

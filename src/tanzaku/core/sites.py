@@ -1,9 +1,9 @@
-"""The three sites of a frozen model: which hooks a route needs there, hung and taken away.
+"""The three sites of a frozen model: which hooks a route needs there, added and taken away.
 
 Modules are reached by forward (pre-)hooks, attention by transformers' attention interface, virtual tokens by the
 backbone's inputs. Nothing in the model is replaced.
 
-A hook is hung when a route first needs it and stays until the last adapter goes. It holds no module, no adapter and no
+A hook is added when a route first needs it and stays until the last adapter goes. It holds no module, no adapter and no
 route: it asks, each time it runs, what is in force where it runs. So routes of several threads do not meet, a
 copy of the model follows its own adapters, and code that was compiled for one route is guarded against another.
 """
@@ -65,14 +65,14 @@ class Sites(Current):
             fresh = False
             for key, path, kind, site, method in wanted:
                 module = self.base.model.get_submodule(path)
-                if not self._hangs((key, path), module):
+                if not self._attached((key, path), module):
                     fresh = True
                     kept[key, path] = [_register(module, kind, getattr(site(self, path), method), with_kwargs=True)]
             for path in force.weights:
-                if not self._hangs(("weights", path), self.base.model.get_submodule(path)):
+                if not self._attached(("weights", path), self.base.model.get_submodule(path)):
                     fresh = True
                     self.weights[path] = WeightSite(self, path)
-                    kept["weights", path] = self.weights[path].hang()
+                    kept["weights", path] = self.weights[path].attach()
             for path in force.attention:
                 if ("attention", path) not in kept:
                     fresh = True
@@ -82,7 +82,7 @@ class Sites(Current):
                 fresh = True
                 kept[("processes",)] = [_register(self.base.model, "forward_pre", self._check_shared)]
             if force.places is not None:
-                fresh |= self._hang_splits(force.places)
+                fresh |= self._attach_splits(force.places)
             if force.attention and ("entrance",) not in kept:
                 kept[("entrance",)] = [_register(self.base.entrance, "forward_pre", self._enter)]
             if force.tokens is not None:
@@ -98,16 +98,16 @@ class Sites(Current):
             if fresh:
                 forget_compiled()
 
-    def _hangs(self, key: tuple[str, ...], module: nn.Module) -> bool:
+    def _attached(self, key: tuple[str, ...], module: nn.Module) -> bool:
         """Whether a hook is there, and still at the module that has its path: somebody may have put another there."""
-        hung = self._kept.get(key)
-        if hung and not (hung[0].id in module._forward_hooks or hung[0].id in module._forward_pre_hooks):
+        kept = self._kept.get(key)
+        if kept and not (kept[0].id in module._forward_hooks or kept[0].id in module._forward_pre_hooks):
             for handle in self._kept.pop(key):
                 handle.remove()
         return key in self._kept
 
-    def _hang_splits(self, places: Places) -> bool:
-        """Hang what a batch of several adapters needs to know its rows."""
+    def _attach_splits(self, places: Places) -> bool:
+        """Attach what a batch of several adapters needs to know its rows."""
         fresh = ("batch",) not in self._kept
         if fresh:
             entrance, model = Entrance(self, self.ensure), self.base.model
@@ -156,7 +156,7 @@ class Sites(Current):
             _shared[around] = {id(parameter) for bucket in buckets for parameter in bucket.parameters()}
         shared = _shared[around]
         for names, stack in zip(force.route.stacks, force.stacks, strict=True):
-            if any(p.requires_grad and id(p) not in shared for _, strip in stack for p in strip.parameters()):
+            if any(p.requires_grad and id(p) not in shared for _, layer in stack for p in layer.parameters()):
                 raise TanzakuError(
                     f"DistributedDataParallel was made while {listed(names)} was not active, so processes would not "
                     "share its gradients: activate it, then wrap the model again"
@@ -174,8 +174,8 @@ class Sites(Current):
             register(own)
             if config._attn_implementation != PREFIX + own:
                 config._attn_implementation_internal = PREFIX + own
-        for strip in force.shared:
-            strip.refresh()
+        for layer in force.shared:
+            layer.refresh()
 
 
 def _register(module: nn.Module, kind: str, hook: Callable[..., Any], **options: Any) -> RemovableHandle:

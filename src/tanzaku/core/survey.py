@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tanzaku.core.method import ModuleStrip, Strip
-from tanzaku.core.weights import WeightStrip, with_weight
+from tanzaku.core.method import AdapterLayer, ModuleLayer
+from tanzaku.core.weights import WeightCopy, with_weight
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models import tree
 from tanzaku.models.families import Base, features
@@ -374,8 +374,8 @@ def odd_dropouts(base: Base) -> list[tuple[str, bool]]:
 # -- what never runs
 
 
-def of_use(base: Base, strips: list[tuple[str, Strip]], named: bool) -> list[tuple[str, Strip]]:
-    """The strips of an adapter that can do what they are for.
+def of_use(base: Base, layers: list[tuple[str, AdapterLayer]], named: bool) -> list[tuple[str, AdapterLayer]]:
+    """The adapter layers of an adapter that can do what they are for.
 
     A module that never runs, of which a model reads the weights alone, has no use for any: it would change nothing, and
     have no gradient. One that returns something else than the product with its weight, as a router returns scores, has
@@ -388,20 +388,20 @@ def of_use(base: Base, strips: list[tuple[str, Strip]], named: bool) -> list[tup
         TanzakuError: no module is left, or one that was asked for returns something else than a product.
     """
     model = base.model
-    places = {p: model.get_submodule(p) for p, s in strips if p and isinstance(s, ModuleStrip | WeightStrip)}
+    places = {p: model.get_submodule(p) for p, s in layers if p and isinstance(s, ModuleLayer | WeightCopy)}
     suspects = [path for path in places if may_not_run(model, path)]
     idle = {path for path in suspects if survey(base).never_runs(base, path)}
     # The copy of a weight that other modules have too is used in them.
-    idle -= {p for p, s in strips if p in idle and isinstance(s, WeightStrip) and _also_elsewhere(model, places[p])}
-    odd = {p for p, s in strips if p in places and p not in idle and isinstance(s, ModuleStrip)}
+    idle -= {p for p, s in layers if p in idle and isinstance(s, WeightCopy) and _also_elsewhere(model, places[p])}
+    odd = {p for p, s in layers if p in places and p not in idle and isinstance(s, ModuleLayer)}
     odd = {p for p in odd if not multiplies(places[p]) or _by_another_way(model, p)}
     if not idle and not odd:
-        return strips
-    left = [(path, strip) for path, strip in strips if path not in idle and path not in odd]
+        return layers
+    left = [(path, layer) for path, layer in layers if path not in idle and path not in odd]
     reasons = [f"{holder} never runs its {names}" for holder, names in _by_holder(base, idle).items()]
     reasons += [f"{kind} returns more than the product with its weight" for kind in {_kind(places[p]) for p in odd}]
     text = f"{'; '.join(reasons)}: an adapter there would not do what it is for"
-    if (odd and named) or not any(isinstance(strip, ModuleStrip) for _, strip in left):
+    if (odd and named) or not any(isinstance(layer, ModuleLayer) for _, layer in left):
         others = [name for name in base.candidates() if name not in {p.rpartition(".")[2] for p in idle | odd}]
         raise TanzakuError(f"{text}; leave {listed(sorted(idle | odd), 3)} out, of the candidates {listed(others)}")
     if named:

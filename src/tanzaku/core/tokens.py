@@ -525,11 +525,11 @@ class VirtualTokens:
         least = max(1e-12, torch.finfo(like.dtype).tiny / 64)
         filler = torch.linspace(-least, least, like.shape[-1], dtype=like.dtype, device=like.device)
         stacks = []
-        for number, strips in enumerate(self.tokens):
+        for number, layers in enumerate(self.tokens):
             with self.route.running(number):
-                for strip in strips:
-                    strip.check_here(like)
-                vectors = [s.vectors().to(like) for s in strips]
+                for layer in layers:
+                    layer.check_here(like)
+                vectors = [s.vectors().to(like) for s in layers]
             for v in vectors:
                 if v.shape[1] != like.shape[-1]:
                     raise TanzakuError(

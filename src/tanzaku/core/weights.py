@@ -14,18 +14,18 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache
 
-from tanzaku.core.method import ModuleStrip, Strip, offloaded, trainable
+from tanzaku.core.method import AdapterLayer, ModuleLayer, offloaded, trainable
 from tanzaku.core.routing import Rows, put, take
 from tanzaku.errors import TanzakuError
 from tanzaku.models import tree
 from tanzaku.models.quantize import plain
 
 
-class WeightStrip(Strip):
+class WeightCopy(AdapterLayer):
     """The adapter's own copy of a module's weights, used in their place while the module runs.
 
     `own` maps the names of the module's tensors to the adapter's: parameters, and what is kept beside them, such as
-    running statistics. They stand in the strip's tree by these names, so that whoever goes by names (weight decay,
+    running statistics. They stand in this layer's tree by these names, so that whoever goes by names (weight decay,
     sharding) knows them again; tied ones stand there once, by their first.
 
     Args:
@@ -64,7 +64,7 @@ class WeightStrip(Strip):
 
     @contextmanager
     def swapped(self, module: nn.Module, part: str = "") -> Iterator[None]:
-        """The module with this strip's tensors in place of its own, or those of a part of it."""
+        """The module with this adapter layer's tensors in place of its own, or those of a part of it."""
         put = []
         for name, tensor in self.below(part).items():
             path, _, last = name.rpartition(".")
@@ -111,16 +111,16 @@ def check_in_reach(owner: nn.Module) -> None:
         )
 
 
-def copied_in(strips: Iterable[tuple[str, Strip]]) -> set[str]:
-    """Names of the base's tensors that (path, strip) pairs have own copies of."""
-    own = ((path, key) for path, strip in strips if isinstance(strip, WeightStrip) for key in strip.tensors)
+def copied_in(layers: Iterable[tuple[str, AdapterLayer]]) -> set[str]:
+    """Names of the base's tensors that (path, adapter layer) pairs have own copies of."""
+    own = ((path, key) for path, layer in layers if isinstance(layer, WeightCopy) for key in layer.tensors)
     return {f"{path}.{key}" if path else key for path, key in own}
 
 
 def _owner(tree: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module of `tree` that holds the parameter `name`, made if there is none yet, and the name's last part.
 
-    Past attributes: a part may be named as one of `nn.Module`'s or of the strip's.
+    Past attributes: a part may be named as one of `nn.Module`'s or of the adapter layer's.
     """
     *path, last = name.split(".")
     for part in path:
@@ -133,7 +133,7 @@ def _owner(tree: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def copy_of(
     module: nn.Module, names: Iterable[str] | None = None, copies: dict[int, Tensor] | None = None
-) -> WeightStrip:
+) -> WeightCopy:
     """An adapter's own, trainable copy of every weight below `module`, and of what is saved beside weights, such as
     running statistics; tied tensors stay tied.
 
@@ -156,7 +156,7 @@ def copy_of(
             else:
                 raise TanzakuError(f"cannot copy {name!r}: it holds quantised values ({type(tensor).__name__})")
         own[name] = copies[id(tensor)]
-    return WeightStrip(own)
+    return WeightCopy(own)
 
 
 def _at_hand(module: nn.Module, name: str) -> Tensor:
@@ -170,7 +170,7 @@ def _at_hand(module: nn.Module, name: str) -> Tensor:
         return cast(Tensor, _table(owner, last)[last]).detach().clone()
 
 
-class BiasStrip(ModuleStrip):
+class BiasCopy(ModuleLayer):
     """The adapter's own copy of a bias; the rest of the module stays the base's."""
 
     def __init__(self, module: nn.Module):

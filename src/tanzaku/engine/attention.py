@@ -3,7 +3,7 @@
 torch's kernels for CPUs work in blocks made for long texts, and on a batch in which every row is as long as the
 longest. A row of a few dozen tokens is three small products: here each row of a ragged batch has them at its own
 length, forward and backward, and query heads that share keys are one product. It is up to twice as fast where rows are
-longer than a block, and what a row gets cannot hang on its neighbours.
+longer than a block, and what a row gets cannot depend on its neighbours.
 
 What is kept for the backward pass grows with the square of a row's length, as it does not in torch's kernels: rows of
 more keys than a head has features are left to them, whose scores would take more memory than their queries.

@@ -81,7 +81,7 @@ class Need:
     Args:
         step: a step by itself, on its longest rows. alone: that, or an evaluation, whichever needs more.
         points: two pairs of tokens a row and bytes of one row in a shared step, the narrower first.
-        once: bytes in a shared step that do not hang on the rows.
+        once: bytes in a shared step that do not depend on the rows.
     """
 
     step: int

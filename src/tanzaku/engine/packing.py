@@ -165,7 +165,7 @@ class Packing:
         mask: Tensor | None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """`run` for rows that a strip has changed, row by row where that suits."""
+        """`run` for rows that an adapter layer has changed, row by row where that suits."""
         rows, _, queries, _ = query.shape
         keys, shared = key.shape[2], query.shape[1] // key.shape[1]
         if not suits(implementation, keys, query, options):

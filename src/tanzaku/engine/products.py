@@ -55,7 +55,7 @@ def lowest_layer(adapter: Adapter) -> int:
     base = adapter.base
     if base.encoder_decoder:
         return -1  # its two stacks count their layers alike
-    trained = [path for path, strip in adapter.at() if strip.trained]
+    trained = [path for path, adapter_layer in adapter.at() if adapter_layer.trained]
     above = heads_above(base.model)
     layers = [layer_of(path) for path in trained if path not in above]
     return min((-1 if layer is None else layer for layer in layers), default=ABOVE)

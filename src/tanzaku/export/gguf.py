@@ -17,12 +17,12 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from tanzaku.core.host import host_of
+from tanzaku.core.manager import manager_of
 from tanzaku.errors import TanzakuError
 from tanzaku.export.architectures import Architecture, architecture_of
 from tanzaku.export.vocabulary import write_vocabulary
 from tanzaku.files.writing import written_beside
-from tanzaku.methods.lora import LoraEmbedding, LoraStrip
+from tanzaku.methods.lora import LoraDelta, LoraEmbedding
 from tanzaku.models import tree
 
 OUTTYPES: dict[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
@@ -58,23 +58,23 @@ def export_adapter(model: nn.Module, name: str, path: str | Path, *, outtype: st
             biases, whole modules), or the model is of a family that is not exported.
     """
     _check_outtype(outtype)
-    adapter = host_of(model).get(name)
+    adapter = manager_of(model).get(name)
     arch = _causal(model, name)
     config = cast(Any, model).config
     alpha = float(getattr(adapter.method, "lora_alpha", 0.0))
     tied = _tied(model)
     names = _Names(arch, config)
     entries = []
-    for site, strip in adapter.at():
+    for site, layer in adapter.at():
         a: Tensor
         b: Tensor
-        if type(strip) is LoraStrip:
-            a, b = strip.lora_A.weight, strip.lora_B.weight
-        elif type(strip) is LoraEmbedding:
-            a, b = strip.lora_embedding_A, strip.lora_embedding_B
+        if type(layer) is LoraDelta:
+            a, b = layer.lora_A.weight, layer.lora_B.weight
+        elif type(layer) is LoraEmbedding:
+            a, b = layer.lora_embedding_A, layer.lora_embedding_B
         else:
             raise TanzakuError(
-                f"{name!r} ({adapter.method.name}) has a {type(strip).__name__} at {site or 'the model'}, and a GGUF "
+                f"{name!r} ({adapter.method.name}) has a {type(layer).__name__} at {site or 'the model'}, and a GGUF "
                 f"adapter holds plain LoRA alone; {_instead(adapter.method.mergeable)}"
             )
         target = names.of(f"{site}.weight")
@@ -88,7 +88,7 @@ def export_adapter(model: nn.Module, name: str, path: str | Path, *, outtype: st
                 a = a.t()  # llama.cpp looks rows of A up
         rank = b.shape[1]
         usual = alpha / rank if alpha else 1.0  # what llama.cpp multiplies by
-        fold = strip.scaling / usual
+        fold = layer.scaling / usual
         b = b.detach() if fold == 1 else b.detach() * fold
         b = arch.tensor(config, site, b)
         for letter, tensor in (("a", a.detach()), ("b", b)):

@@ -27,12 +27,12 @@ from transformers.pytorch_utils import Conv1D
 
 from tanzaku.core.adapter import Adapter
 from tanzaku.core.attach import attach, detach
-from tanzaku.core.host import host_of
-from tanzaku.core.method import Method, Strip
-from tanzaku.core.weights import BiasStrip, WeightStrip
+from tanzaku.core.manager import manager_of
+from tanzaku.core.method import AdapterLayer, Method
+from tanzaku.core.weights import BiasCopy, WeightCopy
 from tanzaku.errors import TanzakuError, listed, nearest
-from tanzaku.methods.ia3 import IA3, ScaleStrip
-from tanzaku.methods.lora import LoRA, LoraConv2d, LoraEmbedding, LoraStrip
+from tanzaku.methods.ia3 import IA3, ScaleLayer
+from tanzaku.methods.lora import LoRA, LoraConv2d, LoraDelta, LoraEmbedding
 from tanzaku.models import tree
 
 _RULES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -130,8 +130,8 @@ def combine(
         TanzakuError: adapters of other or different methods, settings out of range or that `how` does not use, ranks or
             sites that do not go together, or a name already taken.
     """
-    host = host_of(model)
-    parts = [host.get(each) for each in adapters]
+    manager = manager_of(model)
+    parts = [manager.get(each) for each in adapters]
     shares = _weights(parts, weights)
     _check_how(how, parts, density, majority_sign_method, svd_rank, svd_clamp, svd_driver)
     _check_copies(parts, copies)
@@ -157,9 +157,9 @@ def combine(
             generator = torch.Generator(next(adapter.parameters()).device).manual_seed(seed)
         name_of_rule = "linear" if how in ("svd", "cat") else how.removesuffix("_svd")
         rule = _Rule(name_of_rule, 1.0 if density is None else density, majority_sign_method, generator)
-        for path, strip in adapter.at():
-            given = [(s, w) for part, w in zip(parts, shares, strict=True) for s in _own(part, path, strip)]
-            _fill(path, strip, [s for s, _ in given], [w for _, w in given], how, rule, svd, model)
+        for path, layer in adapter.at():
+            given = [(s, w) for part, w in zip(parts, shares, strict=True) for s in _own(part, path, layer)]
+            _fill(path, layer, [s for s, _ in given], [w for _, w in given], how, rule, svd, model)
         _fill_copies(adapter, parts, shares, copies)
     except BaseException:
         detach(model, name)
@@ -170,14 +170,14 @@ def combine(
 # -- one site
 
 
-def _own(part: Adapter, path: str, like: Strip) -> list[Strip]:
-    """The strip that `part` has at a path for what `like` does there, if any."""
+def _own(part: Adapter, path: str, like: AdapterLayer) -> list[AdapterLayer]:
+    """The adapter layer that `part` has at a path for what `like` does there, if any."""
     return [s for p, s in part.at() if p == path and type(s) is type(like)]
 
 
 def _fill(
     path: str,
-    strip: Strip,
+    layer: AdapterLayer,
     given: list[Any],
     weights: list[float],
     how: str,
@@ -185,16 +185,16 @@ def _fill(
     svd: _Svd | None,
     model: nn.Module,
 ) -> None:
-    """Give the new strip at `path` what becomes of the strips there; adapters that have none there do not count."""
+    """Give the new layer at `path` what becomes of the layers there; adapters that have none there do not count."""
     if not given:
         return
-    if isinstance(strip, ScaleStrip):
-        strip.ia3_l.copy_(rule([s.ia3_l for s in given], weights))
-    if not isinstance(strip, LoraStrip | LoraEmbedding):
+    if isinstance(layer, ScaleLayer):
+        layer.ia3_l.copy_(rule([s.ia3_l for s in given], weights))
+    if not isinstance(layer, LoraDelta | LoraEmbedding):
         return
     module = model.get_submodule(path)
     pairs = [_factors(s) for s in given]
-    if isinstance(strip, LoraConv2d) and cast(nn.Conv2d, module).groups > 1 and (svd is not None or how == "cat"):
+    if isinstance(layer, LoraConv2d) and cast(nn.Conv2d, module).groups > 1 and (svd is not None or how == "cat"):
         raise TanzakuError(f"combine: {path} is a grouped convolution; expected how='linear' or another without svd")
     scaled = [w * s.scaling for s, w in zip(given, weights, strict=True)]
     if how == "cat":
@@ -202,7 +202,7 @@ def _fill(
         b = torch.cat([b for _, b in pairs], 1)
     elif svd is not None:
         a, b = svd(_change(module, [s.delta() for s in given], weights, rule))
-        if isinstance(strip, LoraConv2d):
+        if isinstance(layer, LoraConv2d):
             a, b = a.view(-1, *pairs[0][0].shape[1:]), b[..., None, None]
     else:
         if len(ranks := {a.shape[0] for a, _ in pairs}) > 1:
@@ -211,17 +211,17 @@ def _fill(
         roots = [math.sqrt(abs(w)) for w in scaled]
         a = rule([a for a, _ in pairs], [math.copysign(root, w) for root, w in zip(roots, scaled, strict=True)])
         b = rule([b for _, b in pairs], roots)
-    own_a, own_b = _factors(strip)
+    own_a, own_b = _factors(layer)
     # Where fewer singular values or adapters are there than the new rank has room for, the rest is zero.
     own_a.zero_()[: a.shape[0]] = a
     own_b.zero_()[:, : b.shape[1]] = b
 
 
-def _factors(strip: LoraStrip | LoraEmbedding) -> tuple[Tensor, Tensor]:
-    """(A, B) of a strip: (r, in) and (out, r); a convolution's have its kernel's dimensions too."""
-    if isinstance(strip, LoraEmbedding):
-        return strip.lora_embedding_A, strip.lora_embedding_B
-    return strip.lora_A.weight, strip.lora_B.weight
+def _factors(layer: LoraDelta | LoraEmbedding) -> tuple[Tensor, Tensor]:
+    """(A, B) of an adapter layer: (r, in) and (out, r); a convolution's have its kernel's dimensions too."""
+    if isinstance(layer, LoraEmbedding):
+        return layer.lora_embedding_A, layer.lora_embedding_B
+    return layer.lora_A.weight, layer.lora_B.weight
 
 
 def _change(module: nn.Module, deltas: list[Tensor], weights: list[float], rule: _Rule) -> Tensor:
@@ -237,10 +237,10 @@ def _change(module: nn.Module, deltas: list[Tensor], weights: list[float], rule:
 def _lora(parts: list[Adapter], how: str, svd: _Svd | None) -> Method:
     method = cast(LoRA, parts[0].method)
     for part in parts:
-        for path, strip in part.at():
-            if isinstance(strip, BiasStrip):
+        for path, layer in part.at():
+            if isinstance(layer, BiasCopy):
                 raise TanzakuError(f"combine: {part.name!r} trains biases, which have no rule; expected bias='none'")
-            if type(strip) not in (LoraStrip, LoraConv2d, LoraEmbedding, WeightStrip):
+            if type(layer) not in (LoraDelta, LoraConv2d, LoraEmbedding, WeightCopy):
                 raise TanzakuError(
                     f"combine: {part.name!r} is more than a product B A at {path}, which has no rule; expected LoRA"
                 )
@@ -273,8 +273,8 @@ def _lora(parts: list[Adapter], how: str, svd: _Svd | None) -> Method:
 
 
 def _ia3(parts: list[Adapter]) -> Method:
-    inner = [{p for p, s in part.at() if isinstance(s, ScaleStrip) and s.edits_input} for part in parts]
-    outer = [{p for p, s in part.at() if isinstance(s, ScaleStrip) and s.edits_output} for part in parts]
+    inner = [{p for p, s in part.at() if isinstance(s, ScaleLayer) and s.edits_input} for part in parts]
+    outer = [{p for p, s in part.at() if isinstance(s, ScaleLayer) and s.edits_output} for part in parts]
     if torn := set().union(*inner) & set().union(*outer):
         raise TanzakuError(
             f"combine: {listed(sorted(torn), 3)} is scaled at its input by one adapter and at its output by another; "
@@ -291,14 +291,14 @@ def _ia3(parts: list[Adapter]) -> Method:
 
 def _sites(parts: list[Adapter]) -> list[str]:
     """Paths that any of the adapters changes, but for whole modules."""
-    return list(dict.fromkeys(p for part in parts for p, s in part.at() if not isinstance(s, WeightStrip)))
+    return list(dict.fromkeys(p for part in parts for p, s in part.at() if not isinstance(s, WeightCopy)))
 
 
 def _targets(parts: list[Adapter], paths: list[str]) -> list[str]:
     """The last names of the paths where they name these sites and no other; else the paths themselves."""
     names = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
     base = parts[0].base
-    whole = {p for part in parts for p, s in part.at() if isinstance(s, WeightStrip)}
+    whole = {p for part in parts for p, s in part.at() if isinstance(s, WeightCopy)}
     reach = {
         path
         for path, _ in tree.named_modules(base.model)
@@ -310,7 +310,7 @@ def _targets(parts: list[Adapter], paths: list[str]) -> list[str]:
 def _whole(parts: list[Adapter]) -> list[str] | None:
     """Modules that the result has whole copies of, beside a classifier's head."""
     heads = parts[0].base.head_names()
-    found = {p for part in parts for p, s in part.at() if isinstance(s, WeightStrip) and p not in heads}
+    found = {p for part in parts for p, s in part.at() if isinstance(s, WeightCopy) and p not in heads}
     if found:
         return sorted(found)
     return [] if heads and all(part.method.modules_to_save == [] for part in parts) else None
@@ -319,7 +319,7 @@ def _whole(parts: list[Adapter]) -> list[str] | None:
 def _ranks(parts: list[Adapter]) -> list[int]:
     """The largest rank of each adapter."""
     return [
-        max(_factors(s)[0].shape[0] for _, s in part.at() if isinstance(s, LoraStrip | LoraEmbedding)) for part in parts
+        max(_factors(s)[0].shape[0] for _, s in part.at() if isinstance(s, LoraDelta | LoraEmbedding)) for part in parts
     ]
 
 
@@ -330,8 +330,8 @@ def _svd_rank(parts: list[Adapter], given: int | None) -> int:
 # -- copies of whole modules
 
 
-def _copies(adapter: Adapter) -> dict[str, WeightStrip]:
-    return {path: s for path, s in adapter.at() if isinstance(s, WeightStrip)}
+def _copies(adapter: Adapter) -> dict[str, WeightCopy]:
+    return {path: s for path, s in adapter.at() if isinstance(s, WeightCopy)}
 
 
 def _check_copies(parts: list[Adapter], copies: str | None) -> None:
@@ -353,14 +353,14 @@ def _check_copies(parts: list[Adapter], copies: str | None) -> None:
                 )
 
 
-def _one(strips: list[WeightStrip]) -> bool:
+def _one(layers: list[WeightCopy]) -> bool:
     """Whether several copies of a module are one and the same."""
-    first, *others = strips
+    first, *others = layers
     return all(torch.equal(t, other.tensors[key]) for other in others for key, t in first.tensors.items())
 
 
 def _fill_copies(adapter: Adapter, parts: list[Adapter], weights: list[float], copies: str | None) -> None:
-    for path, strip in _copies(adapter).items():
+    for path, layer in _copies(adapter).items():
         found = [
             (part.name, _copies(part)[path], w) for part, w in zip(parts, weights, strict=True) if path in _copies(part)
         ]
@@ -374,7 +374,7 @@ def _fill_copies(adapter: Adapter, parts: list[Adapter], weights: list[float], c
         total = sum(w for _, _, w in found)
         if not own and abs(total) < 1e-6:
             raise TanzakuError(f"combine: the weights of {path} sum to 0, which has no mean; take one with copies=NAME")
-        for key, tensor in strip.tensors.items():
+        for key, tensor in layer.tensors.items():
             if own:
                 tensor.copy_(own[0].tensors[key])
             else:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from tanzaku.core.adapter import Adapter
 from tanzaku.core.attach import activate, detach
-from tanzaku.core.host import MERGED, host_of
-from tanzaku.core.method import ModuleStrip
-from tanzaku.core.weights import WeightStrip
+from tanzaku.core.manager import MERGED, manager_of
+from tanzaku.core.method import ModuleLayer
+from tanzaku.core.weights import WeightCopy
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models import tree
 from tanzaku.models.quantize import check_readable, drop_traces, full_weight, plain, plain_module, quantised
@@ -74,9 +74,9 @@ def merge(
             or tied to another that the adapter leaves alone, or a value is out of its type's range. Nothing has
             changed then.
     """
-    host = host_of(model)
+    manager = manager_of(model)
     names = (name,) if isinstance(name, str) else name
-    stack = [host.get(each) for each in names]
+    stack = [manager.get(each) for each in names]
     for adapter in stack:
         if not adapter.method.mergeable:
             raise TanzakuError(
@@ -85,9 +85,9 @@ def merge(
             )
     if (record := _record(model)) is not None and record.undo is not None:
         raise TanzakuError(f"{', '.join(record.names)!r} is merged already; unmerge it first")
-    if host.route is not None:
+    if manager.route is not None:
         # Of every context: the adapter would count twice there, too.
-        host.end(list(host.adapters))
+        manager.end(list(manager.adapters))
         activate(model, None)
     dtype = _dtype(model) if dequantize else None
     if dequantize:
@@ -174,11 +174,11 @@ def _changes(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None) -> I
         dtype: of what takes the place of quantised weights; None: they are an error.
     """
     tied = _names_of_one_tensor(model)
-    copies = [(path, s) for path, s in adapter.at() if isinstance(s, WeightStrip)]
+    copies = [(path, s) for path, s in adapter.at() if isinstance(s, WeightCopy)]
     own = {_full(path, key): tensor for path, s in copies for key, tensor in s.tensors.items()}
-    changed = {_full(path, "weight") for path, s in adapter.at() if isinstance(s, ModuleStrip)} | set(own)
+    changed = {_full(path, "weight") for path, s in adapter.at() if isinstance(s, ModuleLayer)} | set(own)
     done: set[int] = set()
-    for path, strip in adapter.at():
+    for path, layer in adapter.at():
         module = model.get_submodule(path)
         new: dict[str, Tensor] | None = None
         if any(p.is_meta for p in tree.parameters(module)):
@@ -186,10 +186,10 @@ def _changes(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None) -> I
                 f"{adapter.method.name}: {path or 'the model'} is not in memory (offloaded, or on the meta device), so "
                 "nothing can be merged into it; load the base whole"
             )
-        if isinstance(strip, WeightStrip):
-            new = strip.tensors
-        elif isinstance(strip, ModuleStrip):
-            new = strip.merged(module)
+        if isinstance(layer, WeightCopy):
+            new = layer.tensors
+        elif isinstance(layer, ModuleLayer):
+            new = layer.merged(module)
         if not new:
             raise TanzakuError(f"{adapter.method.name}: {path} ({type(module).__name__}) cannot be merged")
         if dtype is None and "weight" in new and quantised(module):
@@ -199,7 +199,7 @@ def _changes(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None) -> I
             )
         for key, value in new.items():
             full = _full(path, key)
-            whole = isinstance(strip, WeightStrip)
+            whole = isinstance(layer, WeightCopy)
             # Tied weights stay one tensor only where the adapter's own copies of them are one, too.
             others = [name for name in tied.get(full, ()) if name != full and not (whole and own.get(name) is value)]
             if others:
@@ -222,7 +222,7 @@ def _changes(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None) -> I
                     f"{adapter.method.name}: {full} would hold {most:.3g}, expected at most "
                     f"{torch.finfo(kind).max:.3g} in {kind}; {fix}"
                 )
-            # A strip's own weights stay its own, and may be trained on.
+            # An adapter layer's own weights stay its own, and may be trained on.
             yield full, value.detach().clone() if whole else value.detach()
 
 

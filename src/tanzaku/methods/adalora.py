@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tanzaku.core.method import Attached, ModuleStrip, Strip, trainable
+from tanzaku.core.method import AdapterLayer, Attached, ModuleLayer, trainable
 from tanzaku.core.space import Choice, Range, ends, spaces
 from tanzaku.methods.lora import LoRA, low_rank
 from tanzaku.models.families import Base, features, weight_of
 from tanzaku.models.quantize import full_weight
 
 
-class SvdStrip(ModuleStrip):
+class SvdDelta(ModuleLayer):
     """B diag(E) A at one module; `ranknum` is the rank that divides alpha, and outlives pruning."""
 
     def __init__(self, module: nn.Module, r: int, alpha: float, dropout: float, init: Any):
@@ -54,16 +54,16 @@ class SvdStrip(ModuleStrip):
             return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.t(), alpha=self.factor).view(y.shape)
         return (y + F.linear(h, b) * self.factor).to(y.dtype)
 
-    def alike(self, module: nn.Module) -> Hashable | None:
+    def batch_key(self, module: nn.Module) -> Hashable | None:
         dropped = self.dropout and module.training
         return None if dropped else (self.r, self.factor, self.lora_A.dtype)
 
     @staticmethod
-    def outputs_together(
-        strips: Sequence[SvdStrip], sizes: tuple[int, ...], module: nn.Module, x: Tensor, y: Tensor
+    def batched_outputs(
+        layers: Sequence[SvdDelta], sizes: tuple[int, ...], module: nn.Module, x: Tensor, y: Tensor
     ) -> Tensor:
-        a, b, e = zip(*((s.lora_A, s.lora_B, s.lora_E) for s in strips), strict=True)
-        return low_rank(x, y, sizes, a, b, strips[0].factor, e)
+        a, b, e = zip(*((s.lora_A, s.lora_B, s.lora_E) for s in layers), strict=True)
+        return low_rank(x, y, sizes, a, b, layers[0].factor, e)
 
     def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
         delta = self.lora_B @ (self.lora_A * self.lora_E) * self.factor
@@ -134,7 +134,7 @@ class AdaLoRA(LoRA):
             space["target_r"] = Choice(below or ends(space["target_r"]))
         return space
 
-    def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
+    def build(self, base: Base) -> Iterator[tuple[str, AdapterLayer]]:
         self.check()
         self.require(self.init_r > 0, f"init_r={self.init_r}", "a rank of 1 or more")
         self.require(0 < self.target_r <= self.init_r, f"target_r={self.target_r}", f"above 0, up to {self.init_r}")
@@ -146,10 +146,10 @@ class AdaLoRA(LoRA):
                 f"{path}, a {type(module).__name__}",
                 "a matrix",
             )
-            strip = SvdStrip(module, self.init_r, self.lora_alpha, self.lora_dropout, self.init_lora_weights)
+            layer = SvdDelta(module, self.init_r, self.lora_alpha, self.lora_dropout, self.init_lora_weights)
             if self.rank_pattern and (keep := self.rank_pattern.get(f"{path}.lora_E")) is not None:
-                strip.mask = torch.tensor(keep, dtype=torch.bool)
-            yield path, strip
+                layer.mask = torch.tensor(keep, dtype=torch.bool)
+            yield path, layer
         yield from self.biases(base, [path for path, _ in found])
 
     # -- training
@@ -168,26 +168,26 @@ class AdaLoRA(LoRA):
     def training_state(self, adapter: Attached) -> dict[str, Tensor]:
         kinds = {"sensitivity": self._sensitivity, "uncertainty": self._uncertainty}
         out = {f"{kind}.{i}": tensor for kind, tensors in kinds.items() for i, tensor in enumerate(tensors)}
-        return out | {f"kept.{path}": strip.kept() for path, strip in _at(adapter) if self.rank_pattern}
+        return out | {f"kept.{path}": layer.kept() for path, layer in _at(adapter) if self.rank_pattern}
 
     def resume(self, adapter: Attached, state: dict[str, Tensor]) -> None:
         def all_of(kind: str) -> list[Tensor]:
             number = sum(key.startswith(f"{kind}.") for key in state)
-            return [state[f"{kind}.{i}"].to(_strips(adapter)[0].lora_A.device, copy=True) for i in range(number)]
+            return [state[f"{kind}.{i}"].to(_layers(adapter)[0].lora_A.device, copy=True) for i in range(number)]
 
         self._sensitivity, self._uncertainty = all_of("sensitivity"), all_of("uncertainty")
-        for path, strip in _at(adapter):
+        for path, layer in _at(adapter):
             if (kept := state.get(f"kept.{path}")) is not None:
-                self._set_kept(path, strip, kept.to(strip.lora_E.device))
+                self._set_kept(path, layer, kept.to(layer.lora_E.device))
 
     def penalty(self, adapter: Attached) -> Tensor | None:
         """orth_reg_weight times the mean of ||A A^T - I|| and ||B^T B - I|| over the matrices."""
-        strips = _strips(adapter)
-        if self.orth_reg_weight == 0 or not strips:
+        layers = _layers(adapter)
+        if self.orth_reg_weight == 0 or not layers:
             return None
         # Matrices of one shape are stacked: a handful of products instead of two a module.
         norms = []
-        for group in _same_shape([s.lora_A for s in strips]) + _same_shape([s.lora_B.t() for s in strips]):
+        for group in _same_shape([s.lora_A for s in layers]) + _same_shape([s.lora_B.t() for s in layers]):
             stacked = torch.stack(group)
             gram = stacked @ stacked.transpose(1, 2)
             norms.append((gram - torch.eye(gram.shape[-1]).to(gram)).flatten(1).norm(dim=1))
@@ -196,16 +196,16 @@ class AdaLoRA(LoRA):
     @torch.no_grad()
     def after_step(self, adapter: Attached, step: int) -> None:
         total = cast(int, self.total_step)
-        strips = _strips(adapter)
+        layers = _layers(adapter)
         if step < total - self.tfinal:
-            self._update_importance(strips)
-        budget, due = self.budget(step, len(strips))
+            self._update_importance(layers)
+        budget, due = self.budget(step, len(layers))
         if step <= total - self.tfinal:
             if due or step == total - self.tfinal:
-                self._prune(adapter, strips, budget)
+                self._prune(adapter, layers, budget)
         else:
-            for strip in strips:
-                strip.lora_E[~strip.kept()] = 0.0
+            for layer in layers:
+                layer.lora_E[~layer.kept()] = 0.0
 
     def budget(self, step: int, matrices: int) -> tuple[int, bool]:
         """(singular values left over all matrices, whether this step allocates)."""
@@ -218,8 +218,8 @@ class AdaLoRA(LoRA):
         left = 1 - (step - self.tinit) / (total - self.tfinal - self.tinit)
         return int((start - end) * left**3 + end), step % self.deltaT == 0
 
-    def _update_importance(self, strips: list[SvdStrip]) -> None:
-        tensors: list[Tensor] = [t for s in strips for t in (s.lora_A, s.lora_B, s.lora_E)]
+    def _update_importance(self, layers: list[SvdDelta]) -> None:
+        tensors: list[Tensor] = [t for s in layers for t in (s.lora_A, s.lora_B, s.lora_E)]
         if any(t.grad is None for t in tensors):
             return
         gradients: list[Tensor] = [cast(Tensor, t.grad) for t in tensors]
@@ -231,33 +231,33 @@ class AdaLoRA(LoRA):
         gap = torch._foreach_abs(torch._foreach_sub(now, self._sensitivity))
         torch._foreach_lerp_(self._uncertainty, gap, 1 - self.beta2)
 
-    def _prune(self, adapter: Attached, strips: list[SvdStrip], budget: int) -> None:
+    def _prune(self, adapter: Attached, layers: list[SvdDelta], budget: int) -> None:
         if not self._sensitivity:
             return
         score = torch._foreach_mul(self._sensitivity, self._uncertainty)
         triplets = [
             score[3 * i + 2].view(-1) + score[3 * i].mean(dim=1) + score[3 * i + 1].mean(dim=0)
-            for i in range(len(strips))
+            for i in range(len(layers))
         ]
         cut = sum(len(t) for t in triplets) - budget
         if cut <= 0:
             return
         threshold = torch.kthvalue(torch.cat(triplets).cpu(), cut)[0].item()
-        for (path, strip), values in zip(_at(adapter), triplets, strict=True):
-            self._set_kept(path, strip, values > threshold)
-            strip.lora_E[~strip.kept()] = 0.0
+        for (path, layer), values in zip(_at(adapter), triplets, strict=True):
+            self._set_kept(path, layer, values > threshold)
+            layer.lora_E[~layer.kept()] = 0.0
 
-    def _set_kept(self, path: str, strip: SvdStrip, kept: Tensor) -> None:
-        strip.mask = kept
+    def _set_kept(self, path: str, layer: SvdDelta, kept: Tensor) -> None:
+        layer.mask = kept
         self.rank_pattern = {**(self.rank_pattern or {}), f"{path}.lora_E": kept.tolist()}
 
 
-def _at(adapter: Attached) -> list[tuple[str, SvdStrip]]:
-    return [(path, strip) for path, strip in adapter.at() if isinstance(strip, SvdStrip)]
+def _at(adapter: Attached) -> list[tuple[str, SvdDelta]]:
+    return [(path, layer) for path, layer in adapter.at() if isinstance(layer, SvdDelta)]
 
 
-def _strips(adapter: Attached) -> list[SvdStrip]:
-    return [strip for _, strip in _at(adapter)]
+def _layers(adapter: Attached) -> list[SvdDelta]:
+    return [layer for _, layer in _at(adapter)]
 
 
 def _same_shape(tensors: list[Tensor]) -> list[list[Tensor]]:

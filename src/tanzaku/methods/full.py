@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tanzaku.core.method import Method, Strip
+from tanzaku.core.method import AdapterLayer, Method
 from tanzaku.core.space import Range, spaces
 from tanzaku.core.weights import copy_of
 from tanzaku.models.families import Base
@@ -29,6 +29,6 @@ class Full(Method):
     covers_head = True
     mergeable = True
 
-    def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
+    def build(self, base: Base) -> Iterator[tuple[str, AdapterLayer]]:
         self.require(not self.modules_to_save, "modules_to_save", "none: every module is trained")
         yield "", copy_of(base.model)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tanzaku.core.method import Method, Strip
+from tanzaku.core.method import AdapterLayer, Method
 from tanzaku.core.space import Range, spaces
 from tanzaku.core.weights import copy_of
 from tanzaku.models import tree
@@ -38,7 +38,7 @@ class Head(Method):
 
     target_modules: list[str] | None = None
 
-    def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
+    def build(self, base: Base) -> Iterator[tuple[str, AdapterLayer]]:
         if self._copies is not None:
             return  # a file says what they are
         tied: dict[int, Tensor] = {}

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tanzaku.core.method import Method, ModuleStrip, Strip, trainable
+from tanzaku.core.method import AdapterLayer, Method, ModuleLayer, trainable
 from tanzaku.core.routing import in_equal_shares
 from tanzaku.core.space import Range, spaces
 from tanzaku.models.families import Base, features, weight_of
 from tanzaku.models.quantize import full_weight
 
 
-class ScaleStrip(ModuleStrip):
+class ScaleLayer(ModuleLayer):
     """One factor an output feature, or an input feature where the module is of the feed-forward kind."""
 
     def __init__(self, module: nn.Module, feedforward: bool, init: bool):
@@ -44,25 +44,25 @@ class ScaleStrip(ModuleStrip):
     def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return self._scaled(module, y)
 
-    def alike(self, module: nn.Module) -> Hashable | None:
+    def batch_key(self, module: nn.Module) -> Hashable | None:
         return None if isinstance(module, nn.Conv2d) else (self.edits_input, self.ia3_l.dtype)
 
     @staticmethod
-    def inputs_together(strips: Sequence[ScaleStrip], sizes: tuple[int, ...], module: nn.Module, x: Tensor) -> Tensor:
-        if len(strips) == 1:
-            return strips[0]._scaled(module, x)
-        factors = torch.stack([s.ia3_l.flatten() for s in strips])[:, None]
+    def batched_inputs(layers: Sequence[ScaleLayer], sizes: tuple[int, ...], module: nn.Module, x: Tensor) -> Tensor:
+        if len(layers) == 1:
+            return layers[0]._scaled(module, x)
+        factors = torch.stack([s.ia3_l.flatten() for s in layers])[:, None]
 
         def scaled(x: Tensor) -> Tensor:
-            return (x.reshape(len(strips), -1, x.shape[-1]) * factors).view(x.shape).to(x.dtype)
+            return (x.reshape(len(layers), -1, x.shape[-1]) * factors).view(x.shape).to(x.dtype)
 
         return in_equal_shares(sizes, scaled, x)
 
     @staticmethod
-    def outputs_together(
-        strips: Sequence[ScaleStrip], sizes: tuple[int, ...], module: nn.Module, x: Tensor, y: Tensor
+    def batched_outputs(
+        layers: Sequence[ScaleLayer], sizes: tuple[int, ...], module: nn.Module, x: Tensor, y: Tensor
     ) -> Tensor:
-        return ScaleStrip.inputs_together(strips, sizes, module, y)
+        return ScaleLayer.batched_inputs(layers, sizes, module, y)
 
     def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
         factor: Any = self.ia3_l
@@ -107,7 +107,7 @@ class IA3(Method):
     fan_in_fan_out: bool = False
     init_ia3_weights: bool = True
 
-    def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
+    def build(self, base: Base) -> Iterator[tuple[str, AdapterLayer]]:
         if self.target_modules is None:
             self.target_modules = base.defaults(self.name, self.targets)
             if self.feedforward_modules is None:
@@ -124,4 +124,4 @@ class IA3(Method):
             )
         for path, module in found:
             self.require(not isinstance(module, nn.Embedding), f"{path}, an embedding", "a linear layer or Conv2d")
-            yield path, ScaleStrip(module, path in inner, self.init_ia3_weights)
+            yield path, ScaleLayer(module, path in inner, self.init_ia3_weights)

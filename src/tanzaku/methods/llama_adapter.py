@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanzaku.core.method import AttentionCall, AttentionStrip, Method, Strip, trainable
+from tanzaku.core.method import AdapterLayer, AttentionCall, AttentionLayer, Method, trainable
 from tanzaku.core.quiet import quiet
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.errors import TanzakuError
@@ -24,7 +24,7 @@ from tanzaku.models.families.prompt_call import PromptCall, keys_values
 from tanzaku.support.refs import Ref
 
 
-class GatedPrompt(AttentionStrip):
+class GatedPrompt(AttentionLayer):
     """One layer's prompt (1, n, width) and gate (1,)."""
 
     def __init__(self, base: Base, layer: Attention, how: PromptCall, length: int):
@@ -81,7 +81,7 @@ class LlamaAdapter(Method):
     adapter_layers: int | None = None
     target_modules: str | None = None
 
-    def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
+    def build(self, base: Base) -> Iterator[tuple[str, AdapterLayer]]:
         self.require(self.adapter_len > 0, f"adapter_len={self.adapter_len}", "1 or more")
         layers = base.attention_layers()
         if self.adapter_layers is None:

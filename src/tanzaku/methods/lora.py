@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tanzaku.core.method import Method, ModuleStrip, Strip, trainable
+from tanzaku.core.method import AdapterLayer, Method, ModuleLayer, trainable
 from tanzaku.core.routing import in_equal_shares, split
 from tanzaku.core.space import Choice, Range, ends, spaces
 from tanzaku.core.survey import tensors
-from tanzaku.core.weights import BiasStrip, with_weight
+from tanzaku.core.weights import BiasCopy, with_weight
 from tanzaku.errors import TanzakuError
 from tanzaku.files.patterns import groups_of
 from tanzaku.models import tree
@@ -39,7 +39,7 @@ class Low(nn.Module):
         self.weight = weight
 
 
-class LoraStrip(ModuleStrip):
+class LoraDelta(ModuleLayer):
     """For matrices: linear layers, Conv1D and quantised layers of any kind, since only input and output are seen."""
 
     def __init__(self, module: nn.Module, r: int, scaling: float, dropout: float, init: Any):
@@ -67,17 +67,17 @@ class LoraStrip(ModuleStrip):
             return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.t(), alpha=self.scaling).view(y.shape)
         return (y + F.linear(h, b) * self.scaling).to(y.dtype)
 
-    def alike(self, module: nn.Module) -> Hashable | None:
+    def batch_key(self, module: nn.Module) -> Hashable | None:
         # Dropout draws for each adapter by itself.
         dropped = self.dropout and module.training
         return None if dropped else (self.r, self.scaling, self.lora_A.weight.dtype)
 
     @staticmethod
-    def outputs_together(
-        strips: Sequence[LoraStrip], sizes: tuple[int, ...], module: nn.Module, x: Tensor, y: Tensor
+    def batched_outputs(
+        layers: Sequence[LoraDelta], sizes: tuple[int, ...], module: nn.Module, x: Tensor, y: Tensor
     ) -> Tensor:
-        a, b = [s.lora_A.weight for s in strips], [s.lora_B.weight for s in strips]
-        return low_rank(x, y, sizes, a, b, strips[0].scaling)
+        a, b = [s.lora_A.weight for s in layers], [s.lora_B.weight for s in layers]
+        return low_rank(x, y, sizes, a, b, layers[0].scaling)
 
     def delta(self) -> Tensor:
         """The change of the weight matrix, (out, in)."""
@@ -91,10 +91,10 @@ class LoraStrip(ModuleStrip):
         return {"weight": torch.addmm(weight, left, right, alpha=self.scaling)}
 
 
-class LoraConv2d(LoraStrip):
+class LoraConv2d(LoraDelta):
     """A is a convolution of the base's shape to r channels, B a 1 x 1 convolution back."""
 
-    def alike(self, module: nn.Module) -> None:
+    def batch_key(self, module: nn.Module) -> None:
         return None
 
     def _shape_a(self, module: nn.Module, n_in: int) -> tuple[int, ...]:
@@ -198,7 +198,7 @@ class _LowRank(torch.autograd.Function):
         return to_x, gradient, None, None, *to_a, *to_b
 
 
-class LoraEmbedding(ModuleStrip):
+class LoraEmbedding(ModuleLayer):
     """For embeddings: A holds a vector of r numbers a token. B starts at random and A at zero.
 
     Some find out for themselves what to look up, such as positions from a mask: these look A up in the same way.
@@ -290,7 +290,7 @@ class LoRA(Method):
             space["r"] = Choice(tuple(r for r in ends(space["r"]) if r % 2 == 0))
         return space
 
-    def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
+    def build(self, base: Base) -> Iterator[tuple[str, AdapterLayer]]:
         self.check()
         found = self.find(base)
         for key in (*self.rank_pattern, *self.alpha_pattern):
@@ -303,14 +303,14 @@ class LoRA(Method):
             r = int(pattern(self.rank_pattern, path, self.r))
             alpha = pattern(self.alpha_pattern, path, self.lora_alpha)
             self.require(r > 0, f"r={r} for {path}", "a rank of 1 or more")
-            yield path, self.strip(module, path, r, alpha / math.sqrt(r) if self.use_rslora else alpha / r)
+            yield path, self.layer(module, path, r, alpha / math.sqrt(r) if self.use_rslora else alpha / r)
         yield from self.biases(base, [path for path, _ in found])
 
-    def strip(self, module: nn.Module, path: str, r: int, scaling: float) -> Strip:
-        """The strip that fits the kind of module."""
+    def layer(self, module: nn.Module, path: str, r: int, scaling: float) -> AdapterLayer:
+        """The adapter layer that fits the kind of module."""
         if isinstance(module, nn.Embedding):
             return LoraEmbedding(module, r, scaling, self.init_lora_weights)
-        kind = LoraConv2d if isinstance(module, nn.Conv2d) else LoraStrip
+        kind = LoraConv2d if isinstance(module, nn.Conv2d) else LoraDelta
         groups = module.groups if isinstance(module, nn.Conv2d) else 1
         self.require(r % groups == 0, f"r={r} for {path}", f"a multiple of its {groups} groups")
         features(module, path)
@@ -341,8 +341,8 @@ class LoRA(Method):
         self.require(0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout}", "a probability below 1")
         self.require(self.bias in ("none", "all", "lora_only"), f"bias={self.bias!r}", "'none', 'all' or 'lora_only'")
 
-    def biases(self, base: Base, targets: list[str]) -> Iterator[tuple[str, Strip]]:
-        """Strips for the biases that `bias` names. A module that is copied whole has its bias in the copy."""
+    def biases(self, base: Base, targets: list[str]) -> Iterator[tuple[str, AdapterLayer]]:
+        """Copies of the biases that `bias` names. A module that is copied whole has its bias in the copy."""
         if self.bias == "none":
             return
         copied = self.copied(base)
@@ -351,7 +351,7 @@ class LoRA(Method):
                 continue
             wanted = self.bias == "all" or (self.bias == "lora_only" and path in targets)
             if wanted and isinstance(module._parameters.get("bias"), Tensor):
-                yield path, BiasStrip(module)
+                yield path, BiasCopy(module)
 
 
 def matches(key: str, path: str) -> bool:
@@ -364,22 +364,22 @@ def pattern(values: dict[str, Any], path: str, default: Any) -> Any:
     return next((value for key, value in values.items() if matches(key, path)), default)
 
 
-def initialise(strip: LoraStrip, module: nn.Module, init: Any) -> None:
+def initialise(layer: LoraDelta, module: nn.Module, init: Any) -> None:
     """Fill A and B in place as `init_lora_weights` says; None leaves zeros."""
     if init is None:
         return
-    a, b = strip.lora_A.weight, strip.lora_B.weight
+    a, b = layer.lora_A.weight, layer.lora_B.weight
     if init is True or init is False:
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         if init is False:
             nn.init.kaiming_uniform_(b, a=math.sqrt(5))
     elif init == "gaussian":
-        nn.init.normal_(a, std=1 / strip.r)
+        nn.init.normal_(a, std=1 / layer.r)
     else:  # "orthogonal"
-        if strip.r % 2:
-            raise TanzakuError(f"lora: found r={strip.r}, expected an even rank for init_lora_weights='orthogonal'")
-        q = torch.linalg.qr(torch.randn(strip.r, strip.r))[0]
+        if layer.r % 2:
+            raise TanzakuError(f"lora: found r={layer.r}, expected an even rank for init_lora_weights='orthogonal'")
+        q = torch.linalg.qr(torch.randn(layer.r, layer.r))[0]
         n_in, n_out = features(module)
         with torch.no_grad():
-            a.copy_(torch.randn(n_in, strip.r // 2).mm(q[0::2]).t() / 10)
-            b.copy_(torch.randn(strip.r // 2, n_out).t().mm(q[1::2]) / 10)
+            a.copy_(torch.randn(n_in, layer.r // 2).mm(q[0::2]).t() / 10)
+            b.copy_(torch.randn(layer.r // 2, n_out).t().mm(q[1::2]) / 10)

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tanzaku.core.method import Strip, TokenStrip, home
+from tanzaku.core.method import AdapterLayer, TokenLayer, home
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.core.tokens import check_entrance
-from tanzaku.methods.prompt_tuning import PromptLearning, PromptStrip
+from tanzaku.methods.prompt_tuning import PromptLayer, PromptLearning
 from tanzaku.models.families import Base, weight_of
 from tanzaku.support.refs import Ref
 
 
-class EncodedPrompt(TokenStrip):
+class EncodedPrompt(TokenLayer):
     """A prompt encoder: n input vectors and the network that turns them into virtual tokens."""
 
     def __init__(self, model: nn.Module, tokens: int, hidden: int, width: int, layers: int, dropout: float, kind: str):
@@ -84,7 +84,7 @@ class PTuning(PromptLearning):
     encoder_num_layers: int = 2
     encoder_dropout: float = 0.0
 
-    def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
+    def build(self, base: Base) -> Iterator[tuple[str, AdapterLayer]]:
         check_entrance(base)
         self.check(base)
         kind = self.encoder_reparameterization_type.upper().rsplit(".", 1)[-1]
@@ -96,7 +96,7 @@ class PTuning(PromptLearning):
         if self.inference_mode:
             yield (
                 "",
-                PromptStrip(nn.Parameter(torch.zeros(self.num_virtual_tokens, hidden, device=home(like)))),
+                PromptLayer(nn.Parameter(torch.zeros(self.num_virtual_tokens, hidden, device=home(like)))),
             )
             return
         with torch.device(home(like)):

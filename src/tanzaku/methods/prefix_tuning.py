@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanzaku.core.method import AttentionCall, AttentionStrip, Strip, home
+from tanzaku.core.method import AdapterLayer, AttentionCall, AttentionLayer, home
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.errors import TanzakuError
 from tanzaku.methods.prompt_tuning import PromptLearning, text_ids
@@ -54,8 +54,8 @@ _Written = tuple[Tensor, ...]
 _written: ContextVar[tuple[tuple[weakref.ref[Prefix], _Written], ...]] = ContextVar("written", default=())
 
 
-class PrefixStrip(AttentionStrip):
-    """One layer's slice of the prefix. The first layer's strip owns it and gives it to the file.
+class PrefixLayer(AttentionLayer):
+    """One layer's slice of the prefix. The first layer's adapter layer owns it and gives it to the file.
 
     Args:
         prefix: what all layers have in common. shapes: (heads, head_dim) of each layer's keys and of its values.
@@ -65,7 +65,7 @@ class PrefixStrip(AttentionStrip):
         super().__init__()
         self.position_offset = prefix.embedding.num_embeddings
         self.shapes, self.slot = shapes, slot
-        # What all layers share is the first strip's to train and to save.
+        # What all layers share is the first adapter layer's to train and to save.
         self.prefix = prefix if layer == 0 else None
         self.shared, self.bias = Ref(prefix), Ref(bias)
 
@@ -169,7 +169,7 @@ class PrefixTuning(PromptLearning):
         ours = base.encoder_decoder and self.num_transformer_submodules == 1
         return f"TANZAKU_{self.peft_type}" if ours else self.peft_type
 
-    def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
+    def build(self, base: Base) -> Iterator[tuple[str, AdapterLayer]]:
         submodules = self.num_transformer_submodules or 1
         found = base.attention_layers()
         if states := base.structure.remembers:
@@ -209,7 +209,7 @@ class PrefixTuning(PromptLearning):
         bias = next((m for _, m in layers if getattr(m, "has_relative_attention_bias", False)), None)
         for number, (path, _) in enumerate(layers):
             # In PEFT's files for encoder-decoders layer i reads slot 2 i, so two layers may share one.
-            yield path, PrefixStrip(prefix, bias, shapes, number, slot=number * submodules % len(layers))
+            yield path, PrefixLayer(prefix, bias, shapes, number, slot=number * submodules % len(layers))
 
     @torch.no_grad()
     def _start_from_text(self, base: Base, prefix: Prefix, layers: list[tuple[str, nn.Module]]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tanzaku.core.method import Method, Strip, TokenStrip, trainable
+from tanzaku.core.method import AdapterLayer, Method, TokenLayer, trainable
 from tanzaku.core.positions import room
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.core.tokens import check_entrance
@@ -23,7 +23,7 @@ from tanzaku.errors import TanzakuError
 from tanzaku.models.families import Base, weight_of
 
 
-class PromptStrip(TokenStrip):
+class PromptLayer(TokenLayer):
     """Vectors of n virtual tokens."""
 
     def __init__(self, prompt_embeddings: nn.Parameter):
@@ -91,7 +91,7 @@ class PromptTuning(PromptLearning):
     tokenizer_name_or_path: str | None = None
     tokenizer_kwargs: dict[str, Any] | None = None
 
-    def build(self, base: Base) -> Iterator[tuple[str, Strip]]:
+    def build(self, base: Base) -> Iterator[tuple[str, AdapterLayer]]:
         check_entrance(base)
         self.check(base)
         table = base.embedding
@@ -102,7 +102,7 @@ class PromptTuning(PromptLearning):
             if start is not None:
                 with torch.no_grad():
                     vectors.copy_(table(start.to(vectors.device)))
-        yield "", PromptStrip(vectors)
+        yield "", PromptLayer(vectors)
 
     def start(self, base: Base) -> Tensor | None:
         """Token ids (num_virtual_tokens,) whose vectors start the prompt; None for random vectors."""

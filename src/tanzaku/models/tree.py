@@ -21,9 +21,9 @@ class Adapters(nn.Module):
     """The attached adapters by name. Those that are active stand in the `state_dict` of the model and of its parents,
     and have to be there when one is loaded; of the others it says nothing."""
 
-    def __init__(self, host: Any):
+    def __init__(self, manager: Any):
         super().__init__()
-        self.__dict__["host"] = host
+        self.__dict__["manager"] = manager
         self.register_state_dict_post_hook(_hide)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_spare)  # type: ignore[no-untyped-call]
 
@@ -33,7 +33,7 @@ class Adapters(nn.Module):
 
     def hidden(self) -> list[str]:
         """Names of the adapters that are not active."""
-        active = self.__dict__["host"].active_names
+        active = self.__dict__["manager"].active_names
         return [name for name in self._modules if name not in active]
 
 
@@ -51,7 +51,7 @@ def _hide(place: Any, state: Any, prefix: str, metadata: dict[str, Any]) -> None
 
 def _spare(place: Any, state: dict[str, Any], prefix: str, _notes: Any, _strict: Any, *found: list[str]) -> None:
     held = {key.removeprefix(prefix).partition(".")[0] for key in state if key.startswith(prefix)}
-    active = place.__dict__["host"].active_names
+    active = place.__dict__["manager"].active_names
     if held and active and not held & {*active}:
         # Also where it need not be strict: an optimizer's state, say, would go on with the other's parameters.
         first = min(held)
@@ -62,14 +62,14 @@ def _spare(place: Any, state: dict[str, Any], prefix: str, _notes: Any, _strict:
             state.setdefault(f"{prefix}{name}.{key}", tensor)
 
 
-def hang(tree: nn.Module, path: str, strip: nn.Module) -> None:
-    """Make `strip` a part of `tree` at `path`, or beside it where another stands there."""
+def attach(tree: nn.Module, path: str, layer: nn.Module) -> None:
+    """Make `layer` a part of `tree` at `path`, or beside it where another stands there."""
     *parts, last = path.split(".")
     for part in parts:
         part = _free(tree, part, nn.Module)
         tree._modules.setdefault(part, nn.Module())
         tree = tree._modules[part]  # type: ignore[assignment]
-    tree._modules[_free(tree, last, None)] = strip
+    tree._modules[_free(tree, last, None)] = layer
 
 
 def _free(tree: nn.Module, name: str, kind: type | None) -> str:

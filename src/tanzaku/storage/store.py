@@ -25,11 +25,11 @@ from transformers import PreTrainedModel
 
 from tanzaku.core.adapter import Adapter
 from tanzaku.core.attach import attach, detach
-from tanzaku.core.host import Host, host_of
-from tanzaku.core.method import Copy, Method, Strip
+from tanzaku.core.manager import AdapterManager, manager_of
+from tanzaku.core.method import AdapterLayer, Copy, Method
 from tanzaku.core.programs import write_adapters_by
 from tanzaku.core.survey import may_not_run, survey
-from tanzaku.core.weights import BiasStrip, WeightStrip, copied_in, copy_of, elsewhere
+from tanzaku.core.weights import BiasCopy, WeightCopy, copied_in, copy_of, elsewhere
 from tanzaku.errors import TanzakuError, TooLarge, listed
 from tanzaku.files.untrusted import Allowance, from_file, is_there
 from tanzaku.files.writing import apart, check_kind, directory_beside, recover, to_disk
@@ -72,14 +72,14 @@ def save(
     Raises:
         TanzakuError: `path` is a file, or cannot be written.
     """
-    host = host_of(model)
-    adapter = host.get(name)
+    manager = manager_of(model)
+    adapter = manager.get(name)
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise TanzakuError(f"{target} is a file; expected a directory to save the adapter in")
     # Where the path is a link, the directory that it names is replaced, not the link.
     target = target.resolve() if target.is_symlink() else target
-    tensors = apart({**_resized_embeddings(host, adapter), **{k: t for k, (t, _) in entries(adapter).items()}})
+    tensors = apart({**_resized_embeddings(manager, adapter), **{k: t for k, (t, _) in entries(adapter).items()}})
     try:
         with directory_beside(target) as beside, ThreadPoolExecutor(2) as aside:
             save_file(tensors, beside / TENSORS, metadata={"format": "pt"})
@@ -87,12 +87,12 @@ def save(
             aside.submit(to_disk, beside / TENSORS)  # so that little is left to wait for at the end
             about = {
                 "format": FORMAT,
-                "base": describe(host.base, adapter),
+                "base": describe(manager.base, adapter),
                 "copies": _recorded(adapter),
                 "meta": meta or {},
             }
-            config = config_of(host, adapter)
-            known = hasattr(transformers, type(host.model).__name__)
+            config = config_of(manager, adapter)
+            known = hasattr(transformers, type(manager.model).__name__)
             text = card(adapter.method, config, meta or {}, training or {}, tensors, known)
             about |= {"card": digest_of(text), "sha256": checksum.result()}
             (beside / CONFIG).write_text(_json(config), encoding="utf-8")
@@ -203,19 +203,19 @@ def checksum(path: str | Path) -> str:
 # -- names and shapes
 
 
-def entries(adapter: Adapter) -> dict[str, tuple[Tensor, Strip]]:
-    """Every tensor of the adapter by its key in the file, with the strip it belongs to."""
-    return {key: (tensor, strip) for key, _, tensor, strip in _entries(adapter)}
+def entries(adapter: Adapter) -> dict[str, tuple[Tensor, AdapterLayer]]:
+    """Every tensor of the adapter by its key in the file, with the adapter layer it belongs to."""
+    return {key: (tensor, layer) for key, _, tensor, layer in _entries(adapter)}
 
 
-def _entries(adapter: Adapter) -> Iterator[tuple[str, str, Tensor, Strip]]:
-    """(key in the file, name in the strip, tensor, strip) of every tensor."""
-    targets = {path for path, s in adapter.at() if not isinstance(s, BiasStrip | WeightStrip)}
-    for path, strip in adapter.at():
+def _entries(adapter: Adapter) -> Iterator[tuple[str, str, Tensor, AdapterLayer]]:
+    """(key in the file, name in the adapter layer, tensor, adapter layer) of every tensor."""
+    targets = {path for path, s in adapter.at() if not isinstance(s, BiasCopy | WeightCopy)}
+    for path, layer in adapter.at():
         # Where PEFT keeps what it wrapped.
-        wrapped = "base_layer." if path and path in targets and isinstance(strip, BiasStrip | WeightStrip) else ""
-        for name, tensor in strip.export().items():
-            yield _key(adapter.method, path, wrapped + name), name, tensor, strip
+        wrapped = "base_layer." if path and path in targets and isinstance(layer, BiasCopy | WeightCopy) else ""
+        for name, tensor in layer.export().items():
+            yield _key(adapter.method, path, wrapped + name), name, tensor, layer
 
 
 def _key(method: Method, path: str, name: str) -> str:
@@ -250,16 +250,16 @@ def _drop_strangers(model: nn.Module, method: Method) -> None:
 
 def _recorded(adapter: Adapter) -> list[dict[str, Any]]:
     """What of the base the adapter has copies of, for tanzaku.json: another base may have other heads."""
-    strips = [(path, strip) for path, strip in adapter.at() if isinstance(strip, WeightStrip) and not strip.resized]
-    times = Counter(key for _, strip in strips for key in {id(t) for t in strip.tensors.values()})
+    layers = [(path, layer) for path, layer in adapter.at() if isinstance(layer, WeightCopy) and not layer.resized]
+    times = Counter(key for _, layer in layers for key in {id(t) for t in layer.tensors.values()})
     out = []
-    for path, strip in strips:
+    for path, layer in layers:
         each: dict[str, Any] = {"path": path}
         module = adapter.base.model.get_submodule(path)
-        if set(strip.tensors) != set(Part.of(path, module).tensors(module)):
-            each["names"] = list(strip.tensors)
-        each["trained"] = strip.trained
-        if any(times[id(t)] > 1 for t in strip.tensors.values()):
+        if set(layer.tensors) != set(Part.of(path, module).tensors(module)):
+            each["names"] = list(layer.tensors)
+        each["trained"] = layer.trained
+        if any(times[id(t)] > 1 for t in layer.tensors.values()):
             each["tied"] = True
         out.append(each)
     return out
@@ -300,14 +300,14 @@ def _copies(model: nn.Module, recorded: Any, settings: list[str], folder: Path) 
 # -- embeddings of a base whose vocabulary was resized
 
 
-def _resized_embeddings(host: Host, adapter: Adapter) -> dict[str, Tensor]:
+def _resized_embeddings(manager: AdapterManager, adapter: Adapter) -> dict[str, Tensor]:
     """The base's embeddings by their keys in the file, where its vocabulary is not that of its own configuration: the
     vectors of new tokens are drawn at random, and without them the adapter could not be used again. PEFT does alike.
     """
-    model = host.model
+    model = manager.model
     if not resized(model):
         return {}
-    targets = {path for path, s in adapter.at() if not isinstance(s, WeightStrip)}
+    targets = {path for path, s in adapter.at() if not isinstance(s, WeightCopy)}
     embeddings = _embeddings(model)
     return {
         _key(adapter.method, path, f"base_layer.{name}" if path in targets else name): parameter
@@ -356,7 +356,7 @@ def _own_embeddings(model: nn.Module, adapter: Adapter, tensors: dict[str, Tenso
             tensors.setdefault(found.get(other, _key(adapter.method, there, last)), tensors[key])
     for path, weights in copies.items():
         # First, so that what the adapter does to the embedding is done to its own copy.
-        adapter.add(path, WeightStrip(weights, resized=True), first=True)
+        adapter.add(path, WeightCopy(weights, resized=True), first=True)
 
 
 def _new_rows(base: Tensor, file: Tensor) -> bool:
@@ -432,15 +432,15 @@ def _fill(
     expected = list(_entries(adapter))
     keys = {key for key, *_ in expected}
     problems = []
-    missing = [(key, _not_trained(name, strip)) for key, name, _, strip in expected if key not in tensors]
+    missing = [(key, _not_trained(name, layer)) for key, name, _, layer in expected if key not in tensors]
     if kept := [key for key, spare in missing if spare]:
         warnings.warn(f"{folder} holds no {listed(kept)}: the model's own is used", stacklevel=3)
     if lost := [key for key, spare in missing if not spare]:
         problems.append(f"missing {listed(lost, 3)}")
     problems += _strange(model, adapter.method, [key for key in tensors if key not in keys], tensors)
-    local: dict[Strip, dict[str, Tensor]] = {}
-    for key, name, tensor, strip in expected:
-        here = local.setdefault(strip, {})
+    local: dict[AdapterLayer, dict[str, Tensor]] = {}
+    for key, name, tensor, layer in expected:
+        here = local.setdefault(layer, {})
         here[name] = tensor
         if key not in tensors:
             continue
@@ -464,19 +464,19 @@ def _fill(
         if strict:
             raise TanzakuError(message)
         warnings.warn(f"{message}; what does not fit keeps its initial value", stacklevel=3)
-    exported = {(id(strip), name): tensor for _, name, tensor, strip in expected}
-    for strip, named in local.items():
-        if type(strip).restore is Strip.restore:
-            # What such a strip exports are its own tensors: filling them at once spares a walk for each strip.
+    exported = {(id(layer), name): tensor for _, name, tensor, layer in expected}
+    for layer, named in local.items():
+        if type(layer).restore is AdapterLayer.restore:
+            # What such a layer exports are its own tensors: filling them at once spares a walk for each.
             for name, tensor in named.items():
-                exported[id(strip), name].copy_(tensor)
+                exported[id(layer), name].copy_(tensor)
         elif named:
-            strip.restore(named)
+            layer.restore(named)
 
 
-def _not_trained(name: str, strip: Strip) -> bool:
+def _not_trained(name: str, layer: AdapterLayer) -> bool:
     """Whether a tensor is a copy of the base's that is not trained: of a head, or of running statistics."""
-    return isinstance(strip, WeightStrip) and (not strip.trained or name not in strip.own)
+    return isinstance(layer, WeightCopy) and (not layer.trained or name not in layer.own)
 
 
 def method_of(config: dict[str, Any], folder: Path) -> Method:
@@ -513,32 +513,32 @@ _INERT = {
 }
 
 
-def config_of(host: Host, adapter: Adapter) -> dict[str, Any]:
+def config_of(manager: AdapterManager, adapter: Adapter) -> dict[str, Any]:
     """The adapter_config.json of an adapter."""
     method = adapter.method
-    own = type(host.model).__name__
+    own = type(manager.model).__name__
     task = method.task_type
-    if task is None and isinstance(host.model, PreTrainedModel):
+    if task is None and isinstance(manager.model, PreTrainedModel):
         task = next((t for end, t in _TASKS.items() if own.endswith(end)), None)
     settings = method.settings()
     # Whole paths: of a mere name PEFT takes all that ends with it, "norm" for "input_layernorm" too.
-    copies = {path: s for path, s in adapter.at() if isinstance(s, WeightStrip)}
+    copies = {path: s for path, s in adapter.at() if isinstance(s, WeightCopy)}
     whole = [path for path, s in copies.items() if path and s.trained]
     if whole and method.name not in _ONLY_HERE:
         settings["modules_to_save"] = whole
     if task in _NEEDS_HEAD and method.trains_head and method.file_prefix == Method.file_prefix:
         # By these tasks PEFT takes the head from the file, and cannot read one without; by none it leaves the base's.
         task = task if any(path.endswith(_HEADS) for path in copies) else None
-    if task is None and isinstance(host.model, PreTrainedModel):
+    if task is None and isinstance(manager.model, PreTrainedModel):
         # Where the task does not tell, PEFT's AutoPeftModel reads the base's class here.
-        settings["auto_mapping"] = {"base_model_class": own, "parent_library": type(host.model).__module__}
-    kind = method.file_type(host.base)
+        settings["auto_mapping"] = {"base_model_class": own, "parent_library": type(manager.model).__module__}
+    kind = method.file_type(manager.base)
     if "" in copies and method.name not in _ONLY_HERE and not kind.startswith(_OURS):
         kind = _OURS + kind  # parameters of the model itself, which PEFT cannot name
     settings.update(
         peft_type=kind,
         task_type=task,
-        base_model_name_or_path=getattr(host.model, "name_or_path", "") or None,
+        base_model_name_or_path=getattr(manager.model, "name_or_path", "") or None,
         inference_mode=True,
     )
     if method.name not in _ONLY_HERE:
@@ -567,12 +567,13 @@ def describe(base: Base, adapter: Adapter) -> dict[str, Any]:
 
     Weights that the adapter has its own copy of are left out, as is a classifier's head: it is drawn anew each time.
     """
-    carried = copied_in((path, strip) for path, strip in adapter.at() if adapter.method.name != "full")
+    carried = copied_in((path, layer) for path, layer in adapter.at() if adapter.method.name != "full")
     weights = _sample(base, carried | _heads(base))
     return {"model_type": base.kind, "architecture": type(base.model).__name__, "weights": weights}
 
 
-# Where numbers are read in a flat weight. The places hang not on its size, so that rows added for new tokens move none.
+# Where numbers are read in a flat weight: places that do not depend on its size, so that rows added for new tokens
+# move none.
 _PLACES = [5 * 8**k for k in range(14)]
 _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

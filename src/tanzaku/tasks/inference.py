@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from tanzaku.core.attach import route
-from tanzaku.core.host import host_of
+from tanzaku.core.manager import manager_of
 from tanzaku.core.positions import room
 from tanzaku.core.tokens import without_cache
-from tanzaku.engine.passes import CheapPasses
+from tanzaku.engine.accelerations import Accelerations
 from tanzaku.engine.products import ABOVE
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models.families import Base
@@ -43,7 +43,7 @@ def predictions(
     splits: Mapping[str, Split],
     pad_token_id: int,
     batch_size: int,
-    passes: CheapPasses | None = None,
+    accelerations: Accelerations | None = None,
 ) -> Iterator[dict[str, Any]]:
     """For each row, in the order of the splits: by adapter, the task's prediction.
 
@@ -64,8 +64,8 @@ def predictions(
     rows = _number_of_rows(model, splits, batch_size)
     window = window_of(batch_size)
     parts = (range(start, min(start + window, rows)) for start in range(0, rows, window))
-    passes = passes or CheapPasses(host_of(model).base)
-    return _each(task, (_records(passes, model, task, splits, pad_token_id, batch_size, part) for part in parts))
+    accelerations = accelerations or Accelerations(manager_of(model).base)
+    return _each(task, (_records(accelerations, model, task, splits, pad_token_id, batch_size, part) for part in parts))
 
 
 def check_rows(
@@ -115,8 +115,8 @@ def records_of(
 ) -> dict[str, Records]:
     """By adapter, the records behind :func:`predictions`, of all rows at once."""
     rows = _number_of_rows(model, splits, batch_size)
-    passes = CheapPasses(host_of(model).base)
-    return _records(passes, model, task, splits, pad_token_id, batch_size, range(rows))
+    accelerations = Accelerations(manager_of(model).base)
+    return _records(accelerations, model, task, splits, pad_token_id, batch_size, range(rows))
 
 
 def _number_of_rows(model: PreTrainedModel, splits: Mapping[str, Split], batch_size: int) -> int:
@@ -125,7 +125,7 @@ def _number_of_rows(model: PreTrainedModel, splits: Mapping[str, Split], batch_s
     if not splits:
         raise TanzakuError("no adapter to compute with; expected at least one and its rows")
     for name in splits:
-        host_of(model).get(name)
+        manager_of(model).get(name)
     sizes = {name: len(split) for name, split in splits.items()}
     if len({*sizes.values()}) > 1:
         found = listed(f"{size} for {name}" for name, size in sizes.items())
@@ -158,7 +158,7 @@ def _check_finite(name: str, records: Records, before: int) -> None:
 # On a function and not on a generator: while a caller holds a row, gradients and the route are the caller's.
 @torch.no_grad()
 def _records(
-    passes: CheapPasses,
+    accelerations: Accelerations,
     model: PreTrainedModel,
     task: Task,
     splits: Mapping[str, Split],
@@ -168,26 +168,26 @@ def _records(
 ) -> dict[str, Records]:
     """By adapter, the records of these rows, in their order."""
     model.eval()
-    host = host_of(model)
+    manager = manager_of(model)
     without = left_out(model)
     # A cache of keys and values is for generation; here it would only be a copy of them a layer.
-    options = without_cache(host.base)
+    options = without_cache(manager.base)
     lengths = {name: [split.examples[row].length for row in rows] for name, split in splits.items()}
     longest = [max(of_row) for of_row in zip(*lengths.values(), strict=True)]
     order = sorted(range(len(rows)), key=lambda at: longest[at])
     found: dict[str, list[Records]] = {name: [] for name in splits}
     for names in _passes(model, lengths):
         # One entry an adapter: a batch of as many rows for each repeats the entries in place, so groups are views.
-        with passes, route(model, names):
+        with accelerations, route(model, names):
             for start in range(0, len(order), batch_size):
                 at = order[start : start + batch_size]
                 batch = task.collate([splits[name].examples[rows[i]] for name in names for i in at], pad_token_id)
                 batch = batch.to(model.device, without)
-                with passes.reading(
+                with accelerations.reading(
                     batch,
-                    virtual=[host.get(name).virtual for name in names for _ in at],
+                    virtual=[manager.get(name).virtual for name in names for _ in at],
                     lowest=[ABOVE] * (len(names) * len(at)),  # no gradient is wanted
-                    route=host.route,
+                    route=manager.route,
                 ):
                     records = task.records(model(**batch.inputs, **options), batch)
                 for place, name in enumerate(names):
@@ -207,14 +207,14 @@ def _passes(model: PreTrainedModel, lengths: Mapping[str, list[int]]) -> Iterato
     may be more than the model has positions for, though each adapter alone has room. Then only adapters with rows of
     the same lengths go together.
     """
-    host = host_of(model)
-    limit = room(host.base)
-    shared = [name for name in lengths if host.get(name).method.shares_batch]
+    manager = manager_of(model)
+    limit = room(manager.base)
+    shared = [name for name in lengths if manager.get(name).method.shares_batch]
     alike: dict[tuple[int, ...], list[str]] = {}
     for name in shared:
         alike.setdefault(tuple(lengths[name]), []).append(name)
     if len(alike) > 1:
-        longest, lead = max(map(max, alike)), max(host.get(name).before for name in shared)
+        longest, lead = max(map(max, alike)), max(manager.get(name).before for name in shared)
         if limit is None or longest + lead <= limit:
             alike = {(): shared}
     yield from alike.values()

@@ -1,8 +1,8 @@
 """The state of a job under way, on disk after each of its epochs: what a run that was cut off goes on from.
 
 One safetensors file a job, its figures as JSON in the header; it is written beside and renamed, so that there is always
-one that is whole. A job that goes on ends with the weights of one that nobody cut off: the file has all that they hang
-on but for random numbers, which hang on the seed, the epoch and the batch alone.
+one that is whole. A job that goes on ends with the weights of one that nobody cut off: the file has all that they
+depend on but for random numbers, which depend on the seed, the epoch and the batch alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tanzaku.files.writing import apart, written_beside
 from tanzaku.models import tree
 from tanzaku.support.versions import VERSION
 from tanzaku.tasks.task import TaskData
-from tanzaku.train.lane import Lane
+from tanzaku.train.active_job import ActiveJob
 
 SUFFIX = ".safetensors"
 _HEADER = "tanzaku"
@@ -43,39 +43,39 @@ class States:
         self.folder = folder
         self._next: dict[str, float] = {}  # when writing a job's state pays again
 
-    def keep(self, lane: Lane) -> None:
+    def keep(self, active: ActiveJob) -> None:
         """Write the state of a job that has just closed an epoch, unless that costs too much."""
-        name, began = lane.job.name, time.monotonic()
+        name, began = active.job.name, time.monotonic()
         if began < self._next.get(name, 0.0):
             return
         try:
-            save_state(lane, self.folder)
+            save_state(active, self.folder)
         except TanzakuError as error:
             # What is lost is the way back to this epoch; the job itself is well.
-            lane.result.note = "; ".join(filter(None, [lane.result.note, f"cannot be resumed: {error}"]))
+            active.result.note = "; ".join(filter(None, [active.result.note, f"cannot be resumed: {error}"]))
             self._next[name] = float("inf")
             return
         took = time.monotonic() - began
         if took > 1:
             self._next[name] = began + took + _SHARE * took
 
-    def restore(self, lane: Lane) -> bool:
+    def restore(self, active: ActiveJob) -> bool:
         """See :func:`restore_state`."""
-        return restore_state(lane, self.folder)
+        return restore_state(active, self.folder)
 
     def forget(self, name: str) -> None:
         """Remove the state of a job that has ended."""
         _path(self.folder, name).unlink(missing_ok=True)
 
 
-def save_state(lane: Lane, folder: Path) -> Path:
+def save_state(active: ActiveJob, folder: Path) -> Path:
     """Write the state of a job that has just closed an epoch, in place of its last one.
 
     Raises:
         TanzakuError: the disk has no room for it, or cannot be written; the last one stays.
     """
-    path = _path(folder, lane.job.name)
-    tensors, figures = lane.state()
+    path = _path(folder, active.job.name)
+    tensors, figures = active.state()
     tensors = apart(tensors)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     try:
@@ -85,36 +85,36 @@ def save_state(lane: Lane, folder: Path) -> Path:
         if free < 2 * size:
             raise TanzakuError(f"its state takes {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free in {folder}")
         with written_beside(path) as beside:
-            header = {"of": _about(lane), "figures": figures}
+            header = {"of": _about(active), "figures": figures}
             save_file(tensors, beside, metadata={_HEADER: json.dumps({**header, "sha256": _sha256(header, tensors)})})
     except (OSError, SafetensorError) as error:
         raise TanzakuError(f"cannot write {path}: {error}") from None
     return path
 
 
-def restore_state(lane: Lane, folder: Path) -> bool:
+def restore_state(active: ActiveJob, folder: Path) -> bool:
     """Let a new job go on from its state in the folder; False where there is none.
 
     Raises:
         TanzakuError: the file is damaged, or is the state of another job: other settings, rows, base or version.
     """
-    path = _path(folder, lane.job.name)
+    path = _path(folder, active.job.name)
     if not path.is_file():
         return False
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {})[_HEADER])
             of, figures = header["of"], header["figures"]
-            _check_same(path, of, _about(lane))
+            _check_same(path, of, _about(active))
             tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if header.pop("sha256") != _sha256(header, tensors):
             raise ValueError("its checksum is not the one written in it")
-        lane.resume(tensors, figures)
+        active.resume(tensors, figures)
     except TanzakuError:
         raise
     except (SafetensorError, OSError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise TanzakuError(f"{path} is damaged ({reason[0]}); remove it to train {lane.job.name!r} anew") from None
+        raise TanzakuError(f"{path} is damaged ({reason[0]}); remove it to train {active.job.name!r} anew") from None
     return True
 
 
@@ -139,20 +139,20 @@ def base_checksum(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _about(lane: Lane) -> dict[str, Any]:
+def _about(active: ActiveJob) -> dict[str, Any]:
     """What a state belongs to, by the words that a refusal uses; read once a job."""
-    if lane.about is None:
-        job = lane.job
+    if active.about is None:
+        job = active.job
         about = {
             "version of tanzaku": VERSION,
             "method": job.method.name,
             **job.settings.model_dump(),
             **{f"{job.method.name}.{key}": value for key, value in job.method.settings().items()},
-            "base model": base_checksum(lane.adapter.base.model),
-            "data": checksum(lane.data),
+            "base model": base_checksum(active.adapter.base.model),
+            "data": checksum(active.data),
         }
-        lane.about = json.loads(json.dumps(about, default=str))
-    return lane.about
+        active.about = json.loads(json.dumps(about, default=str))
+    return active.about
 
 
 def _sha256(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:

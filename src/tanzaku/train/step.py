@@ -14,20 +14,20 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from tanzaku.core.attach import adapters
-from tanzaku.core.host import host_of
-from tanzaku.core.noise import Foreign, Noise, Share, foreign_generators, watch
+from tanzaku.core.dropout import Foreign, JobDropout, JobSlice, foreign_generators, watch
+from tanzaku.core.manager import manager_of
 from tanzaku.core.positions import room
 from tanzaku.core.routing import Entry, Route
 from tanzaku.core.survey import odd_dropouts, sees_padding
 from tanzaku.core.tokens import without_cache
+from tanzaku.engine.accelerations import Accelerations
 from tanzaku.engine.memory import Need, bytes_needed
-from tanzaku.engine.passes import CheapPasses
 from tanzaku.methods import METHODS
 from tanzaku.models import tree
 from tanzaku.models.families import Base
 from tanzaku.tasks.inference import left_out
 from tanzaku.tasks.task import Batch, Example, Records, Split, Task, joined
-from tanzaku.train.lane import Lane
+from tanzaku.train.active_job import ActiveJob
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,7 +49,7 @@ class SharedStep:
         self.model, self.task, self.pad_token_id, self.device = model, task, pad_token_id, model.device
         base = Base.of(model)
         self.max_positions, self.settings = room(base), base.config.to_dict()
-        self.passes = CheapPasses(base)
+        self.accelerations = Accelerations(base)
         self.without = left_out(model)
         # A cache of keys and values is for generation; here it would only be a copy of them a layer.
         self.options = without_cache(base)
@@ -59,15 +59,15 @@ class SharedStep:
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> SharedStep:
-        self.passes.__enter__()
+        self.accelerations.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._checkpoint(False)
         if self._route is not None and adapters(self.model):
-            host_of(self.model).switch(None)
+            manager_of(self.model).switch(None)
         self._route = None
-        self.passes.__exit__(*error)
+        self.accelerations.__exit__(*error)
         for handle in self._handles:
             handle.remove()
         self._handles, self._foreign = [], None
@@ -81,44 +81,46 @@ class SharedStep:
 
     @contextmanager
     def losses(
-        self, lanes: Sequence[Lane], batches: Sequence[Sequence[Example]], width: int | None = None
+        self, active_jobs: Sequence[ActiveJob], batches: Sequence[Sequence[Example]], width: int | None = None
     ) -> Iterator[list[Tensor]]:
         """The loss of each job on its batch, its method's penalty included. The backward pass belongs inside of the
         block, since checkpointed layers run again in it. With a `width`, rows are padded to so many tokens at least,
         and nothing is packed."""
         padded = width is not None
         together = self._batch([example for batch in batches for example in batch], width or 0)
-        entries: list[Entry] = [lane.job.name for lane, batch in zip(lanes, batches, strict=True) for _ in batch]
+        entries: list[Entry] = [
+            active.job.name for active, batch in zip(active_jobs, batches, strict=True) for _ in batch
+        ]
         self._mode(training=True)
-        self._checkpoint(lanes[0].job.settings.gradient_checkpointing)
+        self._checkpoint(active_jobs[0].job.settings.gradient_checkpointing)
         route = self._routed(entries)
         at, start = [], 0
         for batch in batches:
             at.append(slice(start, start + len(batch)))
             start += len(batch)
-        lead = max(lane.virtual for lane in lanes)
+        lead = max(active.virtual for active in active_jobs)
         shares = [
-            Share(rows, lane.virtual, max(map(_length, batch)), lane.noise_seed)
-            for lane, batch, rows in zip(lanes, batches, at, strict=True)
+            JobSlice(rows, active.virtual, max(map(_length, batch)), active.dropout_seed)
+            for active, batch, rows in zip(active_jobs, batches, at, strict=True)
         ]
-        for lane in lanes:
-            if lane.draws is None and self.passes.packing.possible:  # a kind of model whose settings tell
-                method = lane.job.method
+        for active in active_jobs:
+            if active.draws is None and self.accelerations.packing.possible:  # a kind of model whose settings tell
+                method = active.job.method
                 known = type(method) in METHODS.values() and not _drops(method.settings())
-                lane.draws = False if known and not _drops(self.settings) else None
+                active.draws = False if known and not _drops(self.settings) else None
         # The mode costs time at every operation: it is left out where nobody is known to draw.
-        noisy = any(lane.draws is not False for lane in lanes)
-        noise = Noise(route, shares, together.width, lead, self._watched()) if noisy else nullcontext()
+        drops = any(active.draws is not False for active in active_jobs)
+        dropout = JobDropout(route, shares, together.width, lead, self._watched()) if drops else nullcontext()
         # Dropout tells jobs apart by rows.
-        packed = not noisy and not padded
-        with self._reading(together, lanes, batches, packed), noise:
-            with autocast(self.device, lanes[0].job.settings.precision):
+        packed = not drops and not padded
+        with self._reading(together, active_jobs, batches, packed), dropout:
+            with autocast(self.device, active_jobs[0].job.settings.precision):
                 outputs = self.model(**together.inputs, **self.options)
             sums = self.task.score(outputs, together)
-            yield [lane.loss(sums[rows], batch) for lane, rows, batch in zip(lanes, at, batches, strict=True)]
-        for lane, share in zip(lanes, shares, strict=True):
-            lane.draws = (lane.draws or share.drew) if noisy else lane.draws
-            lane.left_out = share.left_out
+            yield [active.loss(sums[rows], batch) for active, rows, batch in zip(active_jobs, at, batches, strict=True)]
+        for active, share in zip(active_jobs, shares, strict=True):
+            active.draws = (active.draws or share.drew) if drops else active.draws
+            active.left_out = share.left_out
 
     def _watched(self) -> list[Foreign]:
         """What a step that draws random numbers has to know of the model, and hooks where it needs them."""
@@ -127,55 +129,55 @@ class SharedStep:
             self._handles = watch(self.model, odd_dropouts(Base.of(self.model)))
         return self._foreign
 
-    def need_of(self, lane: Lane, widest: int) -> Need:
+    def need_of(self, active: ActiveJob, widest: int) -> Need:
         """What a step of this job needs. It takes the time of a few steps and trains nothing.
 
         Args:
             widest: tokens of the longest rows of any job, virtual ones included; 0 where this one never shares a step.
         """
-        s = lane.job.settings
-        rows = self._demanding(lane.data.train.examples, lane.rows)
-        splits = [split for split in (lane.data.valid, lane.data.test) if split is not None]
+        s = active.job.settings
+        rows = self._demanding(active.data.train.examples, active.rows)
+        splits = [split for split in (active.data.valid, active.data.test) if split is not None]
         judged = self._demanding([e for split in splits for e in split.examples], s.eval_batch_size)
-        step = self._bytes(lane, rows)
-        judging = bytes_needed(lambda: self._evaluate(lane, [judged]), self.device) if judged else 0
-        own = lane.virtual + _length(rows[-1])
+        step = self._bytes(active, rows)
+        judging = bytes_needed(lambda: self._evaluate(active, [judged]), self.device) if judged else 0
+        own = active.virtual + _length(rows[-1])
         if not widest:
             return Need(step, max(step, judging), ((own, step), (own, step)), 0)
         # One more than the row has: in a shared step most rows are padded. Positions end somewhere.
-        limit = (self.max_positions or widest) - (lane.before - lane.virtual)
+        limit = (self.max_positions or widest) - (active.before - active.virtual)
         narrow, wide = min(own + 1, limit), min(max(own + 1, widest), limit)
-        less = self._bytes(lane, rows[-1:], narrow)
-        more = self._bytes(lane, rows[-1:], wide) if wide > narrow else less
+        less = self._bytes(active, rows[-1:], narrow)
+        more = self._bytes(active, rows[-1:], wide) if wide > narrow else less
         # Gradients; and adapters that are computed together are put together first.
-        once = 2 * sum(p.numel() * p.element_size() for p in lane.trained)
+        once = 2 * sum(p.numel() * p.element_size() for p in active.trained)
         return Need(step, max(step, judging), ((narrow, less), (wide, more)), once)
 
-    def _bytes(self, lane: Lane, rows: Sequence[Example], width: int | None = None) -> int:
+    def _bytes(self, active: ActiveJob, rows: Sequence[Example], width: int | None = None) -> int:
         """Bytes of a step on these rows: alone, or as a part of a batch of `width` tokens a row, in which others train
         something in every layer. Gradients are there already then, and do not count."""
 
         def work() -> None:
             # A neighbour that drops out has all rows padded.
-            with self.losses([lane], [rows], None if width is None else width - lane.virtual) as losses:
-                torch.autograd.backward([lane.scaled(loss) for loss in losses])
+            with self.losses([active], [rows], None if width is None else width - active.virtual) as losses:
+                torch.autograd.backward([active.scaled(loss) for loss in losses])
 
-        kept = lane.gradients()
+        kept = active.gradients()
         if width is None:
-            lane.reset_gradients(None)
+            active.reset_gradients(None)
         else:
-            lane.reset_gradients([torch.zeros_like(p) for p in lane.trained])
+            active.reset_gradients([torch.zeros_like(p) for p in active.trained])
         with nullcontext() if width is None else self._wanting():
             needed = bytes_needed(work, self.device)
-        lane.reset_gradients(kept)
+        active.reset_gradients(kept)
         # In a shared step attention is computed for all rows, and once more for those whose adapter changes it.
-        return needed + (0 if width is None else lane.twice * width)
+        return needed + (0 if width is None else active.twice * width)
 
     def _demanding(self, examples: Sequence[Example], size: int) -> list[Example]:
         """The rows of a batch that needs the most: the longest, but where padding counts not all of one length."""
         order = sorted(examples, key=_length)
         rows = order[-size:]
-        if size > 1 and rows and not self.passes.packing.possible and _length(rows[0]) == _length(rows[-1]):
+        if size > 1 and rows and not self.accelerations.packing.possible and _length(rows[0]) == _length(rows[-1]):
             shorter = [example for example in order if _length(example) < _length(rows[0])]
             rows = [*shorter[-1:], *rows[-size + 1 :]] if shorter else rows
         return rows
@@ -192,34 +194,38 @@ class SharedStep:
             for handle in handles:
                 handle.remove()
 
-    def records(self, lane: Lane, split: Split) -> Records:
+    def records(self, active: ActiveJob, split: Split) -> Records:
         """Of each row, in the split's order. Rows of like length share a batch."""
         order = sorted(range(len(split)), key=lambda row: _length(split.examples[row]))
-        size = lane.job.settings.eval_batch_size
+        size = active.job.settings.eval_batch_size
         batches = [[split.examples[row] for row in order[start : start + size]] for start in range(0, len(order), size)]
-        return joined(self._evaluate(lane, batches), order)
+        return joined(self._evaluate(active, batches), order)
 
     @torch.no_grad()
-    def _evaluate(self, lane: Lane, batches: Sequence[Sequence[Example]]) -> list[Records]:
+    def _evaluate(self, active: ActiveJob, batches: Sequence[Sequence[Example]]) -> list[Records]:
         self._mode(training=False)
-        self._routed([lane.job.name])
+        self._routed([active.job.name])
         parts = []
         for batch in batches:
             rows = self._batch(batch)
-            with autocast(self.device, lane.job.settings.precision), self._reading(rows, [lane], [batch]):
+            with autocast(self.device, active.job.settings.precision), self._reading(rows, [active], [batch]):
                 outputs = self.model(**rows.inputs, **self.options)
             parts.append(self.task.records(outputs, rows))
         return parts
 
     def _reading(
-        self, together: Batch, lanes: Sequence[Lane], batches: Sequence[Sequence[Example]], packed: bool = True
+        self,
+        together: Batch,
+        active_jobs: Sequence[ActiveJob],
+        batches: Sequence[Sequence[Example]],
+        packed: bool = True,
     ) -> AbstractContextManager[None]:
-        owners = [lane for lane, batch in zip(lanes, batches, strict=True) for _ in batch]
+        owners = [active for active, batch in zip(active_jobs, batches, strict=True) for _ in batch]
         assert self._route is not None
-        return self.passes.reading(
+        return self.accelerations.reading(
             together,
-            virtual=[lane.virtual for lane in owners],
-            lowest=[lane.lowest for lane in owners],
+            virtual=[active.virtual for active in owners],
+            lowest=[active.lowest for active in owners],
             route=self._route[1] if packed else None,
         )
 
@@ -227,13 +233,13 @@ class SharedStep:
         return self.task.collate(examples, self.pad_token_id, width).to(self.device, self.without)
 
     def _routed(self, entries: list[Entry]) -> Route:
-        """Put the route in force; one that is in force already stays, since hooks take time to hang."""
-        host = host_of(self.model)
+        """Put the route in force; one that is in force already stays, since hooks take time to attach."""
+        manager = manager_of(self.model)
         if len(set(entries)) == 1:
             entries = entries[:1]
-        if self._route is None or self._route[0] != entries or host.route is not self._route[1]:
+        if self._route is None or self._route[0] != entries or manager.route is not self._route[1]:
             self._route = (entries, Route.of(entries))
-            host.switch(self._route[1])
+            manager.switch(self._route[1])
         return self._route[1]
 
     def _mode(self, *, training: bool) -> None:
@@ -247,7 +253,7 @@ class SharedStep:
 
     def _checkpoint(self, wanted: bool) -> None:
         if wanted != self._checkpointed:
-            self._checkpointed, self._route = wanted, None  # a route hangs on the layers as they are
+            self._checkpointed, self._route = wanted, None  # a route depends on the layers as they are
             if wanted:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
                 if hasattr(self.model, "_require_grads_hook"):

@@ -1,10 +1,10 @@
-"""Worker processes: on CPUs, a pool's jobs are shared out among copies of the process.
+"""Worker processes: on CPUs, a scheduler's jobs are shared out among copies of the process.
 
 A step is thousands of operations of some microseconds. Within one process, threads wait for each other at every one of
 them, and for Python in between. Processes that each train a part of the jobs need not wait, and Python runs in all of
 them at once. The frozen weights and their copies are in memory once: a worker is a fork of the process that has them.
 
-Which job goes to which worker, and on how many threads, hangs on the jobs alone and not on who is fast: a run that is
+Which job goes to which worker, and on how many threads, depends on the jobs alone and not on who is fast: a run that is
 repeated has the same companies, and the same rounding.
 """
 
@@ -97,7 +97,7 @@ def shares(number: int, workers: int) -> list[int]:
 
 
 class Forking(Protocol):
-    """A pool, as its workers see it: see :class:`tanzaku.train.loop.Pool`."""
+    """A scheduler, as its workers see it: see :class:`tanzaku.train.scheduler.JobScheduler`."""
 
     data: TaskData
     observer: Observer
@@ -120,23 +120,23 @@ class Forking(Protocol):
 
 
 class Crew:
-    """The workers of a pool, made of its process as it is: they take the queued jobs that share batches.
+    """The workers of a scheduler, made of its process as it is: they take the queued jobs that share batches.
 
-    What they report goes to the pool's observer and results. A job that is too large for a worker's share of a memory
-    limit comes back into the queue.
+    What they report goes to the scheduler's observer and results. A job that is too large for a worker's share of a
+    memory limit comes back into the queue.
     """
 
-    def __init__(self, pool: Forking, number: int):
-        self.pool = pool
-        sharing = [job for job in pool.queue if job.method.shares_batch]
+    def __init__(self, scheduler: Forking, number: int):
+        self.scheduler = scheduler
+        sharing = [job for job in scheduler.queue if job.method.shares_batch]
         self.jobs = {job.name: job for job in sharing}
         self.members: list[_Member] = []
         self._threads = torch.get_num_threads()
-        found = parts(sharing, [_cost(job, pool) for job in sharing], number)
-        for part, rows in zip(found, shares(pool.rows_per_step, number), strict=True):
-            self.members.append(self._hired(part, rows, pool.room / number - _PRIVATE))
+        found = parts(sharing, [_cost(job, scheduler) for job in sharing], number)
+        for part, rows in zip(found, shares(scheduler.rows_per_step, number), strict=True):
+            self.members.append(self._hired(part, rows, scheduler.room / number - _PRIVATE))
         for job in sharing:
-            pool.queue.remove(job)
+            scheduler.queue.remove(job)
 
     def _hired(self, part: list[Job], rows: int, room: float) -> _Member:
         context = multiprocessing.get_context("fork")
@@ -144,7 +144,10 @@ class Crew:
         # Whoever holds an end of a pipe keeps it open: a worker must hold its own alone.
         others = [here, *(member.pipe for member in self.members)]
         process = context.Process(
-            target=_work, args=(self.pool, part, rows, room, there, others, os.getpid()), name="tanzaku", daemon=True
+            target=_work,
+            args=(self.scheduler, part, rows, room, there, others, os.getpid()),
+            name="tanzaku",
+            daemon=True,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: a worker starts its own
@@ -186,7 +189,7 @@ class Crew:
             raise
 
     def proceed(self, stopped: Sequence[str], waiting: Sequence[str]) -> None:
-        """As :meth:`Pool.proceed`."""
+        """As :meth:`JobScheduler.proceed`."""
         there = [member for member in self.members if member.waiting]
         for member in there:
             member.send("proceed", stopped, waiting)
@@ -198,7 +201,7 @@ class Crew:
             if at_once:
                 member.process.kill()
             else:
-                with suppress(TanzakuError):  # it may be gone, and nothing hangs on it any more
+                with suppress(TanzakuError):  # it may be gone, and nothing depends on it any more
                     member.send("leave")
         for member in self.members:  # they give their memory back side by side
             member.process.join()
@@ -214,7 +217,7 @@ class Crew:
 
     def _hear(self, member: _Member) -> None:
         what, *news = member.hear()
-        observer, results = self.pool.observer, self.pool.results
+        observer, results = self.scheduler.observer, self.scheduler.results
         if what == "ready":
             member.busy = False
             member.queued, member.waiting, member.interrupted = news
@@ -223,7 +226,7 @@ class Crew:
             raise error from _InWorker(text)
         elif what == "back":
             member.jobs.remove(news[0])
-            self.pool.queue.append(self.jobs[news[0]])
+            self.scheduler.queue.append(self.jobs[news[0]])
         elif what == "started":
             name, result, steps = news
             results[name] = result
@@ -245,7 +248,7 @@ class Crew:
 
 @dataclass
 class _Member:
-    """A worker, as the pool's process has it. `jobs` are those that have not ended."""
+    """A worker, as the scheduler's process has it. `jobs` are those that have not ended."""
 
     process: Any
     pipe: Connection
@@ -316,7 +319,7 @@ class _InWorker(Exception):
 
 
 def _work(
-    pool: Forking, part: list[Job], rows: int, room: float, pipe: Connection, others: list[Connection], parent: int
+    scheduler: Forking, part: list[Job], rows: int, room: float, pipe: Connection, others: list[Connection], parent: int
 ) -> None:
     with_parent = getattr(ctypes.CDLL(None), "prctl", None)
     if with_parent is not None:
@@ -328,23 +331,23 @@ def _work(
     for other in others:
         other.close()
     reporter = _Reporter(pipe)
-    pool.become_worker(part, rows, room, reporter, reporter.hand_back)
+    scheduler.become_worker(part, rows, room, reporter, reporter.hand_back)
     # OpenMP's threads are no part of a fork, and the thread that forked would wait for them. A new one gets its own.
-    thread = threading.Thread(target=_serve, args=(pool, reporter))
+    thread = threading.Thread(target=_serve, args=(scheduler, reporter))
     thread.start()
     thread.join()
 
 
-def _serve(pool: Forking, reporter: _Reporter) -> None:
+def _serve(scheduler: Forking, reporter: _Reporter) -> None:
     try:
         while (order := reporter.order())[0] != "leave":
             if order[0] == "run":
                 torch.set_num_threads(order[1])
-                pool.share = order[2]
-                pool.run()
+                scheduler.share = order[2]
+                scheduler.run()
             else:
-                pool.proceed(*order[1:])
-            reporter.send("ready", pool.queued, pool.waiting, pool.interrupted)
+                scheduler.proceed(*order[1:])
+            reporter.send("ready", scheduler.queued, scheduler.waiting, scheduler.interrupted)
     except BaseException as error:
         reporter.send("broken", _portable(error), traceback.format_exc())
 
@@ -369,7 +372,7 @@ class _Reporter:
 
     def job_done(self, job: Job, result: JobResult) -> None:
         self.send("done", job.name, result)
-        if self._receive()[0] == "stop":  # and not "noted": what the job hangs on must stay
+        if self._receive()[0] == "stop":  # and not "noted": what the job depends on must stay
             raise KeyboardInterrupt
 
     def hand_back(self, job: Job) -> None:
@@ -404,9 +407,9 @@ def _portable(error: BaseException) -> BaseException:
     return error
 
 
-def _cost(job: Job, pool: Forking) -> float:
+def _cost(job: Job, scheduler: Forking) -> float:
     """What a job takes, in the time of a token."""
-    s, train = job.settings, (job.data or pool.data).train
+    s, train = job.settings, (job.data or scheduler.data).train
     virtual = getattr(job.method, "num_virtual_tokens", 0) if job.method.lengthens_rows else 0
     tokens = sum(virtual + example.length for example in train.examples)
     return s.epochs * (tokens + _START * math.ceil(len(train) / s.batch_size))

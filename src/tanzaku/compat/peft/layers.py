@@ -19,15 +19,15 @@ from torch import Tensor, nn
 
 from tanzaku.compat.peft.owner import Owner
 from tanzaku.core.adapter import Adapter
-from tanzaku.core.method import Strip
-from tanzaku.core.weights import BiasStrip, WeightStrip
+from tanzaku.core.method import AdapterLayer
+from tanzaku.core.weights import BiasCopy, WeightCopy
 from tanzaku.errors import TanzakuError
-from tanzaku.methods.adalora import SvdStrip
-from tanzaku.methods.ia3 import ScaleStrip
+from tanzaku.methods.adalora import SvdDelta
+from tanzaku.methods.ia3 import ScaleLayer
 from tanzaku.methods.llama_adapter import GatedPrompt
-from tanzaku.methods.lora import LoraConv2d, LoraEmbedding, LoraStrip, pattern
-from tanzaku.methods.prefix_tuning import PrefixStrip
-from tanzaku.methods.prompt_tuning import PromptStrip
+from tanzaku.methods.lora import LoraConv2d, LoraDelta, LoraEmbedding, pattern
+from tanzaku.methods.prefix_tuning import PrefixLayer
+from tanzaku.methods.prompt_tuning import PromptLayer
 from tanzaku.models import tree
 from tanzaku.models.families import features
 from tanzaku.models.quantize import full_weight
@@ -45,17 +45,17 @@ class Place:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "kept": {}}
 
-    def strips(self, kind: type[Strip] | tuple[type[Strip], ...]) -> dict[str, Any]:
-        """The strips of one kind here, by the names of their adapters."""
+    def layers(self, kind: type[AdapterLayer] | tuple[type[AdapterLayer], ...]) -> dict[str, Any]:
+        """The adapter layers of one kind here, by the names of their adapters."""
         out: dict[str, Any] = {}
         for adapter in self.model._adapters():
-            for path, strip in adapter.at():
-                if path == self.path and isinstance(strip, kind):
-                    out[adapter.name] = strip
+            for path, layer in adapter.at():
+                if path == self.path and isinstance(layer, kind):
+                    out[adapter.name] = layer
         return out
 
     def adapter(self, name: str) -> Adapter:
-        return self.model._host.get(name)
+        return self.model._manager.get(name)
 
     def modules(self, key: str, found: Mapping[str, nn.Module]) -> Modules:
         """A container of these modules: the same one at each call."""
@@ -129,17 +129,17 @@ class Numbers(dict[str, Any]):
 class _Dropout(nn.Dropout):
     """The dropout of one adapter at one module; its `p` is what the adapter computes with."""
 
-    def __init__(self, strip: Any):
+    def __init__(self, layer: Any):
         nn.Module.__init__(self)
-        self.__dict__["strip"], self.inplace = strip, False
+        self.__dict__["layer"], self.inplace = layer, False
 
     @property
     def p(self) -> float:
-        return float(self.__dict__["strip"].dropout)
+        return float(self.__dict__["layer"].dropout)
 
     @p.setter
     def p(self, value: float) -> None:
-        self.__dict__["strip"].dropout = value
+        self.__dict__["layer"].dropout = value
 
 
 class BaseTunerLayer:
@@ -147,7 +147,7 @@ class BaseTunerLayer:
 
     adapter_layer_names: ClassVar[tuple[str, ...]] = ()
     other_param_names: ClassVar[tuple[str, ...]] = ()
-    kinds: ClassVar[tuple[type[Strip], ...]] = ()
+    kinds: ClassVar[tuple[type[AdapterLayer], ...]] = ()
     shown_as: ClassVar[str] = ""
     quantization_backend = None
 
@@ -168,8 +168,8 @@ class BaseTunerLayer:
     def _at(self) -> Place:
         return cast(Place, self.__dict__[_PLACE])
 
-    def _strips(self) -> dict[str, Any]:
-        return self._at.strips(self.kinds)
+    def _layers(self) -> dict[str, Any]:
+        return self._at.layers(self.kinds)
 
     @property
     def base_layer(self) -> nn.Module:
@@ -194,7 +194,7 @@ class BaseTunerLayer:
 
     @property
     def merged_adapters(self) -> list[str]:
-        here = self._strips()
+        here = self._layers()
         return [name for name in self._at.model.merged_adapters if name in here]
 
     @property
@@ -202,10 +202,10 @@ class BaseTunerLayer:
         return bool(self.merged_adapters)
 
     def _get_available_adapters(self) -> set[str]:
-        return set(self._strips())
+        return set(self._layers())
 
     def _all_available_adapter_names(self) -> list[str]:
-        return sorted(self._strips())
+        return sorted(self._layers())
 
     def enable_adapters(self, enabled: bool) -> None:
         raise _of_model("enable_adapters", "enable_adapter_layers() and disable_adapter_layers()")
@@ -223,10 +223,10 @@ class BaseTunerLayer:
         raise _of_model("unmerge", "unmerge_adapter()")
 
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
-        strips = self._strips()
+        layers = self._layers()
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            if name in strips:
-                for parameter in strips[name].parameters():
+            if name in layers:
+                for parameter in layers[name].parameters():
                     parameter.requires_grad_(requires_grad)
 
     def extra_named_modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -265,7 +265,7 @@ class LoraLayer(BaseTunerLayer):
         "use_rslora",
         "lora_bias",
     )
-    kinds: ClassVar[tuple[type[Strip], ...]] = (LoraStrip, LoraEmbedding)
+    kinds: ClassVar[tuple[type[AdapterLayer], ...]] = (LoraDelta, LoraEmbedding)
     shown_as = "lora.Linear"
 
     @property
@@ -277,8 +277,8 @@ class LoraLayer(BaseTunerLayer):
         return self._low("lora_B")
 
     def _low(self, key: str) -> nn.Module:
-        strips = self._strips()
-        return self._at.modules(key, {n: _low(s, key, self) for n, s in strips.items() if isinstance(s, LoraStrip)})
+        layers = self._layers()
+        return self._at.modules(key, {n: _low(s, key, self) for n, s in layers.items() if isinstance(s, LoraDelta)})
 
     @property
     def lora_embedding_A(self) -> nn.Module:
@@ -289,8 +289,8 @@ class LoraLayer(BaseTunerLayer):
         return self._vectors("lora_embedding_B")
 
     def _vectors(self, key: str) -> nn.Module:
-        strips = self._strips()
-        return self._at.parameters(key, {n: getattr(s, key) for n, s in strips.items() if hasattr(s, key)})
+        layers = self._layers()
+        return self._at.parameters(key, {n: getattr(s, key) for n, s in layers.items() if hasattr(s, key)})
 
     @property
     def lora_magnitude_vector(self) -> nn.Module:
@@ -298,7 +298,7 @@ class LoraLayer(BaseTunerLayer):
 
     @property
     def scaling(self) -> Any:
-        return self._at.numbers("scaling", {n: s.scaling for n, s in self._strips().items()}, self._put_scaling)
+        return self._at.numbers("scaling", {n: s.scaling for n, s in self._layers().items()}, self._put_scaling)
 
     @scaling.setter
     def scaling(self, values: Mapping[str, float]) -> None:
@@ -306,38 +306,38 @@ class LoraLayer(BaseTunerLayer):
             self._put_scaling(name, value)
 
     def _put_scaling(self, name: str, value: float) -> None:
-        self._strips()[name].scaling = value
+        self._layers()[name].scaling = value
 
     @property
     def r(self) -> Any:
-        return self._at.numbers("r", {n: _rank(s) for n, s in self._strips().items()})
+        return self._at.numbers("r", {n: _rank(s) for n, s in self._layers().items()})
 
     @property
     def lora_alpha(self) -> Any:
-        methods = {name: cast(Any, self._at.adapter(name).method) for name in self._strips()}
+        methods = {name: cast(Any, self._at.adapter(name).method) for name in self._layers()}
         alphas = {n: pattern(m.alpha_pattern, self._at.path, m.lora_alpha) for n, m in methods.items()}
         return self._at.numbers("lora_alpha", alphas)
 
     @property
     def lora_dropout(self) -> nn.Module:
         found = {
-            name: _Dropout(strip) if getattr(strip, "dropout", 0) else nn.Identity()
-            for name, strip in self._strips().items()
+            name: _Dropout(layer) if getattr(layer, "dropout", 0) else nn.Identity()
+            for name, layer in self._layers().items()
         }
         return self._at.modules("lora_dropout", found)
 
     @property
     def use_rslora(self) -> Any:
-        flags = {name: cast(Any, self._at.adapter(name).method).use_rslora for name in self._strips()}
+        flags = {name: cast(Any, self._at.adapter(name).method).use_rslora for name in self._layers()}
         return self._at.numbers("use_rslora", flags)
 
     @property
     def use_dora(self) -> Any:
-        return self._at.numbers("use_dora", dict.fromkeys(self._strips(), False))
+        return self._at.numbers("use_dora", dict.fromkeys(self._layers(), False))
 
     @property
     def lora_bias(self) -> Any:
-        return self._at.numbers("lora_bias", dict.fromkeys(self._strips(), False))
+        return self._at.numbers("lora_bias", dict.fromkeys(self._layers(), False))
 
     @property
     def in_features(self) -> int:
@@ -353,15 +353,15 @@ class LoraLayer(BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the module's weight, in the weight's own shape."""
-        strip, module = self._strips()[adapter], cast(nn.Module, self)
+        layer, module = self._layers()[adapter], cast(nn.Module, self)
         with torch.no_grad():
-            merged = strip.merged(module)["weight"]
+            merged = layer.merged(module)["weight"]
             full = full_weight(module)
             return cast(Tensor, (merged - full).view(full.shape).to(cast(Tensor, module.weight).dtype))
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Scale as the settings say, times `scale`."""
-        if adapter in self._strips():
+        if adapter in self._layers():
             self._put_scaling(adapter, scale * self._first_scaling(adapter))
 
     def _first_scaling(self, adapter: str) -> float:
@@ -370,15 +370,15 @@ class LoraLayer(BaseTunerLayer):
 
     def scale_layer(self, scale: float | int) -> None:
         """Multiply what the active adapters add by `scale`."""
-        for name, strip in self._strips().items():
+        for name, layer in self._layers().items():
             if name in self.active_adapters and scale != 1:
-                strip.scaling *= scale
+                layer.scaling *= scale
 
     def unscale_layer(self, scale: float | int | None = None) -> None:
         """Divide it again; None: as the settings say."""
-        for name, strip in self._strips().items():
+        for name, layer in self._layers().items():
             if name in self.active_adapters:
-                strip.scaling = self._first_scaling(name) if scale is None else strip.scaling / scale
+                layer.scaling = self._first_scaling(name) if scale is None else layer.scaling / scale
 
 
 class Linear(LoraLayer):
@@ -402,7 +402,7 @@ class AdaLoraLayer(LoraLayer):
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "ranknum")
-    kinds = (SvdStrip,)
+    kinds = (SvdDelta,)
     shown_as = "adalora.SVDLinear"
 
     def _low(self, key: str) -> nn.Module:
@@ -417,20 +417,20 @@ class AdaLoraLayer(LoraLayer):
         return self._vectors("ranknum")
 
     def _put_scaling(self, name: str, value: float) -> None:
-        strip = self._strips()[name]
-        strip.scaling, strip.factor = value, value / (strip.r + 1e-5)
+        layer = self._layers()[name]
+        layer.scaling, layer.factor = value, value / (layer.r + 1e-5)
 
     def _first_scaling(self, adapter: str) -> float:
         alpha = float(self.lora_alpha[adapter])
         return alpha if alpha > 0 else float(self.r[adapter])
 
     def scale_layer(self, scale: float | int) -> None:
-        for name in self._strips():
+        for name in self._layers():
             if name in self.active_adapters:
                 self._put_scaling(name, self.scaling[name] * scale)
 
     def unscale_layer(self, scale: float | int | None = None) -> None:
-        for name in self._strips():
+        for name in self._layers():
             if name in self.active_adapters:
                 self._put_scaling(name, self._first_scaling(name) if scale is None else self.scaling[name] / scale)
 
@@ -447,16 +447,16 @@ class IA3Layer(BaseTunerLayer):
     """A module with (IA)3."""
 
     adapter_layer_names = ("ia3_l",)
-    kinds = (ScaleStrip,)
+    kinds = (ScaleLayer,)
     shown_as = "ia3.Linear"
 
     @property
     def ia3_l(self) -> nn.Module:
-        return self._at.parameters("ia3_l", {n: s.ia3_l for n, s in self._strips().items()})
+        return self._at.parameters("ia3_l", {n: s.ia3_l for n, s in self._layers().items()})
 
     @property
     def is_feedforward(self) -> bool:
-        return any(strip.edits_input for strip in self._strips().values())
+        return any(layer.edits_input for layer in self._layers().values())
 
     @property
     def in_features(self) -> int:
@@ -474,8 +474,8 @@ class AdaptedAttention(BaseTunerLayer):
     shown_as = "AdaptedAttention"
 
     def _own(self) -> Any:
-        strips = self._strips()
-        return next((strips[name] for name in self.active_adapters if name in strips), next(iter(strips.values())))
+        layers = self._layers()
+        return next((layers[name] for name in self.active_adapters if name in layers), next(iter(layers.values())))
 
     @property
     def adaption_prompt(self) -> nn.Parameter:
@@ -495,22 +495,22 @@ class AuxiliaryTrainingWrapper(BaseTunerLayer):
 
     @property
     def _adapters(self) -> set[str]:
-        return set(self._strips())
+        return set(self._layers())
 
 
 class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """A module that adapters have trained copies of their own of."""
 
     adapter_layer_names = ("modules_to_save",)
-    kinds = (WeightStrip,)
+    kinds = (WeightCopy,)
     shown_as = "ModulesToSaveWrapper"
 
-    def _strips(self) -> dict[str, Any]:
-        return {name: s for name, s in super()._strips().items() if self._at.model._trains(name, s)}
+    def _layers(self) -> dict[str, Any]:
+        return {name: s for name, s in super()._layers().items() if self._at.model._trains(name, s)}
 
     @property
     def active_adapters(self) -> list[str]:
-        here = self._strips()
+        here = self._layers()
         return [name for name in self._at.model.active_adapters if name in here]
 
     @property
@@ -524,26 +524,26 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     @property
     def modules_to_save(self) -> nn.Module:
         module = cast(nn.Module, self)
-        return self._at.modules("modules_to_save", {name: _with(module, s) for name, s in self._strips().items()})
+        return self._at.modules("modules_to_save", {name: _with(module, s) for name, s in self._layers().items()})
 
 
-def is_bare(strip: Strip) -> bool:
-    """Whether a strip is shown by nothing else: neither as a part of one of PEFT's layers nor as a prompt encoder.
+def is_bare(layer: AdapterLayer) -> bool:
+    """Whether a layer is shown by nothing else: neither as a part of one of PEFT's layers nor as a prompt encoder.
 
     A copy of a module is never: a trained one is in its module's layer, and of one that is only kept PEFT has none.
     """
-    return isinstance(strip, BiasStrip | GatedPrompt)
+    return isinstance(layer, BiasCopy | GatedPrompt)
 
 
-def encoder_of(strip: Strip) -> nn.Module:
-    """A strip of virtual tokens, or the first of a prefix, as PEFT's prompt encoder."""
-    if isinstance(strip, PrefixStrip):
-        return cast(nn.Module, strip.prefix)
-    if not isinstance(strip, PromptStrip):
-        return strip
-    weight = strip.prompt_embeddings
+def encoder_of(layer: AdapterLayer) -> nn.Module:
+    """An adapter layer of virtual tokens, or the first of a prefix, as PEFT's prompt encoder."""
+    if isinstance(layer, PrefixLayer):
+        return cast(nn.Module, layer.prefix)
+    if not isinstance(layer, PromptLayer):
+        return layer
+    weight = layer.prompt_embeddings
     embedding = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
-    embedding.__dict__["_parameters"] = _Shared(strip, {"weight": "prompt_embeddings"})
+    embedding.__dict__["_parameters"] = _Shared(layer, {"weight": "prompt_embeddings"})
     encoder = nn.Module()
     encoder.embedding = embedding
     return encoder
@@ -582,9 +582,9 @@ def dress(model: Owner) -> None:
     base = model.get_base_model()
     faces: dict[str, list[type]] = {}
     for adapter in model._adapters():
-        for path, strip in adapter.at():
-            face = _face(strip)
-            if face is not None and (face is not ModulesToSaveWrapper or model._trains(adapter.name, strip)):
+        for path, layer in adapter.at():
+            face = _face(layer)
+            if face is not None and (face is not ModulesToSaveWrapper or model._trains(adapter.name, layer)):
                 known = faces.setdefault(path, [])
                 if face not in known:
                     known.append(face)
@@ -615,17 +615,17 @@ def undress_all(base: nn.Module) -> None:
             undress(module)
 
 
-def _face(strip: Strip) -> type | None:
-    kinds: tuple[tuple[type[Strip], type], ...] = (
-        (SvdStrip, SVDLinear),
+def _face(layer: AdapterLayer) -> type | None:
+    kinds: tuple[tuple[type[AdapterLayer], type], ...] = (
+        (SvdDelta, SVDLinear),
         (LoraConv2d, Conv2d),
-        (LoraStrip, Linear),
+        (LoraDelta, Linear),
         (LoraEmbedding, Embedding),
-        (ScaleStrip, IA3Layer),
+        (ScaleLayer, IA3Layer),
         (GatedPrompt, AdaptedAttention),
-        (WeightStrip, ModulesToSaveWrapper),
+        (WeightCopy, ModulesToSaveWrapper),
     )
-    return next((face for kind, face in kinds if isinstance(strip, kind)), None)
+    return next((face for kind, face in kinds if isinstance(layer, kind)), None)
 
 
 def bare(module: nn.Module) -> nn.Module:
@@ -656,22 +656,22 @@ _HOOKS = (
 )
 
 
-def _with(module: nn.Module, strip: WeightStrip) -> nn.Module:
+def _with(module: nn.Module, layer: WeightCopy) -> nn.Module:
     """A module like `module` with the tensors of an adapter's copy."""
     new = bare(module)
     new.__dict__.update(_parameters=dict(new._parameters), _buffers=dict(new._buffers))
-    new.__dict__["_modules"] = {n: child and _with(child, _Part(strip, n)) for n, child in module._modules.items()}
-    for name, tensor in strip.tensors.items():
+    new.__dict__["_modules"] = {n: child and _with(child, _Part(layer, n)) for n, child in module._modules.items()}
+    for name, tensor in layer.tensors.items():
         if "." not in name:
             table: dict[str, Any] = new._buffers if name in new._buffers else new._parameters
             table[name] = tensor
     return new
 
 
-class _Part(WeightStrip):
+class _Part(WeightCopy):
     """The copies of what lies below one part of a module."""
 
-    def __init__(self, whole: WeightStrip, name: str):
+    def __init__(self, whole: WeightCopy, name: str):
         nn.Module.__init__(self)
         start = f"{name}."
         self.__dict__["part"] = {k.removeprefix(start): t for k, t in whole.below(name).items()}
@@ -681,12 +681,12 @@ class _Part(WeightStrip):
         return cast(dict[str, Tensor], self.__dict__["part"])
 
 
-def _low(strip: LoraStrip, name: str, layer: Any) -> nn.Module:
-    """A or B as the layer that PEFT has there, around the strip's own parameter."""
-    low = getattr(strip, name)
+def _low(adapter_layer: LoraDelta, name: str, layer: Any) -> nn.Module:
+    """A or B as the layer that PEFT has there, around the adapter layer's own parameter."""
+    low = getattr(adapter_layer, name)
     weight = low.weight
     shown: nn.Module
-    if isinstance(strip, LoraConv2d):
+    if isinstance(adapter_layer, LoraConv2d):
         first = name == "lora_A"
         conv = cast(nn.Conv2d, layer)
         groups = conv.groups
@@ -726,8 +726,8 @@ class _Shared(dict[str, Any]):
         return _Shared, (self.module, self.names)
 
 
-def _rank(strip: Any) -> int:
-    return int(strip.lora_embedding_A.shape[0] if isinstance(strip, LoraEmbedding) else strip.r)
+def _rank(layer: Any) -> int:
+    return int(layer.lora_embedding_A.shape[0] if isinstance(layer, LoraEmbedding) else layer.r)
 
 
 def _size(layer: Any, which: int) -> int:

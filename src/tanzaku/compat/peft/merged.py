@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from tanzaku.compat.peft.layers import undress_all
-from tanzaku.compat.peft.wrapped import Wrapped, hosted
+from tanzaku.compat.peft.wrapped import Wrapped, managed
 from tanzaku.core.attach import detach
-from tanzaku.core.weights import WeightStrip
+from tanzaku.core.weights import WeightCopy
 from tanzaku.errors import TanzakuError
 from tanzaku.merging.merge import merge, unmerge
 
@@ -42,10 +42,10 @@ class Merging(Wrapped):
             self.unmerge_adapter()
         base = self.get_base_model()
         for name in self.active_adapters:
-            for path, strip in self._host.get(name).at():
-                if isinstance(strip, WeightStrip):
+            for path, layer in self._manager.get(name).at():
+                if isinstance(layer, WeightCopy):
                     with torch.no_grad():
-                        for key, tensor in strip.tensors.items():
+                        for key, tensor in layer.tensors.items():
                             place, _, last = key.rpartition(".")
                             getattr(base.get_submodule(path).get_submodule(place), last).copy_(tensor)
         return self._without_adapters()
@@ -60,7 +60,7 @@ class Merging(Wrapped):
     def _without_adapters(self) -> nn.Module:
         base = self.get_base_model()
         undress_all(base)
-        if hosted(base):
+        if managed(base):
             detach(base)
         self._trained.clear()
         self.peft_config.clear()
@@ -71,7 +71,7 @@ class Merging(Wrapped):
         broken = [
             name
             for name in names
-            for _, parameter in self._host.get(name).named_parameters()
+            for _, parameter in self._manager.get(name).named_parameters()
             if not bool(parameter.isfinite().all())
         ]
         if broken:
@@ -81,7 +81,7 @@ class Merging(Wrapped):
             )
         merge(self.get_base_model(), names, keep=keep)
         for name in self._trained if keep else ():
-            self._host.get(name).require_gradients(True)  # as in PEFT, merging says nothing of that
+            self._manager.get(name).require_gradients(True)  # as in PEFT, merging says nothing of that
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold the active adapters, or those named, into the base's weights, until `unmerge_adapter`."""

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from tanzaku.compat.peft.config import PeftConfig
 from tanzaku.core.adapter import Adapter
-from tanzaku.core.host import Host
-from tanzaku.core.method import Strip
+from tanzaku.core.manager import AdapterManager
+from tanzaku.core.method import AdapterLayer
 
 
 class Owner(nn.Module):
@@ -27,7 +27,7 @@ class Owner(nn.Module):
         raise NotImplementedError
 
     @property
-    def _host(self) -> Host:
+    def _manager(self) -> AdapterManager:
         raise NotImplementedError
 
     def get_base_model(self) -> nn.Module:
@@ -37,8 +37,8 @@ class Owner(nn.Module):
     def _adapters(self) -> list[Adapter]:
         raise NotImplementedError
 
-    def _trains(self, name: str, strip: Strip) -> bool:
-        """Whether a strip is trained with its adapter: a head that is only kept is the base's own, as PEFT sees it."""
+    def _trains(self, name: str, layer: AdapterLayer) -> bool:
+        """Whether a layer is trained with its adapter: a head that is only kept is the base's own, as PEFT sees it."""
         raise NotImplementedError
 
     def _check_same(self, state_dict: Mapping[str, Any] | Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""A model as HF PEFT wraps it: PEFT's methods, names of parameters and files, on Tanzaku's hosts and routes.
+"""A model as HF PEFT wraps it: PEFT's methods, names of parameters and files, on Tanzaku's managers and routes.
 
 The base model stays what it is, module by module; the wrapper routes its rows. Trainer takes the wrapper for a
 transformers model, since it answers `isinstance` as its base does: so it saves it with `save_pretrained`, and reads a
@@ -40,11 +40,11 @@ from tanzaku.compat.peft.prompts import Prompting
 from tanzaku.compat.peft.seeding import draw_as_peft
 from tanzaku.compat.peft.targets import fit
 from tanzaku.compat.peft.tuner import TUNERS
-from tanzaku.compat.peft.wrapped import STATE, Forward, from_peft_names, hosted
+from tanzaku.compat.peft.wrapped import STATE, Forward, from_peft_names, managed
 from tanzaku.core.adapter import Adapter
 from tanzaku.core.attach import adapters, attach, detach, route
-from tanzaku.core.method import Strip
-from tanzaku.core.weights import WeightStrip
+from tanzaku.core.method import AdapterLayer
+from tanzaku.core.weights import WeightCopy
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.merging.combine import combine
 from tanzaku.merging.merge import merge, unmerge
@@ -145,10 +145,10 @@ class PeftModel(Prompting, Merging):
         config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
         self.peft_config[adapter.name] = config
         base.__dict__.setdefault(_WRAPPED, set()).add(adapter.name)
-        for path, strip in adapter.at():
+        for path, layer in adapter.at():
             # A copy of a module has the module's type in PEFT. An adapter is fp32, or has it, too.
-            if isinstance(strip, WeightStrip) or (not autocast and not config.is_prompt_learning):
-                _as_base(strip, base.get_submodule(path))
+            if isinstance(layer, WeightCopy) or (not autocast and not config.is_prompt_learning):
+                _as_base(layer, base.get_submodule(path))
         self._trained[adapter.name] = [p for _, p in adapter.trained()]
         dress(self)
 
@@ -232,7 +232,7 @@ class PeftModel(Prompting, Merging):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Train adapters, or freeze them."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            self._host.get(name).require_gradients(True)  # from here on this class says what does
+            self._manager.get(name).require_gradients(True)  # from here on this class says what does
             for parameter in self._trained[name]:
                 parameter.requires_grad_(requires_grad)
 
@@ -343,7 +343,7 @@ class PeftModel(Prompting, Merging):
                 return
             with route(base, [None if name == "__base__" else name for name in names]):
                 yield
-        elif hosted(base) and self.active_adapters and self._per_call() and not self._adapters_disabled:
+        elif managed(base) and self.active_adapters and self._per_call() and not self._adapters_disabled:
             with route(base, [self._entry()]):
                 yield
         else:
@@ -354,7 +354,7 @@ class PeftModel(Prompting, Merging):
         loss = getattr(out, "loss", None)
         if isinstance(loss, Tensor) and not (self._adapters_disabled or self.merged_adapters) and self.active_adapters:
             for name in self.active_adapters:
-                adapter = self._host.get(name)
+                adapter = self._manager.get(name)
                 penalty = adapter.method.penalty(adapter)
                 if penalty is not None:
                     out.loss = out.loss + penalty
@@ -362,7 +362,7 @@ class PeftModel(Prompting, Merging):
 
     def update_and_allocate(self, global_step: int) -> None:
         """AdaLoRA's allocation of ranks, after optimizer step number `global_step`, before gradients are cleared."""
-        adapter = self._host.get(self.active_adapters[0])
+        adapter = self._manager.get(self.active_adapters[0])
         config = adapter.method
         if not isinstance(config, AdaLoraConfig):
             raise TanzakuError(f"update_and_allocate: found {config.name}, expected an active adapter of adalora")
@@ -570,9 +570,9 @@ class PeftModel(Prompting, Merging):
 
     def _reload(self, folder: Path, settings: PeftConfig, name: str, is_trainable: bool, autocast: bool) -> None:
         """Give an adapter the weights of a file: into its own parameters, which an optimizer may hold."""
-        base, old, beside = self.get_base_model(), self._host.get(name), f"{name}-loading"
+        base, old, beside = self.get_base_model(), self._manager.get(name), f"{name}-loading"
         self._load(folder, settings, beside, is_trainable, autocast)
-        new = self._host.get(beside)
+        new = self._manager.get(beside)
         mine, theirs = ({**dict(a.named_parameters()), **dict(a.named_buffers())} for a in (old, new))
         fits = {key: p.shape for key, p in mine.items()} == {key: p.shape for key, p in theirs.items()}
         detach(base, beside)
@@ -691,15 +691,15 @@ def _refuse(where: str, **found: tuple[Any, tuple[Any, ...]]) -> None:
             raise TanzakuError(f"{where}: found {key}={value!r}, which is not supported; expected {known}")
 
 
-def _as_base(strip: Strip, module: nn.Module) -> None:
-    """Bring a strip to the type of the module that it is at."""
-    if isinstance(strip, WeightStrip):
-        for name, parameter in strip.own.items():
+def _as_base(layer: AdapterLayer, module: nn.Module) -> None:
+    """Bring an adapter layer to the type of the module that it is at."""
+    if isinstance(layer, WeightCopy):
+        for name, parameter in layer.own.items():
             parameter.data = parameter.data.to(module.get_parameter(name).dtype)
         return
     dtype = next((p.dtype for p in module.parameters() if plain_tensor(p) and p.is_floating_point()), None)
     if dtype is not None:
-        strip.to(dtype)
+        layer.to(dtype)
 
 
 def _home(folder: Path, name: str) -> Path:

@@ -15,10 +15,10 @@ from transformers import DynamicCache
 from tanzaku.compat.peft.wrapped import Wrapped
 from tanzaku.core import layout
 from tanzaku.core.in_force import InForce
-from tanzaku.core.method import TokenStrip
+from tanzaku.core.method import TokenLayer
 from tanzaku.core.routing import Route
 from tanzaku.errors import TanzakuError
-from tanzaku.methods.prefix_tuning import PrefixStrip
+from tanzaku.methods.prefix_tuning import PrefixLayer
 
 
 class Prompting(Wrapped):
@@ -44,8 +44,8 @@ class Prompting(Wrapped):
         """The vectors of a prompt, or a prefix's keys and values in one row a virtual token, as files have them."""
         exported = [
             tensors["prompt_embeddings"]
-            for _, strip in self._host.get(adapter_name).at()
-            if "prompt_embeddings" in (tensors := strip.export())
+            for _, layer in self._manager.get(adapter_name).at()
+            if "prompt_embeddings" in (tensors := layer.export())
         ]
         if not exported:
             raise TanzakuError(f"{adapter_name!r} has no virtual tokens")
@@ -53,31 +53,33 @@ class Prompting(Wrapped):
 
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
         """The active prompt for so many rows: (rows, tokens, hidden), or for a prefix a cache of keys and values."""
-        strips = [strip for _, strip in self._host.get(self.active_adapters[0]).at()]
-        for strip in strips:
-            if isinstance(strip, TokenStrip):
-                return strip.vectors().expand(batch_size, -1, -1)
-        layers = [strip for strip in strips if isinstance(strip, PrefixStrip)]
+        adapter_layers = [layer for _, layer in self._manager.get(self.active_adapters[0]).at()]
+        for layer in adapter_layers:
+            if isinstance(layer, TokenLayer):
+                return layer.vectors().expand(batch_size, -1, -1)
+        layers = [layer for layer in adapter_layers if isinstance(layer, PrefixLayer)]
         if not layers:
             raise TanzakuError(f"{self.active_adapters[0]!r} has no virtual tokens")
-        pairs = [tuple(x.expand(batch_size, -1, -1, -1) for x in strip.keys_values()) for strip in layers]
+        pairs = [tuple(x.expand(batch_size, -1, -1, -1) for x in layer.keys_values()) for layer in layers]
         return DynamicCache(pairs)
 
-    def _prompt_to_learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenStrip | None:
+    def _prompt_to_learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenLayer | None:
         """The virtual tokens of the active adapter, where their last one is to say a text's first token."""
         if not self.reads_on or self._adapters_disabled or len(self.active_adapters) != 1:
             return None
         given = self._by_name(args, kwargs)
         if given.get("labels") is None or given.get("past_key_values") is not None:
             return None
-        strips = [strip for _, strip in self._host.get(self.active_adapters[0]).at() if isinstance(strip, TokenStrip)]
-        return strips[0] if strips else None
+        layers = [
+            layer for _, layer in self._manager.get(self.active_adapters[0]).at() if isinstance(layer, TokenLayer)
+        ]
+        return layers[0] if layers else None
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         names = inspect.signature(self.get_base_model().forward).parameters
         return {**dict(zip(names, args, strict=False)), **kwargs}
 
-    def _learn(self, prompt: TokenStrip, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _learn(self, prompt: TokenLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A pass of a causal language model with labels: as in PEFT, the loss has also the first token, which only a
         virtual one foretells. So they are in the rows that the base is given. Logits are those of the row's own tokens.
         """
@@ -105,17 +107,17 @@ class Prompting(Wrapped):
         return self._with_penalty(out)
 
     @contextmanager
-    def _without_prompt(self, prompt: TokenStrip) -> Iterator[None]:
+    def _without_prompt(self, prompt: TokenLayer) -> Iterator[None]:
         """The active adapter without its virtual tokens."""
-        host, name = self._host, self.active_adapters[0]
-        rest = [at for at in host.get(name).at() if at[1] is not prompt]
+        manager, name = self._manager, self.active_adapters[0]
+        rest = [at for at in manager.get(name).at() if at[1] is not prompt]
         if not rest:
             yield
             return
-        force, before = InForce(host.base, Route.everywhere(name), [rest]), host.sites.here()
-        host.sites.ensure(force)
-        host.sites.put((force,))
+        force, before = InForce(manager.base, Route.everywhere(name), [rest]), manager.sites.here()
+        manager.sites.ensure(force)
+        manager.sites.put((force,))
         try:
             yield
         finally:
-            host.sites.put(before)
+            manager.sites.put(before)

@@ -13,56 +13,56 @@ import torch
 from torch import Tensor, nn
 
 from tanzaku.core.adapter import Adapter
-from tanzaku.core.weights import BiasStrip, WeightStrip
-from tanzaku.methods.adalora import SvdStrip
-from tanzaku.methods.ia3 import ScaleStrip
-from tanzaku.methods.lora import LoraConv2d, LoraEmbedding, LoraStrip, initialise
+from tanzaku.core.weights import BiasCopy, WeightCopy
+from tanzaku.methods.adalora import SvdDelta
+from tanzaku.methods.ia3 import ScaleLayer
+from tanzaku.methods.lora import LoraConv2d, LoraDelta, LoraEmbedding, initialise
 
 
 @torch.no_grad()
 def draw_as_peft(adapter: Adapter, before: Tensor) -> None:
     """Draw initial weights anew as PEFT does, from the generator's state `before`."""
-    kinds = (LoraStrip, LoraConv2d, LoraEmbedding, SvdStrip, ScaleStrip, BiasStrip, WeightStrip)
+    kinds = (LoraDelta, LoraConv2d, LoraEmbedding, SvdDelta, ScaleLayer, BiasCopy, WeightCopy)
     on_meta = any(p.device.type == "meta" for _, p in adapter.named_parameters())
     # Only what is known to begin as PEFT's own does; what is left draws alike, on one device.
-    if on_meta or not all(type(strip) in kinds for _, strip in adapter.at()):
+    if on_meta or not all(type(layer) in kinds for _, layer in adapter.at()):
         return
     torch.set_rng_state(before)
     init = getattr(adapter.method, "init_lora_weights", getattr(adapter.method, "init_ia3_weights", True))
-    for path, strip in adapter.at():
-        if isinstance(strip, BiasStrip | WeightStrip):
+    for path, layer in adapter.at():
+        if isinstance(layer, BiasCopy | WeightCopy):
             continue
-        fresh = copy.deepcopy(strip).cpu()
-        if isinstance(fresh, ScaleStrip):
+        fresh = copy.deepcopy(layer).cpu()
+        if isinstance(fresh, ScaleLayer):
             start = torch.randn(fresh.ia3_l.shape)
             fresh.ia3_l.fill_(1.0) if init else fresh.ia3_l.copy_(start)
-        elif isinstance(fresh, SvdStrip):
+        elif isinstance(fresh, SvdDelta):
             _svd(fresh, bool(init))
         elif isinstance(fresh, LoraEmbedding):
             _embedding(fresh, init)
         else:
-            assert isinstance(fresh, LoraStrip)
+            assert isinstance(fresh, LoraDelta)
             for low in (fresh.lora_A, fresh.lora_B):
                 nn.init.kaiming_uniform_(low.weight, a=math.sqrt(5))
             if init is not False:
                 fresh.lora_B.weight.zero_()
                 initialise(fresh, adapter.base.model.get_submodule(path), init)
-        strip.load_state_dict(fresh.state_dict())
+        layer.load_state_dict(fresh.state_dict())
 
 
-def _svd(strip: SvdStrip, small: bool) -> None:
-    for parameter in (strip.lora_A, strip.lora_E, strip.lora_B):
+def _svd(layer: SvdDelta, small: bool) -> None:
+    for parameter in (layer.lora_A, layer.lora_E, layer.lora_B):
         parameter.normal_()
     torch.randn(1)  # the rank's, which is then set
     if small:
-        strip.lora_E.zero_()
-        strip.lora_A.normal_(std=0.02)
-        strip.lora_B.normal_(std=0.02)
+        layer.lora_E.zero_()
+        layer.lora_A.normal_(std=0.02)
+        layer.lora_B.normal_(std=0.02)
 
 
-def _embedding(strip: LoraEmbedding, init: bool | str) -> None:
-    strip.lora_embedding_A.normal_()
-    strip.lora_embedding_B.normal_()
+def _embedding(layer: LoraEmbedding, init: bool | str) -> None:
+    layer.lora_embedding_A.normal_()
+    layer.lora_embedding_B.normal_()
     if init is not False:
-        strip.lora_embedding_A.zero_()
-        strip.lora_embedding_B.normal_()
+        layer.lora_embedding_A.zero_()
+        layer.lora_embedding_B.normal_()

@@ -63,7 +63,7 @@ def get_layer_status(model: Any) -> list[TunerLayerStatus]:
         if not isinstance(module, BaseTunerLayer):
             continue
         parameters = {
-            adapter: list(strip.parameters()) for adapter, strip in module._strips().items() if [*strip.parameters()]
+            adapter: list(layer.parameters()) for adapter, layer in module._layers().items() if [*layer.parameters()]
         }
         out.append(
             TunerLayerStatus(

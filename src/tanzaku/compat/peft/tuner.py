@@ -9,7 +9,7 @@ from torch import nn
 
 from tanzaku.compat.peft.config import PeftConfig, PeftType
 from tanzaku.compat.peft.owner import Owner
-from tanzaku.core.weights import BiasStrip, WeightStrip
+from tanzaku.core.weights import BiasCopy, WeightCopy
 from tanzaku.files.patterns import groups_of
 from tanzaku.models import tree
 
@@ -34,8 +34,8 @@ class BaseTuner(nn.Module):
         found = [
             path
             for adapter in self.__dict__["owner"]._adapters()
-            for path, strip in adapter.at()
-            if not isinstance(strip, WeightStrip | BiasStrip)
+            for path, layer in adapter.at()
+            if not isinstance(layer, WeightCopy | BiasCopy)
         ]
         return list(dict.fromkeys(found))
 

@@ -19,10 +19,10 @@ from tanzaku.compat.peft.tuner import PREFIXES, BaseTuner
 from tanzaku.compat.peft.utils.save_and_load import in_peft
 from tanzaku.core.adapter import Adapter
 from tanzaku.core.attach import Count, adapters, numbers_in
-from tanzaku.core.host import Host, host_of
-from tanzaku.core.method import ModuleStrip, Strip
+from tanzaku.core.manager import AdapterManager, manager_of
+from tanzaku.core.method import AdapterLayer, ModuleLayer
 from tanzaku.core.routing import Entry
-from tanzaku.core.weights import BiasStrip, WeightStrip
+from tanzaku.core.weights import BiasCopy, WeightCopy
 from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.models import tree
 
@@ -74,8 +74,8 @@ class Wrapped(Owner):
         return _blank, (type(self),), self.__dict__
 
     @property
-    def _host(self) -> Host:
-        return host_of(self.get_base_model())
+    def _manager(self) -> AdapterManager:
+        return manager_of(self.get_base_model())
 
     @property
     def active_adapters(self) -> list[str]:
@@ -102,10 +102,10 @@ class Wrapped(Owner):
         """What the names of the active method's parameters have in them."""
         return PREFIXES[self.peft_type]
 
-    def _trains(self, name: str, strip: Strip) -> bool:
-        """Whether a strip is trained with its adapter: a head that is only kept is the base's own, as PEFT sees it."""
+    def _trains(self, name: str, layer: AdapterLayer) -> bool:
+        """Whether a layer is trained with its adapter: a head that is only kept is the base's own, as PEFT sees it."""
         trained = {id(p) for p in self._trained.get(name, ())}
-        return any(id(parameter) in trained for parameter in strip.parameters())
+        return any(id(parameter) in trained for parameter in layer.parameters())
 
     def _known(self, name: str, message: str) -> None:
         if name not in self.peft_config:
@@ -117,8 +117,8 @@ class Wrapped(Owner):
         """Of two adapters with a copy of one module only one can be in its place."""
         seen: dict[str, str] = {}
         for name in names:
-            for path, strip in self._host.get(name).at():
-                if isinstance(strip, WeightStrip) and self._trains(name, strip) and seen.setdefault(path, name) != name:
+            for path, layer in self._manager.get(name).at():
+                if isinstance(layer, WeightCopy) and self._trains(name, layer) and seen.setdefault(path, name) != name:
                     raise TanzakuError(
                         f"Only one adapter can be set at a time for ModulesToSaveWrapper: {seen[path]!r} and {name!r} "
                         f"both have a copy of {path}"
@@ -136,34 +136,34 @@ class Wrapped(Owner):
 
     def _activate(self) -> None:
         base = self.get_base_model()
-        if not hosted(base) or not self.active_adapters:
+        if not managed(base) or not self.active_adapters:
             return
         off = self._adapters_disabled or bool(self.merged_adapters) or self._per_call()
-        host_of(base).set_active(None if off else self._entry())
+        manager_of(base).set_active(None if off else self._entry())
 
     # -- parameters, by PEFT's names
 
     def _adapters(self) -> list[Adapter]:
-        # Without what was hung on the base past this wrapper.
-        return [self._host.get(name) for name in self._trained]
+        # Without what was attached to the base past this wrapper.
+        return [self._manager.get(name) for name in self._trained]
 
     def _adapter_parameters(self, name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
-        for adapter in self._adapters() if name is None else [self._host.get(name)]:
+        for adapter in self._adapters() if name is None else [self._manager.get(name)]:
             trained = {id(p) for p in self._trained[adapter.name]}
-            for path, strip in adapter.at():
-                for key, parameter in strip.named_parameters():
+            for path, layer in adapter.at():
+                for key, parameter in layer.named_parameters():
                     # A head that is not trained is the base's own; PEFT has no copy of it.
-                    if id(parameter) in trained or not isinstance(strip, WeightStrip):
-                        yield in_peft(adapter, path, strip, key), parameter
+                    if id(parameter) in trained or not isinstance(layer, WeightCopy):
+                        yield in_peft(adapter, path, layer, key), parameter
 
     def _adapter_tensors(self) -> dict[str, Tensor]:
         """Their parameters, and what their copies of modules keep beside them, such as running statistics."""
         found: dict[str, Tensor] = {}
         for adapter in self._adapters():
             trained = {id(p) for p in self._trained[adapter.name]}
-            for path, strip in adapter.at():
-                if isinstance(strip, WeightStrip) and trained & {id(p) for p in strip.parameters()}:
-                    found |= {in_peft(adapter, path, strip, key): buffer for key, buffer in strip.named_buffers()}
+            for path, layer in adapter.at():
+                if isinstance(layer, WeightCopy) and trained & {id(p) for p in layer.parameters()}:
+                    found |= {in_peft(adapter, path, layer, key): buffer for key, buffer in layer.named_buffers()}
         return dict(self._adapter_parameters()) | found
 
     @property
@@ -178,12 +178,12 @@ class Wrapped(Owner):
         whole: dict[str, str] = {}
         for adapter in self._adapters():
             trained = {id(p) for p in self._trained[adapter.name]}
-            for path, strip in adapter.at():
-                if isinstance(strip, WeightStrip):
-                    whole |= {root + path: "original_module"} if trained & {id(p) for p in strip.parameters()} else {}
+            for path, layer in adapter.at():
+                if isinstance(layer, WeightCopy):
+                    whole |= {root + path: "original_module"} if trained & {id(p) for p in layer.parameters()} else {}
                 elif cast(PeftConfig, adapter.method).is_adaption_prompt:
                     whole[root + path] = "model"
-                elif isinstance(strip, ModuleStrip) and not isinstance(strip, BiasStrip):
+                elif isinstance(layer, ModuleLayer) and not isinstance(layer, BiasCopy):
                     layers.add(root + path)
         out = {}
         for name in names:
@@ -198,7 +198,7 @@ class Wrapped(Owner):
     def _hidden(self) -> set[str]:
         """Names of the base's biases that adapters train copies of: as PEFT sees it, the copies are the base's own."""
         at = (at for adapter in self._adapters() for at in adapter.at())
-        return {f"{self._root}{path}.bias" for path, strip in at if isinstance(strip, BiasStrip)}
+        return {f"{self._root}{path}.bias" for path, layer in at if isinstance(layer, BiasCopy)}
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -226,7 +226,7 @@ class Wrapped(Owner):
         place = f"{prefix}.{self._root}{tree.PLACE}" if prefix else f"{self._root}{tree.PLACE}"
         for name, module in super().named_modules(memo, prefix, remove_duplicate):
             if f"{name}.".startswith(f"{place}."):
-                if isinstance(module, Strip) and is_bare(module):
+                if isinstance(module, AdapterLayer) and is_bare(module):
                     yield from module.named_modules(None, name)
                 continue
             if hidden and name.removeprefix(f"{prefix}.") in hidden:
@@ -338,12 +338,12 @@ class Wrapped(Owner):
         found = {}
         for adapter in self._adapters():
             if cast(PeftConfig, adapter.method).is_prompt_learning:
-                strip = next(strip for _, strip in adapter.at() if not isinstance(strip, WeightStrip))
-                found[adapter.name] = encoder_of(strip)
+                layer = next(layer for _, layer in adapter.at() if not isinstance(layer, WeightCopy))
+                found[adapter.name] = encoder_of(layer)
         return nn.ModuleDict(found) if found else None
 
 
-def hosted(base: nn.Module) -> bool:
+def managed(base: nn.Module) -> bool:
     return bool(adapters(base))
 
 

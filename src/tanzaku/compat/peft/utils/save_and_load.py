@@ -13,10 +13,10 @@ from torch.nn.modules.module import _IncompatibleKeys
 from tanzaku.compat.peft.config import PeftType, TaskType
 from tanzaku.compat.peft.owner import Owner
 from tanzaku.core.adapter import Adapter
-from tanzaku.core.method import AttentionStrip, Strip
-from tanzaku.core.weights import BiasStrip, WeightStrip
+from tanzaku.core.method import AdapterLayer, AttentionLayer
+from tanzaku.core.weights import BiasCopy, WeightCopy
 from tanzaku.errors import TanzakuError, listed
-from tanzaku.methods.adalora import SvdStrip
+from tanzaku.methods.adalora import SvdDelta
 from tanzaku.methods.prompt_tuning import PromptLearning
 from tanzaku.models import tree
 from tanzaku.storage.store import entries, read_tensors
@@ -33,19 +33,19 @@ __all__ = [
 ]
 
 
-def in_peft(adapter: Adapter, path: str, strip: Strip, name: str) -> str:
-    """The name that a parameter of a strip has in a PEFT model."""
+def in_peft(adapter: Adapter, path: str, layer: AdapterLayer, name: str) -> str:
+    """The name that a parameter of an adapter layer has in a PEFT model."""
     prompt = isinstance(adapter.method, PromptLearning)
     root = "base_model." if prompt else "base_model.model."
-    if isinstance(strip, WeightStrip):
+    if isinstance(layer, WeightCopy):
         return f"{root}{path}.modules_to_save.{adapter.name}.{name}"
     if prompt:
         return f"prompt_encoder.{adapter.name}.{'embedding.weight' if name == 'prompt_embeddings' else name}"
-    if isinstance(strip, AttentionStrip):
+    if isinstance(layer, AttentionLayer):
         # PEFT keeps one LLaMA-Adapter in a model at a time, and its name out of the parameters'.
         return f"{root}{path}." + ("" if adapter.name == "default" else f"{adapter.name}.") + name
-    if isinstance(strip, BiasStrip):  # PEFT trains the layer's own
-        targeted = any(p == path and not isinstance(s, BiasStrip | WeightStrip) for p, s in adapter.at())
+    if isinstance(layer, BiasCopy):  # PEFT trains the layer's own
+        targeted = any(p == path and not isinstance(s, BiasCopy | WeightCopy) for p, s in adapter.at())
         return f"{root}{path}.{'base_layer.' if targeted else ''}{name}"
     first, _, rest = name.partition(".")
     return f"{root}{path}.{first}.{adapter.name}" + (f".{rest}" if rest else "")
@@ -71,7 +71,7 @@ def get_peft_model_state_dict(
             "supported; expected 'auto' or False"
         )
     model._check_same(state_dict or {})
-    return {key: tensor for key, (tensor, _) in entries(model._host.get(adapter_name)).items()}
+    return {key: tensor for key, (tensor, _) in entries(model._manager.get(adapter_name)).items()}
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def set_peft_model_state_dict(
     Raises:
         TanzakuError: a tensor is missing, unexpected or of another shape, or a network writes the prompt.
     """
-    adapter = model._host.get(adapter_name)
+    adapter = model._manager.get(adapter_name)
     given, own = dict(peft_model_state_dict), entries(adapter)
     config = model.peft_config[adapter_name]
     if config.peft_type == PeftType.P_TUNING or getattr(config, "prefix_projection", False):
@@ -98,14 +98,14 @@ def set_peft_model_state_dict(
     }.items():
         if keys:
             raise TanzakuError(f"{adapter_name!r}: {what} are {listed(keys, 3)}; expected the tensors of its file")
-    pruned: dict[SvdStrip, dict[str, Tensor]] = {}
-    for key, (tensor, strip) in own.items():
-        if isinstance(strip, SvdStrip):
-            pruned.setdefault(strip, {})[key.rpartition(".")[2]] = given[key]
+    pruned: dict[SvdDelta, dict[str, Tensor]] = {}
+    for key, (tensor, layer) in own.items():
+        if isinstance(layer, SvdDelta):
+            pruned.setdefault(layer, {})[key.rpartition(".")[2]] = given[key]
         else:
             tensor.copy_(given[key])  # a view of the parameter
-    for strip, tensors in pruned.items():
-        strip.restore(tensors)
+    for layer, tensors in pruned.items():
+        layer.restore(tensors)
     return _IncompatibleKeys([], [])
 
 

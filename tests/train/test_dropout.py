@@ -21,14 +21,14 @@ from torch.utils.checkpoint import checkpoint
 import tanzaku as tz
 from close import GRADIENT, RUN, assert_close, close
 from models import tiny
-from tanzaku.core import noise as module
+from tanzaku.core import dropout as module
+from tanzaku.core.dropout import JobDropout, JobSlice, mark, replayed, rewind
 from tanzaku.core.method import Method
-from tanzaku.core.noise import Noise, Share, again, mark, rewind
 from tanzaku.core.routing import Route
-from tanzaku.methods.lora import LoraStrip
-from tanzaku.train.lane import Lane
-from tanzaku.train.loop import Pool
+from tanzaku.methods.lora import LoraDelta
+from tanzaku.train.active_job import ActiveJob
 from tanzaku.train.results import Job
+from tanzaku.train.scheduler import JobScheduler
 from tanzaku.train.settings import TrainSettings
 from task_data import task
 
@@ -46,25 +46,25 @@ class Part:
     seed: int = 1
 
 
-def noise_of(*parts: Part, width: int | None = None, lead: int | None = None) -> Noise:
+def noise_of(*parts: Part, width: int | None = None, lead: int | None = None) -> JobDropout:
     shares, start = [], 0
     for part in parts:
-        shares.append(Share(slice(start, start + part.rows), part.virtual, part.tokens, part.seed))
+        shares.append(JobSlice(slice(start, start + part.rows), part.virtual, part.tokens, part.seed))
         start += part.rows
     route = Route.of([f"job-{n}" for n, part in enumerate(parts) for _ in range(part.rows)])
     width = max(p.tokens for p in parts) if width is None else width
-    return Noise(route, shares, width, max(p.virtual for p in parts) if lead is None else lead)
+    return JobDropout(route, shares, width, max(p.virtual for p in parts) if lead is None else lead)
 
 
 def drawn(*parts: Part, p: float = 0.5, calls: int = 1, features: int = 4, **sizes: int) -> list[list[Tensor]]:
     """Masks of hidden states, for each call those of each part, at its own places."""
-    noise = noise_of(*parts, **sizes)
-    x = torch.ones(noise.rows, noise.lead + noise.width, features)
+    mode = noise_of(*parts, **sizes)
+    x = torch.ones(mode.rows, mode.lead + mode.width, features)
     out = []
-    with noise:
+    with mode:
         for _ in range(calls):
             y = F.dropout(x, p)
-            out.append([y[s.rows, : s.virtual + s.tokens] for s in noise.shares])
+            out.append([y[s.rows, : s.virtual + s.tokens] for s in mode.shares])
     return out
 
 
@@ -90,11 +90,11 @@ def test_a_mask_of_attention_hangs_on_the_job_alone_too(part: Part, heads: int, 
     other = Part(rows=2, tokens=9, virtual=2, seed=5)
 
     def draw(*batch: Part) -> Tensor:
-        noise = noise_of(*batch)
-        queries = noise.width if decoder else noise.lead + noise.width
-        share = noise.shares[-1]
-        with noise:
-            y = F.dropout(torch.ones(noise.rows, heads, queries, noise.lead + noise.width), 0.5)
+        mode = noise_of(*batch)
+        queries = mode.width if decoder else mode.lead + mode.width
+        share = mode.shares[-1]
+        with mode:
+            y = F.dropout(torch.ones(mode.rows, heads, queries, mode.lead + mode.width), 0.5)
         own = slice(share.virtual + share.tokens)
         return y[share.rows, :, slice(share.tokens) if decoder else own, own]
 
@@ -105,9 +105,9 @@ def test_a_row_of_features_has_no_tokens() -> None:
     """A pooled row is dropped by row and feature, even where it has as many features as there are tokens."""
 
     def draw(*batch: Part) -> Tensor:
-        noise = noise_of(*batch)
-        with noise:
-            return F.dropout(torch.ones(noise.rows, 10), 0.5)[noise.shares[-1].rows]
+        mode = noise_of(*batch)
+        with mode:
+            return F.dropout(torch.ones(mode.rows, 10), 0.5)[mode.shares[-1].rows]
 
     part = Part(rows=3, tokens=4)
     assert torch.equal(draw(part), draw(Part(tokens=10, seed=9), part)) and 0 < (draw(part) == 0).sum() < 30
@@ -119,12 +119,12 @@ def test_masks_differ_between_jobs_calls_and_batches() -> None:
     every = [*first, *second]
     assert not any(torch.equal(a, b) for n, a in enumerate(every) for b in every[:n])
     seen = set()
-    with pool_of([job("a"), job("b", seed=1)]) as pool:
-        pool._admit()
-        for lane in pool.lanes.values():
+    with pool_of([job("a"), job("b", seed=1)]) as scheduler:
+        scheduler._admit()
+        for active in scheduler.active_jobs.values():
             for _ in range(6):
-                seen.add(lane.noise_seed)
-                lane.batch += 1
+                seen.add(active.dropout_seed)
+                active.batch += 1
     assert len(seen) == 12 and all(0 <= seed < 2**63 for seed in seen)
 
 
@@ -145,21 +145,21 @@ def test_rows_of_a_job_differ_from_each_other() -> None:
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_nothing_or_everything(p: float) -> None:
     x = torch.randn(2, 6, 4, requires_grad=True)
-    with noise_of(Part()) as noise:
+    with noise_of(Part()) as mode:
         y = F.dropout(x, p)
     assert torch.equal(y, x if p == 0 else torch.zeros_like(x))
-    assert noise.shares[0].drew == (p > 0)
+    assert mode.shares[0].drew == (p > 0)
     y.sum().backward()
     assert x.grad is not None and torch.equal(x.grad, torch.full_like(x, 1 - p))
 
 
 def test_evaluation_loses_nothing() -> None:
     x, q = torch.randn(2, 6, 4), torch.randn(2, 2, 6, 4)
-    with noise_of(Part()) as noise:
+    with noise_of(Part()) as mode:
         for y in (F.dropout(x, 0.5, training=False), nn.Dropout(0.5).eval()(x), torch.dropout(x, 0.5, False)):
             assert torch.equal(y, x)
         attended = F.scaled_dot_product_attention(q, q, q, dropout_p=0.0)
-    assert attended.shape == (2, 2, 6, 4) and not noise.shares[0].drew
+    assert attended.shape == (2, 2, 6, 4) and not mode.shares[0].drew
 
 
 def test_every_way_to_call_dropout_draws_the_same() -> None:
@@ -220,10 +220,10 @@ def test_rows_that_are_folded_are_split_by_job() -> None:
     """Choices of a row, heads of a row, and the tokens of all rows one after another."""
 
     def draw(shape: Sequence[int], *batch: Part) -> Tensor:
-        noise = noise_of(*batch, width=6)
-        with noise:
-            y = F.dropout(torch.ones(noise.rows * shape[0], *shape[1:]), 0.5)
-        return y.view(noise.rows, -1)[noise.shares[-1].rows]
+        mode = noise_of(*batch, width=6)
+        with mode:
+            y = F.dropout(torch.ones(mode.rows * shape[0], *shape[1:]), 0.5)
+        return y.view(mode.rows, -1)[mode.shares[-1].rows]
 
     part, other = Part(rows=2, tokens=6, seed=3), Part(rows=3, seed=9)
     for shape in ((3, 6, 4), (6, 4)):
@@ -258,15 +258,15 @@ def test_a_table_loses_nothing_and_rows_elsewhere_are_refused(shared: bool) -> N
 
 
 def test_an_adapter_draws_for_its_own_rows() -> None:
-    """While a stack's strips run, what they drop is one job's, by its own count of calls."""
+    """While a stack's adapter layers run, what they drop is one job's, by its own count of calls."""
     part = Part(rows=2, tokens=6, seed=7)
     [[_], [expected]] = drawn(part, calls=2)
-    with noise_of(Part(rows=3, seed=2), part) as noise:
+    with noise_of(Part(rows=3, seed=2), part) as mode:
         F.dropout(torch.ones(5, 6, 4), 0.5)
-        with noise.route.running(1):
+        with mode.route.running(1):
             found = F.dropout(torch.ones(2, 6, 4), 0.5)
     assert torch.equal(found, expected)
-    assert [share.calls for share in noise.shares] == [1, 2]
+    assert [share.calls for share in mode.shares] == [1, 2]
 
 
 def test_keys_of_an_adapter_stand_before_the_layers_own() -> None:
@@ -274,9 +274,9 @@ def test_keys_of_an_adapter_stand_before_the_layers_own() -> None:
 
     def draw(tokens: int, *others: Part) -> Tensor:
         part = Part(rows=2, tokens=4, virtual=1, seed=3)
-        noise = noise_of(part, *others)
-        keys = noise.lead + noise.width
-        with noise, noise.route.running(0, keys):
+        mode = noise_of(part, *others)
+        keys = mode.lead + mode.width
+        with mode, mode.route.running(0, keys):
             y = F.dropout(torch.ones(2, 2, keys, tokens + keys), 0.5)
         own = range(1 + 4)
         return y[:, :, list(own)][..., [*range(tokens), *(tokens + at for at in own)]]
@@ -390,15 +390,15 @@ def test_a_recomputed_layer_draws_again_what_it_drew(thread: bool, reentrant: bo
 
     def run(checkpointed: bool) -> list[Tensor]:
         x = torch.linspace(-1, 1, 48).view(2, 6, 4).requires_grad_()
-        with noise_of(Part()) as noise:
+        with noise_of(Part()) as mode:
             if checkpointed:
                 # Two layers run again, the last one first, with calls between and behind them.
-                y = F.dropout(checkpoint(again(layer), x, use_reentrant=reentrant), 0.1)
-                y = checkpoint(again(layer), y, use_reentrant=reentrant)
+                y = F.dropout(checkpoint(replayed(layer), x, use_reentrant=reentrant), 0.1)
+                y = checkpoint(replayed(layer), y, use_reentrant=reentrant)
             else:
                 y = layer(F.dropout(layer(x), 0.1))
             loss = F.dropout(y, 0.1).sum()
-            counts = [share.calls for share in noise.shares]
+            counts = [share.calls for share in mode.shares]
             if thread:
                 failures: list[BaseException] = []
 
@@ -415,8 +415,8 @@ def test_a_recomputed_layer_draws_again_what_it_drew(thread: bool, reentrant: bo
                 assert not failures
             else:
                 loss.backward()
-            assert [share.calls for share in noise.shares] == counts
-            assert module._current.get() is noise
+            assert [share.calls for share in mode.shares] == counts
+            assert module._current.get() is mode
             after = F.dropout(torch.ones(2, 6, 4), 0.5)
         assert x.grad is not None
         return [loss.detach(), x.grad, after]
@@ -425,7 +425,7 @@ def test_a_recomputed_layer_draws_again_what_it_drew(thread: bool, reentrant: bo
 
 
 def test_a_layer_that_runs_again_elsewhere_is_left_alone_without_noise() -> None:
-    assert again(layer) is layer
+    assert replayed(layer) is layer
 
 
 @pytest.mark.parametrize("method", [tz.LoRA(r=2, lora_dropout=0.4), tz.PrefixTuning(num_virtual_tokens=2)])
@@ -438,14 +438,14 @@ def test_a_model_that_is_recomputed_in_another_thread(method: Method) -> None:
         jobs = [
             replace(j, settings=j.settings.model_copy(update={"gradient_checkpointing": checkpointing})) for j in jobs
         ]
-        with pool_of(jobs, model) as pool:
-            pool._admit()
-            lanes = list(pool.lanes.values())
-            with pool.step.losses(lanes, [lane.examples() for lane in lanes]) as losses:
+        with pool_of(jobs, model) as scheduler:
+            scheduler._admit()
+            active_jobs = list(scheduler.active_jobs.values())
+            with scheduler.step.losses(active_jobs, [active.examples() for active in active_jobs]) as losses:
                 other = threading.Thread(target=sum(losses[1:], losses[0]).backward)
                 other.start()
                 other.join()
-            found.append([p.grad for lane in lanes for p in lane.trained])
+            found.append([p.grad for active in active_jobs for p in active.trained])
     for plain, recomputed in zip(*found, strict=True):
         assert_close(recomputed, plain, GRADIENT)
 
@@ -458,20 +458,20 @@ def job(name: str, method: Method | None = None, **changes: Any) -> Job:
     return Job(name, method or tz.LoRA(r=2), FAST.model_copy(update=options))
 
 
-def pool_of(jobs: Sequence[Job], model: Any = None, **options: Any) -> Pool:
-    pool = Pool(tiny("llama", num_labels=2) if model is None else model, DATA, **options)
-    pool.add(jobs)
-    return pool
+def pool_of(jobs: Sequence[Job], model: Any = None, **options: Any) -> JobScheduler:
+    scheduler = JobScheduler(tiny("llama", num_labels=2) if model is None else model, DATA, **options)
+    scheduler.add(jobs)
+    return scheduler
 
 
 def weights(jobs: Sequence[Job], model: Any = None, **options: Any) -> dict[str, list[Tensor]]:
-    lanes: dict[str, Lane] = {}
-    with pool_of(jobs, model, **options) as pool:
-        pool._admit()
-        lanes.update(pool.lanes)
-        pool.run()
-        assert [(r.status, r.error) for r in pool.results.values()] == [("done", None)] * len(jobs)
-    return {name: [p.detach() for p in lane.trained] for name, lane in lanes.items()}
+    active_jobs: dict[str, ActiveJob] = {}
+    with pool_of(jobs, model, **options) as scheduler:
+        scheduler._admit()
+        active_jobs.update(scheduler.active_jobs)
+        scheduler.run()
+        assert [(r.status, r.error) for r in scheduler.results.values()] == [("done", None)] * len(jobs)
+    return {name: [p.detach() for p in active.trained] for name, active in active_jobs.items()}
 
 
 def test_a_prompt_encoder_that_drops_between_its_layers_draws_for_itself() -> None:
@@ -495,10 +495,10 @@ def test_an_encoder_draws_for_the_job_whose_strips_run() -> None:
     x = torch.randn(1, 3, 4)
 
     def encoded(*seeds: int) -> Tensor:
-        noise = noise_of(*(Part(rows=1, seed=seed) for seed in seeds))
-        with noise, noise.route.running(len(seeds) - 1):
+        mode = noise_of(*(Part(rows=1, seed=seed) for seed in seeds))
+        with mode, mode.route.running(len(seeds) - 1):
             out: Tensor = encoder(x)[0]
-        assert noise.shares[-1].calls == 1 and not any(share.calls for share in noise.shares[:-1])
+        assert mode.shares[-1].calls == 1 and not any(share.calls for share in mode.shares[:-1])
         return out
 
     assert_close(encoded(1, 9), encoded(2, 3, 9))
@@ -527,9 +527,9 @@ def test_torchs_own_numbers_are_left_alone(checkpointing: bool) -> None:
         model = tiny("llama", num_labels=2, attention_dropout=0.2)
         torch.manual_seed(seed)
         state = torch.get_rng_state()
-        with pool_of(jobs, model) as pool:
-            pool.run()
-            lost = [r.epochs[0].train_loss for r in pool.results.values()]
+        with pool_of(jobs, model) as scheduler:
+            scheduler.run()
+            lost = [r.epochs[0].train_loss for r in scheduler.results.values()]
         assert torch.equal(torch.get_rng_state(), state)
         runs.append(lost)
     assert_close(runs[1], runs[0], RUN)
@@ -538,8 +538,8 @@ def test_torchs_own_numbers_are_left_alone(checkpointing: bool) -> None:
 def test_the_mode_is_left_out_where_nobody_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """It costs time at every operation. A job that draws turns it on for all in its step."""
     entered: list[int] = []
-    enter = Noise.__enter__
-    monkeypatch.setattr(Noise, "__enter__", lambda self: (entered.append(len(self.shares)), enter(self))[1])
+    enter = JobDropout.__enter__
+    monkeypatch.setattr(JobDropout, "__enter__", lambda self: (entered.append(len(self.shares)), enter(self))[1])
     weights([job("a"), job("b", tz.IA3())])
     assert entered == [], "settings tell that nothing is dropped"
     weights(
@@ -582,13 +582,13 @@ def test_every_draw_is_a_jobs_own(kind: str) -> None:
     """As stochastic depth draws a number a row, and routers noise for each token."""
 
     def draw(*batch: Part) -> Tensor:
-        noise = noise_of(*batch)
-        x = torch.ones(noise.rows, 6, 4)
+        mode = noise_of(*batch)
+        x = torch.ones(mode.rows, 6, 4)
         state = torch.get_rng_state()
-        with noise:
+        with mode:
             y: Tensor = DRAWS[kind](x)
         assert torch.equal(torch.get_rng_state(), state), "torch's own numbers are left alone"
-        return y[noise.shares[-1].rows]
+        return y[mode.shares[-1].rows]
 
     part, other = Part(rows=2, seed=3), Part(rows=3, seed=9)
     alone = draw(part)
@@ -599,22 +599,22 @@ def test_every_draw_is_a_jobs_own(kind: str) -> None:
 
 def test_a_layer_that_is_left_out_by_chance() -> None:
     """At a rate of 0 or 1 there is no chance; else one job draws for itself, and several are refused."""
-    with noise_of(Part(), Part(seed=2)) as noise:
+    with noise_of(Part(), Part(seed=2)) as mode:
         assert not torch.rand([]) < 0.0 and torch.rand([]) <= 1
-        assert [share.calls for share in noise.shares] == [0, 0]
+        assert [share.calls for share in mode.shares] == [0, 0]
         for use in (lambda x: x < 0.5, float, lambda x: x < 0.3, lambda x: x.item(), lambda x: x + 1):
             with pytest.raises(tz.TanzakuError, match="left out by chance"):
                 use(torch.rand([]))
     drawn = []
     for seed in (1, 1, 2):
-        with noise_of(Part(seed=seed)) as noise:
+        with noise_of(Part(seed=seed)) as mode:
             drawn.append([bool(torch.rand([]) < 0.5) for _ in range(40)])
-            assert noise.shares[0].calls == 40 and noise.shares[0].left_out
+            assert mode.shares[0].calls == 40 and mode.shares[0].left_out
     assert drawn[0] == drawn[1] != drawn[2] and 5 < sum(drawn[0]) < 35
 
 
 def test_layers_left_out_by_chance_train_one_by_one() -> None:
-    """OPT's LayerDrop: a job gets what it gets alone, whoever shares the pool."""
+    """OPT's LayerDrop: a job gets what it gets alone, whoever shares the scheduler."""
     model: dict[str, Any] = {"num_labels": 2, "layerdrop": 0.4, "dropout": 0.0}
     together = weights([job("a"), job("b", tz.IA3())], tiny("opt", **model))
     torch.manual_seed(99)
@@ -628,10 +628,10 @@ def test_other_generators_belong_to_no_job(name: str) -> None:
     foreign = [f for f in module.foreign_generators(Drawing()) if f[0] == name]
     assert len(foreign) == 1 and module.foreign_generators(tiny("llama")) == []
 
-    def block() -> Noise:
-        noise = noise_of(Part())
-        noise._foreign = foreign
-        return noise
+    def block() -> JobDropout:
+        mode = noise_of(Part())
+        mode._foreign = foreign
+        return mode
 
     with block():
         pass
@@ -689,28 +689,30 @@ def test_other_kinds_of_dropout_are_refused(kind: str) -> None:
 class Channels(tz.LoRA):
     """LoRA that drops whole features."""
 
-    def strip(self, module: nn.Module, path: str, r: int, scaling: float) -> LoraStrip:
-        return ChannelStrip(module, r, scaling, 0.0, True)
+    def layer(self, module: nn.Module, path: str, r: int, scaling: float) -> LoraDelta:
+        return ChannelDelta(module, r, scaling, 0.0, True)
 
 
-class ChannelStrip(LoraStrip):
+class ChannelDelta(LoraDelta):
     def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return super().outputs(module, F.dropout1d(x, 0.5, module.training), y)
 
-    def alike(self, module: nn.Module) -> None:
+    def batch_key(self, module: nn.Module) -> None:
         return None
 
 
 def test_nothing_of_the_mode_is_left_after_a_failure() -> None:
-    with pool_of([job("a", tz.LoRA(r=2, lora_dropout=0.1)), job("bad", Channels(r=2))]) as pool:
-        pool.run()
-        assert pool.results["a"].status == "done"
-        assert pool.results["bad"].status == "failed" and str(pool.results["bad"].error).startswith("dropout1d draws")
+    with pool_of([job("a", tz.LoRA(r=2, lora_dropout=0.1)), job("bad", Channels(r=2))]) as scheduler:
+        scheduler.run()
+        assert scheduler.results["a"].status == "done"
+        assert scheduler.results["bad"].status == "failed" and str(scheduler.results["bad"].error).startswith(
+            "dropout1d draws"
+        )
     assert torch._C._len_torch_function_stack() == 0 and mark() is None
     route = Route.of(["a", "b"])
     with (
         pytest.raises(ZeroDivisionError),
-        Noise(route, [Share(slice(0, 1), 0, 3, 1), Share(slice(1, 2), 0, 3, 2)], 3, 0),
+        JobDropout(route, [JobSlice(slice(0, 1), 0, 3, 1), JobSlice(slice(1, 2), 0, 3, 2)], 3, 0),
     ):
         assert mark() == [0, 0]
         raise ZeroDivisionError

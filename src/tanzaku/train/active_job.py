@@ -14,8 +14,8 @@ from transformers import get_scheduler
 from transformers.pytorch_utils import Conv1D
 
 from tanzaku.core.adapter import Adapter
-from tanzaku.core.method import AttentionStrip, Method, TokenStrip
-from tanzaku.core.weights import BiasStrip, WeightStrip
+from tanzaku.core.method import AttentionLayer, Method, TokenLayer
+from tanzaku.core.weights import BiasCopy, WeightCopy
 from tanzaku.engine.memory import Need
 from tanzaku.engine.products import lowest_layer
 from tanzaku.errors import TanzakuError
@@ -46,7 +46,7 @@ class _Batch:
     ends_epoch: bool
 
 
-class Lane:
+class ActiveJob:
     """A job in training. The shared step gives it a loss; it answers with its own optimizer step."""
 
     def __init__(self, job: Job, adapter: Adapter, data: TaskData, result: JobResult, device: torch.device):
@@ -66,7 +66,7 @@ class Lane:
         self.need: Need | None = None  # of a step; None where nobody asks
         self.about: dict[str, Any] | None = None  # what its state belongs to, once asked for
         self.held = _held(adapter)
-        changed = {path for path, strip in adapter.at() if isinstance(strip, AttentionStrip)}
+        changed = {path for path, layer in adapter.at() if isinstance(layer, AttentionLayer)}
         self.twice = sum(self.held[path] for path in changed)
         self.optimizer = _optimizer(adapter, job)
         self.rows = min(s.batch_size, len(data.train))  # of a whole batch
@@ -142,7 +142,7 @@ class Lane:
         return self.batches * goal // s.epochs - self.batch
 
     @property
-    def noise_seed(self) -> int:
+    def dropout_seed(self) -> int:
         """Of the random numbers of its next batch."""
         return seed_of("dropout", self.job.settings.seed, self.batch)
 
@@ -218,8 +218,8 @@ class Lane:
 
     def _check_gradients(self) -> None:
         # Some quantised layers compute forward only: then a head would learn, and all else stay as it was drawn.
-        own = [(path, s) for path, s in self.adapter.at() if not isinstance(s, WeightStrip)]
-        trained = [p for _, strip in own if strip.trained for p in strip.parameters()]
+        own = [(path, s) for path, s in self.adapter.at() if not isinstance(s, WeightCopy)]
+        trained = [p for _, layer in own if layer.trained for p in layer.parameters()]
         if trained and all(p.grad is None for p in trained):
             module = self.adapter.base.model.get_submodule(own[0][0])
             kind = type(getattr(module, "weight", None)).__name__
@@ -268,9 +268,9 @@ class Lane:
         return self.epoch >= s.epochs or (s.patience is not None and self._waited >= s.patience)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """At the end of an epoch, all that the rest of the run hangs on: tensors, and figures fit for JSON.
+        """At the end of an epoch, all that the rest of the run depends on: tensors, and figures fit for JSON.
 
-        Random numbers hang on the seed, the epoch and the batch alone, and an epoch leaves no gradient behind.
+        Random numbers depend on the seed, the epoch and the batch alone, and an epoch leaves no gradient behind.
         """
         tensors = {f"method.{key}": t for key, t in self.adapter.method.training_state(self.adapter).items()}
         tensors |= {f"best.{name}": t for name, t in (self.best or {}).items()}
@@ -331,14 +331,15 @@ class Lane:
 
 
 def _held(adapter: Adapter) -> dict[str, int]:
-    """Bytes a token, by module, of what an adapter makes autograd keep: inputs and outputs of the modules it is hung
-    on. They are parts of tensors that hold all rows of a batch, so it makes autograd keep those of others too."""
+    """Bytes a token, by module, of what an adapter makes autograd keep: inputs and outputs of the modules it is
+    attached to. They are parts of tensors that hold all rows of a batch, so those of others
+    are kept, too."""
     held: dict[str, int] = {}
-    for path, strip in adapter.at():
+    for path, layer in adapter.at():
         module = adapter.base.model.get_submodule(path)
-        if isinstance(strip, AttentionStrip):
-            held[path] = 4 * adapter.base.hidden_size  # the base's own result, beside the strip's
-        elif not isinstance(strip, TokenStrip | BiasStrip) and path:
+        if isinstance(layer, AttentionLayer):
+            held[path] = 4 * adapter.base.hidden_size  # the base's own result, beside the adapter layer's
+        elif not isinstance(layer, TokenLayer | BiasCopy) and path:
             sizes = [features(m) for m in module.modules() if hasattr(m, "in_features") or isinstance(m, Conv1D)]
             held[path] = 4 * sum(n_in + n_out for n_in, n_out in sizes)
     return held

@@ -1,4 +1,4 @@
-"""The pool of jobs: they come from a queue, train together on one frozen model, and leave a result each."""
+"""The scheduler of jobs: they come from a queue, train together on one frozen model, and leave a result each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tanzaku.storage import store
 from tanzaku.storage.card import training_record
 from tanzaku.tasks.metrics import interval_of
 from tanzaku.tasks.task import Records, Split, Task, TaskData
-from tanzaku.train.lane import Diverged, Lane
+from tanzaku.train.active_job import ActiveJob, Diverged
 from tanzaku.train.results import EpochRecord, Job, JobResult, Observer
 from tanzaku.train.state import States
 from tanzaku.train.step import SharedStep
@@ -73,7 +73,7 @@ def train_jobs(
         states: a directory for the state of jobs under way, written after each epoch. A job that has one there goes on
             from it; the state of another job of that name is an error.
     """
-    with Pool(
+    with JobScheduler(
         model,
         data,
         out=out,
@@ -83,13 +83,13 @@ def train_jobs(
         memory=memory,
         workers=workers,
         states=states,
-    ) as pool:
-        pool.add(jobs)
-        pool.run()
-        return [pool.results[job.name] for job in jobs if job.name in pool.results]
+    ) as scheduler:
+        scheduler.add(jobs)
+        scheduler.run()
+        return [scheduler.results[job.name] for job in jobs if job.name in scheduler.results]
 
 
-class Pool:
+class JobScheduler:
     """Jobs that train together. A context manager: what is still attached at its end is taken off the model.
 
     `results` has those of all jobs that were begun. `interrupted` tells that Ctrl-C ended the last run.
@@ -139,7 +139,7 @@ class Pool:
                 )
         self.step = SharedStep(model, data.task, data.pad_token_id)
         self.queue: deque[Job] = deque()
-        self.lanes: dict[str, Lane] = {}
+        self.active_jobs: dict[str, ActiveJob] = {}
         self.results: dict[str, JobResult] = {}
         self.interrupted = False
         self._measured: dict[str, Need] = {}
@@ -147,13 +147,13 @@ class Pool:
         self._full = False  # no room for the next in the queue, until another leaves
         self._trackers: dict[str, Accelerator] = {}
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> JobScheduler:
         self.step.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._dismiss(at_once=True)
-        for name in list(self.lanes):
+        for name in list(self.active_jobs):
             self._take_off(name)
         self.step.__exit__(*error)
 
@@ -185,32 +185,32 @@ class Pool:
                 self._dismiss()
             while True:
                 self._admit()
-                if not (lanes := self._picked()):
+                if not (active_jobs := self._picked()):
                     return
-                self._train(lanes)
+                self._train(active_jobs)
         except KeyboardInterrupt:
             self.interrupted = True
-            for name in list(self.lanes):
+            for name in list(self.active_jobs):
                 result = self.results[name]
-                self._end(self.lanes[name], "interrupted", f"stopped by hand after epoch {len(result.epochs)}")
+                self._end(self.active_jobs[name], "interrupted", f"stopped by hand after epoch {len(result.epochs)}")
         finally:
             self.model.eval()
 
     def proceed(self, stopped: Sequence[str] = (), waiting: Sequence[str] = ()) -> None:
         """Let the jobs at a rung go on, but for those `stopped`, which end there, and those still `waiting`."""
-        for name, lane in list(self.lanes.items()):
-            if lane.waiting and name not in waiting:
-                lane.waiting = False
+        for name, active in list(self.active_jobs.items()):
+            if active.waiting and name not in waiting:
+                active.waiting = False
                 if name in stopped:
-                    lane.result.predictions = None
-                    self._end(lane, "stopped")
+                    active.result.predictions = None
+                    self._end(active, "stopped")
         if self.crew is not None:
             self.crew.proceed(stopped, waiting)
 
     @property
     def waiting(self) -> dict[str, int]:
         """Jobs that wait at a rung, with the epochs they have done."""
-        own = {name: lane.epoch for name, lane in self.lanes.items() if lane.waiting}
+        own = {name: active.epoch for name, active in self.active_jobs.items() if active.waiting}
         return own if self.crew is None else {**own, **self.crew.waiting}
 
     @property
@@ -225,7 +225,7 @@ class Pool:
         """Let workers have the queued jobs that share batches, where that is faster."""
         sharing = [job for job in self.queue if job.method.shares_batch]
         number = min(self.workers or suited(sharing, self.rows_per_step), len(sharing))
-        if number > 1 and self.crew is None and not self.lanes and possible(self.device):
+        if number > 1 and self.crew is None and not self.active_jobs and possible(self.device):
             self._arrange(sharing[0])  # here, for all of them
             with contextlib.suppress(OSError):  # no room for another process: one does it too
                 self.crew = Crew(self, number)
@@ -251,13 +251,13 @@ class Pool:
     def _admit(self) -> None:
         """Begin queued jobs while there is room for them."""
         while self.queue and not self._full:
-            live = [lane for lane in self.lanes.values() if not lane.waiting]
+            live = [active for active in self.active_jobs.values() if not active.waiting]
             sharing = [job for job in self.queue if job.method.shares_batch]
             job = sharing[0] if sharing else self.queue[0]
             if live and not (job.method.shares_batch and live[0].job.method.shares_batch):
                 return
             # Twice as many rows as fit in a step, so that batches of like length can be found for it.
-            if sum(lane.rows for lane in live) >= 2 * self.rows_per_step:
+            if sum(active.rows for active in live) >= 2 * self.rows_per_step:
                 return
             if not self._begin(job, alone=not live):
                 return
@@ -265,9 +265,9 @@ class Pool:
     def _arrange(self, job: Job) -> None:
         """Have the frozen weights multiply faster while jobs share them, where there is plenty of room for it."""
         if not job.method.shares_batch:  # and no job after it, and it needs what they take
-            self.room += self.step.passes.products.unpack()
-        elif not self.lanes and job.settings.precision == "fp32":
-            self.room -= self.step.passes.products.pack(self.room)
+            self.room += self.step.accelerations.products.unpack()
+        elif not self.active_jobs and job.settings.precision == "fp32":
+            self.room -= self.step.accelerations.products.pack(self.room)
 
     def _begin(self, job: Job, alone: bool) -> bool:
         """Attach a job and take it from the queue; False where there is no room for it now."""
@@ -280,24 +280,24 @@ class Pool:
         if not job.method.shares_batch:
             result.note = f"runs alone: {job.method.name} changes every weight"
         try:
-            if not self.lanes:
+            if not self.active_jobs:
                 reset_peak(self.device)
             adapter = attach(self.model, job.method, job.name, seed=job.settings.seed)
             self._arrange(job)
             result.method_settings = adapter.method.settings()
             numbers = count(self.model, job.name)
             result.trainable_parameters, result.total_parameters = numbers.trainable, numbers.total
-            lane = Lane(job, adapter, job.data or self.data, result, self.device)
+            active = ActiveJob(job, adapter, job.data or self.data, result, self.device)
             if self.measure:
-                lane.need = self._need_of(lane)
-                result.step_bytes = lane.need.step + lane.kept_bytes
-                attached = [*self.lanes.values(), lane]
+                active.need = self._need_of(active)
+                result.step_bytes = active.need.step + active.kept_bytes
+                attached = [*self.active_jobs.values(), active]
                 # What it keeps may leave too little room for a step of one that is there already.
                 if not (fits := self._each_fits(attached)) and self._hand_back is None:
-                    self.room += self.step.passes.products.unpack()  # a job is worth more than a faster product
+                    self.room += self.step.accelerations.products.unpack()  # a job is worth more than a faster product
                     fits = self._each_fits(attached)
                 if not fits:
-                    if not alone or len(self.lanes):
+                    if not alone or len(self.active_jobs):
                         self._take_off(job.name)
                         self._full = True
                         return False
@@ -307,7 +307,7 @@ class Pool:
                         self._hand_back(job)
                         return True
                     raise TanzakuError(
-                        f"a step needs {_size(lane.kept_bytes + lane.need.alone)} beside the model and "
+                        f"a step needs {_size(active.kept_bytes + active.need.alone)} beside the model and "
                         f"{_size(self.room)} are left of the memory limit: use gradient_checkpointing, or a smaller "
                         "batch_size, eval_batch_size or max_length"
                     )
@@ -321,239 +321,240 @@ class Pool:
             self.observer.job_done(job, result)
             return True
         except BaseException:
-            self._take_off(job.name)  # it is attached, but no lane yet
+            self._take_off(job.name)  # it is attached, but no job yet
             raise
         try:
             if self.states is not None:
-                self.states.restore(lane)
+                self.states.restore(active)
         except BaseException:
             # No failure of the job: whoever runs it shall choose what becomes of the state.
             self._take_off(job.name)
             raise
         self.queue.remove(job)
-        self.lanes[job.name], self.results[job.name] = lane, result
-        self.observer.job_started(job, result, lane.steps)
-        if lane.finished:  # it was cut off between its last epoch and its end
-            self._guarded(self._finish, lane)
+        self.active_jobs[job.name], self.results[job.name] = active, result
+        self.observer.job_started(job, result, active.steps)
+        if active.finished:  # it was cut off between its last epoch and its end
+            self._guarded(self._finish, active)
         return True
 
-    def _need_of(self, lane: Lane) -> Need:
+    def _need_of(self, active: ActiveJob) -> Need:
         # Folds and seeds of one candidate need the same.
-        s, method = lane.job.settings, lane.job.method
-        longest = [_longest(split) for split in lane.data.splits()]
+        s, method = active.job.settings, active.job.method
+        longest = [_longest(split) for split in active.data.splits()]
         key = json.dumps(
             [
-                *(method.name, method.settings(), lane.rows, longest),
+                *(method.name, method.settings(), active.rows, longest),
                 *(s.precision, s.gradient_checkpointing, s.accumulation, s.eval_batch_size),
             ],
             default=str,
         )
         if key not in self._measured:
             shares = method.shares_batch and self.room < float("inf")
-            self._measured[key] = self.step.need_of(lane, self._virtual + self._longest if shares else 0)
+            self._measured[key] = self.step.need_of(active, self._virtual + self._longest if shares else 0)
         return self._measured[key]
 
-    def _fits(self, attached: Sequence[Lane], stepping: Sequence[Lane]) -> bool:
+    def _fits(self, attached: Sequence[ActiveJob], stepping: Sequence[ActiveJob]) -> bool:
         if self.room == float("inf"):
             return True
         # What an adapter and its optimizer keep stays while others step; activations and gradients do not.
-        state = sum(lane.kept_bytes for lane in attached)
-        needs = [(lane, lane.need) for lane in stepping if lane.need is not None]
+        state = sum(active.kept_bytes for active in attached)
+        needs = [(active, active.need) for active in stepping if active.need is not None]
         if len(needs) == 1:
             return state + needs[0][1].alone <= self.room
-        rows = {lane.job.name: len(lane.next_rows or ()) for lane in stepping}
-        width = max(lane.virtual for lane in stepping) + max(lane.length for lane in stepping)
-        work = sum(need.beside(rows[lane.job.name], width) for lane, need in needs)
-        work += width * sum(rows[lane.job.name] * _held_for_others(lane, stepping) for lane in stepping)
+        rows = {active.job.name: len(active.next_rows or ()) for active in stepping}
+        width = max(active.virtual for active in stepping) + max(active.length for active in stepping)
+        work = sum(need.beside(rows[active.job.name], width) for active, need in needs)
+        work += width * sum(rows[active.job.name] * _held_for_others(active, stepping) for active in stepping)
         return state + _SPARE * work <= self.room
 
-    def _each_fits(self, attached: Sequence[Lane]) -> bool:
+    def _each_fits(self, attached: Sequence[ActiveJob]) -> bool:
         return all(self._fits(attached, [each]) for each in attached)
 
-    def _picked(self) -> list[Lane]:
+    def _picked(self) -> list[ActiveJob]:
         """The jobs of the next step: the one with the most left to do, and those whose rows are of most like length."""
-        ready = [lane for lane in self.lanes.values() if not lane.waiting]
+        ready = [active for active in self.active_jobs.values() if not active.waiting]
         if not ready:
             return []
-        first = max(ready, key=lambda lane: lane.batches_left)
+        first = max(ready, key=lambda active: active.batches_left)
         if not first.job.method.shares_batch:
             return [first]
         length = first.virtual + first.length
-        others = [lane for lane in ready if lane is not first and _goes_with(lane, first)]
+        others = [active for active in ready if active is not first and _goes_with(active, first)]
         if others and self.step.of_one_width:
-            others = [lane for lane in others if (lane.virtual, lane.length) == (first.virtual, first.length)]
+            others = [active for active in others if (active.virtual, active.length) == (first.virtual, first.length)]
         picked, rows = [first], len(first.next_rows or ())
-        for lane in sorted(others, key=lambda lane: abs(lane.virtual + lane.length - length)):
-            more, together = len(lane.next_rows or ()), [*picked, lane]
+        for active in sorted(others, key=lambda active: abs(active.virtual + active.length - length)):
+            more, together = len(active.next_rows or ()), [*picked, active]
             if rows + more > self.rows_per_step or not self._has_positions(together):
                 continue
-            if self._fits(list(self.lanes.values()), together):
+            if self._fits(list(self.active_jobs.values()), together):
                 picked = together
                 rows += more
         # Neighbours of one kind are computed together, and rows that need no gradient in low layers lie side by side.
         return sorted(
-            picked, key=lambda lane: (lane.lowest, lane.job.method.name, len(lane.next_rows or ()), lane.job.name)
+            picked,
+            key=lambda active: (active.lowest, active.job.method.name, len(active.next_rows or ()), active.job.name),
         )
 
-    def _has_positions(self, stepping: Sequence[Lane]) -> bool:
+    def _has_positions(self, stepping: Sequence[ActiveJob]) -> bool:
         """Whether the longest prompt and the longest text, which may be different jobs', have room in one batch."""
-        before, limit = max(lane.before for lane in stepping), self.step.max_positions
-        return before == 0 or limit is None or before + max(lane.length for lane in stepping) <= limit
+        before, limit = max(active.before for active in stepping), self.step.max_positions
+        return before == 0 or limit is None or before + max(active.length for active in stepping) <= limit
 
     # -- training
 
-    def _train(self, lanes: list[Lane]) -> None:
+    def _train(self, active_jobs: list[ActiveJob]) -> None:
         """One step of these jobs. Where it fails, parts of it are tried, down to the job that is to blame."""
         began = time.monotonic()
-        kept = [lane.gradients() for lane in lanes]
+        kept = [active.gradients() for active in active_jobs]
         try:
-            trained, failure = self._step(lanes), None
+            trained, failure = self._step(active_jobs), None
         except _FAILURES as error:
             # Only what it says is kept: the error itself holds the activations of all rows.
             failure = (_line(error), _is_memory(error))
         if failure is not None:
-            for lane, gradients in zip(lanes, kept, strict=True):
-                lane.reset_gradients(gradients)
+            for active, gradients in zip(active_jobs, kept, strict=True):
+                active.reset_gradients(gradients)
             # A job whose loss was no number has ended in the step that failed.
-            left = [lane for lane in lanes if lane.job.name in self.lanes]
+            left = [active for active in active_jobs if active.job.name in self.active_jobs]
             reason, too_large = failure
-            if left and too_large and (freed := self.step.passes.products.unpack()):
+            if left and too_large and (freed := self.step.accelerations.products.unpack()):
                 gc.collect()
                 self.room += 0 if self._hand_back else freed  # other workers have them still
                 self._train(left)
-            elif len(lanes) == 1 and left:
+            elif len(active_jobs) == 1 and left:
                 self._end(left[0], "failed", reason)
             elif left:
                 for part in self._parts(left, too_large):
                     self._train(part)
             return
         ended = []
-        for lane in trained:
+        for active in trained:
             try:
-                if lane.backward_done():
-                    ended.append(lane)
+                if active.backward_done():
+                    ended.append(active)
             except _FAILURES as error:
-                self._end(lane, "failed", _line(error))
-        seconds, rows = time.monotonic() - began, sum(lane.rows_done for lane in trained)
-        for lane in trained:
-            lane.spend(self.share * seconds * lane.rows_done / rows)
-            if lane.job.name in self.lanes:
-                self.observer.step_done(lane.job, lane.step, lane.steps, lane.last_loss)
-        for lane in ended:
-            self._guarded(self._end_epoch, lane)
+                self._end(active, "failed", _line(error))
+        seconds, rows = time.monotonic() - began, sum(active.rows_done for active in trained)
+        for active in trained:
+            active.spend(self.share * seconds * active.rows_done / rows)
+            if active.job.name in self.active_jobs:
+                self.observer.step_done(active.job, active.step, active.steps, active.last_loss)
+        for active in ended:
+            self._guarded(self._end_epoch, active)
 
-    def _guarded(self, work: Callable[[Lane], None], lane: Lane) -> None:
+    def _guarded(self, work: Callable[[ActiveJob], None], active: ActiveJob) -> None:
         """Where the work fails, the job ends."""
         try:
-            work(lane)
+            work(active)
         except _FAILURES as error:
-            self._end(lane, "failed", _line(error))
+            self._end(active, "failed", _line(error))
 
-    def _parts(self, lanes: list[Lane], too_large: bool) -> list[list[Lane]]:
+    def _parts(self, active_jobs: list[ActiveJob], too_large: bool) -> list[list[ActiveJob]]:
         """What to try of a step that failed: halves, or where memory was short, parts of half the rows at most."""
         if not too_large:
-            half = len(lanes) // 2
-            return [part for part in (lanes[:half], lanes[half:]) if part]
+            half = len(active_jobs) // 2
+            return [part for part in (active_jobs[:half], active_jobs[half:]) if part]
         gc.collect()
-        self.rows_per_step = max(1, sum(len(lane.next_rows or ()) for lane in lanes) // 2)
-        parts: list[list[Lane]] = []
+        self.rows_per_step = max(1, sum(len(active.next_rows or ()) for active in active_jobs) // 2)
+        parts: list[list[ActiveJob]] = []
         room = 0
-        for lane in lanes:
-            rows = len(lane.next_rows or ())
+        for active in active_jobs:
+            rows = len(active.next_rows or ())
             if rows > room:
                 parts.append([])
                 room = self.rows_per_step
-            parts[-1].append(lane)
+            parts[-1].append(active)
             room -= rows
         return parts
 
-    def _step(self, lanes: list[Lane]) -> list[Lane]:
+    def _step(self, active_jobs: list[ActiveJob]) -> list[ActiveJob]:
         """Forward and backward; tells whose loss was a number. The others have ended."""
-        fine: list[Lane] = []
-        with self.step.losses(lanes, [lane.examples() for lane in lanes]) as losses:
+        fine: list[ActiveJob] = []
+        with self.step.losses(active_jobs, [active.examples() for active in active_jobs]) as losses:
             values = torch.stack([loss.detach().float() for loss in losses]).tolist()
             wanted = []
-            for lane, loss, value in zip(lanes, losses, values, strict=True):
+            for active, loss, value in zip(active_jobs, losses, values, strict=True):
                 try:
-                    lane.check(value)
+                    active.check(value)
                 except Diverged as error:
-                    self._end(lane, "failed", str(error))
+                    self._end(active, "failed", str(error))
                     continue
-                fine.append(lane)
-                wanted.append(lane.scaled(loss))
+                fine.append(active)
+                wanted.append(active.scaled(loss))
             if wanted:
                 # Jobs share no parameter, so one backward pass of all losses gives each its own gradient.
                 torch.autograd.backward(wanted)
-            for lane, value in zip(lanes, values, strict=True):
-                if lane in fine:
-                    lane.accept(value)
+            for active, value in zip(active_jobs, values, strict=True):
+                if active in fine:
+                    active.accept(value)
         return fine
 
-    def _end_epoch(self, lane: Lane) -> None:
+    def _end_epoch(self, active: ActiveJob) -> None:
         began = time.monotonic()
         valid: dict[str, float] = {}
-        if lane.data.valid is not None:
-            lane.records = self.step.records(lane, lane.data.valid)
-            valid = lane.data.task.figures(lane.records)
-        lane.spend(self.share * (time.monotonic() - began))
-        record = lane.end_epoch(valid)
-        if lane.job.name in self._trackers:
+        if active.data.valid is not None:
+            active.records = self.step.records(active, active.data.valid)
+            valid = active.data.task.figures(active.records)
+        active.spend(self.share * (time.monotonic() - began))
+        record = active.end_epoch(valid)
+        if active.job.name in self._trackers:
             figures = {f"valid/{key}": value for key, value in valid.items()}
-            self._trackers[lane.job.name].log(
-                {"train/loss": record.train_loss, "learning_rate": record.learning_rate, **figures}, step=lane.step
+            self._trackers[active.job.name].log(
+                {"train/loss": record.train_loss, "learning_rate": record.learning_rate, **figures}, step=active.step
             )
         if self.states is not None:
-            self.states.keep(lane)
-        self.observer.epoch_done(lane.job, record)
-        if lane.finished:
-            self._finish(lane)
+            self.states.keep(active)
+        self.observer.epoch_done(active.job, record)
+        if active.finished:
+            self._finish(active)
 
-    def _finish(self, lane: Lane) -> None:
+    def _finish(self, active: ActiveJob) -> None:
         """The figures and the adapter of a job that has done its epochs."""
         began = time.monotonic()
-        lane.restore_best()
-        self._judge(lane)
-        lane.spend(self.share * (time.monotonic() - began))
-        if self.out is not None and lane.job.save:
-            where = Path("adapters") / lane.job.name
-            rows = {split.name: len(split) for split in lane.data.splits()}
-            record = training_record(lane.result, rows, self.meta.get("files", {}))
-            meta = {**self.meta, "precision": lane.job.settings.precision}
-            store.save(self.model, lane.job.name, self.out / where, meta=meta, training=record)
-            lane.result.adapter = where.as_posix()
-        self._end(lane, "done")
+        active.restore_best()
+        self._judge(active)
+        active.spend(self.share * (time.monotonic() - began))
+        if self.out is not None and active.job.save:
+            where = Path("adapters") / active.job.name
+            rows = {split.name: len(split) for split in active.data.splits()}
+            record = training_record(active.result, rows, self.meta.get("files", {}))
+            meta = {**self.meta, "precision": active.job.settings.precision}
+            store.save(self.model, active.job.name, self.out / where, meta=meta, training=record)
+            active.result.adapter = where.as_posix()
+        self._end(active, "done")
 
-    def _judge(self, lane: Lane) -> None:
+    def _judge(self, active: ActiveJob) -> None:
         """Final figures of the weights as they are: the validation rows', and the test rows' where there are some."""
-        task = lane.data.task
-        if lane.data.valid is not None:
-            if lane.records is None:
-                lane.records = self.step.records(lane, lane.data.valid)
-            lane.result.valid = task.figures(lane.records)
-            self._keep(lane, lane.records)
-        if lane.data.test is not None:
-            records = self.step.records(lane, lane.data.test)
-            self._keep(lane, records)
-            lane.result.test = task.figures(records)
-            lane.result.test_intervals = intervals(task, records)
+        task = active.data.task
+        if active.data.valid is not None:
+            if active.records is None:
+                active.records = self.step.records(active, active.data.valid)
+            active.result.valid = task.figures(active.records)
+            self._keep(active, active.records)
+        if active.data.test is not None:
+            records = self.step.records(active, active.data.test)
+            self._keep(active, records)
+            active.result.test = task.figures(records)
+            active.result.test_intervals = intervals(task, records)
 
-    def _keep(self, lane: Lane, records: Records) -> None:
-        lane.result.confusion = lane.data.task.confusion(records)
-        lane.result.predictions = lane.data.task.predictions(records)
+    def _keep(self, active: ActiveJob, records: Records) -> None:
+        active.result.confusion = active.data.task.confusion(records)
+        active.result.predictions = active.data.task.predictions(records)
 
     # -- the end of a job
 
-    def _end(self, lane: Lane, status: Any, error: str | None = None) -> None:
-        name, result = lane.job.name, lane.result
+    def _end(self, active: ActiveJob, status: Any, error: str | None = None) -> None:
+        name, result = active.job.name, active.result
         result.status, result.error = status, error
         result.peak_memory_bytes = peak(self.device)
         self._take_off(name)
-        self.observer.job_done(lane.job, result)
+        self.observer.job_done(active.job, result)
         if self.states is not None and status != "interrupted":
             self.states.forget(name)  # only now: who listens may have written the result down
 
     def _take_off(self, name: str) -> None:
-        self.lanes.pop(name, None)
+        self.active_jobs.pop(name, None)
         self._full = False
         if name in self._trackers:
             self._trackers.pop(name).end_training()
@@ -582,21 +583,21 @@ def intervals(task: Task, records: Records) -> dict[str, tuple[float, float]]:
     return {name: interval for name, interval in found.items() if interval is not None}
 
 
-def _held_for_others(lane: Lane, stepping: Sequence[Lane]) -> int:
+def _held_for_others(active: ActiveJob, stepping: Sequence[ActiveJob]) -> int:
     """Bytes a token of this job's rows that autograd keeps for the sake of other jobs in the step."""
-    held = {path: size for other in stepping for path, size in other.held.items() if path not in lane.held}
+    held = {path: size for other in stepping for path, size in other.held.items() if path not in active.held}
     layers: Counter[int | None] = Counter()
     for path, size in held.items():
         layers[layer_of(path)] += size
     # Of checkpointed layers, one at a time is computed again.
-    return max(layers.values(), default=0) if lane.job.settings.gradient_checkpointing else layers.total()
+    return max(layers.values(), default=0) if active.job.settings.gradient_checkpointing else layers.total()
 
 
-def _goes_with(lane: Lane, first: Lane) -> bool:
+def _goes_with(active: ActiveJob, first: ActiveJob) -> bool:
     """Whether two jobs can be in one pass: autocast and checkpointing are the whole model's."""
-    a, b = lane.job.settings, first.job.settings
+    a, b = active.job.settings, first.job.settings
     same = (a.precision, a.gradient_checkpointing) == (b.precision, b.gradient_checkpointing)
-    return same and lane.job.method.shares_batch
+    return same and active.job.method.shares_batch
 
 
 def _is_memory(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""The pool: who takes part in a step, what a failure costs the others, and what is left of it all afterwards."""
+"""The scheduler: who takes part in a step, what a failure costs the others, and what is left of it all afterwards."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from models import tiny
 from tanzaku.core.adapter import Adapter
 from tanzaku.core.method import Method
 from tanzaku.engine.products import FrozenProducts
-from tanzaku.methods.lora import LoraStrip
+from tanzaku.methods.lora import LoraDelta
 from tanzaku.tasks.classification import Classification
 from tanzaku.tasks.task import TaskData
-from tanzaku.train.lane import Lane
-from tanzaku.train.loop import Pool, Silent, train_jobs
+from tanzaku.train.active_job import ActiveJob
 from tanzaku.train.results import EpochRecord, Job, JobResult
+from tanzaku.train.scheduler import JobScheduler, Silent, train_jobs
 from tanzaku.train.settings import TrainSettings
 from task_data import task
 
@@ -43,32 +43,32 @@ def job(
     return Job(name, method or tz.LoRA(r=2), settings, data, rungs)
 
 
-class Watched(Pool):
-    """A pool that notes the rows of each job in every step that it tries, and the weights that jobs end with."""
+class Watched(JobScheduler):
+    """A scheduler that notes the rows of each job in every step that it tries, and the weights that jobs end with."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self.steps: list[dict[str, int]] = []
         self.weights: Weights = {}
 
-    def _step(self, lanes: list[Lane]) -> list[Lane]:
-        self.steps.append({lane.job.name: len(lane.next_rows or ()) for lane in lanes})
-        return super()._step(lanes)
+    def _step(self, active_jobs: list[ActiveJob]) -> list[ActiveJob]:
+        self.steps.append({active.job.name: len(active.next_rows or ()) for active in active_jobs})
+        return super()._step(active_jobs)
 
-    def _end(self, lane: Lane, status: Any, error: str | None = None) -> None:
-        self.weights[lane.job.name] = {name: p.detach().clone() for name, p in lane.adapter.trained()}
-        super()._end(lane, status, error)
+    def _end(self, active: ActiveJob, status: Any, error: str | None = None) -> None:
+        self.weights[active.job.name] = {name: p.detach().clone() for name, p in active.adapter.trained()}
+        super()._end(active, status, error)
 
 
 def train(jobs: Sequence[Job], data: TaskData = SIX, model: PreTrainedModel | None = None, **options: Any) -> Watched:
-    """A pool that has run all jobs to their end, on a fresh model."""
-    with Watched(tiny("llama", num_labels=2) if model is None else model, data, **options) as pool:
-        pool.add(jobs)
-        pool.run()
-        while any(lane.waiting for lane in pool.lanes.values()):
-            pool.proceed()
-            pool.run()
-    return pool
+    """A scheduler that has run all jobs to their end, on a fresh model."""
+    with Watched(tiny("llama", num_labels=2) if model is None else model, data, **options) as scheduler:
+        scheduler.add(jobs)
+        scheduler.run()
+        while any(active.waiting for active in scheduler.active_jobs.values()):
+            scheduler.proceed()
+            scheduler.run()
+    return scheduler
 
 
 def assert_same_weights(found: Weights, expected: Weights, names: Sequence[str]) -> None:
@@ -115,19 +115,19 @@ class Faulty(tz.LoRA):
     def after_step(self, adapter: Adapter, step: int) -> None:
         self.fail("after_step")
 
-    def strip(self, module: nn.Module, path: str, r: int, scaling: float) -> LoraStrip:
-        strip = FaultyStrip(module, r, scaling, 0.0, True)
-        strip.__dict__["fail"] = lambda: self.fail("forward")
-        return strip
+    def layer(self, module: nn.Module, path: str, r: int, scaling: float) -> LoraDelta:
+        layer = FaultyStrip(module, r, scaling, 0.0, True)
+        layer.__dict__["fail"] = lambda: self.fail("forward")
+        return layer
 
 
-class FaultyStrip(LoraStrip):
+class FaultyStrip(LoraDelta):
     def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         if module.training:
             self.__dict__["fail"]()
         return super().outputs(module, x, y)
 
-    def alike(self, module: nn.Module) -> None:
+    def batch_key(self, module: nn.Module) -> None:
         return None
 
 
@@ -158,32 +158,32 @@ def test_a_job_that_fails_ends_alone(fault: str, place: int, expected: Weights) 
     method, changes, error = FAULTS[fault]
     jobs = company()
     jobs.insert(place, job("bad", replace(method), epochs=2, **changes))
-    pool = train(jobs)
-    bad = pool.results.pop("bad")
+    scheduler = train(jobs)
+    bad = scheduler.results.pop("bad")
     assert bad.status == "failed" and bad.error is not None and error in bad.error and "\n" not in bad.error
-    assert {r.status for r in pool.results.values()} == {"done"}
-    assert_same_weights(pool.weights, expected, "abcd")
-    assert len(pool.results) == 4
+    assert {r.status for r in scheduler.results.values()} == {"done"}
+    assert_same_weights(scheduler.weights, expected, "abcd")
+    assert len(scheduler.results) == 4
 
 
 @pytest.mark.parametrize("where", ["penalty", "after_step", "forward"])
 def test_one_that_fails_is_found_by_halving(where: str) -> None:
     """Each step that fails is tried again in halves, and the others take it once."""
     jobs = [job(name) for name in "abcdefg"]
-    pool = train([*jobs, job("bad", Faulty(where=where, after=4 if where == "forward" else 1), epochs=3)])
-    assert pool.results["bad"].status == "failed"
-    assert all(r.status == "done" and r.steps == 6 for name, r in pool.results.items() if name != "bad")
-    tried = [len(step) for step in pool.steps if "bad" in step]
+    scheduler = train([*jobs, job("bad", Faulty(where=where, after=4 if where == "forward" else 1), epochs=3)])
+    assert scheduler.results["bad"].status == "failed"
+    assert all(r.status == "done" and r.steps == 6 for name, r in scheduler.results.items() if name != "bad")
+    tried = [len(step) for step in scheduler.steps if "bad" in step]
     assert tried == ([8, 8] if where == "after_step" else [8, 8, 4, 2, 1])
-    assert len(pool.steps) == (6 if where == "after_step" else 6 + 6)
+    assert len(scheduler.steps) == (6 if where == "after_step" else 6 + 6)
 
 
 def test_a_loss_that_is_no_number_does_not_disturb_layers_that_are_recomputed() -> None:
     """Its adapter is off the model before the others' backward pass, in which checkpointed layers run again."""
     others = [job(name, gradient_checkpointing=True, rungs=()) for name in "ab"]
-    pool = train([*others, job("bad", Faulty(where="nan"), gradient_checkpointing=True)])
-    assert pool.results["bad"].status == "failed"
-    assert_same_weights(pool.weights, train(others).weights, "ab")
+    scheduler = train([*others, job("bad", Faulty(where="nan"), gradient_checkpointing=True)])
+    assert scheduler.results["bad"].status == "failed"
+    assert_same_weights(scheduler.weights, train(others).weights, "ab")
 
 
 def test_an_error_that_nobody_foresaw_is_not_hidden() -> None:
@@ -205,18 +205,18 @@ def test_the_batch_stays_full_while_jobs_come_and_go() -> None:
     left = {j.name: 6 * j.settings.epochs for j in jobs}
     left["c"] = 3
     left["e"] = 6
-    with Watched(tiny("llama", num_labels=2), SIX, rows_per_step=3) as pool:
-        pool.add(jobs)
-        pool.run()
-        assert list(pool.lanes) == ["e"]
-        pool.proceed(["e"])
-        pool.run()
-    assert {name: r.status for name, r in pool.results.items()} == {
+    with Watched(tiny("llama", num_labels=2), SIX, rows_per_step=3) as scheduler:
+        scheduler.add(jobs)
+        scheduler.run()
+        assert list(scheduler.active_jobs) == ["e"]
+        scheduler.proceed(["e"])
+        scheduler.run()
+    assert {name: r.status for name, r in scheduler.results.items()} == {
         **dict.fromkeys("abdfgh", "done"),
         "c": "failed",
         "e": "stopped",
     }
-    for step in pool.steps:
+    for step in scheduler.steps:
         assert len(step) == min(3, sum(n > 0 for n in left.values())), step
         for name in step:
             left[name] -= 1
@@ -226,32 +226,34 @@ def test_the_batch_stays_full_while_jobs_come_and_go() -> None:
 def test_small_sets_of_rows_fill_the_batch_too() -> None:
     """A job's batch is what it has rows for, however large its batch_size."""
     small = [job(name, batch_size=50, data=task((5,), train=3), epochs=2) for name in "abcd"]
-    pool = train(small, rows_per_step=12)
-    assert pool.steps == [{"a": 3, "b": 3, "c": 3, "d": 3}] * 2
+    scheduler = train(small, rows_per_step=12)
+    assert scheduler.steps == [{"a": 3, "b": 3, "c": 3, "d": 3}] * 2
 
 
 @pytest.mark.parametrize("limit", [1, 4, 7])
 def test_a_step_has_no_more_rows_than_allowed(limit: int) -> None:
     sizes = (1, 5, 2, 3, 1, 6, 2)
-    pool = train([job(name, batch_size=size) for name, size in zip("abcdefg", sizes, strict=True)], rows_per_step=limit)
-    assert {r.status for r in pool.results.values()} == {"done"}
-    for step in pool.steps:
+    scheduler = train(
+        [job(name, batch_size=size) for name, size in zip("abcdefg", sizes, strict=True)], rows_per_step=limit
+    )
+    assert {r.status for r in scheduler.results.values()} == {"done"}
+    for step in scheduler.steps:
         assert sum(step.values()) <= limit or len(step) == 1, step
-    assert (max(len(step) for step in pool.steps) > 1) == (limit > 1)
+    assert (max(len(step) for step in scheduler.steps) > 1) == (limit > 1)
 
 
 def test_how_many_rows_are_allowed_must_be_a_number_of_rows() -> None:
     for wrong in (0, -3):
         with pytest.raises(tz.TanzakuError, match=f"rows_per_step is {wrong}"):
-            Pool(tiny("llama", num_labels=2), SIX, rows_per_step=wrong)
+            JobScheduler(tiny("llama", num_labels=2), SIX, rows_per_step=wrong)
 
 
 def test_rows_of_like_length_share_a_step() -> None:
     short, long = task((4,), train=6), task((30,), train=6)
     jobs = [job(f"{name}{at}", data=data) for at in range(4) for name, data in (("s", short), ("l", long))]
-    pool = train(jobs, rows_per_step=4)
-    assert len(pool.steps) == 12
-    assert all(len({name[0] for name in step}) == 1 and len(step) == 4 for step in pool.steps)
+    scheduler = train(jobs, rows_per_step=4)
+    assert len(scheduler.steps) == 12
+    assert all(len({name[0] for name in step}) == 1 and len(step) == 4 for step in scheduler.steps)
 
 
 def test_virtual_tokens_count_as_length() -> None:
@@ -273,23 +275,23 @@ def test_who_has_most_left_to_do_comes_first() -> None:
 @pytest.mark.parametrize("change", [{"precision": "bf16"}, {"gradient_checkpointing": True}], ids=str)
 def test_jobs_of_another_arithmetic_or_checkpointing_share_no_step(change: dict[str, Any]) -> None:
     plain, other = [job(name) for name in "ab"], [job(name, **change) for name in "cd"]
-    pool = train([plain[0], other[0], plain[1], other[1]])
-    assert {frozenset(step) for step in pool.steps} == {frozenset("ab"), frozenset("cd")}
-    assert_same_weights(pool.weights, {**train(plain).weights, **train(other).weights}, "abcd")
+    scheduler = train([plain[0], other[0], plain[1], other[1]])
+    assert {frozenset(step) for step in scheduler.steps} == {frozenset("ab"), frozenset("cd")}
+    assert_same_weights(scheduler.weights, {**train(plain).weights, **train(other).weights}, "abcd")
 
 
 def test_full_fine_tuning_runs_alone_after_the_others(expected: Weights) -> None:
     model = tiny("llama", num_labels=2)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     jobs = [job("full", tz.Full(), learning_rate=1e-3), *company(), job("full-2", tz.Full())]
-    pool = train(jobs, model=model)
-    assert all(len(step) == 1 for step in pool.steps if step.keys() & {"full", "full-2"})
-    order = list(dict.fromkeys(name for step in pool.steps for name in step))
+    scheduler = train(jobs, model=model)
+    assert all(len(step) == 1 for step in scheduler.steps if step.keys() & {"full", "full-2"})
+    order = list(dict.fromkeys(name for step in scheduler.steps for name in step))
     assert order[-2:] == ["full", "full-2"]
-    assert all(r.status == "done" for r in pool.results.values())
-    assert {name for name, r in pool.results.items() if r.note and "alone" in r.note} == {"full", "full-2"}
-    assert_same_weights(pool.weights, expected, "abcd")
-    assert_same_weights(pool.weights, train([jobs[0]]).weights, ["full"])
+    assert all(r.status == "done" for r in scheduler.results.values())
+    assert {name for name, r in scheduler.results.items() if r.note and "alone" in r.note} == {"full", "full-2"}
+    assert_same_weights(scheduler.weights, expected, "abcd")
+    assert_same_weights(scheduler.weights, train([jobs[0]]).weights, ["full"])
     assert_left_as_it_was(model, before)
 
 
@@ -335,26 +337,26 @@ def _no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_memory_runs_out_steps_are_halved(error: BaseException, expected: Weights) -> None:
     model = tiny("llama", num_labels=2)
     seen = fails_above(model, 2, error)
-    pool = train(company(), model=model)
+    scheduler = train(company(), model=model)
     del model.forward
-    assert {r.status for r in pool.results.values()} == {"done"}
-    assert_same_weights(pool.weights, expected, "abcd")
-    assert seen[0] == 5 and pool.rows_per_step == 2
+    assert {r.status for r in scheduler.results.values()} == {"done"}
+    assert_same_weights(scheduler.weights, expected, "abcd")
+    assert seen[0] == 5 and scheduler.rows_per_step == 2
     assert seen.count(5) == 1 and sum(n > 2 for n in seen) <= 2, "once it is known, larger steps are not tried again"
 
 
 def test_a_job_that_is_too_large_by_itself_ends_alone(expected: Weights) -> None:
     model = tiny("llama", num_labels=2)
     fails_above(model, 3, OUT_OF_MEMORY[0])
-    pool = train([*company(), job("large", batch_size=4)], model=model)
-    large = pool.results["large"]
+    scheduler = train([*company(), job("large", batch_size=4)], model=model)
+    large = scheduler.results["large"]
     assert large.status == "failed" and large.error == "CUDA out of memory. Tried to allocate 2.00 GiB"
-    assert_same_weights(pool.weights, expected, "abcd")
+    assert_same_weights(scheduler.weights, expected, "abcd")
 
 
 def test_an_error_of_another_kind_leaves_the_rows_as_they_are() -> None:
-    pool = train([*company(), job("bad", Faulty())], rows_per_step=6)
-    assert pool.rows_per_step == 6
+    scheduler = train([*company(), job("bad", Faulty())], rows_per_step=6)
+    assert scheduler.rows_per_step == 6
 
 
 def test_what_failed_is_forgotten_before_it_is_tried_again() -> None:
@@ -396,9 +398,9 @@ def test_gradients_summed_so_far_outlive_a_step_that_fails(at: str, monkeypatch:
         monkeypatch.setattr(torch.autograd, "backward", failing)
     else:
         rows = fails(model, lambda seen: len(seen) in (2, 7), OUT_OF_MEMORY[0])
-    pool = train(jobs, model=model)
-    assert rows[:8] == [6, 6, 3, 3, 3, 3, 3, 1] and all(r.status == "done" for r in pool.results.values())
-    assert_same_weights(pool.weights, wanted, "abcdef")
+    scheduler = train(jobs, model=model)
+    assert rows[:8] == [6, 6, 3, 3, 3, 3, 3, 1] and all(r.status == "done" for r in scheduler.results.values())
+    assert_same_weights(scheduler.weights, wanted, "abcdef")
 
 
 def test_a_job_that_ended_in_a_step_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,10 +420,10 @@ def test_a_job_that_ended_in_a_step_that_fails_is_not_tried_again(monkeypatch: p
                 ends.append(result.error)
 
     monkeypatch.setattr(torch.autograd, "backward", failing)
-    pool = train([others[0], job("bad", Faulty(where="nan")), *others[1:]], observer=Ends())
+    scheduler = train([others[0], job("bad", Faulty(where="nan")), *others[1:]], observer=Ends())
     assert len(ends) == 1 and "loss became nan" in ends[0]
-    assert pool.results["bad"].error == ends[0]
-    assert_same_weights(pool.weights, wanted, "abc")
+    assert scheduler.results["bad"].error == ends[0]
+    assert_same_weights(scheduler.weights, wanted, "abc")
 
 
 # -- rungs
@@ -432,48 +434,52 @@ def test_jobs_wait_at_rungs_and_end_as_without_them() -> None:
         return [job(name, epochs=epochs, rungs=rungs) for name, epochs in zip("abc", (4, 4, 3), strict=True)]
 
     unpaused = train(jobs())
-    with Watched(tiny("llama", num_labels=2), SIX, rows_per_step=2) as pool:
-        pool.add(jobs(1, 3))
-        pool.run()
-        assert [(lane.waiting, lane.epoch) for lane in pool.lanes.values()] == [(True, 1)] * 3
-        tried = len(pool.steps)
-        pool.run()
-        assert len(pool.steps) == tried, "who waits takes no step"
-        assert not pool.model.training, "between two runs the model is as it is used elsewhere"
-        pool.proceed(["b"])
-        assert list(pool.lanes) == ["a", "c"]
-        pool.run()
+    with Watched(tiny("llama", num_labels=2), SIX, rows_per_step=2) as scheduler:
+        scheduler.add(jobs(1, 3))
+        scheduler.run()
+        assert [(active.waiting, active.epoch) for active in scheduler.active_jobs.values()] == [(True, 1)] * 3
+        tried = len(scheduler.steps)
+        scheduler.run()
+        assert len(scheduler.steps) == tried, "who waits takes no step"
+        assert not scheduler.model.training, "between two runs the model is as it is used elsewhere"
+        scheduler.proceed(["b"])
+        assert list(scheduler.active_jobs) == ["a", "c"]
+        scheduler.run()
         # The last epoch is no rung to wait at.
-        assert list(pool.lanes) == ["a"] and pool.lanes["a"].epoch == 3 and pool.results["c"].status == "done"
-        pool.proceed(["b", "c", "nobody"])
-        pool.run()
-    stopped = pool.results["b"]
+        assert (
+            list(scheduler.active_jobs) == ["a"]
+            and scheduler.active_jobs["a"].epoch == 3
+            and scheduler.results["c"].status == "done"
+        )
+        scheduler.proceed(["b", "c", "nobody"])
+        scheduler.run()
+    stopped = scheduler.results["b"]
     assert stopped.status == "stopped" and stopped.error is None and stopped.predictions is None
     assert len(stopped.epochs) == 1 and stopped.steps == 6
-    assert [pool.results[name].status for name in "ac"] == ["done", "done"]
-    assert_same_weights(pool.weights, unpaused.weights, "ac")
+    assert [scheduler.results[name].status for name in "ac"] == ["done", "done"]
+    assert_same_weights(scheduler.weights, unpaused.weights, "ac")
     for name in "ac":
-        assert len(pool.results[name].epochs) == len(unpaused.results[name].epochs)
+        assert len(scheduler.results[name].epochs) == len(unpaused.results[name].epochs)
 
 
 def test_full_fine_tuning_is_alone_behind_a_rung_too() -> None:
     jobs = [job("full", tz.Full(), epochs=3, rungs=(1,)), job("a", epochs=2, rungs=(1,)), job("b", epochs=2)]
-    pool = train(jobs)
-    assert {r.status for r in pool.results.values()} == {"done"}
-    assert all(len(step) == 1 for step in pool.steps if "full" in step)
-    assert len(pool.steps) == 18 + 12 + 6, "nothing was tried in vain"
+    scheduler = train(jobs)
+    assert {r.status for r in scheduler.results.values()} == {"done"}
+    assert all(len(step) == 1 for step in scheduler.steps if "full" in step)
+    assert len(scheduler.steps) == 18 + 12 + 6, "nothing was tried in vain"
 
 
 def test_who_waits_makes_room_for_others_and_proceed_touches_nobody_else() -> None:
-    with Watched(tiny("llama", num_labels=2), SIX, rows_per_step=1) as pool:
-        pool.add([job(name, epochs=2, rungs=(1,)) for name in "abcd"])
-        pool.run()
-        assert list(pool.lanes) == list("abcd")
-        pool.lanes["d"].waiting = False
-        pool.proceed(["d"])
-        assert list(pool.lanes) == list("abcd"), "only who waits can be stopped"
-        pool.run()
-        assert {r.status for r in pool.results.values()} == {"done"}
+    with Watched(tiny("llama", num_labels=2), SIX, rows_per_step=1) as scheduler:
+        scheduler.add([job(name, epochs=2, rungs=(1,)) for name in "abcd"])
+        scheduler.run()
+        assert list(scheduler.active_jobs) == list("abcd")
+        scheduler.active_jobs["d"].waiting = False
+        scheduler.proceed(["d"])
+        assert list(scheduler.active_jobs) == list("abcd"), "only who waits can be stopped"
+        scheduler.run()
+        assert {r.status for r in scheduler.results.values()} == {"done"}
 
 
 # -- the end
@@ -504,11 +510,11 @@ def test_ctrl_c_ends_jobs_under_way_and_keeps_those_that_are_done(moment: str) -
     model = tiny("llama", num_labels=2)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     jobs = [job("a"), job("b", epochs=2), job("c", epochs=2), *(job(name) for name in "defg")]
-    pool = train(jobs, model=model, observer=Interrupts(moment, "d"), rows_per_step=1)
-    assert pool.interrupted
-    found = {name: r.status for name, r in pool.results.items()}
+    scheduler = train(jobs, model=model, observer=Interrupts(moment, "d"), rows_per_step=1)
+    assert scheduler.interrupted
+    found = {name: r.status for name, r in scheduler.results.items()}
     assert found.pop("d") == "interrupted" and found["a"] == "done" and "g" not in found
-    assert "after epoch" in str(pool.results["d"].error)
+    assert "after epoch" in str(scheduler.results["d"].error)
     assert_left_as_it_was(model, before)
 
 
@@ -516,8 +522,8 @@ def test_ctrl_c_ends_jobs_under_way_and_keeps_those_that_are_done(moment: str) -
 def test_ctrl_c_in_the_middle_of_a_step(where: str) -> None:
     model = tiny("llama", num_labels=2)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    pool = train([*company(), job("e", Faulty(where=where, error=KeyboardInterrupt))], model=model)
-    assert {r.status for r in pool.results.values()} == {"interrupted"} and len(pool.results) == 5
+    scheduler = train([*company(), job("e", Faulty(where=where, error=KeyboardInterrupt))], model=model)
+    assert {r.status for r in scheduler.results.values()} == {"interrupted"} and len(scheduler.results) == 5
     assert_left_as_it_was(model, before)
 
 
@@ -528,8 +534,8 @@ def test_nothing_is_left_of_a_job_that_was_about_to_begin(error: type[BaseExcept
     before = {key: value.clone() for key, value in model.state_dict().items()}
     jobs = [job("a"), job("b", Faulty(where="penalty", after=0, error=error))]
     if error is KeyboardInterrupt:
-        pool = train(jobs, model=model, measure=True)
-        assert pool.interrupted and [(n, r.status) for n, r in pool.results.items()] == [("a", "interrupted")]
+        scheduler = train(jobs, model=model, measure=True)
+        assert scheduler.interrupted and [(n, r.status) for n, r in scheduler.results.items()] == [("a", "interrupted")]
     else:
         with pytest.raises(error):
             train(jobs, model=model, measure=True)
@@ -545,8 +551,8 @@ def test_the_model_is_left_as_it_was(kind: str) -> None:
     # The last step is one of checkpointed layers.
     jobs += [job("d", gradient_checkpointing=True), job("e", tz.Full(), gradient_checkpointing=True)]
     jobs.append(job("f", tz.LoRA(target_modules=["no"])))
-    pool = train(jobs, data, model)
-    assert [r.status for r in pool.results.values()].count("done") == 5
+    scheduler = train(jobs, data, model)
+    assert [r.status for r in scheduler.results.values()].count("done") == 5
     assert_left_as_it_was(model, before)
 
 
@@ -564,15 +570,15 @@ def test_jobs_that_are_attached_when_an_observer_fails_are_taken_off() -> None:
 
 
 def test_names_must_differ_from_all_that_came_before() -> None:
-    with Watched(tiny("llama", num_labels=2), SIX) as pool:
-        pool.add([job("a")])
+    with Watched(tiny("llama", num_labels=2), SIX) as scheduler:
+        scheduler.add([job("a")])
         for again in ([job("a")], [job("b"), job("b")]):
             with pytest.raises(tz.TanzakuError, match=r"job names must differ, found [ab] twice"):
-                pool.add(again)
-        pool.run()
+                scheduler.add(again)
+        scheduler.run()
         with pytest.raises(tz.TanzakuError, match="must differ"):
-            pool.add([job("a")])
-        assert not pool.queue and list(pool.results) == ["a"]
+            scheduler.add([job("a")])
+        assert not scheduler.queue and list(scheduler.results) == ["a"]
 
 
 def test_labels_must_be_the_models() -> None:
@@ -607,22 +613,22 @@ def test_the_seconds_of_all_jobs_are_those_of_the_run() -> None:
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pool, "_train", timed(Pool._train))
-        pool = train(jobs, data)
-    seconds = {name: r.seconds for name, r in pool.results.items()}
+        patch.setattr(JobScheduler, "_train", timed(JobScheduler._train))
+        scheduler = train(jobs, data)
+    seconds = {name: r.seconds for name, r in scheduler.results.items()}
     assert 0.8 * sum(spent) < sum(seconds.values()) <= sum(spent)
-    for name, result in pool.results.items():
+    for name, result in scheduler.results.items():
         epochs = sum(record.seconds for record in result.epochs)
         assert 0 < epochs <= seconds[name], "the final figures take time after the last epoch"
 
 
 def test_a_steps_seconds_are_shared_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10**6))
-    monkeypatch.setattr("tanzaku.train.loop.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("tanzaku.train.scheduler.time.monotonic", lambda: float(next(clock)))
     jobs = [job("a", batch_size=1, epochs=1), job("b", batch_size=3, epochs=2)]
     shares: list[tuple[str, float]] = []
-    spend = Lane.spend
-    monkeypatch.setattr(Lane, "spend", lambda self, s: (shares.append((self.job.name, s)), spend(self, s))[1])
+    spend = ActiveJob.spend
+    monkeypatch.setattr(ActiveJob, "spend", lambda self, s: (shares.append((self.job.name, s)), spend(self, s))[1])
     train(jobs)
     assert ("a", 0.25) in shares and ("b", 0.75) in shares  # the clock ticks once a step
 

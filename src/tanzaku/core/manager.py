@@ -20,7 +20,7 @@ from tanzaku.models.families import Base
 MERGED = "_tanzaku_merged"  # a model's record of the adapters that are folded into its weights
 
 
-class Host:
+class AdapterManager:
     """The frozen model, its adapters and what is in force."""
 
     def __init__(self, model: nn.Module):
@@ -132,28 +132,28 @@ class Host:
         if here is not None and adapter.followed == here:
             return
         adapter.followed = here
-        for path, strip in adapter.at():
+        for path, layer in adapter.at():
             there = self.base.device(path)
-            for parameter in strip.parameters():
+            for parameter in layer.parameters():
                 if parameter.is_meta and there is not None and there.type != "meta":
                     raise TanzakuError(
                         f"the tensors of {adapter.name!r} were moved off with the base (offloaded); offload the base "
                         "first, then attach or load the adapter"
                     )
                 if there is not None and parameter.device != there:
-                    strip.to(there)
+                    layer.to(there)
                     break
 
 
-def host_of(model: nn.Module) -> Host:
-    """The host of a model that has adapters, or a clear error."""
-    host = find_host(model)
-    if host is None:
+def manager_of(model: nn.Module) -> AdapterManager:
+    """The manager of a model that has adapters, or a clear error."""
+    manager = find_manager(model)
+    if manager is None:
         raise TanzakuError(f"{type(model).__name__} has no adapter; attach one with tanzaku.attach first")
-    return host
+    return manager
 
 
-def find_host(model: nn.Module) -> Host | None:
-    """The host of a model that has adapters."""
+def find_manager(model: nn.Module) -> AdapterManager | None:
+    """The manager of a model that has adapters."""
     place = model._modules.get(tree.PLACE)
-    return cast(Host, place.__dict__["host"]) if isinstance(place, tree.Adapters) else None
+    return cast(AdapterManager, place.__dict__["manager"]) if isinstance(place, tree.Adapters) else None

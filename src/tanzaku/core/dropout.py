@@ -1,10 +1,10 @@
 """Dropout of rows that share a batch: each job draws from random numbers of its own.
 
 torch's dropout draws one mask for a whole tensor from one generator, so that what a row loses depends on its
-neighbours, on padding, and on what was drawn before. Within :class:`Noise` every random number that torch draws, for
-the base or an adapter, is a job's own: it is drawn for the job's rows and tokens alone, from a generator seeded by the
-job, its batch and the number of the call. So a job loses the same numbers whatever shares its batch, and a checkpointed
-layer that runs again loses them again.
+neighbours, on padding, and on what was drawn before. Within :class:`JobDropout` every random number that torch
+draws, for the base or an adapter, is a job's own: it is drawn for the job's rows and tokens alone, from a generator
+seeded by the job, its batch and the number of the call. So a job loses the same numbers whatever shares its batch, and
+a checkpointed layer that runs again loses them again.
 
 What cannot be told apart by job is refused where several jobs share the batch, and drawn by the job's own generator
 where it is alone: a layer that is left out by chance (LayerDrop), tokens that experts have gathered, rows that another
@@ -39,7 +39,7 @@ from tanzaku.support.seeds import seed_of, seeded
 
 
 @dataclass
-class Share:
+class JobSlice:
     """One job's part of a batch: its rows, and how many virtual and own tokens it would have alone."""
 
     rows: slice
@@ -51,7 +51,7 @@ class Share:
     left_out: bool = False  # some layer may have been, by chance
 
 
-class Noise(TorchFunctionMode):
+class JobDropout(TorchFunctionMode):
     """Within the block, random numbers are split by `shares`, in the order of the route's stacks.
 
     Args:
@@ -60,7 +60,7 @@ class Noise(TorchFunctionMode):
     """
 
     def __init__(
-        self, route: Route, shares: Sequence[Share], width: int, lead: int, foreign: Sequence[Foreign] = ()
+        self, route: Route, shares: Sequence[JobSlice], width: int, lead: int, foreign: Sequence[Foreign] = ()
     ) -> None:
         super().__init__()
         self.route, self.shares, self.width, self.lead = route, shares, width, lead
@@ -69,9 +69,9 @@ class Noise(TorchFunctionMode):
         self._foreign = foreign
         self._states: list[Any] = []
         self._generators: dict[torch.device, torch.Generator] = {}
-        self._before: Noise | None = None
+        self._before: JobDropout | None = None
 
-    def __enter__(self) -> Noise:
+    def __enter__(self) -> JobDropout:
         self._before = _current.get()
         _current.set(self)
         self._states = [state() for _, state in self._foreign]
@@ -95,13 +95,13 @@ class Noise(TorchFunctionMode):
 
     # -- what a call draws
 
-    def key(self, share: Share) -> int:
+    def key(self, share: JobSlice) -> int:
         """The seed of the next call in this share."""
         share.calls += 1
         share.drew = True
         return seed_of(share.seed, share.calls)
 
-    def generator(self, share: Share, device: torch.device) -> torch.Generator:
+    def generator(self, share: JobSlice, device: torch.device) -> torch.Generator:
         """The generator of the next call in this share."""
         if device not in self._generators:
             self._generators[device] = torch.Generator(device)
@@ -123,7 +123,7 @@ class Noise(TorchFunctionMode):
             part[_grid(columns, out.device)] = draw(numbers, self.generator(share, out.device))
         return out
 
-    def _parts(self, what: str, x: Tensor) -> Iterator[tuple[Share, Tensor, list[Sequence[int]]]]:
+    def _parts(self, what: str, x: Tensor) -> Iterator[tuple[JobSlice, Tensor, list[Sequence[int]]]]:
         """(share, its part of a tensor, in each dimension the places that are its own)."""
         at = self.route.at
         active = self.shares if at is None else [self.shares[at]]
@@ -159,7 +159,7 @@ class Noise(TorchFunctionMode):
             "batch; train them one by one, or set the rate to 0"
         )
 
-    def _columns(self, share: Share, size: int, keys: bool) -> Sequence[int]:
+    def _columns(self, share: JobSlice, size: int, keys: bool) -> Sequence[int]:
         """The places of a share's own tokens among `size`; an adapter's keys stand in front of the layer's own."""
         front = size - self.route.keys if keys and self.route.keys is not None else 0
         if size - front == self.lead + self.width:
@@ -170,7 +170,7 @@ class Noise(TorchFunctionMode):
             return range(size)
         return [*range(front), *(front + place for place in own)]
 
-    def one(self) -> Share | None:
+    def one(self) -> JobSlice | None:
         """The job that draws, if there is but one."""
         at = self.route.at
         shares = self.shares if at is None else [self.shares[at]]
@@ -181,8 +181,8 @@ class Noise(TorchFunctionMode):
         return any(torch._C._get_function_stack_at(i) is self for i in range(torch._C._len_torch_function_stack()))
 
 
-_current: Local[Noise] = Local("tanzaku_noise")
-_odd: Local[str] = Local("tanzaku_noise_odd")
+_current: Local[JobDropout] = Local("tanzaku_dropout")
+_odd: Local[str] = Local("tanzaku_dropout_odd")
 
 
 # -- the model
@@ -255,21 +255,21 @@ def _numpy_state() -> Any:
 
 def mark() -> list[int] | None:
     """How many calls each share of the noise in force has made."""
-    noise = _current.get()
-    return None if noise is None else [share.calls for share in noise.shares]
+    mode = _current.get()
+    return None if mode is None else [share.calls for share in mode.shares]
 
 
 def rewind(mark: list[int] | None, number: int) -> None:
     """Let a share draw again what it drew after `mark`: the base has run for its rows in vain."""
-    noise = _current.get()
-    if noise is not None and mark is not None:
-        noise.shares[number].calls = mark[number]
+    mode = _current.get()
+    if mode is not None and mark is not None:
+        mode.shares[number].calls = mark[number]
 
 
-def again(function: Callable[..., Any]) -> Callable[..., Any]:
+def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, drawing what its first run draws whenever it runs: for layers that run again in the backward pass."""
-    noise, first = _current.get(), mark()
-    if noise is None or first is None:
+    mode, first = _current.get(), mark()
+    if mode is None or first is None:
         return function
     runs = 0
 
@@ -278,15 +278,15 @@ def again(function: Callable[..., Any]) -> Callable[..., Any]:
         runs += 1
         if runs == 1:
             return function(*args)
-        now = [share.calls for share in noise.shares]
-        for share, calls in zip(noise.shares, first, strict=True):
+        now = [share.calls for share in mode.shares]
+        for share, calls in zip(mode.shares, first, strict=True):
             share.calls = calls
         try:
             # On a GPU the backward pass has a thread of its own, in which the mode is not in force.
-            with nullcontext() if noise.in_force() else copy.copy(noise):
+            with nullcontext() if mode.in_force() else copy.copy(mode):
                 return function(*args)
         finally:
-            for share, calls in zip(noise.shares, now, strict=True):
+            for share, calls in zip(mode.shares, now, strict=True):
                 share.calls = calls
 
     return run
@@ -314,23 +314,23 @@ _Replacement = Callable[..., Any]
 
 
 def _dropout(
-    noise: Noise, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    mode: JobDropout, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Any:
     if not training or p == 0 or _odd.get() == _SHARED:
         return input
-    return input.copy_(noise.dropped(input, p)) if inplace else noise.dropped(input, p)
+    return input.copy_(mode.dropped(input, p)) if inplace else mode.dropped(input, p)
 
 
-def _torch_dropout(noise: Noise, func: Any, input: Tensor, p: float, train: bool) -> Any:
-    return _dropout(noise, func, input, p, train)
+def _torch_dropout(mode: JobDropout, func: Any, input: Tensor, p: float, train: bool) -> Any:
+    return _dropout(mode, func, input, p, train)
 
 
-def _torch_dropout_(noise: Noise, func: Any, input: Tensor, p: float, train: bool) -> Any:
-    return _dropout(noise, func, input, p, train, inplace=True)
+def _torch_dropout_(mode: JobDropout, func: Any, input: Tensor, p: float, train: bool) -> Any:
+    return _dropout(mode, func, input, p, train, inplace=True)
 
 
 def _attention(
-    noise: Noise,
+    mode: JobDropout,
     func: Any,
     query: Tensor,
     key: Tensor,
@@ -351,31 +351,31 @@ def _attention(
         ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(ahead, -math.inf)
     if attn_mask is None:
-        return noise.dropped(scores.softmax(-1), dropout_p) @ value
+        return mode.dropped(scores.softmax(-1), dropout_p) @ value
     boolean = attn_mask.dtype == torch.bool
     scores = scores.masked_fill(~attn_mask, -math.inf) if boolean else scores + attn_mask
     # A query that may attend to nothing gets nothing, and no gradient.
     nothing = (scores == -math.inf).all(-1, keepdim=True)
     weights = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
-    return noise.dropped(weights, dropout_p) @ value
+    return mode.dropped(weights, dropout_p) @ value
 
 
-def _recurrent(noise: Noise, func: Any, *args: Any, **kwargs: Any) -> Any:
+def _recurrent(mode: JobDropout, func: Any, *args: Any, **kwargs: Any) -> Any:
     # Between its layers the kernel draws for itself, from torch's own generator.
     rate, training = args[5:7] if isinstance(args[2], list | tuple) else args[6:8]
     if not (rate and training):
         return func(*args, **kwargs)
-    if (share := noise.one()) is None:
-        noise.refuse(f"dropout within {func.__name__}")
-    with seeded(noise.key(share), [args[0].device]):
+    if (share := mode.one()) is None:
+        mode.refuse(f"dropout within {func.__name__}")
+    with seeded(mode.key(share), [args[0].device]):
         return func(*args, **kwargs)
 
 
-def _composed(noise: Noise, func: Any, *args: Any, **kwargs: Any) -> Any:
+def _composed(mode: JobDropout, func: Any, *args: Any, **kwargs: Any) -> Any:
     # It is written in Python, and what it calls would not pass through here.
     own = types.FunctionType(func.__code__, {**func.__globals__, **_PLAIN}, func.__name__, func.__defaults__)
     own.__kwdefaults__ = func.__kwdefaults__
-    within = copy.copy(noise)
+    within = copy.copy(mode)
     within.by_heads = func is F.multi_head_attention_forward
     within._foreign = ()
     with within:
@@ -387,7 +387,7 @@ _PLAIN = dict.fromkeys(
 )
 
 
-def _refused(noise: Noise, func: Any, *args: Any, **kwargs: Any) -> Any:
+def _refused(mode: JobDropout, func: Any, *args: Any, **kwargs: Any) -> Any:
     # Their masks have other shapes; no model or method here has them.
     training = kwargs.get("training", args[2] if len(args) > 2 else True)
     if training:
@@ -395,27 +395,27 @@ def _refused(noise: Noise, func: Any, *args: Any, **kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def _in_place(noise: Noise, func: Any, input: Tensor, *args: Any, generator: Any = None, **kwargs: Any) -> Any:
+def _in_place(mode: JobDropout, func: Any, input: Tensor, *args: Any, generator: Any = None, **kwargs: Any) -> Any:
     if generator is not None:  # the caller's own
         return func(input, *args, generator=generator, **kwargs)
     probabilities = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("p")
     if isinstance(probabilities, Tensor):
-        return input.copy_(_of_each(noise, torch.bernoulli, probabilities.expand(input.shape)))
+        return input.copy_(_of_each(mode, torch.bernoulli, probabilities.expand(input.shape)))
     with torch.no_grad():
-        noise.drawn(func.__name__, input, lambda out, own: func(out, *args, generator=own, **kwargs))
+        mode.drawn(func.__name__, input, lambda out, own: func(out, *args, generator=own, **kwargs))
     return input
 
 
-def _like(noise: Noise, func: Any, input: Tensor, *args: Any, generator: Any = None, **kwargs: Any) -> Any:
+def _like(mode: JobDropout, func: Any, input: Tensor, *args: Any, generator: Any = None, **kwargs: Any) -> Any:
     if generator is not None:
         return func(input, *args, generator=generator, **kwargs)
     name = func.__name__.removesuffix("_like")
     options = {key: kwargs.pop(key) for key in ("requires_grad", "memory_format") if key in kwargs}
     out = torch.empty_like(input, **kwargs)
-    return _filled(noise, name, out, args).requires_grad_(bool(options.get("requires_grad", False)))
+    return _filled(mode, name, out, args).requires_grad_(bool(options.get("requires_grad", False)))
 
 
-def _made(noise: Noise, func: Any, *args: Any, generator: Any = None, **kwargs: Any) -> Any:
+def _made(mode: JobDropout, func: Any, *args: Any, generator: Any = None, **kwargs: Any) -> Any:
     if generator is not None or kwargs.get("out") is not None:
         return func(*args, generator=generator, **kwargs)
     bounds = 0
@@ -430,56 +430,56 @@ def _made(noise: Noise, func: Any, *args: Any, generator: Any = None, **kwargs: 
     wanted = kwargs.pop("requires_grad", False)
     out = torch.empty(tuple(size), **kwargs)
     if func is torch.rand and out.dim() == 0:
-        return _Chance.of(noise, out)
-    return _filled(noise, func.__name__, out, args[:bounds]).requires_grad_(bool(wanted))
+        return _Chance.of(mode, out)
+    return _filled(mode, func.__name__, out, args[:bounds]).requires_grad_(bool(wanted))
 
 
-def _filled(noise: Noise, name: str, out: Tensor, bounds: tuple[Any, ...]) -> Tensor:
+def _filled(mode: JobDropout, name: str, out: Tensor, bounds: tuple[Any, ...]) -> Tensor:
     draw: Any = {"rand": Tensor.uniform_, "randn": Tensor.normal_, "randint": Tensor.random_}[name]
     if name == "randint" and len(bounds) < 2:
         bounds = (0, *bounds)
     with torch.no_grad():
-        return noise.drawn(name, out.zero_(), lambda part, own: draw(part, *bounds, generator=own))
+        return mode.drawn(name, out.zero_(), lambda part, own: draw(part, *bounds, generator=own))
 
 
 def _uniform(out: Tensor, generator: torch.Generator) -> Tensor:
     return out.uniform_(generator=generator)
 
 
-def _of_each(noise: Noise, func: Any, input: Tensor, *args: Any, generator: Any = None, **kwargs: Any) -> Any:
+def _of_each(mode: JobDropout, func: Any, input: Tensor, *args: Any, generator: Any = None, **kwargs: Any) -> Any:
     """Functions of a tensor of chances, whose numbers cannot be drawn without it."""
     if generator is not None:
         return func(input, *args, generator=generator, **kwargs)
     if func is torch.bernoulli and not args and not kwargs:
         with torch.no_grad():
-            numbers = noise.drawn("bernoulli", torch.ones_like(input), _uniform)
+            numbers = mode.drawn("bernoulli", torch.ones_like(input), _uniform)
             return (numbers < input).to(input.dtype)
-    if (share := noise.one()) is None:
-        noise.refuse(func.__name__)
-    return func(input, *args, generator=noise.generator(share, input.device), **kwargs)
+    if (share := mode.one()) is None:
+        mode.refuse(func.__name__)
+    return func(input, *args, generator=mode.generator(share, input.device), **kwargs)
 
 
 def _normal(
-    noise: Noise, func: Any, mean: Any, std: Any = 1.0, *args: Any, generator: Any = None, **kwargs: Any
+    mode: JobDropout, func: Any, mean: Any, std: Any = 1.0, *args: Any, generator: Any = None, **kwargs: Any
 ) -> Any:
     like = next((x for x in (mean, std) if isinstance(x, Tensor)), None)
     if generator is not None or args or kwargs or like is None:
         if generator is None:
-            if (share := noise.one()) is None:
-                noise.refuse(func.__name__)
-            generator = noise.generator(share, like.device if like is not None else torch.device("cpu"))
+            if (share := mode.one()) is None:
+                mode.refuse(func.__name__)
+            generator = mode.generator(share, like.device if like is not None else torch.device("cpu"))
         return func(mean, std, *args, generator=generator, **kwargs)
     with torch.no_grad():
         out: Tensor = mean + 0 * std
-        numbers = noise.drawn("normal", torch.zeros_like(out), lambda part, own: part.normal_(generator=own))
+        numbers = mode.drawn("normal", torch.zeros_like(out), lambda part, own: part.normal_(generator=own))
         return mean + std * numbers
 
 
-def _permuted(noise: Noise, func: Any, n: int, *, generator: Any = None, device: Any = None, **kwargs: Any) -> Any:
+def _permuted(mode: JobDropout, func: Any, n: int, *, generator: Any = None, device: Any = None, **kwargs: Any) -> Any:
     if generator is None:
-        if (share := noise.one()) is None:
-            noise.refuse(func.__name__)
-        generator = noise.generator(share, torch.device(device or "cpu"))
+        if (share := mode.one()) is None:
+            mode.refuse(func.__name__)
+        generator = mode.generator(share, torch.device(device or "cpu"))
     return func(n, generator=generator, device=device, **kwargs)
 
 
@@ -487,24 +487,24 @@ class _Chance(Tensor):
     """A number between 0 and 1 for the whole batch, as layers draw that are left out by chance. Where it is compared
     with a rate of 0 or 1, or one job draws, all is as ever."""
 
-    noise: Noise
+    dropout: JobDropout
     value: Tensor | None
 
     @staticmethod
-    def of(noise: Noise, like: Tensor) -> Tensor:
+    def of(mode: JobDropout, like: Tensor) -> Tensor:
         out = like.fill_(0.5).as_subclass(_Chance)
-        out.noise, out.value = noise, None
+        out.dropout, out.value = mode, None
         return out
 
     def drawn(self) -> Tensor:
         """The number."""
         if self.value is None:
-            if (share := self.noise.one()) is None:
-                self.noise.refuse("a layer that is left out by chance (layerdrop)")
+            if (share := self.dropout.one()) is None:
+                self.dropout.refuse("a layer that is left out by chance (layerdrop)")
             share.left_out = True
             with torch._C.DisableTorchFunctionSubclass():
                 plain = torch.empty((), dtype=self.dtype, device=self.device)
-                self.value = plain.uniform_(generator=self.noise.generator(share, plain.device))
+                self.value = plain.uniform_(generator=self.dropout.generator(share, plain.device))
         return self.value
 
     @classmethod

@@ -36,7 +36,7 @@ class Batch(Protocol):
         ...
 
 
-class CheapPasses:
+class Accelerations:
     """Of one model. A context manager: while entered, the model's frozen modules are fast."""
 
     def __init__(self, base: Base):
@@ -44,7 +44,7 @@ class CheapPasses:
         self.products, self.norms, self.gates = FrozenProducts(base), FrozenNorms(base), FrozenGates(base)
         self._entered = ExitStack()
 
-    def __enter__(self) -> CheapPasses:
+    def __enter__(self) -> Accelerations:
         for part in (self.packing, self.products, self.norms, self.gates):
             self._entered.enter_context(part)
         return self

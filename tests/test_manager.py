@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 import tanzaku as tz
 from close import assert_close, close
 from models import batch, tiny
-from tanzaku.core.host import host_of
+from tanzaku.core.manager import manager_of
 from tanzaku.methods import METHODS
 
 
@@ -61,7 +61,7 @@ def test_every_method_counts_on_meta_as_on_a_device(name):
     for each in (real, empty):
         tz.attach(each, METHODS[name].from_settings(settings), "x")
     assert tz.count(real, "x") == tz.count(empty, "x")
-    trained = sum(p.numel() for _, p in host_of(real).get("x").trained())
+    trained = sum(p.numel() for _, p in manager_of(real).get("x").trained())
     assert tz.count(real, "x").trainable == trained > 0
 
 
@@ -232,7 +232,7 @@ def test_a_name_is_taken_once(model):
     adapter = tz.attach(model, tz.LoRA(r=1), "x")
     with pytest.raises(tz.TanzakuError, match="'x' is attached already"):
         tz.attach(model, tz.IA3(), "x")
-    assert host_of(model).get("x") is adapter
+    assert manager_of(model).get("x") is adapter
 
 
 def test_unknown_names_give_the_nearest(model):
@@ -255,7 +255,7 @@ def test_a_method_is_an_instance(model):
 
 
 def test_an_error_while_attaching_leaves_the_model_alone(model):
-    """A target that matches nothing freezes nothing and leaves no host."""
+    """A target that matches nothing freezes nothing and leaves no manager."""
     with pytest.raises(tz.TanzakuError):
         tz.attach(model, tz.LoRA(target_modules=["nothing"]), "x")
     assert all(p.requires_grad for p in model.parameters())
