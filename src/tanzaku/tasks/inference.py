@@ -55,7 +55,7 @@ def predictions(
         model: made for the task, with the adapters that `splits` names.
         splits: the same rows for every adapter, each encoded as that adapter wants them.
         batch_size: rows a step; a pass has so many for each of its adapters.
-        passes: of this model, for who calls again and again: they take a while to make.
+        accelerations: of this model, for who calls again and again: they take a while to make.
 
     Raises:
         TanzakuError: no adapter, one that is not attached, rows that differ in number, or a batch size below 1.
