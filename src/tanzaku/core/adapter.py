@@ -11,6 +11,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 from tanzaku.core.method import AdapterLayer, AttentionLayer, Method, TokenLayer
+from tanzaku.core.shared import Shared
 from tanzaku.errors import TanzakuError
 from tanzaku.models import tree
 from tanzaku.models.families import Base
@@ -34,7 +35,7 @@ class Adapter(nn.Module):
     def add(self, path: str, layer: AdapterLayer, *, first: bool = False) -> None:
         """Hang one more adapter layer; `first`, so that what others do at the site is done to what it computes."""
         layer.trained = any(p.requires_grad for p in layer.parameters())
-        tree.attach(self, path or ("prompt" if isinstance(layer, TokenLayer) else "weights"), layer)
+        tree.attach(self, path or _place(layer), layer)
         self._layers.insert(0 if first else len(self._layers), (path, layer))
 
     @property
@@ -106,6 +107,13 @@ class Adapter(nn.Module):
         """Positions that it takes before a row's first token."""
         offsets = (layer.position_offset for _, layer in self.at() if isinstance(layer, AttentionLayer))
         return self.virtual + max(offsets, default=0)
+
+
+def _place(layer: AdapterLayer) -> str:
+    """What a layer that is at no module of the base is called in the tree."""
+    if isinstance(layer, Shared):
+        return layer.place
+    return "prompt" if isinstance(layer, TokenLayer) else "weights"
 
 
 def _late(name: str, gradients: Any) -> None:

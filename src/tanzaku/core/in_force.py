@@ -16,6 +16,7 @@ from tanzaku.core.method import AdapterLayer, AttentionCall, AttentionLayer, Mod
 from tanzaku.core.quiet import routes
 from tanzaku.core.routing import Route, Rows, put, take
 from tanzaku.core.rows import Places, rows_at
+from tanzaku.core.shared import Shared
 from tanzaku.core.tokens import VirtualTokens
 from tanzaku.core.weights import WeightCopy
 from tanzaku.errors import TanzakuError, listed
@@ -39,11 +40,15 @@ class InForce:
         self.after: dict[str, Plan] = {}
         self.weights: dict[str, Plan] = {}
         self.attention: dict[str, Plan] = {}
+        self.shared: list[Shared] = []  # computed before a pass
         tokens: Plan = [[] for _ in stacks]
         for number, stack in enumerate(stacks):
             for path, layer in stack:
                 if isinstance(layer, TokenLayer):
                     tokens[number].append(layer)
+                    continue
+                if isinstance(layer, Shared):
+                    self.shared.append(layer)
                     continue
                 for plans in self._plans_of(layer):
                     plans.setdefault(path, [[] for _ in stacks])[number].append(layer)
@@ -52,10 +57,6 @@ class InForce:
             raise TanzakuError(
                 f"{listed(names, 3)} of the whole model are an adapter's own: its rows cannot share a batch with others"
             )
-        self.shared = [
-            s for plan in self.attention.values() for layers in plan for s in layers if isinstance(s, AttentionLayer)
-        ]
-        self.shared = [layer for layer in self.shared if type(layer).refresh is not AttentionLayer.refresh]
         placed = [any(isinstance(s, TokenLayer | AttentionLayer) for _, s in stack) for stack in stacks]
         self.tokens = None
         if any(placed):

@@ -153,9 +153,6 @@ class AttentionLayer(AdapterLayer):
 
     position_offset: int = 0  # how many positions the adapter layer takes before the row's first token
 
-    def refresh(self) -> None:
-        """Called before each forward pass, outside of checkpointed layers: the place to compute what layers share."""
-
     def attend(self, call: AttentionCall) -> Tensor:
         """The layer's result, (rows, queries, heads, head_dim), before its output projection."""
         return call.run()
@@ -207,7 +204,7 @@ class Method:
     inference_mode: bool = field(default=False, kw_only=True)
 
     def build(self, base: Base) -> Iterator[tuple[str, AdapterLayer]]:
-        """Yield (path of the site's module, adapter layer). Token adapter layers have the path ""."""
+        """Yield (path of the site's module, layer). Token layers and what layers share have the path ""."""
         raise TypeError(f"{type(self).__name__} defines no build()")
 
     def heads(self, base: Base) -> list[Part]:

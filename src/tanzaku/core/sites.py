@@ -83,8 +83,10 @@ class Sites(Current):
                 kept[("processes",)] = [_register(self.base.model, "forward_pre", self._check_shared)]
             if force.places is not None:
                 fresh |= self._attach_splits(force.places)
-            if force.attention and ("entrance",) not in kept:
+            if (force.attention or force.shared) and ("entrance",) not in kept:
                 kept[("entrance",)] = [_register(self.base.entrance, "forward_pre", self._enter)]
+            if force.shared and self.base.encoder_decoder and ("encoder",) not in kept:
+                kept[("encoder",)] = [_register(self.base.encoder, "forward_pre", self._refresh)]
             if force.tokens is not None:
                 paths = {id(module): path for path, module in tree.named_modules(self.base.model)}
                 for module, kind, function in force.tokens.hooks():
@@ -165,7 +167,7 @@ class Sites(Current):
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """At the backbone's entrance: what a pass needs before its first layer."""
         force = self.in_force()
-        if force is None or not force.attention:
+        if force is None:
             return
         for path in force.attention if self.base.whole else ():
             # Whoever sets another implementation, also in between, gets it from behind ours.
@@ -174,7 +176,12 @@ class Sites(Current):
             register(own)
             if config._attn_implementation != PREFIX + own:
                 config._attn_implementation_internal = PREFIX + own
-        for layer in force.shared:
+        self._refresh(module, args)
+
+    def _refresh(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Compute what layers of an adapter share, before the first of them."""
+        force = self.in_force()
+        for layer in [] if force is None else force.shared:
             layer.refresh()
 
 

@@ -655,7 +655,7 @@ _CUT = {"last_hidden_state", "hidden_states", "attentions", "router_logits"}
 
 def entrance_of(base: Base) -> nn.Module:
     """The module that token ids enter: the backbone, or an encoder-decoder's encoder."""
-    return cast(nn.Module, cast(Any, base.model).get_encoder()) if base.encoder_decoder else base.backbone
+    return base.encoder if base.encoder_decoder else base.backbone
 
 
 def check_entrance(base: Base) -> None:

@@ -9,9 +9,7 @@ MLP it is P-tuning v2, Liu et al. 2021, arXiv 2110.07602.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -20,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tanzaku.core.method import AdapterLayer, AttentionCall, AttentionLayer, home
+from tanzaku.core.shared import Shared
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.errors import TanzakuError
 from tanzaku.methods.prompt_tuning import PromptLearning, text_ids
@@ -28,11 +27,18 @@ from tanzaku.models.families import Base
 from tanzaku.support.refs import Ref
 
 
-class Prefix(nn.Module):
-    """All layers' keys and values: (n, layers * 2 * heads * head_dim), direct or through an MLP."""
+class Prefix(Shared):
+    """All layers' keys and values: (n, layers * 2 * heads * head_dim), direct or through an MLP.
 
-    def __init__(self, tokens: int, size: int, hidden: int | None, width: int, zero: bool):
+    Args:
+        shapes: (heads, head_dim) of each layer's keys and of its values.
+    """
+
+    place = "prefix"
+
+    def __init__(self, tokens: int, shapes: list[tuple[int, int]], hidden: int | None, width: int, zero: bool):
         super().__init__()
+        self.shapes, size = shapes, sum(heads * dim for heads, dim in shapes)
         self.embedding = nn.Embedding(tokens, hidden or size)
         self.transform: nn.Sequential | None = None
         last: nn.Module = self.embedding
@@ -47,47 +53,40 @@ class Prefix(nn.Module):
         x = self.embedding.weight
         return x if self.transform is None else cast(Tensor, self.transform(x))
 
-
-# What prefixes have written for the forward pass that runs in this context. It is no part of them: another thread
-# writes its own, and copies and files have none of it.
-_Written = tuple[Tensor, ...]
-_written: ContextVar[tuple[tuple[weakref.ref[Prefix], _Written], ...]] = ContextVar("written", default=())
-
-
-class PrefixLayer(AttentionLayer):
-    """One layer's slice of the prefix. The first layer's adapter layer owns it and gives it to the file.
-
-    Args:
-        prefix: what all layers have in common. shapes: (heads, head_dim) of each layer's keys and of its values.
-    """
-
-    def __init__(self, prefix: Prefix, bias: nn.Module | None, shapes: list[tuple[int, int]], layer: int, slot: int):
-        super().__init__()
-        self.position_offset = prefix.embedding.num_embeddings
-        self.shapes, self.slot = shapes, slot
-        # What all layers share is the first adapter layer's to train and to save.
-        self.prefix = prefix if layer == 0 else None
-        self.shared, self.bias = Ref(prefix), Ref(bias)
-
-    def refresh(self) -> None:
-        if self.prefix is not None:
-            others = [each for each in _written.get() if each[0]() not in (None, self.prefix)]
-            _written.set((*others, (weakref.ref(self.prefix), self._write(self.prefix))))
-
-    def _write(self, prefix: Prefix) -> _Written:
+    def compute(self) -> tuple[Tensor, ...]:
         """Keys and values of all layers, one after another, 2 * layers tensors of (heads, n, head_dim)."""
-        flat, shapes = cast(Tensor, prefix()), self.shapes
+        flat, shapes = self(), self.shapes
         if len(set(shapes)) == 1:
-            return flat.view(len(flat), len(shapes), *shapes[0]).permute(1, 2, 0, 3).unbind(0)
+            return flat.view(len(flat), len(shapes), *shapes[0]).permute(1, 2, 0, 3).unbind(0)  # type: ignore[no-any-return]
         parts = torch.split(flat, [heads * dim for heads, dim in shapes], dim=1)
         return tuple(part.view(-1, *shape).transpose(0, 1) for part, shape in zip(parts, shapes, strict=True))
 
+    def export(self) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {"prompt_embeddings": self()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        self.load_state_dict({"embedding.weight": tensors["prompt_embeddings"]})
+
+
+class PrefixLayer(AttentionLayer):
+    """One layer's slice of the prefix.
+
+    Args:
+        slot: the layer's number in the prefix.
+    """
+
+    def __init__(self, prefix: Prefix, bias: nn.Module | None, slot: int):
+        super().__init__()
+        self.position_offset, self.slot = prefix.embedding.num_embeddings, slot
+        self.prefix, self.bias = Ref(prefix), Ref(bias)
+
     def keys_values(self) -> tuple[Tensor, Tensor]:
         """Keys and values, each (heads, n, head_dim)."""
-        prefix = self.shared()
+        prefix = self.prefix()
         if prefix is None:
             raise TanzakuError("this layer was copied without the prefix that all layers share: copy the whole adapter")
-        written = next((w for of, w in _written.get() if of() is prefix), None) or self._write(prefix)
+        written = prefix.value()
         return written[2 * self.slot], written[2 * self.slot + 1]
 
     def attend(self, call: AttentionCall) -> Tensor:
@@ -123,20 +122,6 @@ class PrefixLayer(AttentionLayer):
             return F.pad(bias, (n, 0))
         before = holder.compute_bias(queries, n, device=bias.device, past_seen_tokens=n + keys - queries)
         return torch.cat([before.to(bias).expand(bias.shape[0], -1, -1, -1), bias], dim=-1)
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        if self.prefix is not None:
-            yield from self.prefix.named_parameters(*args, **kwargs)
-
-    def export(self) -> dict[str, Tensor]:
-        if self.prefix is None:
-            return {}
-        with torch.no_grad():
-            return {"prompt_embeddings": self.prefix()}
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        if self.prefix is not None:
-            self.prefix.load_state_dict({"embedding.weight": tensors["prompt_embeddings"]})
 
 
 @dataclass
@@ -198,7 +183,7 @@ class PrefixTuning(PromptLearning):
         with torch.device(device):
             prefix = Prefix(
                 self.num_virtual_tokens,
-                size,
+                shapes,
                 self.token_dim if projected else None,
                 self.encoder_hidden_size,
                 self.init_weights == "zero",
@@ -207,9 +192,10 @@ class PrefixTuning(PromptLearning):
             self.require(not projected, "prefix_init_text with prefix_projection", "one of the two")
             self._start_from_text(base, prefix, layers)
         bias = next((m for _, m in layers if getattr(m, "has_relative_attention_bias", False)), None)
+        yield "", prefix
         for number, (path, _) in enumerate(layers):
             # In PEFT's files for encoder-decoders layer i reads slot 2 i, so two layers may share one.
-            yield path, PrefixLayer(prefix, bias, shapes, number, slot=number * submodules % len(layers))
+            yield path, PrefixLayer(prefix, bias, slot=number * submodules % len(layers))
 
     @torch.no_grad()
     def _start_from_text(self, base: Base, prefix: Prefix, layers: list[tuple[str, nn.Module]]) -> None:

@@ -26,7 +26,6 @@ from tanzaku.methods.adalora import SvdDelta
 from tanzaku.methods.ia3 import ScaleLayer
 from tanzaku.methods.llama_adapter import GatedPrompt
 from tanzaku.methods.lora import LoraConv2d, LoraDelta, LoraEmbedding, pattern
-from tanzaku.methods.prefix_tuning import PrefixLayer
 from tanzaku.methods.prompt_tuning import PromptLayer
 from tanzaku.models import tree
 from tanzaku.models.families import features
@@ -536,9 +535,7 @@ def is_bare(layer: AdapterLayer) -> bool:
 
 
 def encoder_of(layer: AdapterLayer) -> nn.Module:
-    """An adapter layer of virtual tokens, or the first of a prefix, as PEFT's prompt encoder."""
-    if isinstance(layer, PrefixLayer):
-        return cast(nn.Module, layer.prefix)
+    """What makes virtual tokens or a prefix, as PEFT's prompt encoder."""
     if not isinstance(layer, PromptLayer):
         return layer
     weight = layer.prompt_embeddings

@@ -102,6 +102,11 @@ class Base:
         """Where a pass enters the layers that adapters at attention change."""
         return cast(nn.Module, cast(Any, self.model).get_decoder() if self.encoder_decoder else self.backbone)
 
+    @property
+    def encoder(self) -> nn.Module:
+        """An encoder-decoder's encoder."""
+        return cast(nn.Module, cast(Any, self.model).get_encoder())
+
     def device(self, path: str) -> torch.device | None:
         """Where the module at a path computes: weights that are kept elsewhere (offloaded) are brought there."""
         module = self.model.get_submodule(path) if path else self.model

@@ -1,0 +1,59 @@
+"""What several layers of an adapter have in common: owned, trained and saved once, computed once a pass.
+
+A prefix that one network writes for all layers, matrices that all layers share, a hypernetwork: the method yields it
+with the path "", and the layers that read it hold a `Ref` to it and ask for its :meth:`Shared.value`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextvars import ContextVar
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+from tanzaku.core.method import AdapterLayer
+
+
+class _Written(NamedTuple):
+    by: weakref.ref[Shared]
+    versions: tuple[int, ...]
+    value: Any
+
+
+# What was computed for the forward pass that runs in this context. It is no part of the module: another thread has its
+# own, copies and files have none of it, and a checkpointed layer that runs again finds that of its own pass.
+_written: ContextVar[tuple[_Written, ...]] = ContextVar("written", default=())
+
+
+class Shared(AdapterLayer):
+    """Parameters that several layers of one adapter read.
+
+    Attributes:
+        place: what it is called in the adapter's part of the tree.
+    """
+
+    place: ClassVar[str] = "shared"
+
+    def compute(self) -> Any:
+        """What the layers read: tensors, or what holds some."""
+        raise TypeError(f"{type(self).__name__} defines no compute()")
+
+    def refresh(self) -> None:
+        """Compute it for the pass that begins. Called before the first layer, outside of checkpointed ones: there it
+        would be part of what is computed twice, and layers would not share its gradient."""
+        others = tuple(each for each in _written.get() if each.by() not in (None, self))
+        _written.set((*others, _Written(weakref.ref(self), self._versions(), self.compute())))
+
+    def value(self) -> Any:
+        """What was computed for this pass, or, outside of one, what it would be."""
+        found = next((each for each in _written.get() if each.by() is self), None)
+        if found is None or (found.versions != self._versions() and not torch.compiler.is_compiling()):
+            return self.compute()
+        return found.value
+
+    def _versions(self) -> tuple[int, ...]:
+        # Another pass, another optimizer step: what was written before it is old.
+        if torch.compiler.is_compiling():
+            return ()
+        return (torch.is_grad_enabled(), *(p._version for p in self.parameters() if not p.is_inference()))
