@@ -13,6 +13,7 @@ from torch import nn
 import tanzaku as tz
 from close import GRADIENT, assert_close, close
 from models import batch, tiny
+from tanzaku.core.delta import WeightDelta
 from tanzaku.core.manager import manager_of
 from tanzaku.merging.combine import HOW
 
@@ -27,7 +28,8 @@ def attached(model: nn.Module, name: str, method: tz.Method, seed: int = 0) -> t
 
 
 def deltas(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    return {path: layer.delta().detach() for path, layer in manager_of(model).get(name).at() if hasattr(layer, "delta")}
+    found = [(path, layer) for path, layer in manager_of(model).get(name).at() if isinstance(layer, WeightDelta)]
+    return {path: layer.delta(model.get_submodule(path)).detach() for path, layer in found}
 
 
 def pair(**more: Any) -> nn.Module:

@@ -7,6 +7,7 @@ merging, routing, devices and data types are written once, elsewhere.
 | adapter layer    | it overrides                 | meaning                                                          |
 |------------------|------------------------------|------------------------------------------------------------------|
 | `ModuleLayer`    | `inputs`, `outputs`          | change what a submodule reads or what it returns; `batched_...` |
+| `WeightDelta`    | `delta` (see `delta.py`)     | change a submodule's weight; merging comes with it               |
 | `AttentionLayer` | `attend`                     | change one attention layer's result, given queries, keys, values |
 | `TokenLayer`     | `vectors`                    | virtual tokens, put before the row's own                         |
 | `WeightCopy`    | (nothing: see `weights.py`)  | the adapter's own copy of a module's weights                     |

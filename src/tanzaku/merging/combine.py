@@ -201,7 +201,7 @@ def _fill(
         a = torch.cat([a * w for (a, _), w in zip(pairs, scaled, strict=True)])
         b = torch.cat([b for _, b in pairs], 1)
     elif svd is not None:
-        a, b = svd(_change(module, [s.delta() for s in given], weights, rule))
+        a, b = svd(_change(module, [s.delta(module).flatten(1) for s in given], weights, rule))
         if isinstance(layer, LoraConv2d):
             a, b = a.view(-1, *pairs[0][0].shape[1:]), b[..., None, None]
     else:

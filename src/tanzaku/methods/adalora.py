@@ -17,16 +17,15 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from tanzaku.core.method import AdapterLayer, Attached, ModuleLayer, trainable
+from tanzaku.core.delta import WeightDelta
+from tanzaku.core.method import AdapterLayer, Attached, trainable
 from tanzaku.core.space import Choice, Range, ends, spaces
 from tanzaku.methods.lora import LoRA, low_rank
 from tanzaku.models.families import Base, features, weight_of
-from tanzaku.models.quantize import full_weight
 
 
-class SvdDelta(ModuleLayer):
+class SvdDelta(WeightDelta):
     """B diag(E) A at one module; `ranknum` is the rank that divides alpha, and outlives pruning."""
 
     def __init__(self, module: nn.Module, r: int, alpha: float, dropout: float, init: Any):
@@ -47,7 +46,7 @@ class SvdDelta(ModuleLayer):
 
     def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         a, b, e = self.lora_A, self.lora_B, self.lora_E
-        x = F.dropout(x.to(a.dtype), self.dropout, module.training)
+        x = self.dropped(module, x, a)
         # Scaling the few hidden numbers by E is cheaper than scaling the matrix A.
         h = F.linear(x, a) * e.view(-1)
         if y.dtype == a.dtype:
@@ -65,9 +64,8 @@ class SvdDelta(ModuleLayer):
         a, b, e = zip(*((s.lora_A, s.lora_B, s.lora_E) for s in layers), strict=True)
         return low_rank(x, y, sizes, a, b, layers[0].factor, e)
 
-    def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
-        delta = self.lora_B @ (self.lora_A * self.lora_E) * self.factor
-        return {"weight": full_weight(module) + (delta.t() if isinstance(module, Conv1D) else delta)}
+    def delta(self, module: nn.Module) -> Tensor:
+        return self.lora_B @ (self.lora_A * self.lora_E) * self.factor
 
     def export(self) -> dict[str, Tensor]:
         # A pruned value is zero: what is left of the matrices is what the rank pattern keeps.

@@ -16,9 +16,9 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from tanzaku.core.method import AdapterLayer, Method, ModuleLayer, trainable
+from tanzaku.core.delta import WeightDelta
+from tanzaku.core.method import AdapterLayer, Method, trainable
 from tanzaku.core.routing import in_equal_shares, split
 from tanzaku.core.space import Choice, Range, ends, spaces
 from tanzaku.core.survey import tensors
@@ -27,7 +27,6 @@ from tanzaku.errors import TanzakuError
 from tanzaku.files.patterns import groups_of
 from tanzaku.models import tree
 from tanzaku.models.families import Base, features, weight_of
-from tanzaku.models.quantize import full_weight
 from tanzaku.support.autograd import once_differentiable
 
 
@@ -39,7 +38,7 @@ class Low(nn.Module):
         self.weight = weight
 
 
-class LoraDelta(ModuleLayer):
+class LoraDelta(WeightDelta):
     """For matrices: linear layers, Conv1D and quantised layers of any kind, since only input and output are seen."""
 
     def __init__(self, module: nn.Module, r: int, scaling: float, dropout: float, init: Any):
@@ -60,8 +59,7 @@ class LoraDelta(ModuleLayer):
 
     def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         a, b = self.lora_A.weight, self.lora_B.weight
-        x = F.dropout(x.to(a.dtype), self.dropout, module.training)
-        h = F.linear(x, a)
+        h = F.linear(self.dropped(module, x, a), a)
         if y.dtype == a.dtype:
             # One fused product reads y once and writes the sum, with no tensor for the scaled change.
             return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.t(), alpha=self.scaling).view(y.shape)
@@ -79,16 +77,8 @@ class LoraDelta(ModuleLayer):
         a, b = [s.lora_A.weight for s in layers], [s.lora_B.weight for s in layers]
         return low_rank(x, y, sizes, a, b, layers[0].scaling)
 
-    def delta(self) -> Tensor:
-        """The change of the weight matrix, (out, in)."""
+    def delta(self, module: nn.Module) -> Tensor:
         return self.lora_B.weight @ self.lora_A.weight * self.scaling
-
-    def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
-        weight = full_weight(module)
-        a, b = (low.weight.to(weight.dtype) for low in (self.lora_A, self.lora_B))
-        left, right = (a.t(), b.t()) if isinstance(module, Conv1D) else (b, a)
-        # One fused product reads the weight once and writes the sum.
-        return {"weight": torch.addmm(weight, left, right, alpha=self.scaling)}
 
 
 class LoraConv2d(LoraDelta):
@@ -107,20 +97,16 @@ class LoraConv2d(LoraDelta):
     def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         conv = cast(nn.Conv2d, module)
         a, b = self.lora_A.weight, self.lora_B.weight
-        x = F.dropout(x.to(a.dtype), self.dropout, module.training)
+        x = self.dropped(module, x, a)
         h = F.conv2d(x, a, None, conv.stride, cast(Any, conv.padding), conv.dilation, conv.groups)
         return (y + F.conv2d(h, b, groups=conv.groups) * self.scaling).to(y.dtype)
 
-    def delta(self) -> Tensor:
+    def delta(self, module: nn.Module) -> Tensor:
         # A group of output channels reads its own part of the rank, as in the two convolutions.
         a, b = self.lora_A.weight.flatten(1), self.lora_B.weight.flatten(1)
         groups = self.r // b.shape[1]
         parts = b.view(groups, -1, b.shape[1]) @ a.view(groups, b.shape[1], -1)
-        return parts.flatten(0, 1) * self.scaling
-
-    def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
-        weight = full_weight(module)
-        return {"weight": weight + self.delta().view(weight.shape)}
+        return parts.flatten(0, 1).view(-1, *self.lora_A.weight.shape[1:]) * self.scaling
 
 
 def low_rank(
@@ -198,7 +184,7 @@ class _LowRank(torch.autograd.Function):
         return to_x, gradient, None, None, *to_a, *to_b
 
 
-class LoraEmbedding(ModuleLayer):
+class LoraEmbedding(WeightDelta):
     """For embeddings: A holds a vector of r numbers a token. B starts at random and A at zero.
 
     Some find out for themselves what to look up, such as positions from a mask: these look A up in the same way.
@@ -234,12 +220,8 @@ class LoraEmbedding(ModuleLayer):
         h = next(x for _, x in tensors(h))
         return (y + h @ self.lora_embedding_B.t() * self.scaling).to(y.dtype)
 
-    def delta(self) -> Tensor:
-        """The change of the table, transposed: (embedding_dim, tokens)."""
+    def delta(self, module: nn.Module) -> Tensor:
         return self.lora_embedding_B @ self.lora_embedding_A * self.scaling
-
-    def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
-        return {"weight": full_weight(module) + self.delta().t()}
 
 
 @dataclass

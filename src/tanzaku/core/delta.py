@@ -1,0 +1,52 @@
+"""A change of a module's weight, written once for every kind of module: LoRA and its kin are a `delta` each."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tanzaku.core.method import ModuleLayer
+from tanzaku.models.quantize import full_weight
+
+
+class WeightDelta(ModuleLayer):
+    """y + f(x; delta), where f is what the module does with its weight: the same as a module with weight W + delta.
+
+    The module's own weight is not read, so that it may be quantised or kept elsewhere. A method overrides
+    :meth:`delta`, and :meth:`outputs` if there is a cheaper way than by the whole matrix.
+
+    Attributes:
+        dropout: probability of dropping a number that the change reads, in training.
+    """
+
+    dropout: float = 0.0
+
+    def delta(self, module: nn.Module) -> Tensor:
+        """The change as a linear layer would hold it: (out, in); of a convolution (out, in / groups, *kernel); of an
+        embedding (width, tokens)."""
+        raise TypeError(f"{type(self).__name__} defines no delta()")
+
+    def dropped(self, module: nn.Module, x: Tensor, like: Tensor) -> Tensor:
+        """What the change reads, in the type of its parameters."""
+        return F.dropout(x.to(like.dtype), self.dropout, module.training)
+
+    def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        delta = self.delta(module)
+        if isinstance(module, nn.Embedding):
+            # Some models scale embedded tokens inside of the module.
+            change = F.embedding(x, delta.t(), module.padding_idx) * getattr(module, "embed_scale", 1.0)
+        elif isinstance(module, nn.Conv2d):
+            x = self.dropped(module, x, delta)
+            padding = cast(Any, module.padding)
+            change = F.conv2d(x, delta, None, module.stride, padding, module.dilation, module.groups)
+        else:
+            change = F.linear(self.dropped(module, x, delta), delta)
+        return (y + change).to(y.dtype)
+
+    def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
+        weight = full_weight(module)
+        delta = self.delta(module).to(weight.dtype)
+        return {"weight": weight + (delta.t() if isinstance(module, Conv1D | nn.Embedding) else delta)}
