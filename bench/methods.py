@@ -17,6 +17,8 @@ def content() -> str:
     methods = [
         {
             "name": method.name,
+            "class": method.__name__,
+            "by_default": method.by_default,
             "peft_type": method.peft_type,
             "mergeable": method.mergeable,
             "learning_rate": method.learning_rate,

@@ -35,6 +35,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"r": 2, "rank_pattern": {"layers.1.self_attn.q_proj": 3}, "bias": "lora_only"},
     "adalora": {"init_r": 3, "target_r": 2},
     "llama_adapter": {"adapter_len": 4, "adapter_layers": 1},
+    "bitfit": {"bias_scope": "add"},
+    "ln_tuning": {},
     "full": {},
 }
 # What is put in the place of a value, or of a part of it.

@@ -276,6 +276,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "p_tuning": {"num_virtual_tokens": 3},
     "prefix_tuning": {"num_virtual_tokens": 3},
     "llama_adapter": {"adapter_len": 3, "adapter_layers": 1},
+    "bitfit": {"bias_scope": "add"},
+    "ln_tuning": {},
     "full": {},
     "head": {},
 }

@@ -21,3 +21,9 @@ def test_every_room_says_what_it_is(room: Path) -> None:
     said = (room / "__init__.py").read_text(encoding="utf-8").split('"""')[1]
     assert len(said.split()) >= 8
     assert f"`{room.name}/" in (ROOT / "docs/design.md").read_text(encoding="utf-8")
+
+
+def test_the_method_in_the_docs_is_the_one_that_runs() -> None:
+    page = (ROOT / "docs" / "add_a_method.md").read_text(encoding="utf-8")
+    method = (ROOT / "src" / "tanzaku" / "methods" / "ln_tuning.py").read_text(encoding="utf-8")
+    assert f"```python\n{method}```" in page

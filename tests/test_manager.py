@@ -1,5 +1,8 @@
 """Attaching, routing, activating, counting, detaching."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +12,11 @@ import tanzaku as tz
 from close import assert_close, close
 from models import batch, tiny
 from tanzaku.core.manager import manager_of
+from tanzaku.core.method import AdapterLayer, ModuleLayer, Place
 from tanzaku.methods import METHODS
+from tanzaku.support.refs import Ref
+
+SMALL = {"llama_adapter": {"adapter_layers": 1}, "adalora": {"init_r": 8}, "bitfit": {"bias_scope": "add"}}
 
 
 def opened(model, method, name, value=0.1):
@@ -54,7 +61,7 @@ def test_count_of_a_billion_parameters_without_memory():
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_counts_on_meta_as_on_a_device(name):
     """No method needs the base's values to be counted."""
-    settings = {"llama_adapter": {"adapter_layers": 1}, "adalora": {"init_r": 8}}.get(name, {})
+    settings = SMALL.get(name, {})
     real = tiny("llama")
     with torch.device("meta"):
         empty = type(real)(real.config)
@@ -79,7 +86,7 @@ def test_count_of_the_active_adapter_counts_it_once(model):
 @pytest.mark.parametrize("name", METHODS)
 def test_activate_shows_parameters_to_optimizers(model, name):
     """Adapters stand below `tanzaku.NAME`; those that are active require gradients and are in the state_dict."""
-    settings = {"llama_adapter": {"adapter_layers": 1}, "adalora": {"init_r": 8}}.get(name, {})
+    settings = SMALL.get(name, {})
     keys, base = list(model.state_dict()), [key for key, _ in model.named_parameters()]
     adapter = tz.attach(model, METHODS[name].from_settings(settings), "mine")
     tz.attach(model, tz.LoRA(r=1), "other")
@@ -281,7 +288,7 @@ def test_a_seed_draws_the_same_weights_whatever_came_before(model):
 @pytest.mark.parametrize("name", METHODS)
 def test_an_adapter_follows_its_model_to_another_device(name):
     """After model.to("meta") the adapter's tensors are moved when routed; there is no mix of devices."""
-    settings = {"llama_adapter": {"adapter_layers": 1}, "adalora": {"init_r": 8}}.get(name, {})
+    settings = SMALL.get(name, {})
     model = tiny("llama")
     adapter = tz.attach(model, METHODS[name].from_settings(settings), "x")
     model.to("meta")
@@ -324,3 +331,53 @@ def test_a_heads_weights_are_never_left_out_of_the_file(modules, tmp_path):
     given = batch(one)
     with torch.no_grad(), tz.route(one, ["a"]), tz.route(other, ["a"]):
         assert_close(one(**given).logits, other(**given).logits)
+
+
+@dataclass
+class Mean(tz.Method):
+    """Half of what another adapter adds at each of its sites."""
+
+    name = "mean"
+    peft_type = "MEAN"
+    paper = summary = "-"
+    of: str = ""
+
+    def uses(self) -> list[str]:
+        return [self.of]
+
+    def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
+        for path, layer in place.adapters[self.of].at():
+            if isinstance(layer, ModuleLayer):
+                yield path, Half(layer)
+
+
+class Half(ModuleLayer):
+    def __init__(self, layer: ModuleLayer):
+        super().__init__()
+        self.gate = nn.Parameter(torch.tensor(0.5))
+        self.layer = Ref(layer)
+
+    def outputs(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        layer = self.layer()
+        assert layer is not None
+        return y + self.gate * (layer.outputs(module, x, y) - y)
+
+
+def test_an_adapter_that_uses_another() -> None:
+    """It reads the other's layers, owns none of them, and keeps the other attached."""
+    model = tiny("llama", "lm")
+    lora = tz.attach(model, tz.LoRA(r=2, init_lora_weights=False), "lora", seed=0)
+    half = tz.attach(model, Mean("lora"), "half")
+    owned = {id(p) for p in lora.parameters()}
+    assert owned.isdisjoint(id(p) for p in half.parameters()) and len(half.trained()) == len([*lora.at()])
+    twin = tiny("llama", "lm")
+    tz.attach(twin, tz.LoRA(r=2, init_lora_weights=False, lora_alpha=4), "lora", seed=0)
+    tz.activate(model, "half")
+    tz.activate(twin, "lora")
+    assert_close(compute(model), compute(twin))
+    with pytest.raises(tz.TanzakuError, match="lora cannot be detached while 'half' uses it: detach 'half' first"):
+        tz.detach(model, "lora")
+    tz.detach(model, "half")
+    tz.detach(model, "lora")
+    with pytest.raises(tz.TanzakuError, match="no adapter named 'gone'"):
+        tz.attach(model, Mean("gone"), "x")

@@ -21,7 +21,11 @@ from tanzaku.train.scheduler import train_jobs
 from tanzaku.train.settings import TrainSettings
 from task_data import task
 
-SETTINGS: dict[str, dict[str, Any]] = {"llama_adapter": {"adapter_layers": 1}, "adalora": {"init_r": 2, "target_r": 1}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "llama_adapter": {"adapter_layers": 1},
+    "adalora": {"init_r": 2, "target_r": 1},
+    "bitfit": {"bias_scope": "add"},
+}
 ENCODER = {"encoder_reparameterization_type": "LSTM", "encoder_num_layers": 2, "encoder_dropout": 0.5}
 
 

@@ -14,7 +14,7 @@ import tanzaku as tz
 from close import GRADIENT, assert_close
 from models import batch, tiny
 from tanzaku.core.manager import manager_of
-from tanzaku.core.method import AdapterLayer, ModuleLayer, trainable
+from tanzaku.core.method import AdapterLayer, ModuleLayer, Place, trainable
 from tanzaku.core.shared import Shared
 from tanzaku.support.refs import Ref
 
@@ -55,7 +55,8 @@ class Hyper(tz.Method):
     paper = summary = "-"
     target: str = "v_proj"
 
-    def build(self, base: Any) -> Iterator[tuple[str, AdapterLayer]]:
+    def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
+        base = place.base
         found = base.targets([self.target])
         yield "", (network := Network(found[0][1].weight, len(found)))
         for number, (path, _) in enumerate(found):

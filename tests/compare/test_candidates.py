@@ -299,7 +299,9 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 
 # Settings beside which the default space must be valid at every corner.
-BESIDE = [(name, {"adapter_layers": 1} if name == "llama_adapter" else {}) for name in METHODS]
+BESIDE = [
+    (name, {"llama_adapter": {"adapter_layers": 1}, "bitfit": {"bias_scope": "add"}}.get(name, {})) for name in METHODS
+]
 BESIDE += [("adalora", {"init_r": init_r}) for init_r in (1, 2, 8, 20, {"choice": [4, 2]}, {"low": 3, "high": 8})]
 BESIDE += [("adalora", {"init_r": 2, "target_r": 0.5}), ("lora", {"init_lora_weights": "orthogonal"})]
 BESIDE += [("lora", {"init_lora_weights": {"choice": ["orthogonal", True]}}), ("lora", {"use_rslora": True})]

@@ -68,7 +68,11 @@ def test_a_classifier_s_card(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_who_can_load_it(name: str, tmp_path: Path) -> None:
     method = METHODS[name](
-        **{"llama_adapter": {"adapter_layers": 2}, "prefix_tuning": {"num_virtual_tokens": 2}}.get(name, {})
+        **{
+            "llama_adapter": {"adapter_layers": 2},
+            "prefix_tuning": {"num_virtual_tokens": 2},
+            "bitfit": {"bias_scope": "add"},
+        }.get(name, {})
     )
     text = saved(tmp_path / "a", method, "lm")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text(encoding="utf-8"))

@@ -22,6 +22,7 @@ CONFIGS: dict[str, type[peft.PeftConfig]] = {
     "prefix_tuning": peft.PrefixTuningConfig,
     "ia3": peft.IA3Config,
     "llama_adapter": peft.AdaptionPromptConfig,
+    "ln_tuning": peft.LNTuningConfig,
 }
 
 # One plain choice of settings a method; PEFT asks AdaLoRA for the number of steps, and LLaMA-Adapter for its sizes.
@@ -33,6 +34,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "prefix_tuning": {"num_virtual_tokens": 3},
     "ia3": {},
     "llama_adapter": {"adapter_layers": 1, "adapter_len": 4},
+    "ln_tuning": {},
 }
 SOFT_PROMPTS = ("prompt_tuning", "p_tuning")
 PROMPT_LEARNING = (*SOFT_PROMPTS, "prefix_tuning")

@@ -304,7 +304,7 @@ def test_peft_names_the_type_that_it_does_not_have(name: str, tmp_path: Path) ->
     """A method that only Tanzaku has is written in the same form, under a type of its own, which PEFT refuses."""
     base = tiny("llama", "cls")
     fresh = copy.deepcopy(base)
-    tz.attach(base, tz.METHODS[name](), "a", seed=0)
+    tz.attach(base, tz.METHODS[name](**{"bitfit": {"bias_scope": "add"}}.get(name, {})), "a", seed=0)
     tz.save(base, "a", tmp_path / "a")
     with pytest.raises(KeyError, match=tz.METHODS[name].peft_type):
         reopened(fresh, tmp_path / "a")

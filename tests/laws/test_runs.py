@@ -82,7 +82,8 @@ def test_every_method_in_a_worker_process(name, tmp_path):
 )
 def test_a_base_with_dropout(kind, drop, name, tmp_path):
     """The base draws dropout masks too, for hidden states and attention: each job's are its own."""
-    job = Job("this", method(name), settings(epochs=1))
+    # A bias of keys that are not rotated changes no attention: its gradient is rounding, which Adam would blow up.
+    job = Job("this", method(name), settings(epochs=1, adam_epsilon=1e-5))
     assert_same_run(lambda: tiny(kind, "cls", num_labels=2, **drop), job, tmp_path)
 
 

@@ -58,6 +58,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "default": {"adapter_len": 4, "adapter_layers": 1},
         "every-layer": {"adapter_len": 6, "adapter_layers": 2},
     },
+    "bitfit": {"default": {"bias_scope": "add"}, "all": {}, "query_up": {"bias_scope": "query_up"}},
+    "ln_tuning": {"default": {}, "one": {"target_modules": ["post_attention_layernorm"]}},
     "full": {"default": {}},
     "head": {"default": {}},
 }

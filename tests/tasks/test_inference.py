@@ -35,6 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "p_tuning": {"num_virtual_tokens": 2},
     "prefix_tuning": {"num_virtual_tokens": 4},
     "llama_adapter": {"adapter_len": 4, "adapter_layers": 1},
+    "bitfit": {"bias_scope": "add"},
 }
 SHARING = [name for name, method in METHODS.items() if method.shares_batch]
 LENGTHS = (5, 1, 9, 2, 9, 3, 7)

@@ -42,6 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "p_tuning": {"encoder_reparameterization_type": "LSTM", "encoder_dropout": 0.3},
     "prefix_tuning": {"prefix_projection": True},
     "llama_adapter": {"adapter_len": 4, "adapter_layers": 1},
+    "bitfit": {"bias_scope": "add"},
 }
 
 

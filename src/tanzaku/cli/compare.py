@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from tanzaku.cli.flags import recipe_flags
+from tanzaku.cli.methods import by_default
 from tanzaku.cli.resume import DRY_RUN, begin, resumed, switch
 from tanzaku.cli.run import Interrupted, rehearse, sitting
 from tanzaku.errors import TanzakuError
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from tanzaku.core.method import Method
     from tanzaku.train.settings import TrainSettings
 
-DEFAULT = ("lora", "adalora", "prompt_tuning", "p_tuning", "prefix_tuning", "ia3", "llama_adapter", "head")
 REPORT, EPOCHS = "report.html", "epochs.parquet"
 
 
@@ -29,9 +29,11 @@ REPORT, EPOCHS = "report.html", "epochs.parquet"
 def compare(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: bool, dry_run: bool) -> None:
     """Train many candidates at once, and say which is better.
 
-    All share one frozen model and its steps. Where no method is named, every one but full is a candidate.
+    All share one frozen model and its steps. Where no method is named, those that suit any model are
+    candidates, but for full fine-tuning.
     """
-    recipe = resumed("compare", file, flags, DEFAULT) if resume else build_recipe(file, flags, DEFAULT)
+    default = by_default()
+    recipe = resumed("compare", file, flags, default) if resume else build_recipe(file, flags, default)
     if dry_run:
         return rehearse("compare", recipe, _every(recipe)[2])
     run_comparison("compare", recipe, overwrite, resume)

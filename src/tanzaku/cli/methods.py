@@ -17,9 +17,8 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="for programs, 
     """
     from tanzaku.cli.display import Display
 
-    table = (resources.files("tanzaku") / "methods" / "methods.json").read_text(encoding="utf-8")
     if as_json:
-        typer.echo(table, nl=False)
+        typer.echo(_table(), nl=False)
         return
     rows = [
         [
@@ -30,6 +29,15 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="for programs, 
             method["paper"],
             method["summary"],
         ]
-        for method in json.loads(table)
+        for method in json.loads(_table())
     ]
     Display().table(["name", "PEFT type", "merges", "learning rate", "paper", "what it does"], rows)
+
+
+def by_default() -> tuple[str, ...]:
+    """Names of the candidates of a comparison that names none."""
+    return tuple(method["name"] for method in json.loads(_table()) if method["by_default"])
+
+
+def _table() -> str:
+    return (resources.files("tanzaku") / "methods" / "methods.json").read_text(encoding="utf-8")

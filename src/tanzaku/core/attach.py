@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tanzaku.core.adapter import Adapter
 from tanzaku.core.manager import AdapterManager, find_manager, manager_of
-from tanzaku.core.method import AdapterLayer, Method, offloaded
+from tanzaku.core.method import AdapterLayer, Method, Place, offloaded
 from tanzaku.core.programs import serve
 from tanzaku.core.routing import Entry, Route
 from tanzaku.core.survey import of_use
@@ -61,7 +61,8 @@ def attach(model: nn.Module, method: Method, name: str = "default", *, seed: int
     method = copy.deepcopy(method)
     method.check_finite()
     with _at_home(manager.base), seeded(seed, (p.device for p in model.parameters())):
-        layers = [*method.build(manager.base)]
+        place = Place(manager.base, {each: manager.get(each) for each in method.uses()})
+        layers = [*method.build(place)]
         layers += _extra(manager.base, method, layers)
     if not layers:
         raise TanzakuError(f"{method.name} found no site in {type(model).__name__}")
@@ -155,6 +156,9 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     """Take an adapter off (all without a name). With the last one the base is unfrozen and has no hook left."""
     manager = manager_of(model)
     names = list(manager.adapters) if name is None else [manager.get(name).name]
+    for each, adapter in manager.adapters.items():
+        if each not in names and (used := [other for other in adapter.method.uses() if other in names]):
+            raise TanzakuError(f"{listed(used)} cannot be detached while {each!r} uses it: detach {each!r} first")
     manager.mend()
     manager.end(names)
     for each in names:

@@ -179,6 +179,19 @@ class Attached(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where an adapter is built.
+
+    Args:
+        base: the frozen model.
+        adapters: those that the method's :meth:`Method.uses` names.
+    """
+
+    base: Base
+    adapters: Mapping[str, Attached] = field(default_factory=dict)
+
+
 @dataclass
 class Method:
     """Settings of a method, by HF PEFT's field names where PEFT has it."""
@@ -193,6 +206,8 @@ class Method:
     lengthens_rows: ClassVar[bool] = False  # by num_virtual_tokens, which go through every layer
     covers_head: ClassVar[bool] = False  # the method's own adapter layers say what of the head is trained
     file_prefix: ClassVar[str] = "base_model.model."
+    in_peft: ClassVar[bool] = True  # False: HF PEFT has the method under no name
+    by_default: ClassVar[bool] = True  # a candidate of a comparison that names none
     learning_rate: ClassVar[float] = 1e-3  # where none is given; each method says where its own is from
     space: ClassVar[Spaces] = spaces(learning_rate=Range(1e-5, 1e-2, log=True))  # what a search draws; see open_space
 
@@ -204,9 +219,13 @@ class Method:
     task_type: str | None = field(default=None, kw_only=True)
     inference_mode: bool = field(default=False, kw_only=True)
 
-    def build(self, base: Base) -> Iterator[tuple[str, AdapterLayer]]:
+    def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
         """Yield (path of the site's module, layer). Token layers and what layers share have the path ""."""
         raise TypeError(f"{type(self).__name__} defines no build()")
+
+    def uses(self) -> Sequence[str]:
+        """Names of attached adapters that this one reads, and that stay attached as long as it is."""
+        return ()
 
     def heads(self, base: Base) -> list[Part]:
         """The parts of the model that the adapter has its own copy of, whatever `modules_to_save` names."""
@@ -256,6 +275,10 @@ class Method:
     def file_type(self, base: Base) -> str:
         """The name that files carry: PEFT's, unless PEFT would read the same file to another effect."""
         return self.peft_type
+
+    def to_peft(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The adapter_config.json of an adapter, from its settings, as HF PEFT can read it."""
+        return config
 
     def prepare(self, adapter: Attached, total_steps: int) -> None:
         """Called once before training, with the number of optimizer steps to come."""

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tanzaku.core.method import AdapterLayer, ModuleLayer
-from tanzaku.core.weights import WeightCopy, with_weight
+from tanzaku.core.weights import WeightCopy, with_tensors
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models import tree
 from tanzaku.models.families import Base, features
@@ -454,7 +454,7 @@ def _looks_up(module: nn.Module) -> bool:
     for given in ((ids,), (ids.shape,), (ids.shape, ids.device)):
         try:
             once, twice = (
-                next(x for _, x in tensors(type(module).forward(with_weight(module, table), *given)))
+                next(x for _, x in tensors(type(module).forward(with_tensors(module, {"weight": table}), *given)))
                 for table in (weight, weight * 2)
             )
         except Exception:  # it reads something else

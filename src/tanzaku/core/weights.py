@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,6 +20,7 @@ from tanzaku.core.method import AdapterLayer, ModuleLayer, offloaded, trainable
 from tanzaku.core.routing import Rows, put, take
 from tanzaku.errors import TanzakuError
 from tanzaku.models import tree
+from tanzaku.models.families import features, weight_of
 from tanzaku.models.quantize import plain
 
 
@@ -186,6 +189,53 @@ class BiasCopy(ModuleLayer):
         return {"bias": self.bias.detach().clone()}
 
 
+class AddedBias(ModuleLayer):
+    """A bias of zeros for a module with a matrix and none of its own."""
+
+    def __init__(self, module: nn.Module, path: str):
+        super().__init__()
+        self.bias = trainable(features(module, path)[1], like=weight_of(module))
+
+    def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.bias.to(y.dtype)
+
+
+class ParameterCopy(ModuleLayer):
+    """The adapter's own parameters of a small module, such as a norm, which is computed anew with them for the rows
+    routed here. A `WeightCopy`, by contrast, is for what a batch should not compute twice.
+
+    Args:
+        place: what stands before their names in files.
+    """
+
+    def __init__(self, module: nn.Module, place: str):
+        super().__init__()
+        self.place = place
+        found = {name: _at_hand(module, name).detach() for name, p in module._parameters.items() if p is not None}
+        own = {n: trainable(*t.shape, like=t, fill=partial(_copied, t)) for n, t in found.items()}
+        self.add_module(place, nn.ParameterDict(own))
+        self.reads_call = len(inspect.signature(module.forward).parameters) > 1  # type: ignore[misc]  # and a gate, say
+
+    @property
+    def own(self) -> dict[str, nn.Parameter]:
+        """The module's names -> the adapter's parameters."""
+        return dict(cast(nn.ParameterDict, getattr(self, self.place)).items())
+
+    def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return self.outputs_of(module, (x,), {}, y)
+
+    def outputs_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        own = {name: as_used(p, module._parameters[name]) for name, p in self.own.items()}
+        return cast(Tensor, type(module).forward(with_tensors(module, own), *args, **kwargs)).to(y.dtype)
+
+    def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
+        return {name: p.detach().clone() for name, p in self.own.items()}
+
+
+def _copied(own: Tensor, into: Tensor) -> None:
+    into.copy_(own)
+
+
 def rows_in(given: Any, at: Callable[[int], Rows], path: str) -> Any:
     """What a module is given (tensors, or what holds some), for the rows of one stack alone.
 
@@ -226,11 +276,11 @@ def rows_put(output: Any, part: Any, at: Callable[[int], Rows], path: str) -> An
     return tree_map(joined, output, part)
 
 
-def with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
-    """A module like this one with another weight, of which the rest is shared. The module itself stays as it is, since
-    somebody else may run it meanwhile."""
+def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A module like this one with other tensors of its own, of which the rest is shared. The module itself stays as it
+    is, since somebody else may run it meanwhile."""
     twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__, _parameters={**module._parameters, "weight": weight})
+    twin.__dict__.update(module.__dict__, _parameters={**module._parameters, **tensors})
     return twin
 
 

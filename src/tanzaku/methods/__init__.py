@@ -1,36 +1,36 @@
-"""The methods, one file each, and their registry. Adding a method is a file and a line here."""
+"""The methods, one file each, and their registry. Adding a method is a file and, here, its name twice."""
 
 from __future__ import annotations
 
 from tanzaku.core.method import Method
 from tanzaku.errors import TanzakuError, nearest
-from tanzaku.methods.adalora import AdaLoRA
-from tanzaku.methods.full import Full
-from tanzaku.methods.head import Head
-from tanzaku.methods.ia3 import IA3
-from tanzaku.methods.llama_adapter import LlamaAdapter
-from tanzaku.methods.lora import LoRA
-from tanzaku.methods.p_tuning import PTuning
-from tanzaku.methods.prefix_tuning import PrefixTuning
-from tanzaku.methods.prompt_tuning import PromptTuning
-
-__all__ = [
-    "IA3",
-    "METHODS",
-    "AdaLoRA",
-    "Full",
-    "Head",
-    "LlamaAdapter",
-    "LoRA",
-    "PTuning",
-    "PrefixTuning",
-    "PromptTuning",
-    "method_named",
-]
+from tanzaku.methods.adalora import AdaLoRA as AdaLoRA
+from tanzaku.methods.bitfit import BitFit as BitFit
+from tanzaku.methods.full import Full as Full
+from tanzaku.methods.head import Head as Head
+from tanzaku.methods.ia3 import IA3 as IA3
+from tanzaku.methods.llama_adapter import LlamaAdapter as LlamaAdapter
+from tanzaku.methods.ln_tuning import LNTuning as LNTuning
+from tanzaku.methods.lora import LoRA as LoRA
+from tanzaku.methods.p_tuning import PTuning as PTuning
+from tanzaku.methods.prefix_tuning import PrefixTuning as PrefixTuning
+from tanzaku.methods.prompt_tuning import PromptTuning as PromptTuning
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (LoRA, AdaLoRA, PromptTuning, PTuning, PrefixTuning, IA3, LlamaAdapter, Full, Head)
+    for method in (
+        LoRA,
+        AdaLoRA,
+        PromptTuning,
+        PTuning,
+        PrefixTuning,
+        IA3,
+        LlamaAdapter,
+        BitFit,
+        LNTuning,
+        Full,
+        Head,
+    )
 }
 
 

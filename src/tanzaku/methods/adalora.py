@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tanzaku.core.delta import WeightDelta
-from tanzaku.core.method import AdapterLayer, Attached, trainable
+from tanzaku.core.method import AdapterLayer, Attached, Place, trainable
 from tanzaku.core.space import Choice, Range, ends, spaces
 from tanzaku.methods.lora import LoRA, low_rank
-from tanzaku.models.families import Base, features, weight_of
+from tanzaku.models.families import features, weight_of
 
 
 class SvdDelta(WeightDelta):
@@ -132,7 +132,8 @@ class AdaLoRA(LoRA):
             space["target_r"] = Choice(below or ends(space["target_r"]))
         return space
 
-    def build(self, base: Base) -> Iterator[tuple[str, AdapterLayer]]:
+    def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
+        base = place.base
         self.check()
         self.require(self.init_r > 0, f"init_r={self.init_r}", "a rank of 1 or more")
         self.require(0 < self.target_r <= self.init_r, f"target_r={self.target_r}", f"above 0, up to {self.init_r}")
@@ -149,6 +150,11 @@ class AdaLoRA(LoRA):
                 layer.mask = torch.tensor(keep, dtype=torch.bool)
             yield path, layer
         yield from self.biases(base, [path for path, _ in found])
+
+    def to_peft(self, config: dict[str, Any]) -> dict[str, Any]:
+        # PEFT reads no file without a number, though only a training run uses it; here each sets its own.
+        steps = config["total_step"]
+        return {**config, "total_step": self.tinit + self.tfinal + 1 if steps is None else steps}
 
     # -- training
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tanzaku.core.method import AdapterLayer, Method
+from tanzaku.core.method import AdapterLayer, Method, Place
 from tanzaku.core.space import Range, spaces
 from tanzaku.core.weights import copy_of
-from tanzaku.models.families import Base
 
 
 @dataclass
@@ -21,6 +20,8 @@ class Full(Method):
     name = "full"
     peft_type = "FULL"
     paper = "-"
+    in_peft = False
+    by_default = False
     summary = "every weight; memory for weights, gradients and two moments"
     learning_rate = 2e-5  # BERT (arXiv 1810.04805): 2e-5 to 5e-5.
     # BERT's authors tried 2e-5 to 5e-5; above 1e-4 pretrained weights are soon lost.
@@ -29,6 +30,7 @@ class Full(Method):
     covers_head = True
     mergeable = True
 
-    def build(self, base: Base) -> Iterator[tuple[str, AdapterLayer]]:
+    def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
+        base = place.base
         self.require(not self.modules_to_save, "modules_to_save", "none: every module is trained")
         yield "", copy_of(base.model)

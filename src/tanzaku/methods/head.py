@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tanzaku.core.method import AdapterLayer, Method
+from tanzaku.core.method import AdapterLayer, Method, Place
 from tanzaku.core.space import Range, spaces
 from tanzaku.core.weights import copy_of
 from tanzaku.models import tree
@@ -29,6 +29,7 @@ class Head(Method):
     name = "head"
     peft_type = "HEAD"
     paper = "-"
+    in_peft = False
     summary = "the classifier's head alone, on frozen features"
     learning_rate = 1e-3  # Adam's own (arXiv 1412.6980); a linear head has no depth to spoil.
     # A linear model on fixed features has no pretrained weights to lose: it takes steps that adapters do not.
@@ -38,7 +39,8 @@ class Head(Method):
 
     target_modules: list[str] | None = None
 
-    def build(self, base: Base) -> Iterator[tuple[str, AdapterLayer]]:
+    def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
+        base = place.base
         if self._copies is not None:
             return  # a file says what they are
         tied: dict[int, Tensor] = {}

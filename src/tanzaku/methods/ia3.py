@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tanzaku.core.method import AdapterLayer, Method, ModuleLayer, trainable
+from tanzaku.core.method import AdapterLayer, Method, ModuleLayer, Place, trainable
 from tanzaku.core.routing import in_equal_shares
 from tanzaku.core.space import Range, spaces
-from tanzaku.models.families import Base, features, weight_of
+from tanzaku.models.families import features, weight_of
 from tanzaku.models.quantize import full_weight
 
 
@@ -107,7 +107,8 @@ class IA3(Method):
     fan_in_fan_out: bool = False
     init_ia3_weights: bool = True
 
-    def build(self, base: Base) -> Iterator[tuple[str, AdapterLayer]]:
+    def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
+        base = place.base
         if self.target_modules is None:
             self.target_modules = base.defaults(self.name, self.targets)
             if self.feedforward_modules is None:

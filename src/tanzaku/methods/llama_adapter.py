@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanzaku.core.method import AdapterLayer, AttentionCall, AttentionLayer, Method, trainable
+from tanzaku.core.method import AdapterLayer, AttentionCall, AttentionLayer, Method, Place, trainable
 from tanzaku.core.quiet import quiet
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.errors import TanzakuError
@@ -81,7 +82,12 @@ class LlamaAdapter(Method):
     adapter_layers: int | None = None
     target_modules: str | None = None
 
-    def build(self, base: Base) -> Iterator[tuple[str, AdapterLayer]]:
+    def to_peft(self, config: dict[str, Any]) -> dict[str, Any]:
+        # PEFT's own has the setting only where it names something.
+        return {key: value for key, value in config.items() if key != "modules_to_save" or value}
+
+    def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
+        base = place.base
         self.require(self.adapter_len > 0, f"adapter_len={self.adapter_len}", "1 or more")
         layers = base.attention_layers()
         if self.adapter_layers is None:

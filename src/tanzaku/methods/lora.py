@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tanzaku.core.delta import WeightDelta
-from tanzaku.core.method import AdapterLayer, Method, trainable
+from tanzaku.core.method import AdapterLayer, Method, Place, trainable
 from tanzaku.core.routing import in_equal_shares, split
 from tanzaku.core.space import Choice, Range, ends, spaces
 from tanzaku.core.survey import tensors
-from tanzaku.core.weights import BiasCopy, with_weight
+from tanzaku.core.weights import BiasCopy, with_tensors
 from tanzaku.errors import TanzakuError
 from tanzaku.files.patterns import groups_of
 from tanzaku.models import tree
@@ -216,7 +216,7 @@ class LoraEmbedding(WeightDelta):
         return (y + (change if scale is None else change * scale)).to(y.dtype)
 
     def outputs_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
-        h = type(module).forward(with_weight(module, self.lora_embedding_A.t()), *args, **kwargs)
+        h = type(module).forward(with_tensors(module, {"weight": self.lora_embedding_A.t()}), *args, **kwargs)
         h = next(x for _, x in tensors(h))
         return (y + h @ self.lora_embedding_B.t() * self.scaling).to(y.dtype)
 
@@ -272,7 +272,8 @@ class LoRA(Method):
             space["r"] = Choice(tuple(r for r in ends(space["r"]) if r % 2 == 0))
         return space
 
-    def build(self, base: Base) -> Iterator[tuple[str, AdapterLayer]]:
+    def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
+        base = place.base
         self.check()
         found = self.find(base)
         for key in (*self.rank_pattern, *self.alpha_pattern):

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tanzaku.core.method import AdapterLayer, TokenLayer, home
+from tanzaku.core.method import AdapterLayer, Place, TokenLayer, home
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.core.tokens import check_entrance
 from tanzaku.methods.prompt_tuning import PromptLayer, PromptLearning
-from tanzaku.models.families import Base, weight_of
+from tanzaku.models.families import weight_of
 from tanzaku.support.refs import Ref
 
 
@@ -84,7 +84,8 @@ class PTuning(PromptLearning):
     encoder_num_layers: int = 2
     encoder_dropout: float = 0.0
 
-    def build(self, base: Base) -> Iterator[tuple[str, AdapterLayer]]:
+    def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
+        base = place.base
         check_entrance(base)
         self.check(base)
         kind = self.encoder_reparameterization_type.upper().rsplit(".", 1)[-1]

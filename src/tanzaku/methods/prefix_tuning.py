@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanzaku.core.method import AdapterLayer, AttentionCall, AttentionLayer, home
+from tanzaku.core.method import AdapterLayer, AttentionCall, AttentionLayer, Place, home
 from tanzaku.core.shared import Shared
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.errors import TanzakuError
@@ -149,12 +149,19 @@ class PrefixTuning(PromptLearning):
     prefix_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
 
+    def to_peft(self, config: dict[str, Any]) -> dict[str, Any]:
+        # What the prefix began with is in its tensors.
+        return {
+            key: value for key, value in config.items() if key not in ("prefix_init_text", "tokenizer_name_or_path")
+        }
+
     def file_type(self, base: Base) -> str:
         # PEFT's reading of an encoder-decoder's prefix leaves half of an even number of layers' slots unused.
         ours = base.encoder_decoder and self.num_transformer_submodules == 1
         return f"TANZAKU_{self.peft_type}" if ours else self.peft_type
 
-    def build(self, base: Base) -> Iterator[tuple[str, AdapterLayer]]:
+    def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
+        base = place.base
         submodules = self.num_transformer_submodules or 1
         found = base.attention_layers()
         if states := base.structure.remembers:

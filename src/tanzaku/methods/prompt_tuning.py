@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tanzaku.core.method import AdapterLayer, Method, TokenLayer, trainable
+from tanzaku.core.method import AdapterLayer, Method, Place, TokenLayer, trainable
 from tanzaku.core.positions import room
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.core.tokens import check_entrance
@@ -91,7 +91,8 @@ class PromptTuning(PromptLearning):
     tokenizer_name_or_path: str | None = None
     tokenizer_kwargs: dict[str, Any] | None = None
 
-    def build(self, base: Base) -> Iterator[tuple[str, AdapterLayer]]:
+    def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
+        base = place.base
         check_entrance(base)
         self.check(base)
         table = base.embedding

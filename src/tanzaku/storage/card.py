@@ -27,7 +27,6 @@ from tanzaku.tasks import task_in
 from tanzaku.tasks.task import LOSS, Task
 
 CARD = "README.md"
-ONLY_HERE = ("full", "head")  # methods that PEFT has under no name
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _EMBEDDED, _EMBEDDED_ID = "embedded", "google/gemma-3-270m"
@@ -53,7 +52,7 @@ def card(
         tensors: those of its file.
         known: whether transformers has the class of the model, and Tanzaku did not make one for the task.
     """
-    ours = str(config["peft_type"]).startswith("TANZAKU_") or method.name in ONLY_HERE
+    ours = str(config["peft_type"]).startswith("TANZAKU_") or not method.in_peft
     numbers = sum(tensor.numel() for tensor in tensors.values())
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     hub, base = _base(str(meta.get("model") or config.get("base_model_name_or_path") or ""))

@@ -524,7 +524,7 @@ def config_of(manager: AdapterManager, adapter: Adapter) -> dict[str, Any]:
     # Whole paths: of a mere name PEFT takes all that ends with it, "norm" for "input_layernorm" too.
     copies = {path: s for path, s in adapter.at() if isinstance(s, WeightCopy)}
     whole = [path for path, s in copies.items() if path and s.trained]
-    if whole and method.name not in _ONLY_HERE:
+    if whole and method.in_peft:
         settings["modules_to_save"] = whole
     if task in _NEEDS_HEAD and method.trains_head and method.file_prefix == Method.file_prefix:
         # By these tasks PEFT takes the head from the file, and cannot read one without; by none it leaves the base's.
@@ -533,7 +533,7 @@ def config_of(manager: AdapterManager, adapter: Adapter) -> dict[str, Any]:
         # Where the task does not tell, PEFT's AutoPeftModel reads the base's class here.
         settings["auto_mapping"] = {"base_model_class": own, "parent_library": type(manager.model).__module__}
     kind = method.file_type(manager.base)
-    if "" in copies and method.name not in _ONLY_HERE and not kind.startswith(_OURS):
+    if "" in copies and method.in_peft and not kind.startswith(_OURS):
         kind = _OURS + kind  # parameters of the model itself, which PEFT cannot name
     settings.update(
         peft_type=kind,
@@ -541,20 +541,10 @@ def config_of(manager: AdapterManager, adapter: Adapter) -> dict[str, Any]:
         base_model_name_or_path=getattr(manager.model, "name_or_path", "") or None,
         inference_mode=True,
     )
-    if method.name not in _ONLY_HERE:
-        settings = {k: v for k, v in settings.items() if k not in ("prefix_init_text",)}
-        if method.name == "prefix_tuning":
-            settings.pop("tokenizer_name_or_path", None)
-        if method.name == "llama_adapter" and not settings["modules_to_save"]:
-            settings.pop("modules_to_save")
-        if settings.get("total_step", 0) is None:
-            # PEFT reads no file without a number, though only a training run uses it; here each sets its own.
-            settings["total_step"] = settings["tinit"] + settings["tfinal"] + 1
-    return settings
+    return method.to_peft(settings)
 
 
 _OURS = "TANZAKU_"
-_ONLY_HERE = {"full", "head"}
 _HEADS = ("classifier", "score", "qa_outputs")
 _NEEDS_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 

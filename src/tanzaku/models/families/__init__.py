@@ -228,6 +228,25 @@ class Base:
             warnings.warn(f"{text} target_modules={targets!r}", stacklevel=5)
         return targets
 
+    def norms(self, skip: Callable[[str], bool]) -> list[str] | str:
+        """Targets that are every norm with a gain, in the language model where there are towers.
+
+        Args:
+            skip: whether a path is none of them.
+
+        Raises:
+            TanzakuError: the model has none.
+        """
+        paths = [path for path in self.norm_paths if path.startswith(self._language) and not skip(path)]
+        if not paths:
+            raise TanzakuError(f"{type(self.model).__name__} has no normalisation layer with a gain; expected some")
+        return names_for(paths, [path for path, _ in tree.named_modules(self.model)])
+
+    @property
+    def norm_paths(self) -> list[str]:
+        """Paths of normalisation layers that have a gain: one number a feature, and no matrix."""
+        return [path for path, m in tree.named_modules(self.model) if "norm" in type(m).__name__.lower() and _gain(m)]
+
     def _in_role(self, role: str, modules: Iterable[str]) -> list[str]:
         if role in ROLES:
             return self.structure.roles.get(role, [])
@@ -405,6 +424,11 @@ def features(module: nn.Module, path: str = "") -> tuple[int, int]:
         f"{path or type(module).__name__} is a {type(module).__name__}: expected a linear layer, Conv1D, an embedding "
         "or a Conv2d"
     )
+
+
+def _gain(module: nn.Module) -> bool:
+    own = {name: p for name, p in module._parameters.items() if p is not None}
+    return "weight" in own and own.keys() <= {"weight", "bias"} and all(p.dim() == 1 for p in own.values())
 
 
 def _text(config: Any) -> Any:

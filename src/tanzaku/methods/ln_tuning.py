@@ -1,0 +1,44 @@
+"""LN tuning: the gains and offsets of normalisation layers.
+
+    y = norm(x) * g + b,  g and b trained
+
+Zhao et al. 2023, arXiv 2312.11420.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tanzaku.core.method import AdapterLayer, Method, Place
+from tanzaku.core.space import Range, spaces
+from tanzaku.core.weights import ParameterCopy
+
+
+@dataclass
+class LNTuning(Method):
+    """Tuning of normalisation layers.
+
+    Args:
+        target_modules: last names or a regular expression; None takes every norm with a gain outside of the head.
+    """
+
+    name = "ln_tuning"
+    peft_type = "LN_TUNING"
+    paper = "arXiv 2312.11420"
+    summary = "gains and offsets of normalisation layers"
+    by_default = False
+    mergeable = True
+    learning_rate = 1e-3  # As for biases: a few numbers a layer that start at their pretrained values.
+    space = spaces(learning_rate=Range(1e-4, 1e-2, log=True))  # as for biases
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+
+    def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
+        base, skip = place.base, self.copied(place.base)
+        if self.target_modules is None:
+            self.target_modules = base.norms(skip)
+        for path, module in base.targets(self.target_modules, exclude=self.exclude_modules, skip=skip):
+            self.require(path in base.norm_paths, f"{path}, a {type(module).__name__}", "a norm with a gain")
+            yield path, ParameterCopy(module, "ln_tuning_layers")
