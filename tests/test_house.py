@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+from tanzaku.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 ROOMS = sorted(path.parent for path in (ROOT / "src/tanzaku").glob("*/__init__.py"))
@@ -27,3 +30,17 @@ def test_the_method_in_the_docs_is_the_one_that_runs() -> None:
     page = (ROOT / "docs" / "add_a_method.md").read_text(encoding="utf-8")
     method = (ROOT / "src" / "tanzaku" / "methods" / "ln_tuning.py").read_text(encoding="utf-8")
     assert f"```python\n{method}```" in page
+
+
+@pytest.mark.parametrize(
+    "room", ["storage", "merging", "export", "train", "compare", "cli", "engine", "tasks", "recipe"]
+)
+def test_no_room_above_the_methods_knows_one_by_name(room: str) -> None:
+    """What differs by method is the method's to say: adding one touches its own file and the registry."""
+    names = "|".join([*METHODS, *(method.__name__ for method in METHODS.values())])
+    for path in sorted((ROOT / "src/tanzaku" / room).rglob("*.py")):
+        found = re.findall(rf"""["'](?:{names})["']|methods\.(?:{names})\b""", path.read_text(encoding="utf-8"))
+        assert [each for each in found if each not in ALSO_WORDS.get(path.name, ())] == [], path
+
+
+ALSO_WORDS = {"gguf.py": ('"lora"',)}  # what the format calls an adapter

@@ -168,7 +168,7 @@ def _combined(
     import tanzaku as tz
 
     # The sum side by side is exact, and in merged weights its rank costs nothing.
-    how = options.pop("how", "cat" if given[0].method.name == "lora" else "linear")
+    how = options.pop("how", given[0].method.combines_by or "linear")
     names = [each.name for each in given]
     new = next(name for name in ("combined", *(f"combined-{n}" for n in range(2, 99))) if name not in names)
     try:

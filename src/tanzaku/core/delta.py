@@ -29,6 +29,10 @@ class WeightDelta(ModuleLayer):
         embedding (width, tokens)."""
         raise TypeError(f"{type(self).__name__} defines no delta()")
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """(A, B), (r, in) and (out, r), of which the change is `scaling` times the product; None: it is no such."""
+        return None
+
     def dropped(self, module: nn.Module, x: Tensor, like: Tensor) -> Tensor:
         """What the change reads, in the type of its parameters."""
         return F.dropout(x.to(like.dtype), self.dropout, module.training)

@@ -33,6 +33,7 @@ from tanzaku.models.heads import Part, heads_of, named_heads
 from tanzaku.support.context import Local
 
 if TYPE_CHECKING:
+    from tanzaku.core.combining import Combining
     from tanzaku.models.families import Base
 
 
@@ -78,6 +79,10 @@ class AdapterLayer(nn.Module):
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take back what :meth:`export` gave. Names and shapes were checked before."""
         self.load_state_dict(tensors)
+
+    def combine(self, module: nn.Module, given: Sequence[Any], weights: Sequence[float], by: Combining) -> None:
+        """Become what is made of layers of this kind at this module, in place, where the method combines."""
+        raise TypeError(f"{type(self).__name__} defines no combine()")
 
 
 class ModuleLayer(AdapterLayer):
@@ -206,6 +211,7 @@ class Method:
     lengthens_rows: ClassVar[bool] = False  # by num_virtual_tokens, which go through every layer
     covers_head: ClassVar[bool] = False  # the method's own adapter layers say what of the head is trained
     file_prefix: ClassVar[str] = "base_model.model."
+    combines_by: ClassVar[str | None] = None  # the usual way to make one of several adapters; see `combined`
     in_peft: ClassVar[bool] = True  # False: HF PEFT has the method under no name
     by_default: ClassVar[bool] = True  # a candidate of a comparison that names none
     learning_rate: ClassVar[float] = 1e-3  # where none is given; each method says where its own is from
@@ -279,6 +285,10 @@ class Method:
     def to_peft(self, config: dict[str, Any]) -> dict[str, Any]:
         """The adapter_config.json of an adapter, from its settings, as HF PEFT can read it."""
         return config
+
+    def combined(self, parts: Sequence[Attached], by: Combining) -> Method:
+        """The settings of what is made of several adapters of this method; sites and copies are noted elsewhere."""
+        raise TypeError(f"{type(self).__name__} defines no combined()")
 
     def prepare(self, adapter: Attached, total_steps: int) -> None:
         """Called once before training, with the number of optimizer steps to come."""

@@ -17,12 +17,12 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from tanzaku.core.delta import WeightDelta
 from tanzaku.core.manager import manager_of
 from tanzaku.errors import TanzakuError
 from tanzaku.export.architectures import Architecture, architecture_of
 from tanzaku.export.vocabulary import write_vocabulary
 from tanzaku.files.writing import written_beside
-from tanzaku.methods.lora import LoraDelta, LoraEmbedding
 from tanzaku.models import tree
 
 OUTTYPES: dict[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
@@ -66,17 +66,13 @@ def export_adapter(model: nn.Module, name: str, path: str | Path, *, outtype: st
     names = _Names(arch, config)
     entries = []
     for site, layer in adapter.at():
-        a: Tensor
-        b: Tensor
-        if type(layer) is LoraDelta:
-            a, b = layer.lora_A.weight, layer.lora_B.weight
-        elif type(layer) is LoraEmbedding:
-            a, b = layer.lora_embedding_A, layer.lora_embedding_B
-        else:
+        pair = layer.factors() if isinstance(layer, WeightDelta) else None
+        if pair is None or pair[0].dim() > 2:
             raise TanzakuError(
                 f"{name!r} ({adapter.method.name}) has a {type(layer).__name__} at {site or 'the model'}, and a GGUF "
                 f"adapter holds plain LoRA alone; {_instead(adapter.method.mergeable)}"
             )
+        (a, b), scaling = pair, float(cast(Any, layer).scaling)
         target = names.of(f"{site}.weight")
         if target == "token_embd.weight" or target == "output.weight":
             if tied:
@@ -88,7 +84,7 @@ def export_adapter(model: nn.Module, name: str, path: str | Path, *, outtype: st
                 a = a.t()  # llama.cpp looks rows of A up
         rank = b.shape[1]
         usual = alpha / rank if alpha else 1.0  # what llama.cpp multiplies by
-        fold = layer.scaling / usual
+        fold = scaling / usual
         b = b.detach() if fold == 1 else b.detach() * fold
         b = arch.tensor(config, site, b)
         for letter, tensor in (("a", a.detach()), ("b", b)):

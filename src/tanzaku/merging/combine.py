@@ -19,20 +19,20 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from tanzaku.core.adapter import Adapter
 from tanzaku.core.attach import attach, detach
+from tanzaku.core.combining import Combining
 from tanzaku.core.manager import manager_of
-from tanzaku.core.method import AdapterLayer, Method
-from tanzaku.core.weights import BiasCopy, WeightCopy
+from tanzaku.core.method import AdapterLayer
+from tanzaku.core.weights import WeightCopy
 from tanzaku.errors import TanzakuError, listed, nearest
-from tanzaku.methods.ia3 import IA3, ScaleLayer
-from tanzaku.methods.lora import LoRA, LoraConv2d, LoraDelta, LoraEmbedding
+from tanzaku.methods import METHODS
 from tanzaku.models import tree
 
 _RULES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -77,18 +77,17 @@ class _Rule:
 class _Svd:
     """What becomes of a combined change: its largest singular values."""
 
-    rank: int
     clamp: float | None
     full_matrices: bool
     driver: str | None
 
-    def __call__(self, change: Tensor) -> tuple[Tensor, Tensor]:
-        """(A, B) of a change (out, in): B A is its best approximation of rank `rank`."""
+    def __call__(self, change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """(A, B) of a change (out, in): B A is its best approximation of that rank."""
         try:
             u, s, vh = torch.linalg.svd(change, full_matrices=self.full_matrices, driver=self.driver)
         except RuntimeError as error:
             raise TanzakuError(f"combine: the decomposition failed: {str(error).splitlines()[0]}") from None
-        b, a = u[:, : self.rank] * s[: self.rank], vh[: self.rank]
+        b, a = u[:, :rank] * s[:rank], vh[:rank]
         if self.clamp is not None:
             most = torch.quantile(torch.cat([b.flatten(), a.flatten()]), self.clamp)
             a, b = a.clamp(-most, most), b.clamp(-most, most)
@@ -139,27 +138,31 @@ def combine(
     kinds = list(dict.fromkeys(part.method.name for part in parts))
     if len(kinds) > 1:
         raise TanzakuError(f"combine: found methods {listed(kinds)}, expected one; stack them in a route instead")
-    svd = _Svd(_svd_rank(parts, svd_rank), svd_clamp, svd_full_matrices, svd_driver) if how.endswith("svd") else None
-    if method.name == "lora":
-        new: Method = _lora(parts, how, svd)
-    elif method.name == "ia3":
-        if how != "linear":
-            raise TanzakuError(f"combine: found how={how!r} for ia3, expected 'linear': its factors have no rank")
-        new = _ia3(parts)
-    else:
+    if method.combines_by is None:
+        able = listed(name for name, each in METHODS.items() if each.combines_by)
         raise TanzakuError(
-            f"combine: {method.name} has no rule to combine; expected lora or ia3 (a route stacks any methods)"
+            f"combine: {method.name} has no rule to combine; expected one of {able} (a route stacks any methods)"
         )
+    generator = None
+    if seed is not None:
+        generator = torch.Generator(next(parts[0].parameters()).device).manual_seed(seed)
+    name_of_rule = "linear" if how in ("svd", "cat") else how.removesuffix("_svd")
+    rule = _Rule(name_of_rule, 1.0 if density is None else density, majority_sign_method, generator)
+    svd = _Svd(svd_clamp, svd_full_matrices, svd_driver) if how.endswith("svd") else None
+    by = Combining(how, rule, svd, svd_rank, partial(_targets, parts))
+    new: Any = method.combined(parts, by)
+    new = dataclasses.replace(new, target_modules=by.names(_sites(parts)), exclude_modules=None)
+    new.modules_to_save = _whole(parts)
     adapter = attach(model, new, name, seed=0)  # the draws of its start are overwritten, and cost the caller none
     try:
-        generator = None
-        if seed is not None:
-            generator = torch.Generator(next(adapter.parameters()).device).manual_seed(seed)
-        name_of_rule = "linear" if how in ("svd", "cat") else how.removesuffix("_svd")
-        rule = _Rule(name_of_rule, 1.0 if density is None else density, majority_sign_method, generator)
         for path, layer in adapter.at():
-            given = [(s, w) for part, w in zip(parts, shares, strict=True) for s in _own(part, path, layer)]
-            _fill(path, layer, [s for s, _ in given], [w for _, w in given], how, rule, svd, model)
+            found = [(s, w) for part, w in zip(parts, shares, strict=True) for s in _own(part, path, layer)]
+            if found and not isinstance(layer, WeightCopy):
+                module = model.get_submodule(path)
+                try:
+                    layer.combine(module, [s for s, _ in found], [w for _, w in found], by)
+                except TanzakuError as error:
+                    raise TanzakuError(f"{error}, at {path}") from None
         _fill_copies(adapter, parts, shares, copies)
     except BaseException:
         detach(model, name)
@@ -175,118 +178,7 @@ def _own(part: Adapter, path: str, like: AdapterLayer) -> list[AdapterLayer]:
     return [s for p, s in part.at() if p == path and type(s) is type(like)]
 
 
-def _fill(
-    path: str,
-    layer: AdapterLayer,
-    given: list[Any],
-    weights: list[float],
-    how: str,
-    rule: _Rule,
-    svd: _Svd | None,
-    model: nn.Module,
-) -> None:
-    """Give the new layer at `path` what becomes of the layers there; adapters that have none there do not count."""
-    if not given:
-        return
-    if isinstance(layer, ScaleLayer):
-        layer.ia3_l.copy_(rule([s.ia3_l for s in given], weights))
-    if not isinstance(layer, LoraDelta | LoraEmbedding):
-        return
-    module = model.get_submodule(path)
-    pairs = [_factors(s) for s in given]
-    if isinstance(layer, LoraConv2d) and cast(nn.Conv2d, module).groups > 1 and (svd is not None or how == "cat"):
-        raise TanzakuError(f"combine: {path} is a grouped convolution; expected how='linear' or another without svd")
-    scaled = [w * s.scaling for s, w in zip(given, weights, strict=True)]
-    if how == "cat":
-        a = torch.cat([a * w for (a, _), w in zip(pairs, scaled, strict=True)])
-        b = torch.cat([b for _, b in pairs], 1)
-    elif svd is not None:
-        a, b = svd(_change(module, [s.delta(module).flatten(1) for s in given], weights, rule))
-        if isinstance(layer, LoraConv2d):
-            a, b = a.view(-1, *pairs[0][0].shape[1:]), b[..., None, None]
-    else:
-        if len(ranks := {a.shape[0] for a, _ in pairs}) > 1:
-            raise TanzakuError(f"combine: {path} has ranks {listed(map(str, sorted(ranks)))}; use how='cat' or 'svd'")
-        # The sign goes to one of the factors, or it would cancel in their product.
-        roots = [math.sqrt(abs(w)) for w in scaled]
-        a = rule([a for a, _ in pairs], [math.copysign(root, w) for root, w in zip(roots, scaled, strict=True)])
-        b = rule([b for _, b in pairs], roots)
-    own_a, own_b = _factors(layer)
-    # Where fewer singular values or adapters are there than the new rank has room for, the rest is zero.
-    own_a.zero_()[: a.shape[0]] = a
-    own_b.zero_()[:, : b.shape[1]] = b
-
-
-def _factors(layer: LoraDelta | LoraEmbedding) -> tuple[Tensor, Tensor]:
-    """(A, B) of an adapter layer: (r, in) and (out, r); a convolution's have its kernel's dimensions too."""
-    if isinstance(layer, LoraEmbedding):
-        return layer.lora_embedding_A, layer.lora_embedding_B
-    return layer.lora_A.weight, layer.lora_B.weight
-
-
-def _change(module: nn.Module, deltas: list[Tensor], weights: list[float], rule: _Rule) -> Tensor:
-    """The combined change, (out, in). It is computed as the weight lies, which is how PEFT's draws are laid out."""
-    turned = isinstance(module, Conv1D | nn.Embedding)
-    change = rule([d.t().contiguous() if turned else d for d in deltas], weights)
-    return change.t() if turned else change
-
-
 # -- the settings of the result
-
-
-def _lora(parts: list[Adapter], how: str, svd: _Svd | None) -> Method:
-    method = cast(LoRA, parts[0].method)
-    for part in parts:
-        for path, layer in part.at():
-            if isinstance(layer, BiasCopy):
-                raise TanzakuError(f"combine: {part.name!r} trains biases, which have no rule; expected bias='none'")
-            if type(layer) not in (LoraDelta, LoraConv2d, LoraEmbedding, WeightCopy):
-                raise TanzakuError(
-                    f"combine: {part.name!r} is more than a product B A at {path}, which has no rule; expected LoRA"
-                )
-    ranks = _ranks(parts)
-    if svd is not None:
-        r = svd.rank
-    elif how == "cat":
-        r = sum(ranks)
-    else:
-        if len(set(ranks)) > 1:
-            raise TanzakuError(
-                f"combine: found ranks {listed(map(str, ranks))}, expected one for how={how!r}; use 'cat' or 'svd'"
-            )
-        r = ranks[0]
-    # Weights and scalings are in A and B: the result's own scaling is alpha / r = 1.
-    return dataclasses.replace(
-        method,
-        r=r,
-        lora_alpha=r,
-        use_rslora=False,
-        init_lora_weights=True,
-        rank_pattern={},
-        alpha_pattern={},
-        target_modules=_targets(parts, _sites(parts)),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-        modules_to_save=_whole(parts),
-    )
-
-
-def _ia3(parts: list[Adapter]) -> Method:
-    inner = [{p for p, s in part.at() if isinstance(s, ScaleLayer) and s.edits_input} for part in parts]
-    outer = [{p for p, s in part.at() if isinstance(s, ScaleLayer) and s.edits_output} for part in parts]
-    if torn := set().union(*inner) & set().union(*outer):
-        raise TanzakuError(
-            f"combine: {listed(sorted(torn), 3)} is scaled at its input by one adapter and at its output by another; "
-            "expected the same feedforward_modules"
-        )
-    return dataclasses.replace(
-        cast(IA3, parts[0].method),
-        target_modules=_targets(parts, _sites(parts)),
-        feedforward_modules=_targets(parts, sorted(set().union(*inner))),
-        exclude_modules=None,
-        modules_to_save=_whole(parts),
-    )
 
 
 def _sites(parts: list[Adapter]) -> list[str]:
@@ -294,7 +186,7 @@ def _sites(parts: list[Adapter]) -> list[str]:
     return list(dict.fromkeys(p for part in parts for p, s in part.at() if not isinstance(s, WeightCopy)))
 
 
-def _targets(parts: list[Adapter], paths: list[str]) -> list[str]:
+def _targets(parts: list[Adapter], paths: Sequence[str]) -> list[str]:
     """The last names of the paths where they name these sites and no other; else the paths themselves."""
     names = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
     base = parts[0].base
@@ -304,7 +196,7 @@ def _targets(parts: list[Adapter], paths: list[str]) -> list[str]:
         for path, _ in tree.named_modules(base.model)
         if path.rsplit(".", 1)[-1] in names and not any(f"{path}.".startswith(f"{w}.") for w in whole)
     }
-    return names if reach == set(paths) else paths
+    return names if reach == set(paths) else [*paths]
 
 
 def _whole(parts: list[Adapter]) -> list[str] | None:
@@ -314,17 +206,6 @@ def _whole(parts: list[Adapter]) -> list[str] | None:
     if found:
         return sorted(found)
     return [] if heads and all(part.method.modules_to_save == [] for part in parts) else None
-
-
-def _ranks(parts: list[Adapter]) -> list[int]:
-    """The largest rank of each adapter."""
-    return [
-        max(_factors(s)[0].shape[0] for _, s in part.at() if isinstance(s, LoraDelta | LoraEmbedding)) for part in parts
-    ]
-
-
-def _svd_rank(parts: list[Adapter], given: int | None) -> int:
-    return given if given is not None else max(_ranks(parts)) if parts[0].method.name == "lora" else 1
 
 
 # -- copies of whole modules

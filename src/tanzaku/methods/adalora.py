@@ -105,6 +105,7 @@ class AdaLoRA(LoRA):
     peft_type = "ADALORA"
     paper = "arXiv 2303.10512"
     summary = "low-rank changes whose ranks are pruned by importance"
+    combines_by = None  # singular values of several have no rule
     learning_rate = 1e-3  # The paper (arXiv 2303.10512, appendix): 5e-4 to 2e-3 on GLUE.
     # The paper: 5e-4 to 2.2e-3 over GLUE, and the budget at the end matters more than the one at first.
     space = spaces(target_r=Choice((1, 2, 4, 8)), learning_rate=Range(1e-4, 1e-2, log=True))

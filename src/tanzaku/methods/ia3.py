@@ -7,6 +7,7 @@ Liu et al. 2022, arXiv 2205.05638.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tanzaku.core.method import AdapterLayer, Method, ModuleLayer, Place, trainable
+from tanzaku.core.combining import Combining
+from tanzaku.core.method import AdapterLayer, Attached, Method, ModuleLayer, Place, trainable
 from tanzaku.core.routing import in_equal_shares
 from tanzaku.core.space import Range, spaces
+from tanzaku.errors import TanzakuError, listed
 from tanzaku.models.families import features, weight_of
 from tanzaku.models.quantize import full_weight
 
@@ -64,6 +67,9 @@ class ScaleLayer(ModuleLayer):
     ) -> Tensor:
         return ScaleLayer.batched_inputs(layers, sizes, module, y)
 
+    def combine(self, module: nn.Module, given: Sequence[Any], weights: Sequence[float], by: Combining) -> None:
+        self.ia3_l.copy_(by.rule([each.ia3_l for each in given], weights))
+
     def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
         factor: Any = self.ia3_l
         if isinstance(module, nn.Conv2d) and self.edits_input:
@@ -99,6 +105,7 @@ class IA3(Method):
     # The paper's 3e-3, and above: a factor starts at one and has far to go.
     space = spaces(learning_rate=Range(5e-4, 5e-2, log=True))
 
+    combines_by = "linear"
     targets: ClassVar[tuple[str, ...]] = ("key", "value", "down", "mixer")  # roles, see families/family.py
 
     target_modules: list[str] | str | None = None
@@ -106,6 +113,18 @@ class IA3(Method):
     feedforward_modules: list[str] | str | None = None
     fan_in_fan_out: bool = False
     init_ia3_weights: bool = True
+
+    def combined(self, parts: Sequence[Attached], by: Combining) -> Method:
+        if by.how != "linear":
+            raise TanzakuError(f"combine: found how={by.how!r} for ia3, expected 'linear': its factors have no rank")
+        inner = [{p for p, s in part.at() if isinstance(s, ScaleLayer) and s.edits_input} for part in parts]
+        outer = [{p for p, s in part.at() if isinstance(s, ScaleLayer) and s.edits_output} for part in parts]
+        if torn := set().union(*inner) & set().union(*outer):
+            raise TanzakuError(
+                f"combine: {listed(sorted(torn), 3)} is scaled at its input by one adapter and at its output by "
+                "another; expected the same feedforward_modules"
+            )
+        return dataclasses.replace(self, feedforward_modules=by.names(sorted(set().union(*inner))))
 
     def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
         base = place.base

@@ -7,6 +7,7 @@ Hu et al. 2021, arXiv 2106.09685. rsLoRA scales by alpha / sqrt(r): Kalajdzievsk
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -16,14 +17,16 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from tanzaku.core.combining import Combining
 from tanzaku.core.delta import WeightDelta
-from tanzaku.core.method import AdapterLayer, Method, Place, trainable
+from tanzaku.core.method import AdapterLayer, Attached, Method, Place, trainable
 from tanzaku.core.routing import in_equal_shares, split
 from tanzaku.core.space import Choice, Range, ends, spaces
 from tanzaku.core.survey import tensors
-from tanzaku.core.weights import BiasCopy, with_tensors
-from tanzaku.errors import TanzakuError
+from tanzaku.core.weights import BiasCopy, WeightCopy, with_tensors
+from tanzaku.errors import TanzakuError, listed
 from tanzaku.files.patterns import groups_of
 from tanzaku.models import tree
 from tanzaku.models.families import Base, features, weight_of
@@ -79,6 +82,12 @@ class LoraDelta(WeightDelta):
 
     def delta(self, module: nn.Module) -> Tensor:
         return self.lora_B.weight @ self.lora_A.weight * self.scaling
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.lora_A.weight, self.lora_B.weight
+
+    def combine(self, module: nn.Module, given: Sequence[Any], weights: Sequence[float], by: Combining) -> None:
+        combine_factors(self, module, given, weights, by)
 
 
 class LoraConv2d(LoraDelta):
@@ -223,6 +232,51 @@ class LoraEmbedding(WeightDelta):
     def delta(self, module: nn.Module) -> Tensor:
         return self.lora_embedding_B @ self.lora_embedding_A * self.scaling
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.lora_embedding_A, self.lora_embedding_B
+
+    def combine(self, module: nn.Module, given: Sequence[Any], weights: Sequence[float], by: Combining) -> None:
+        combine_factors(self, module, given, weights, by)
+
+
+Factored = LoraDelta | LoraEmbedding
+
+
+def combine_factors(
+    layer: Factored, module: nn.Module, given: Sequence[Factored], weights: Sequence[float], by: Combining
+) -> None:
+    """Give `layer` what becomes of the factors of others: side by side, decomposed anew, or each by itself.
+
+    Raises:
+        TanzakuError: a grouped convolution, whose factors cannot be put together, or ranks that differ.
+    """
+    pairs = [each.factors() for each in given]
+    if isinstance(module, nn.Conv2d) and module.groups > 1 and (by.svd is not None or by.how == "cat"):
+        where = f"{tuple(module.weight.shape)} in {module.groups} groups"
+        raise TanzakuError(f"combine: found a convolution {where}; expected how='linear' or another without svd")
+    scaled = [w * each.scaling for each, w in zip(given, weights, strict=True)]
+    own_a, own_b = layer.factors()
+    if by.how == "cat":
+        a = torch.cat([a * w for (a, _), w in zip(pairs, scaled, strict=True)])
+        b = torch.cat([b for _, b in pairs], 1)
+    elif by.svd is not None:
+        # The change is computed as the weight lies, which is how PEFT's draws are laid out.
+        turned = isinstance(module, Conv1D | nn.Embedding)
+        deltas = [each.delta(module).flatten(1) for each in given]
+        change = by.rule([d.t().contiguous() if turned else d for d in deltas], weights)
+        a, b = by.svd(change.t() if turned else change, own_a.shape[0])
+        a, b = a.view(-1, *own_a.shape[1:]), b.view(*b.shape, *own_b.shape[2:])
+    else:
+        if len(ranks := {a.shape[0] for a, _ in pairs}) > 1:
+            raise TanzakuError(f"combine: found ranks {listed(map(str, sorted(ranks)))}; use how='cat' or 'svd'")
+        # The sign goes to one of the factors, or it would cancel in their product.
+        roots = [math.sqrt(abs(w)) for w in scaled]
+        a = by.rule([a for a, _ in pairs], [math.copysign(root, w) for root, w in zip(roots, scaled, strict=True)])
+        b = by.rule([b for _, b in pairs], roots)
+    # Where fewer singular values or adapters are there than the new rank has room for, the rest is zero.
+    own_a.zero_()[: a.shape[0]] = a
+    own_b.zero_()[:, : b.shape[1]] = b
+
 
 @dataclass
 class LoRA(Method):
@@ -246,6 +300,7 @@ class LoRA(Method):
     paper = "arXiv 2106.09685"
     summary = "low-rank change of weight matrices"
     mergeable = True
+    combines_by: ClassVar[str | None] = "cat"  # exact
     learning_rate = 3e-4  # HF PEFT's method comparison (MetaMathQA), and the upper half of the papers' 1e-4 to 5e-4.
     # The paper: ranks from 1 up do nearly alike, at 2e-4 (GPT-2) to 5e-4 (RoBERTa); a decade lies on either side.
     space = spaces(r=Choice((1, 4, 8, 16, 32)), learning_rate=Range(5e-5, 5e-3, log=True))
@@ -314,6 +369,43 @@ class LoRA(Method):
             layers=self.layers_to_transform,
             layers_pattern=self.layers_pattern,
             skip=self.copied(base),
+        )
+
+    def combined(self, parts: Sequence[Attached], by: Combining) -> Method:
+        ranks = []
+        for part in parts:
+            for path, layer in part.at():
+                if isinstance(layer, BiasCopy):
+                    raise TanzakuError(
+                        f"combine: {part.name!r} trains biases, which have no rule; expected bias='none'"
+                    )
+                if type(layer) not in (LoraDelta, LoraConv2d, LoraEmbedding, WeightCopy):
+                    raise TanzakuError(
+                        f"combine: {part.name!r} is more than a product B A at {path}, which has no rule; expected LoRA"
+                    )
+            ranks.append(max(each.factors()[0].shape[0] for _, each in part.at() if isinstance(each, Factored)))
+        if by.svd is not None:
+            r = max(ranks) if by.rank is None else by.rank
+        elif by.how == "cat":
+            r = sum(ranks)
+        else:
+            if len(set(ranks)) > 1:
+                raise TanzakuError(
+                    f"combine: found ranks {listed(map(str, ranks))}, expected one for how={by.how!r}; use 'cat' or "
+                    "'svd'"
+                )
+            r = ranks[0]
+        # Weights and scalings are in A and B: the result's own scaling is alpha / r = 1.
+        return dataclasses.replace(
+            self,
+            r=r,
+            lora_alpha=r,
+            use_rslora=False,
+            init_lora_weights=True,
+            rank_pattern={},
+            alpha_pattern={},
+            layers_to_transform=None,
+            layers_pattern=None,
         )
 
     def check(self) -> None:

@@ -557,7 +557,7 @@ def describe(base: Base, adapter: Adapter) -> dict[str, Any]:
 
     Weights that the adapter has its own copy of are left out, as is a classifier's head: it is drawn anew each time.
     """
-    carried = copied_in((path, layer) for path, layer in adapter.at() if adapter.method.name != "full")
+    carried = copied_in((path, layer) for path, layer in adapter.at() if path or adapter.method.shares_batch)
     weights = _sample(base, carried | _heads(base))
     return {"model_type": base.kind, "architecture": type(base.model).__name__, "weights": weights}
 
