@@ -31,7 +31,7 @@ test: $(STAMP) chromium
 test-all: $(STAMP) chromium
 	$(BIN)/python -m pytest -n 2 --dist worksteal --all $(ARGS)
 
-# What is compared with what, as other processors would round it: about forty minutes.
+# What is compared with what, as other processors would round it: about an hour.
 test-processors: $(STAMP)
 	PYTHON=$(BIN)/python .ci/processors $(ARGS)
 
