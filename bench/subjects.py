@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,6 @@ import tanzaku as tz
 from tanzaku.core.manager import manager_of
 from tanzaku.core.routing import Route
 from tanzaku.engine.accelerations import Accelerations
-from tanzaku.engine.products import lowest_layer
 from tanzaku.models.loading import load_classifier
 from tanzaku.tasks.task import Batch, Example
 
@@ -104,8 +104,7 @@ def tanzaku_stepper(model: PreTrainedModel, method: str) -> Stepper:
     settings.prepare(adapter, STEPS)
     accelerations = Accelerations(adapter.base).__enter__()
     if settings.shares_batch:
-        accelerations.products.pack()
-    lowest = lowest_layer(adapter)
+        accelerations.take(math.inf)
     model.train()
     route = Route.everywhere("bench")
     manager_of(model).switch(route)
@@ -114,7 +113,7 @@ def tanzaku_stepper(model: PreTrainedModel, method: str) -> Stepper:
         rows, length = batch["input_ids"].shape
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         together = Batch(inputs, {}, [Example({"input_ids": range(length)})] * rows)
-        with accelerations.reading(together, [adapter.virtual] * rows, [lowest] * rows, route):
+        with accelerations.batch(together, [adapter] * rows, route):
             logits = model(**inputs, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits, batch["labels"])
         penalty = settings.penalty(adapter)

@@ -23,7 +23,7 @@ from models import tiny
 from tanzaku.core.method import Method
 from tanzaku.engine import memory
 from tanzaku.engine.memory import LiveBytes, Need, bytes_needed, free, in_use, peak, reset_peak
-from tanzaku.engine.products import FrozenProducts
+from tanzaku.engine.onednn import PrepackedWeights
 from tanzaku.tasks.task import Records, Split, TaskData
 from tanzaku.train import scheduler as scheduling
 from tanzaku.train.active_job import ActiveJob
@@ -309,7 +309,7 @@ def test_no_step_needs_more_than_the_limit(mix: str) -> None:
 
 def test_a_limit_is_made_use_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs that are alike are foretold closely: with room for four and a bit, three at least share a step."""
-    monkeypatch.setattr(FrozenProducts, "pack", lambda self, room: 0)  # beside a model so small the copies are large
+    monkeypatch.setattr(PrepackedWeights, "take", lambda self, room: 0)  # beside a model so small the copies are large
     jobs = [job(name, rows=data(40)) for name in "abcdef"]
     free = train(jobs, memory=PLENTY)
     part = train(jobs, memory=int(free.peak * 4.5 / 6))

@@ -19,8 +19,13 @@ from models import batch, tiny
 from tanzaku.core.manager import manager_of
 from tanzaku.core.routing import Cut, Ragged
 from tanzaku.engine import products
+from tanzaku.engine.acceleration import Shared
+from tanzaku.engine.attention import RowAttention
+from tanzaku.engine.layout import Layout
+from tanzaku.engine.order import ABOVE
 from tanzaku.engine.packing import Packing
-from tanzaku.engine.products import ABOVE, FrozenProducts, Tokens, lowest_layer
+from tanzaku.engine.skipping import SkipUnneeded
+from tanzaku.engine.trim import LastToken
 from tanzaku.models.families import Base
 from tanzaku.train.results import Job
 from tanzaku.train.scheduler import train_jobs
@@ -61,12 +66,12 @@ def both(
     virtual = [HUNG[names[row]][1] for row in rows]
     lead = max(virtual)
     base = Base.of(model)
-    low = [lowest_layer(adapter) for adapter in adapters]
-    tokens = Tokens(
+    shared = Shared(base)
+    layout = Layout(
         lead + inputs["input_ids"].shape[1],
         [0] * len(virtual),
         [v + length for v, length in zip(virtual, lengths, strict=True)],
-        [low[row] for row in rows],
+        [-1 for row in rows],  # gradients are needed everywhere
         CPU,
         packed=True,
     )
@@ -80,19 +85,22 @@ def both(
         with ExitStack() as stack:
             stack.enter_context(tz.route(model, entries))
             if packed:
-                packing, products = stack.enter_context(Packing(base)), stack.enter_context(FrozenProducts(base))
                 route = manager_of(model).route
-                assert packing.possible and route is not None
-                stack.enter_context(packing.reading(tokens, route))
-                stack.enter_context(products.reading(tokens))
+                members = [
+                    stack.enter_context(kind(shared)) for kind in (Packing, RowAttention, LastToken, SkipUnneeded)
+                ]
+                packing = members[0]
+                assert isinstance(packing, Packing) and packing.possible and route is not None
+                for member in members:
+                    stack.enter_context(member.batch(layout, route))
             logits = model(**inputs, use_cache=False).logits
             gradients = torch.autograd.grad(logits.square().sum(), trained, allow_unused=True)
         handle.remove()
         found.append(
             [logits, *(torch.zeros_like(p) if g is None else g for p, g in zip(trained, gradients, strict=True))]
         )
-    assert seen == [len(rows), sum(tokens.lengths)]
-    assert packing.tokens is None and not packing._masks  # nothing of a batch is kept
+    assert seen == [len(rows), sum(layout.lengths)]
+    assert packing.layout is None and not packing._masks  # nothing of a batch is kept
     return found[0], found[1], seen
 
 
@@ -135,9 +143,7 @@ def test_one_adapter_for_all_rows_and_rows_that_are_scattered() -> None:
 def test_in_the_last_layer_one_token_a_row_asks_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens: list[int] = []
     multiply = products.multiply
-    monkeypatch.setattr(
-        products, "multiply", lambda x, weight, bias: tokens.append(x.shape[0]) or multiply(x, weight, bias)
-    )
+    monkeypatch.setattr(products, "multiply", lambda x, *rest: tokens.append(x.shape[0]) or multiply(x, *rest))
     *_, (rows, own) = both(tiny("llama"), ["prompt"], [0, 0, 0])
     # Forward and backward: keys and values of all tokens, and of one a row queries and what lies behind them.
     first, last = 7, 2
@@ -157,7 +163,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 @pytest.mark.parametrize(("kind", "head"), [("bert", "cls"), ("gpt2", "cls"), ("llama", "lm"), ("t5", "cls")])
 def test_other_models_are_not_packed(kind: str, head: str) -> None:
-    assert not Packing(Base.of(tiny(kind, head))).possible
+    assert not Packing(Shared(Base.of(tiny(kind, head)))).possible
 
 
 @settings(deadline=None, max_examples=40)
@@ -178,10 +184,10 @@ def test_ragged_rows_come_back_with_their_gradients(rows: list[tuple[int, int]],
 
 
 def test_lowest_layers_make_slices_where_rows_are_sorted_by_them() -> None:
-    tokens = Tokens(4, [0, 0, 0], [3, 4, 2], [0, 1, ABOVE], CPU, packed=True)
-    assert tokens.places() is None
-    assert tokens.places(0) == slice(0, 3) and tokens.places(1) == slice(0, 7)
-    last = tokens.places(1, last=True)
+    layout = Layout(4, [0, 0, 0], [3, 4, 2], [0, 1, ABOVE], CPU, packed=True)
+    assert layout.places() is None
+    assert layout.places(0) == slice(0, 3) and layout.places(1) == slice(0, 7)
+    last = layout.places(1, last=True)
     assert isinstance(last, torch.Tensor) and last.tolist() == [2, 6]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +18,17 @@ from torch import Tensor, nn
 import tanzaku as tz
 from close import GRADIENT, HALF, PASS, assert_close
 from models import batch, tiny
-from tanzaku.core.manager import manager_of
 from tanzaku.core.method import Method
-from tanzaku.engine import products
+from tanzaku.engine import onednn, products
+from tanzaku.engine.acceleration import Shared
+from tanzaku.engine.accelerations import Accelerations
+from tanzaku.engine.layout import Layout
 from tanzaku.engine.memory import in_use
 from tanzaku.engine.norms import FrozenNorms
-from tanzaku.engine.products import ABOVE, FrozenProducts, Tokens, layer_of, lowest_layer
+from tanzaku.engine.onednn import Speeds, Times
+from tanzaku.engine.order import ABOVE
+from tanzaku.engine.products import Copies, Directions
+from tanzaku.engine.skipping import SkipUnneeded
 from tanzaku.models.families import Base
 from tanzaku.train.results import Job, JobResult
 from tanzaku.train.scheduler import JobScheduler, Silent
@@ -29,6 +36,35 @@ from tanzaku.train.settings import TrainSettings
 from task_data import task
 
 CPU = torch.device("cpu")
+BOTH = Directions(True, True)
+PAYS, LOSES = (Speeds(times, times) for times in (Times(3, 2, 1), Times(1, 2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def _onednn_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever processor runs these tests: oneDNN is used wherever it can be."""
+    monkeypatch.setattr(onednn, "speeds", lambda: PAYS)
+
+
+class Fast:
+    """What makes a model's products fast, and nothing else of the kind."""
+
+    def __init__(self, model: nn.Module):
+        self.accelerations = Accelerations(Base.of(model), "skip_unneeded,onednn,prepacked_weights")
+        self.products = self.accelerations.shared.products
+
+    def __enter__(self) -> Fast:
+        self.accelerations.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.accelerations.__exit__(*error)
+
+    def batch(self, layout: Layout) -> AbstractContextManager[None]:
+        return self.products.batch(layout)
+
+    def take(self, room: float = math.inf) -> int:
+        return self.accelerations.take(room)
 
 
 @st.composite
@@ -52,14 +88,13 @@ def test_own_tokens_get_the_products_they_would_get(layout: Any, depth: int, bia
     for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         own[row, start : start + length] = 1
     needed = own * torch.tensor([low <= depth for low in lowest]).view(-1, 1, 1)
-    tokens = Tokens(width, starts, lengths, lowest, CPU)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "_ONEDNN", by != "torch" and products._ONEDNN)
-        copies = products._Copies.of(layer.weight) if by == "copies" and products._ONEDNN else None
-        y = products._Product.apply(x, layer.weight, layer.bias, tokens.places(), tokens.places(depth), copies)
-        assert_close(y, F.linear(x, layer.weight, layer.bias) * own)
-        gradient = torch.randn_like(y)
-        (found,) = torch.autograd.grad(y, x, gradient)
+    tokens = Layout(width, starts, lengths, lowest, CPU)
+    fast = BOTH if by != "torch" and onednn.available() else Directions()
+    copies = Copies.of(layer.weight, BOTH) if by == "copies" and fast else None
+    y = products._Product.apply(x, layer.weight, layer.bias, tokens.places(), tokens.places(depth), fast, copies)
+    assert_close(y, F.linear(x, layer.weight, layer.bias) * own)
+    gradient = torch.randn_like(y)
+    (found,) = torch.autograd.grad(y, x, gradient)
     assert_close(found, gradient @ layer.weight * needed)
 
 
@@ -74,20 +109,12 @@ def test_a_batch_of_adapters_at_different_layers(kind: str, head: str) -> None:
     for adapter in attached:
         for _, parameter in adapter.trained():
             parameter.data += 0.1
-    lowest = [lowest_layer(adapter) for adapter in attached]
-    assert lowest == [top, ABOVE, 0, -1]
     inputs = batch(model, rows=4)
     lengths = inputs["attention_mask"].sum(1).tolist()
     virtual = [0, 0, 0, 2]
     # As in training: a cache would be gone on from, and texts end in the last column then.
     options = {"use_cache": False} if head == "lm" or kind in ("llama", "gemma3") else {}
-    tokens = Tokens(
-        2 + inputs["input_ids"].shape[1],
-        [0] * len(virtual),
-        [v + length for v, length in zip(virtual, lengths, strict=True)],
-        lowest,
-        CPU,
-    )
+    shared = Shared(base)
     trained = [p for adapter in attached for _, p in adapter.trained()]
 
     def gradients() -> list[torch.Tensor]:
@@ -99,8 +126,19 @@ def test_a_batch_of_adapters_at_different_layers(kind: str, head: str) -> None:
         ]
 
     expected = gradients()
-    fast = FrozenProducts(base)
-    with fast, FrozenNorms(base), fast.reading(tokens):
+    with shared.order.recorded():
+        gradients()
+    lowest = [shared.order.lowest(adapter) for adapter in attached]
+    assert lowest[3] == -1 < lowest[2] < lowest[0] < lowest[1]
+    assert top == 0 or all(shared.order.depth(module) < lowest[1] for module in shared.products.layers)
+    tokens = Layout(
+        2 + inputs["input_ids"].shape[1],
+        [0] * len(virtual),
+        [v + length for v, length in zip(virtual, lengths, strict=True)],
+        lowest,
+        CPU,
+    )
+    with FrozenNorms(shared), SkipUnneeded(shared) as skips, skips.batch(tokens, None):
         found = gradients()
     assert any(g.any() for g in expected)
     for a, b in zip(found, expected, strict=True):
@@ -115,8 +153,7 @@ def test_weights_that_are_trained_are_left_alone() -> None:
     inputs = batch(model, rows=2)
     tz.activate(model, "a")
     width = inputs["input_ids"].shape[1]
-    fast = FrozenProducts(manager_of(model).base)
-    with fast, fast.reading(Tokens(width, [0, 0], [width, width], [0, 0], CPU)):
+    with Fast(model) as fast, fast.batch(Layout(width, [0, 0], [width, width], [0, 0], CPU)):
         model(**inputs).logits.square().sum().backward()
     copies = [p for name, p in adapter.trained() if "down_proj" in name]
     assert len(copies) == 2 and all(p.grad is not None and p.grad.any() for p in copies)
@@ -128,7 +165,7 @@ def test_only_plain_linear_layers_are_touched() -> None:
 
     model = tiny("llama")
     model.model.layers[0].mlp.up_proj = Odd(32, 64)
-    paths = {id(module) for module, _ in FrozenProducts(Base.of(model)).layers}
+    paths = {id(module) for module in Fast(model).products.layers}
     assert id(model.model.layers[0].mlp.up_proj) not in paths and id(model.score) not in paths
     assert id(model.model.layers[0].mlp.down_proj) in paths
 
@@ -142,8 +179,8 @@ def test_a_weight_of_another_kind_is_left_alone() -> None:
     model = tiny("llama").requires_grad_(False)
     layer = model.model.layers[0].mlp.up_proj
     layer.weight = nn.Parameter(layer.weight.data.as_subclass(Packed), requires_grad=False)
-    fast = FrozenProducts(Base.of(model))
-    assert id(layer) not in {id(module) for module, _ in fast.layers} and fast.layers
+    fast = Fast(model)
+    assert id(layer) not in {id(module) for module in fast.products.layers} and fast.products.layers
     with fast:
         assert "forward" not in layer.__dict__
 
@@ -152,28 +189,30 @@ def test_somebody_elses_patch_stays() -> None:
     model = tiny("llama").requires_grad_(False)
     layer = model.model.layers[0].mlp.up_proj
     patch = layer.__dict__["forward"] = lambda x: F.linear(x, layer.weight) + 1
-    with FrozenProducts(Base.of(model)):
+    with Fast(model):
         assert layer.forward is patch
     assert layer.forward is patch
 
 
-def fast_layer(weight: Tensor, bias: Tensor | None = None, depth: int = 0) -> tuple[nn.Linear, FrozenProducts]:
-    """A linear layer of a model whose products are frozen ones."""
+def fast_layer(weight: Tensor, bias: Tensor | None = None, depth: int = 0) -> tuple[nn.Linear, Fast]:
+    """A linear layer of a model whose products are frozen ones, which lies so deep."""
     model = tiny("llama").requires_grad_(False)
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    model.model.layers[depth].mlp.up_proj = layer
-    return layer, FrozenProducts(Base.of(model))
+    model.model.layers[0].mlp.up_proj = layer
+    fast = Fast(model)
+    fast.products.order._first[id(layer)] = depth
+    return layer, fast
 
 
-@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("speeds", [PAYS, LOSES], ids=["oneDNN", "torch"])
 @pytest.mark.parametrize("shape", [(2, 5, 6), (2, 1, 6), (3, 5, 6), (2, 6), (1, 5, 6), (2, 3, 5, 6)], ids=str)
 def test_tensors_of_other_shapes_are_multiplied_whole(
-    shape: tuple[int, ...], onednn: bool, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], speeds: Speeds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only (rows, width, ...) of the batch is known to be its tokens: pooled ones, queries and tables are not."""
-    monkeypatch.setattr(products, "_ONEDNN", onednn and products._ONEDNN)
+    monkeypatch.setattr(onednn, "speeds", lambda: speeds)
     torch.manual_seed(0)
     layer, fast = fast_layer(torch.randn(4, 6), torch.randn(4))
     x = torch.randn(*shape, requires_grad=True)
@@ -183,7 +222,7 @@ def test_tensors_of_other_shapes_are_multiplied_whole(
     needed = own.clone()
     if shape == (2, 5, 6):
         own[1, 2:] = needed[1, 2:] = needed[0] = 0
-    with fast, fast.reading(Tokens(5, [0, 0], [5, 2], [1, 0], CPU)):
+    with fast, fast.batch(Layout(5, [0, 0], [5, 2], [1, 0], CPU)):
         y = layer(x)
         (found,) = torch.autograd.grad(y, x, gradient)
     assert_close(y, expected * own.unsqueeze(-1))
@@ -193,17 +232,17 @@ def test_tensors_of_other_shapes_are_multiplied_whole(
 TRAINED = ["weight", "bias", "weight bias", "x weight", "x bias", "x weight bias"]
 
 
-@pytest.mark.parametrize("by", ["torch", "oneDNN"])
+@pytest.mark.parametrize("speeds", [PAYS, LOSES], ids=["oneDNN", "torch"])
 @pytest.mark.parametrize("trains", TRAINED)
-def test_what_is_trained_gets_its_gradient(trains: str, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_ONEDNN", by == "oneDNN" and products._ONEDNN)
+def test_what_is_trained_gets_its_gradient(trains: str, speeds: Speeds, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "speeds", lambda: speeds)
     torch.manual_seed(0)
     layer, fast = fast_layer(torch.randn(4, 6), torch.randn(4))
     x, gradient = torch.randn(2, 5, 6), torch.randn(2, 5, 4)
     wanted = [{"x": x, **dict(layer.named_parameters())}[name].requires_grad_() for name in trains.split()]
     expected = F.linear(x, layer.weight, layer.bias)
     expected_gradients = torch.autograd.grad(expected, wanted, gradient)
-    with fast, fast.reading(Tokens(5, [0, 0], [5, 2], [ABOVE, ABOVE], CPU)):
+    with fast, fast.batch(Layout(5, [0, 0], [5, 2], [ABOVE, ABOVE], CPU)):
         y = layer(x)
         found = torch.autograd.grad(y, wanted, gradient)
     assert_close(y, expected)
@@ -215,21 +254,21 @@ def test_trained_weights_too_are_multiplied_by_the_faster_library(monkeypatch: p
     tokens = multiplied(monkeypatch)
     layer.requires_grad_()
     x = torch.randn(2, 5, 6, requires_grad=True)
-    with fast, fast.reading(Tokens(5, [0, 0], [5, 2], [0, 0], CPU)):
+    with fast, fast.batch(Layout(5, [0, 0], [5, 2], [0, 0], CPU)):
         layer(x).sum().backward()
     # Forward, for x, and for the weight, whose rows are the features of the output.
-    assert tokens == ([10, 10, 4] if products._ONEDNN else [])
+    assert tokens == ([10, 10, 4] if onednn.available() else [])
 
 
 def test_outside_of_a_block_products_are_whole() -> None:
     layer, fast = fast_layer(torch.randn(4, 6))
     x = torch.randn(2, 5, 6)
     with fast:
-        with fast.reading(Tokens(5, [0, 0], [5, 2], [0, 0], CPU)):
+        with fast.batch(Layout(5, [0, 0], [5, 2], [0, 0], CPU)):
             assert not layer(x)[1, 2:].any()
             assert_close(layer(input=x), layer(x))
         assert layer(x)[1, 2:].all()
-        with pytest.raises(RuntimeError, match="on the way"), fast.reading(Tokens(5, [0, 0], [5, 2], [0, 0], CPU)):
+        with pytest.raises(RuntimeError, match="on the way"), fast.batch(Layout(5, [0, 0], [5, 2], [0, 0], CPU)):
             raise RuntimeError("on the way")
         assert_close(layer(x), F.linear(x, layer.weight))
     assert "forward" not in layer.__dict__
@@ -244,7 +283,7 @@ def test_half_precision_is_that_of_the_plain_layer(base: torch.dtype, cast: bool
     gradients = []
     with torch.autocast("cpu", torch.bfloat16, enabled=cast):
         expected = layer(x)
-    with fast, fast.reading(Tokens(5, [0, 0], [5, 2], [0, 0], CPU)):
+    with fast, fast.batch(Layout(5, [0, 0], [5, 2], [0, 0], CPU)):
         with torch.autocast("cpu", torch.bfloat16, enabled=cast):
             y = layer(x)
         assert y.dtype == expected.dtype == (torch.bfloat16 if cast else base)
@@ -263,9 +302,9 @@ def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     tokens: list[int] = []
     multiply = products.multiply
 
-    def spy(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def spy(x: Tensor, *rest: Any) -> Tensor:
         tokens.append(x.numel() // x.shape[-1])
-        return multiply(x, weight, bias)
+        return multiply(x, *rest)
 
     monkeypatch.setattr(products, "multiply", spy)
     return tokens
@@ -275,35 +314,17 @@ def test_padding_and_rows_that_need_no_gradient_cost_nothing(monkeypatch: pytest
     layer, fast = fast_layer(torch.randn(4, 6), depth=1)
     tokens = multiplied(monkeypatch)
     x = torch.randn(4, 5, 6, requires_grad=True)
-    with fast, fast.reading(Tokens(5, [0, 1, 0, 2], [5, 2, 1, 3], [ABOVE, 0, 2, 1], CPU)):
+    with fast, fast.batch(Layout(5, [0, 1, 0, 2], [5, 2, 1, 3], [ABOVE, 0, 2, 1], CPU)):
         layer(x).sum().backward()
         assert tokens == [5 + 2 + 1 + 3, 2 + 3]
         tokens.clear()
-        fast.tokens = Tokens(5, [0, 0], [5, 5], [0, 0], CPU)
+        fast.products.layout = Layout(5, [0, 0], [5, 5], [0, 0], CPU)
         layer(x[:2]).sum().backward()
         assert tokens == [10, 10]
         tokens.clear()
-        fast.tokens = Tokens(5, [0, 0], [5, 5], [ABOVE, 2], CPU)
+        fast.products.layout = Layout(5, [0, 0], [5, 5], [ABOVE, 2], CPU)
         layer(x[:2]).sum().backward()
         assert tokens == [10], "no row needs one"
-
-
-def test_layers_are_told_by_their_paths() -> None:
-    assert [layer_of(p) for p in ("model.layers.11.mlp", "encoder.layer.3", "3.block.5.x", "score", "layer4.x")] == [
-        *(11, 3, 3),
-        *(None, None),
-    ]
-    model = tiny("llama")
-
-    def lowest(method: Method, name: str) -> int:
-        return lowest_layer(tz.attach(model, method, name, seed=0))
-
-    assert lowest(tz.LlamaAdapter(adapter_layers=1, adapter_len=2), "top") == 1
-    assert lowest(tz.PrefixTuning(num_virtual_tokens=2), "prefix") == 0
-    assert lowest(tz.LoRA(r=2, target_modules=["embed_tokens", "v_proj"]), "embedding") == -1
-    assert lowest(tz.LoRA(r=2, layers_to_transform=[1], modules_to_save=["score"]), "saved") == 1
-    assert lowest(tz.Full(), "full") == -1
-    assert lowest_layer(tz.attach(tiny("t5", "cls"), tz.Head(), "head")) == -1, "two stacks count alike"
 
 
 METHODS: dict[str, Callable[[], Method]] = {
@@ -330,8 +351,8 @@ def gradients_of_a_step(kind: str, fast: bool, **changes: Any) -> dict[str, Tens
         jobs.append(Job("saved", tz.LoRA(r=2, modules_to_save=["score", "down_proj"]), TrainSettings(**changes)))
     with JobScheduler(model.to(precision), data, rows_per_step=50) as scheduler:
         if not fast:
-            scheduler.step.accelerations.products.__exit__()
-            scheduler.step.accelerations.norms.__exit__()
+            scheduler.step.accelerations.__exit__()
+            scheduler.step.accelerations = Accelerations(Base.of(model), "none").__enter__()
         scheduler.add(jobs)
         scheduler._admit()
         active_jobs = scheduler._picked()
@@ -375,7 +396,7 @@ def test_norms_are_recognised_and_equal(kind: str) -> None:
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.weight.data += 0.3 * torch.randn_like(module.weight)
-    norms = FrozenNorms(Base.of(model))
+    norms = FrozenNorms(Shared(Base.of(model)))
     kinds = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
     assert len(norms.norms) == len(kinds) > 0
     for module in kinds:
@@ -401,23 +422,23 @@ def test_a_norm_of_another_formula_is_left_alone() -> None:
             return x / x.abs().mean(-1, keepdim=True) * self.weight
 
     model = tiny("llama")
-    before = len(FrozenNorms(Base.of(model)).norms)
+    before = len(FrozenNorms(Shared(Base.of(model))).norms)
     model.model.norm = StrangeRMSNorm()
-    assert len(FrozenNorms(Base.of(model)).norms) == before - 1
+    assert len(FrozenNorms(Shared(Base.of(model))).norms) == before - 1
 
 
-@pytest.mark.skipif(not products._ONEDNN, reason="oneDNN multiplies on x86 alone")
+@pytest.mark.skipif(not onednn.available(), reason="this torch has no oneDNN")
 class TestCopies:
     """Weights in oneDNN's own layout."""
 
-    def layer(self) -> tuple[nn.Linear, FrozenProducts]:
+    def layer(self) -> tuple[nn.Linear, Fast]:
         torch.manual_seed(0)
         return fast_layer(torch.randn(64, 32), torch.randn(64))
 
-    def check(self, layer: nn.Linear, fast: FrozenProducts) -> None:
+    def check(self, layer: nn.Linear, fast: Fast) -> None:
         x = torch.randn(3, 5, 32, requires_grad=True)
         gradient = torch.randn(3, 5, 64)
-        with fast.reading(Tokens(5, [0] * 3, [5] * 3, [-1] * 3, CPU)):
+        with fast.batch(Layout(5, [0] * 3, [5] * 3, [-1] * 3, CPU)):
             y = layer(x)
             (found,) = torch.autograd.grad(y, x, gradient)
         assert_close(y, F.linear(x, layer.weight, layer.bias))
@@ -426,70 +447,70 @@ class TestCopies:
     def test_every_frozen_layer_has_its_own_until_it_is_left(self) -> None:
         layer, fast = self.layer()
         with fast:
-            weights = sum(module.weight.nbytes for module, _ in fast.layers)
-            assert fast.pack(8 * weights) == 2 * weights
-            assert set(fast.copies) == {id(module) for module, _ in fast.layers}
-            assert fast.pack() == 0  # there already
-            copies = fast.copies[id(layer)]
+            weights = sum(module.weight.nbytes for module in fast.products.layers)
+            assert fast.take(8 * weights) == 2 * weights
+            assert set(fast.products.copies) == {id(module) for module in fast.products.layers}
+            assert fast.take() == 0  # there already
+            copies = fast.products.copies[id(layer)]
             assert torch.equal(copies.forward.to_dense(), layer.weight)
             self.check(layer, fast)
             # They are what is multiplied with.
-            copies.forward, copies.backward = (torch.ops.mkldnn._reorder_linear_weight(w) for w in zeros(layer.weight))
+            fast.products.copies[id(layer)] = zeros(copies)
             x = torch.ones(1, 1, 32, requires_grad=True)
-            with fast.reading(Tokens(1, [0], [1], [-1], CPU)):
+            with fast.batch(Layout(1, [0], [1], [-1], CPU)):
                 y = layer(x)
                 assert torch.equal(y, layer.bias.expand(1, 1, -1))
                 assert not torch.autograd.grad(y.sum(), x)[0].any()
-        assert not fast.copies
+        assert not fast.products.copies
 
     def test_none_where_there_is_no_room(self) -> None:
         _, fast = self.layer()
-        weights = sum(module.weight.nbytes for module, _ in fast.layers)
-        assert fast.pack(8 * weights - 1) == 0 and not fast.copies
-        assert fast.unpack() == 0
-        assert fast.pack() == fast.unpack() == 2 * weights
+        weights = sum(module.weight.nbytes for module in fast.products.layers)
+        assert fast.take(8 * weights - 1) == 0 and not fast.products.copies
+        assert fast.accelerations.free() == 0
+        assert fast.take() == fast.accelerations.free() == 2 * weights
 
     def test_none_where_memory_runs_out_on_the_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
         layer, fast = self.layer()
-        of = products._Copies.of
+        of = Copies.of
 
-        def last_fails(weight: Tensor) -> products._Copies:
-            if weight is fast.layers[-1][0].weight:
+        def last_fails(weight: Tensor, wanted: Directions) -> Copies:
+            if weight is fast.products.layers[-1].weight:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-            return of(weight)
+            return of(weight, wanted)
 
-        monkeypatch.setattr(products._Copies, "of", last_fails)
+        monkeypatch.setattr(Copies, "of", last_fails)
         with fast:
-            assert fast.pack() == 0 and not fast.copies
+            assert fast.take() == 0 and not fast.products.copies
             self.check(layer, fast)
 
     def test_none_for_arithmetic_that_does_not_use_them(self) -> None:
         with JobScheduler(tiny("llama", "cls", num_labels=2), task()) as scheduler:
             scheduler.add([Job("lora", tz.LoRA(r=2), TrainSettings(epochs=1, precision="bf16"))])
             scheduler.run()
-            assert not scheduler.step.accelerations.products.copies
+            assert not scheduler.step.accelerations.shared.products.copies
         assert scheduler.results["lora"].status == "done"
 
     def test_none_in_another_precision(self) -> None:
         _, fast = self.layer()
-        other = fast.layers[-1][0]
+        other = fast.products.layers[-1]
         other.weight.data = other.weight.data.bfloat16()
-        fast.pack()
-        assert set(fast.copies) == {id(module) for module, _ in fast.layers} - {id(other)}
+        fast.take()
+        assert set(fast.products.copies) == {id(module) for module in fast.products.layers} - {id(other)}
 
     def test_those_of_a_trained_weight_are_not_read(self) -> None:
         layer, fast = self.layer()
         layer.weight.requires_grad_(True)
         with fast:
-            fast.pack()
-            copies = fast.copies[id(layer)]
-            copies.forward, copies.backward = (torch.ops.mkldnn._reorder_linear_weight(w) for w in zeros(layer.weight))
+            fast.take()
+            copies = fast.products.copies[id(layer)]
+            fast.products.copies[id(layer)] = zeros(copies)
             self.check(layer, fast)
 
     def test_a_weight_changed_meanwhile_is_multiplied_as_it_is_now(self) -> None:
         layer, fast = self.layer()
         with fast, torch.no_grad():
-            fast.pack()
+            fast.take()
             layer.weight.mul_(2)
             with torch.enable_grad():
                 self.check(layer, fast)
@@ -504,7 +525,7 @@ class TestCopies:
 
         class Watch(Silent):
             def job_started(self, job: Job, result: JobResult, steps: int) -> None:
-                seen.append((job.name, bool(scheduler.step.accelerations.products.copies), scheduler.room))
+                seen.append((job.name, bool(scheduler.step.accelerations.shared.products.copies), scheduler.room))
 
         jobs = [
             Job("full", tz.Full(), TrainSettings(epochs=1)),
@@ -514,7 +535,7 @@ class TestCopies:
             before = scheduler.room
             scheduler.add(jobs)
             scheduler.run()
-            taken = 2 * sum(module.weight.nbytes for module, _ in scheduler.step.accelerations.products.layers)
+            taken = 2 * sum(module.weight.nbytes for module in scheduler.step.accelerations.shared.products.layers)
         assert [result.status for result in scheduler.results.values()] == ["done", "done"]
         assert seen == [("lora", True, before - taken), ("full", False, before)]
 
@@ -529,7 +550,7 @@ class TestCopies:
             (active,) = scheduler.active_jobs.values()
             assert active.need is not None
             needed = jobs * active.kept_bytes + active.need.alone
-            taken = 2 * sum(module.weight.nbytes for module, _ in scheduler.step.accelerations.products.layers)
+            taken = 2 * sum(module.weight.nbytes for module in scheduler.step.accelerations.shared.products.layers)
         assert 4 * taken <= needed, "else no copies are made at all"
         with JobScheduler(model, data, memory=in_use(CPU) + 2**30) as scheduler:
             scheduler.room = needed + taken / 2
@@ -537,7 +558,7 @@ class TestCopies:
             scheduler._admit()
             assert (
                 len(scheduler.active_jobs) == jobs
-                and not scheduler.step.accelerations.products.copies
+                and not scheduler.step.accelerations.shared.products.copies
                 and scheduler.room == needed + taken / 2
             )
 
@@ -548,7 +569,7 @@ class TestCopies:
 
             def short(active_jobs: Any, batches: Any) -> Any:
                 sizes.append(len(active_jobs))
-                if scheduler.step.accelerations.products.copies:
+                if scheduler.step.accelerations.shared.products.copies:
                     raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
                 return losses(active_jobs, batches)
 
@@ -556,19 +577,21 @@ class TestCopies:
             scheduler.add([Job(f"lora{i}", tz.LoRA(r=2), TrainSettings(epochs=1)) for i in range(2)])
             scheduler.run()
         assert [result.status for result in scheduler.results.values()] == ["done", "done"]
-        assert set(sizes) == {2} and not scheduler.step.accelerations.products.copies
+        assert set(sizes) == {2} and not scheduler.step.accelerations.shared.products.copies
 
     def test_none_on_a_machine_whose_memory_is_short(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, data = tiny("llama", "cls", num_labels=2), task()
         with JobScheduler(model, data) as scheduler:
-            taken = 2 * sum(module.weight.nbytes for module, _ in scheduler.step.accelerations.products.layers)
-            monkeypatch.setattr(products, "free", lambda: 4 * taken - 4)
+            taken = 2 * sum(module.weight.nbytes for module in scheduler.step.accelerations.shared.products.layers)
+            monkeypatch.setattr(onednn, "free", lambda: 4 * taken - 4)
             scheduler.add([Job("lora", tz.LoRA(r=2), TrainSettings(epochs=1))])
             scheduler.run()
-            assert not scheduler.step.accelerations.products.copies
+            assert not scheduler.step.accelerations.shared.products.copies
         assert scheduler.results["lora"].status == "done"
 
 
-def zeros(weight: Tensor) -> list[Tensor]:
-    """In place of a weight and its transpose."""
-    return [torch.zeros_like(weight), torch.zeros_like(weight.t())]
+def zeros(copies: Copies) -> Copies:
+    """Copies that are said to be of the same weight, and are zero."""
+    forward, backward = (torch.zeros_like(w) for w in (copies.weight, copies.weight.t()))
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+    return replace(copies, forward=reorder(forward), backward=reorder(backward))

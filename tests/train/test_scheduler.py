@@ -18,7 +18,7 @@ from close import RUN, assert_close
 from models import tiny
 from tanzaku.core.adapter import Adapter
 from tanzaku.core.method import Method
-from tanzaku.engine.products import FrozenProducts
+from tanzaku.engine.onednn import PrepackedWeights
 from tanzaku.methods.lora import LoraDelta
 from tanzaku.tasks.classification import Classification
 from tanzaku.tasks.task import TaskData
@@ -329,7 +329,7 @@ OUT_OF_MEMORY = [
 @pytest.fixture
 def _no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a step that finds no memory is first tried again without copies of weights."""
-    monkeypatch.setattr(FrozenProducts, "pack", lambda self, room=0: 0)
+    monkeypatch.setattr(PrepackedWeights, "take", lambda self, room: 0)
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda e: type(e).__name__)

@@ -8,13 +8,34 @@ from typing import Protocol
 
 from torch import Tensor
 
+from tanzaku.core.adapter import Adapter
 from tanzaku.core.routing import Route
+from tanzaku.engine.acceleration import Acceleration, Shared
+from tanzaku.engine.attention import RowAttention
 from tanzaku.engine.gates import FrozenGates
+from tanzaku.engine.layout import Layout
+from tanzaku.engine.names import AUTO, chosen
 from tanzaku.engine.norms import FrozenNorms
+from tanzaku.engine.onednn import OneDNN, PrepackedWeights
 from tanzaku.engine.packing import Packing
-from tanzaku.engine.products import FrozenProducts, Tokens
-from tanzaku.engine.trim import PooledOnly, pooled_columns
+from tanzaku.engine.skipping import SkipUnneeded
+from tanzaku.engine.trim import LastToken, pooled_columns
 from tanzaku.models.families import Base
+
+# All there are, in the order of `names.NAMES`; a new one stands in both, and the law of accelerations then tests it.
+ACCELERATIONS: dict[str, type[Acceleration]] = {
+    kind.name: kind
+    for kind in (
+        Packing,
+        RowAttention,
+        LastToken,
+        SkipUnneeded,
+        OneDNN,
+        PrepackedWeights,
+        FrozenNorms,
+        FrozenGates,
+    )
+}
 
 
 class Batch(Protocol):
@@ -37,51 +58,68 @@ class Batch(Protocol):
 
 
 class Accelerations:
-    """Of one model. A context manager: while entered, the model's frozen modules are fast."""
+    """Of one model. A context manager: while entered, the model's frozen modules are fast.
 
-    def __init__(self, base: Base):
-        self.pooled, self.packing = PooledOnly(base), Packing(base)
-        self.products, self.norms, self.gates = FrozenProducts(base), FrozenNorms(base), FrozenGates(base)
+    Args:
+        wanted: which; see :func:`tanzaku.engine.names.chosen`, which tells of names that are not known.
+    """
+
+    def __init__(self, base: Base, wanted: str = AUTO):
+        self.base, self.shared = base, Shared(base)
+        self.members = {name: ACCELERATIONS[name](self.shared) for name in chosen(wanted)}
         self._entered = ExitStack()
 
     def __enter__(self) -> Accelerations:
-        for part in (self.packing, self.products, self.norms, self.gates):
-            self._entered.enter_context(part)
+        for member in self.members.values():
+            self._entered.enter_context(member)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._entered.close()
 
+    @property
+    def packs(self) -> bool:
+        """Whether batches are packed where a route is given."""
+        return Packing.name in self.members and self.members[Packing.name].possible
+
+    def depth(self, adapter: Adapter) -> int:
+        """How deep its lowest trained layer lies: see :meth:`tanzaku.engine.order.Order.lowest`."""
+        return self.shared.order.lowest(adapter)
+
+    def take(self, room: float) -> int:
+        """Take memory that makes passes faster, if there is plenty; bytes taken of `room`."""
+        taken = 0
+        for member in self.members.values():
+            taken += member.take(room - taken)
+        return taken
+
+    def free(self) -> int:
+        """Give it back; bytes freed."""
+        return sum(member.free() for member in self.members.values())
+
     @contextmanager
-    def reading(
-        self,
-        batch: Batch,
-        virtual: Sequence[int],
-        lowest: Sequence[int],
-        route: Route | None,
-    ) -> Iterator[None]:
+    def batch(self, batch: Batch, adapters: Sequence[Adapter | None], route: Route | None) -> Iterator[None]:
         """Within the block, which holds the backward pass too, the model's passes are for the logits of the batch.
 
         Args:
-            virtual: tokens that each row's adapter puts before its own. lowest: the layer of its lowest adapter.
+            adapters: of each row; None: it is bare.
             route: the batch's own, by which it is packed where this model can have that; None: it shall not be.
         """
-        lead, tokens_in = max(virtual), next(iter(batch.inputs.values()))
-        if not self.packing.possible:
-            route = None
-        read = None
-        if route is not None and self.pooled.pad is not None:
-            columns = pooled_columns(tokens_in, self.pooled.pad).tolist()
-            read = [before + column for before, column in zip(virtual, columns, strict=True)]
-        tokens = Tokens(
-            width=lead + batch.width,
+        inputs = next(iter(batch.inputs.values()))
+        virtual = [0 if adapter is None else adapter.virtual for adapter in adapters]
+        packed = route is not None and self.packs
+        columns = pooled_columns(self.base, inputs)
+        layout = Layout(
+            width=max(virtual) + batch.width,
             starts=[0] * len(virtual),
             lengths=[before + length for before, length in zip(virtual, batch.lengths, strict=True)],
-            lowest=lowest,
-            device=tokens_in.device,
-            packed=route is not None,
-            read=read,
+            lowest=[self.shared.order.lowest(adapter) for adapter in adapters],
+            device=inputs.device,
+            packed=packed,
+            read=None if columns is None else [v + column for v, column in zip(virtual, columns, strict=True)],
         )
-        short = self.pooled.reading(tokens_in, virtual) if route is None else self.packing.reading(tokens, route)
-        with short, self.products.reading(tokens):
+        with ExitStack() as stack:
+            stack.enter_context(self.shared.order.recorded())
+            for member in self.members.values():
+                stack.enter_context(member.batch(layout, route if packed else None))
             yield

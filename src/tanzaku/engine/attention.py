@@ -12,13 +12,34 @@ more keys than a head has features are left to them, whose scores would take mor
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 
 from tanzaku.core.routing import split
+from tanzaku.engine.acceleration import Acceleration
+from tanzaku.models import tree
 from tanzaku.support.autograd import once_differentiable
+
+
+class RowAttention(Acceleration):
+    """In packed batches, rows are attended as :func:`row_attention` does it where that suits (`packing.py`)."""
+
+    name = "row_attention"
+    summary = "short rows of a packed batch are attended one by one, each over its own tokens"
+
+    @property
+    def possible(self) -> bool:
+        return all(parameter.device.type == "cpu" for parameter in tree.parameters(self.base.model))
+
+    def __enter__(self) -> Self:
+        self.shared.attends_rows = True
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.shared.attends_rows = False
 
 
 def row_attention(

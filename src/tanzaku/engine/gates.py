@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 
 from tanzaku.core.quiet import quiet
+from tanzaku.engine.acceleration import Acceleration, Shared
 from tanzaku.models import tree
-from tanzaku.models.families import Base
 from tanzaku.support.autograd import once_differentiable
 
 _LAYERS = ("gate_proj", "up_proj", "down_proj")
@@ -31,23 +31,34 @@ _SILU = (1.0, 0.0)
 _GELU = (2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715)
 
 
-class FrozenGates:
+class FrozenGates(Acceleration):
     """While entered, the gated feed-forwards of a model's backbone compute as described above."""
 
-    def __init__(self, base: Base):
-        modules = [m for m in tree.modules(base.backbone) if all(hasattr(m, name) for name in (*_LAYERS, "act_fn"))]
+    name = "gates"
+    summary = "what a gated feed-forward does between its products is one function with its own backward pass"
+
+    def __init__(self, shared: Shared):
+        super().__init__(shared)
+        modules = [
+            m for m in tree.modules(self.base.backbone) if all(hasattr(m, name) for name in (*_LAYERS, "act_fn"))
+        ]
         self.gates = [
             (module, known)
             for module in modules
             if "forward" not in module.__dict__ and (known := _known(module)) is not None
         ]
 
-    def __enter__(self) -> FrozenGates:
+    @property
+    def possible(self) -> bool:
+        return bool(self.gates)
+
+    def __enter__(self) -> Self:
         for module, known in self.gates:
             module.__dict__["forward"] = partial(_forward, module, known)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         for module, _known in self.gates:
             module.__dict__.pop("forward", None)
 

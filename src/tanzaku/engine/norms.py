@@ -12,28 +12,36 @@ Zhang and Sennrich 2019, arXiv 1910.07467.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from tanzaku.core.quiet import quiet
+from tanzaku.engine.acceleration import Acceleration, Shared
 from tanzaku.models import tree
-from tanzaku.models.families import Base
 from tanzaku.support.autograd import once_differentiable
 
 
-class FrozenNorms:
+class FrozenNorms(Acceleration):
     """While entered, the norms of a model's backbone compute as described above."""
 
-    def __init__(self, base: Base):
+    name = "norms"
+    summary = "an RMS norm with a frozen weight is one function with its own backward pass"
+
+    def __init__(self, shared: Shared):
+        super().__init__(shared)
         self.norms = [
             (module, known)
-            for module in tree.modules(base.backbone)
+            for module in tree.modules(self.base.backbone)
             if "forward" not in module.__dict__ and (known := _known(module)) is not None
         ]
 
-    def __enter__(self) -> FrozenNorms:
+    @property
+    def possible(self) -> bool:
+        return bool(self.norms)
+
+    def __enter__(self) -> Self:
         for module, (eps, shift) in self.norms:
             weight = cast(Tensor, module.weight)
             module.__dict__["forward"] = partial(
@@ -41,7 +49,8 @@ class FrozenNorms:
             )
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         for module, _known in self.norms:
             module.__dict__.pop("forward", None)
 

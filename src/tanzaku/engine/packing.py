@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,21 +23,25 @@ from tanzaku.core.attention import PACKING, AttentionHook, register
 from tanzaku.core.method import AttentionCall
 from tanzaku.core.positions import numbering
 from tanzaku.core.routing import Ragged, Route, split
+from tanzaku.engine.acceleration import Acceleration, Shared
 from tanzaku.engine.attention import row_attention, suits
-from tanzaku.engine.products import Tokens
+from tanzaku.engine.layout import Layout
 from tanzaku.engine.trim import last_layer_modules
-from tanzaku.models.families import Base
 from tanzaku.models.families.trace import PREFIX
 
 _KNOWN = ("sdpa", "eager")
 
 
-class Packing:
+class Packing(Acceleration):
     """While entered, batches of one model can be packed; `possible` tells whether its kind is known to allow it."""
 
-    def __init__(self, base: Base):
-        self.base = base
-        self.tokens: Tokens | None = None
+    name = "packing"
+    summary = "a decoder classifier's layers see the own tokens of all rows, one after another, and no padding"
+
+    def __init__(self, shared: Shared):
+        super().__init__(shared)
+        base = self.base
+        self.layout: Layout | None = None
         self._masks: dict[tuple[int, int | None, int], Tensor] = {}
         self.layers: list[nn.Module] = []
         if not last_layer_modules(base) or numbering(base.backbone, base).kind != "column":
@@ -53,19 +57,24 @@ class Packing:
         own = {str(m.config._attn_implementation).removeprefix(PREFIX) for m in self.layers}  # type: ignore[union-attr]
         return bool(own) and own <= set(_KNOWN)
 
-    def __enter__(self) -> Packing:
+    def __enter__(self) -> Self:
         for module in self.layers:
             module.__dict__[PACKING] = self
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         for module in self.layers:
             module.__dict__.pop(PACKING, None)
 
     @contextmanager
-    def reading(self, tokens: Tokens, route: Route) -> Iterator[None]:
-        """Within the block, which holds the backward pass too, the model's batches have their tokens there."""
-        route.unroll(tokens.lengths)
+    def batch(self, layout: Layout, route: Route | None) -> Iterator[None]:
+        """See :meth:`Acceleration.batch`."""
+        if not layout.packed:
+            yield
+            return
+        assert route is not None, "a packed batch has its route"
+        route.unroll(layout.lengths)
         hooks = [
             # Behind the virtual tokens on the way in, before them on the way out.
             self.base.backbone.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -73,7 +82,7 @@ class Packing:
         ]
         configs = {id(m.config): cast(Any, m.config) for m in self.layers}
         own = {key: config._attn_implementation for key, config in configs.items()}
-        self.tokens = tokens
+        self.layout = layout
         try:
             for key, name in own.items():
                 if not name.startswith(PREFIX):
@@ -81,7 +90,7 @@ class Packing:
                     configs[key]._attn_implementation_internal = PREFIX + name
             yield
         finally:
-            self.tokens = None
+            self.layout = None
             self._masks.clear()
             for key, name in own.items():
                 configs[key]._attn_implementation_internal = name
@@ -91,29 +100,29 @@ class Packing:
     # -- the backbone
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tokens = self.tokens
-        assert tokens is not None
+        layout = self.layout
+        assert layout is not None
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         embeds = given.get("inputs_embeds")
         if embeds is None:
             embeds = self.base.embedding(given["input_ids"])
         positions = given.get("position_ids")
         if positions is None:
-            positions = torch.arange(tokens.width, device=embeds.device)[None]
-        positions = positions.expand(len(tokens.lengths), -1).flatten().index_select(0, tokens.rows.places)
+            positions = torch.arange(layout.width, device=embeds.device)[None]
+        positions = positions.expand(len(layout.lengths), -1).flatten().index_select(0, layout.rows.places)
         given |= {
             "input_ids": None,
-            "inputs_embeds": tokens.rows.pack(embeds.flatten(0, 1)).unsqueeze(1),
+            "inputs_embeds": layout.rows.pack(embeds.flatten(0, 1)).unsqueeze(1),
             "position_ids": positions.unsqueeze(1),
             "attention_mask": None,
         }
         return (), given
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        tokens = self.tokens
-        assert tokens is not None
-        hidden = tokens.rows.pad(output["last_hidden_state"].squeeze(1))
-        output["last_hidden_state"] = hidden.view(len(tokens.lengths), tokens.width, -1)
+        layout = self.layout
+        assert layout is not None
+        hidden = layout.rows.pad(output["last_hidden_state"].squeeze(1))
+        output["last_hidden_state"] = hidden.view(len(layout.lengths), layout.width, -1)
         return output
 
     # -- attention
@@ -131,19 +140,19 @@ class Packing:
     ) -> tuple[Tensor, None]:
         """An attention layer on rows again: `run` is the base's own function, `hook` what adapters make of it. query,
         key and value are (tokens, heads, 1, head_dim), the result (tokens, 1, heads, head_dim)."""
-        tokens = self.tokens
-        assert tokens is not None
-        parts = [(None, slice(None))] if hook is None else hook.parts(len(tokens.lengths))
-        lengths = [tuple(tokens.lengths[rows]) for _, rows in parts]
+        layout = self.layout
+        assert layout is not None
+        parts = [(None, slice(None))] if hook is None else hook.parts(len(layout.lengths))
+        lengths = [tuple(layout.lengths[rows]) for _, rows in parts]
         inputs = [split(x.squeeze(2), [sum(part) for part in lengths]) for x in (query, key, value)]
         window = options.get("sliding_window")
         results = []
         for (number, _), sizes, q, k, v in zip(parts, lengths, *inputs, strict=True):
-            if number is None and suits(implementation, max(sizes), q, options):
+            if number is None and self._by_rows(implementation, max(sizes), q, options):
                 masks = [self._added(size, window, q, q.shape[1] // k.shape[1]) for size in sizes]
                 results.append(row_attention(q, k, v, sizes, sizes, masks, _scaling(options, q)))
                 continue
-            ragged = tokens.ragged(sizes)
+            ragged = layout.ragged(sizes)
             q, k, v = (_padded(x, ragged, len(sizes)) for x in (q, k, v))
             mask = self._mask(implementation, max(sizes), window, q)
             if hook is None or number is None:
@@ -168,7 +177,7 @@ class Packing:
         """`run` for rows that an adapter layer has changed, row by row where that suits."""
         rows, _, queries, _ = query.shape
         keys, shared = key.shape[2], query.shape[1] // key.shape[1]
-        if not suits(implementation, keys, query, options):
+        if not self._by_rows(implementation, keys, query, options):
             return run(module, query, key, value, mask, **options)
         if mask is None:
             # The queries are the last of the keys: a single one sees all of them, a prefix's too.
@@ -179,6 +188,9 @@ class Packing:
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         out = row_attention(q, k, v, [queries] * rows, [keys] * rows, masks, _scaling(options, query))
         return out.view(rows, queries, *out.shape[1:]), None
+
+    def _by_rows(self, implementation: str, keys: int, query: Tensor, options: dict[str, Any]) -> bool:
+        return self.shared.attends_rows and suits(implementation, keys, query, options)
 
     def _added(self, width: int, window: int | None, like: Tensor, shared: int) -> Tensor:
         """(width, width * shared): what hides the keys that a token does not see when it is added to its scores, which

@@ -8,14 +8,17 @@ the other positions, which nobody reads, get numbers without meaning. Loss and g
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GenericForSequenceClassification
 
+from tanzaku.core.routing import Route
+from tanzaku.engine.acceleration import OfProducts, Shared
+from tanzaku.engine.layout import Layout
 from tanzaku.models.families import Base
 
 
@@ -35,42 +38,66 @@ def last_layer_modules(base: Base, asking: bool = False) -> list[nn.Module]:
     return [layers[-1].get_submodule(path) for path in (*query, *family.trim)]
 
 
-def pooled_columns(input_ids: Tensor, pad: int) -> Tensor:
-    """(rows,): where each row's last token is that is no padding, which a decoder's classifier pools.
+def pooled_columns(base: Base, input_ids: Tensor) -> list[int] | None:
+    """Of each row, where its last token is that is no padding, which a decoder's classifier pools; None: no such model.
 
     A row's own last tokens may be the padding token, where that is also the end of a text.
+
+    Args:
+        input_ids: (rows, tokens).
     """
+    pad = getattr(base.config, "pad_token_id", None)
+    if pad is None or not last_layer_modules(base):
+        return None
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-    return (columns * (input_ids != pad)).argmax(-1)
+    return cast(list[int], (columns * (input_ids != pad)).argmax(-1).tolist())
 
 
-class PooledOnly:
-    """Hooks for one model; a no-op where its layers are of an unknown kind."""
+class LastToken(OfProducts):
+    """Of the last layer, what lies behind its attention for the pooled token alone. In a packed batch it alone has a
+    query, too: products leave out the other tokens. In a padded one they are taken out of what the modules read."""
 
-    def __init__(self, base: Base):
-        self.modules = last_layer_modules(base)
-        self.pad = getattr(base.config, "pad_token_id", None)
+    name = "last_token"
+    summary = "a decoder classifier's last layer passes on the token alone that is pooled"
+
+    def __init__(self, shared: Shared):
+        super().__init__(shared)
+        self.modules = last_layer_modules(self.base)
+        asking = last_layer_modules(self.base, asking=True)
+        self.pooled = {id(module) for part in asking for module in part.modules()}
         self._at: Tensor | None = None
-        self._length = 0
+        self._shape = (0, 0)
+
+    @property
+    def possible(self) -> bool:
+        return bool(self.modules)
+
+    def __enter__(self) -> Self:
+        self.shared.products.pooled = self.pooled
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.shared.products.pooled = set()
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         x = args[0]
-        if self._at is None or x.dim() != 3 or x.shape[1] in (1, *range(self._length)):
-            return None  # one token is nothing to trim; and fewer than there are were trimmed before
+        if self._at is None or x.dim() != 3 or x.shape[:2] != self._shape or x.shape[1] == 1:
+            return None  # one token is nothing to trim; and of another shape they were trimmed before
         return (x[torch.arange(x.shape[0], device=x.device), self._at].unsqueeze(1), *args[1:])
 
     @contextmanager
-    def reading(self, input_ids: Tensor, virtual: Sequence[int]) -> Iterator[None]:
-        """Within the block, the model's forward pass is for the logits of these rows (rows, length) alone, `virtual`
-        tokens before each."""
-        if not self.modules or self.pad is None:
-            yield
+    def batch(self, layout: Layout, route: Route | None) -> Iterator[None]:
+        """See :meth:`Acceleration.batch`."""
+        if layout.packed or layout.read is None or not self.modules:
+            with super().batch(layout, route):
+                yield
             return
-        self._at = pooled_columns(input_ids, self.pad) + torch.tensor(virtual, device=input_ids.device)
-        self._length = input_ids.shape[1]
+        self._at, self._shape = torch.tensor(layout.read, device=layout.device), layout.shape
         handles = [module.register_forward_pre_hook(self._keep) for module in self.modules]
         try:
-            yield
+            with super().batch(layout, route):
+                yield
         finally:
             self._at = None
             for handle in handles:

@@ -15,7 +15,6 @@ from tanzaku.core.manager import manager_of
 from tanzaku.core.positions import room
 from tanzaku.core.tokens import without_cache
 from tanzaku.engine.accelerations import Accelerations
-from tanzaku.engine.products import ABOVE
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models.families import Base
 from tanzaku.tasks.task import Records, Split, Task, joined, take
@@ -111,11 +110,16 @@ def window_of(batch_size: int) -> int:
 
 
 def records_of(
-    model: PreTrainedModel, task: Task, splits: Mapping[str, Split], pad_token_id: int, batch_size: int
+    model: PreTrainedModel,
+    task: Task,
+    splits: Mapping[str, Split],
+    pad_token_id: int,
+    batch_size: int,
+    accelerations: Accelerations | None = None,
 ) -> dict[str, Records]:
     """By adapter, the records behind :func:`predictions`, of all rows at once."""
     rows = _number_of_rows(model, splits, batch_size)
-    accelerations = Accelerations(manager_of(model).base)
+    accelerations = accelerations or Accelerations(manager_of(model).base)
     return _records(accelerations, model, task, splits, pad_token_id, batch_size, range(rows))
 
 
@@ -183,12 +187,7 @@ def _records(
                 at = order[start : start + batch_size]
                 batch = task.collate([splits[name].examples[rows[i]] for name in names for i in at], pad_token_id)
                 batch = batch.to(model.device, without)
-                with accelerations.reading(
-                    batch,
-                    virtual=[manager.get(name).virtual for name in names for _ in at],
-                    lowest=[ABOVE] * (len(names) * len(at)),  # no gradient is wanted
-                    route=manager.route,
-                ):
+                with accelerations.batch(batch, [manager.get(name) for name in names for _ in at], manager.route):
                     records = task.records(model(**batch.inputs, **options), batch)
                 for place, name in enumerate(names):
                     found[name].append(take(records, slice(place * len(at), (place + 1) * len(at))))

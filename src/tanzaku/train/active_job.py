@@ -17,7 +17,6 @@ from tanzaku.core.adapter import Adapter
 from tanzaku.core.method import AttentionLayer, Method, TokenLayer
 from tanzaku.core.weights import BiasCopy, WeightCopy
 from tanzaku.engine.memory import Need
-from tanzaku.engine.products import lowest_layer
 from tanzaku.errors import TanzakuError
 from tanzaku.models.families import features
 from tanzaku.support.seeds import seed_of
@@ -54,7 +53,6 @@ class ActiveJob:
         self.job, self.adapter, self.result = job, adapter, result
         self.data = weighed(data) if s.class_weights else data
         self.virtual, self.before = adapter.virtual, adapter.before
-        self.lowest = lowest_layer(adapter)
         self.left_out = False  # whether its last pass may have left out layers by chance
         self.draws: bool | None = None  # whether its forward pass draws random numbers; None: not yet known
         self.trained = [p for _, p in adapter.trained()]

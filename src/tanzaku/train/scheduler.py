@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from tanzaku.core.attach import activate, adapters, attach, count, detach
 from tanzaku.engine.memory import Need, in_use, peak, reset_peak
-from tanzaku.engine.products import layer_of
 from tanzaku.errors import TanzakuError
+from tanzaku.models.families.structure import block_of
 from tanzaku.storage import store
 from tanzaku.storage.card import training_record
 from tanzaku.tasks.metrics import interval_of
@@ -265,9 +265,9 @@ class JobScheduler:
     def _arrange(self, job: Job) -> None:
         """Have the frozen weights multiply faster while jobs share them, where there is plenty of room for it."""
         if not job.method.shares_batch:  # and no job after it, and it needs what they take
-            self.room += self.step.accelerations.products.unpack()
+            self.room += self.step.accelerations.free()
         elif not self.active_jobs and job.settings.precision == "fp32":
-            self.room -= self.step.accelerations.products.pack(self.room)
+            self.room -= self.step.accelerations.take(self.room)
 
     def _begin(self, job: Job, alone: bool) -> bool:
         """Attach a job and take it from the queue; False where there is no room for it now."""
@@ -294,7 +294,7 @@ class JobScheduler:
                 attached = [*self.active_jobs.values(), active]
                 # What it keeps may leave too little room for a step of one that is there already.
                 if not (fits := self._each_fits(attached)) and self._hand_back is None:
-                    self.room += self.step.accelerations.products.unpack()  # a job is worth more than a faster product
+                    self.room += self.step.accelerations.free()  # a job is worth more than a faster product
                     fits = self._each_fits(attached)
                 if not fits:
                     if not alone or len(self.active_jobs):
@@ -393,7 +393,12 @@ class JobScheduler:
         # Neighbours of one kind are computed together, and rows that need no gradient in low layers lie side by side.
         return sorted(
             picked,
-            key=lambda active: (active.lowest, active.job.method.name, len(active.next_rows or ()), active.job.name),
+            key=lambda active: (
+                self.step.accelerations.depth(active.adapter),
+                active.job.method.name,
+                len(active.next_rows or ()),
+                active.job.name,
+            ),
         )
 
     def _has_positions(self, stepping: Sequence[ActiveJob]) -> bool:
@@ -418,7 +423,7 @@ class JobScheduler:
             # A job whose loss was no number has ended in the step that failed.
             left = [active for active in active_jobs if active.job.name in self.active_jobs]
             reason, too_large = failure
-            if left and too_large and (freed := self.step.accelerations.products.unpack()):
+            if left and too_large and (freed := self.step.accelerations.free()):
                 gc.collect()
                 self.room += 0 if self._hand_back else freed  # other workers have them still
                 self._train(left)
@@ -586,9 +591,9 @@ def intervals(task: Task, records: Records) -> dict[str, tuple[float, float]]:
 def _held_for_others(active: ActiveJob, stepping: Sequence[ActiveJob]) -> int:
     """Bytes a token of this job's rows that autograd keeps for the sake of other jobs in the step."""
     held = {path: size for other in stepping for path, size in other.held.items() if path not in active.held}
-    layers: Counter[int | None] = Counter()
+    layers: Counter[str] = Counter()
     for path, size in held.items():
-        layers[layer_of(path)] += size
+        layers[block_of(path)] += size
     # Of checkpointed layers, one at a time is computed again.
     return max(layers.values(), default=0) if active.job.settings.gradient_checkpointing else layers.total()
 

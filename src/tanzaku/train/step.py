@@ -47,12 +47,12 @@ class SharedStep:
 
     def __init__(self, model: PreTrainedModel, task: Task, pad_token_id: int):
         self.model, self.task, self.pad_token_id, self.device = model, task, pad_token_id, model.device
-        base = Base.of(model)
-        self.max_positions, self.settings = room(base), base.config.to_dict()
-        self.accelerations = Accelerations(base)
+        self.base = Base.of(model)
+        self.max_positions, self.settings = room(self.base), self.base.config.to_dict()
+        self.accelerations = Accelerations(self.base)
         self.without = left_out(model)
         # A cache of keys and values is for generation; here it would only be a copy of them a layer.
-        self.options = without_cache(base)
+        self.options = without_cache(self.base)
         self._route: tuple[list[Entry], Route] | None = None
         self._checkpointed = False
         self._foreign: list[Foreign] | None = None
@@ -77,7 +77,7 @@ class SharedStep:
     def of_one_width(self) -> bool:
         """Whether jobs may share a step only where their rows come to the same length: in a model that sees padding
         in spite of the mask, a job's rows are padded as they are when it is alone."""
-        return sees_padding(Base.of(self.model))
+        return sees_padding(self.base)
 
     @contextmanager
     def losses(
@@ -104,7 +104,7 @@ class SharedStep:
             for active, batch, rows in zip(active_jobs, batches, at, strict=True)
         ]
         for active in active_jobs:
-            if active.draws is None and self.accelerations.packing.possible:  # a kind of model whose settings tell
+            if active.draws is None and self.accelerations.packs:  # a kind of model whose settings tell
                 method = active.job.method
                 known = type(method) in METHODS.values() and not _drops(method.settings())
                 active.draws = False if known and not _drops(self.settings) else None
@@ -126,7 +126,7 @@ class SharedStep:
         """What a step that draws random numbers has to know of the model, and hooks where it needs them."""
         if self._foreign is None:
             self._foreign = foreign_generators(self.model)
-            self._handles = watch(self.model, odd_dropouts(Base.of(self.model)))
+            self._handles = watch(self.model, odd_dropouts(self.base))
         return self._foreign
 
     def need_of(self, active: ActiveJob, widest: int) -> Need:
@@ -177,7 +177,7 @@ class SharedStep:
         """The rows of a batch that needs the most: the longest, but where padding counts not all of one length."""
         order = sorted(examples, key=_length)
         rows = order[-size:]
-        if size > 1 and rows and not self.accelerations.packing.possible and _length(rows[0]) == _length(rows[-1]):
+        if size > 1 and rows and not self.accelerations.packs and _length(rows[0]) == _length(rows[-1]):
             shorter = [example for example in order if _length(example) < _length(rows[0])]
             rows = [*shorter[-1:], *rows[-size + 1 :]] if shorter else rows
         return rows
@@ -185,7 +185,7 @@ class SharedStep:
     @contextmanager
     def _wanting(self) -> Iterator[None]:
         """Within the block, gradients are wanted from the embedded tokens on: whatever autograd may keep, it keeps."""
-        size = Base.of(self.model).vocab_size
+        size = self.base.vocab_size
         tables = [m for m in tree.modules(self.model) if isinstance(m, nn.Embedding) and m.num_embeddings == size]
         handles = [m.register_forward_hook(lambda _m, _args, out: out.requires_grad_()) for m in tables]
         try:
@@ -222,11 +222,8 @@ class SharedStep:
     ) -> AbstractContextManager[None]:
         owners = [active for active, batch in zip(active_jobs, batches, strict=True) for _ in batch]
         assert self._route is not None
-        return self.accelerations.reading(
-            together,
-            virtual=[active.virtual for active in owners],
-            lowest=[active.lowest for active in owners],
-            route=self._route[1] if packed else None,
+        return self.accelerations.batch(
+            together, [active.adapter for active in owners], self._route[1] if packed else None
         )
 
     def _batch(self, examples: Sequence[Example], width: int = 0) -> Batch:
