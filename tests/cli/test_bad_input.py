@@ -54,6 +54,21 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "unknown method": (_nothing, ["--method", "lorra"], ["unknown method 'lorra'", "did you mean 'lora'"]),
     "unknown setting": (_nothing, ["--set", "rr=1"], ["no setting 'rr'", "did you mean 'r'"]),
     "bad value": (_nothing, ["--batch-size", "two"], ["--batch-size is 'two'", "integer"]),
+    "unknown acceleration": (
+        _nothing,
+        ["--accelerations", "no-packing,no-nroms"],
+        ["--accelerations: found 'no-nroms'", "auto, none", "packing, row_attention", "did you mean 'no-norms'"],
+    ),
+    "accelerations of two kinds": (
+        _nothing,
+        ["--accelerations", "packing,no-norms"],
+        ["--accelerations: found 'packing' beside names with no-"],
+    ),
+    "an acceleration without the one it is within": (
+        _nothing,
+        ["--accelerations", "row_attention"],
+        ["--accelerations: found row_attention without packing", "add packing"],
+    ),
     "two methods": (_nothing, ["--method", "lora", "--method", "ia3"], ["one method", "lora, ia3", "compare"]),
     "no model": (_nothing, ["--model", "./nowhere"], ["no model at './nowhere'"]),
     "model without a tokenizer": (_nothing, ["--model", "bare"], ["'bare' has no tokenizer"]),

@@ -10,7 +10,7 @@ import pytest
 from cli_kit import Tanzaku, results_of, write_tsv
 from safetensors.torch import load_file
 from transformers import LlamaForSequenceClassification
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
 
 from close import RUN, close
 from tanzaku.errors import flag
@@ -64,6 +64,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "metric": ("accuracy", WORSE, result("best_epoch")),
     "patience": (1, WORSE, result("epochs")),
     "restore_best": (True, WORSE, weights),
+    "accelerations": ("none", {}, "calls of norms"),
     "tracker": ("tensorboard", {}, lambda out: len([*out.rglob("events.out.*")])),
 }
 
@@ -71,8 +72,9 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """What a run does that leaves no figure behind."""
-    seen: dict[str, list[int]] = {"rows in evaluation": [], "calls of attention": []}
+    seen: dict[str, list[int]] = {"rows in evaluation": [], "calls of attention": [], "calls of norms": []}
     model, attention = LlamaForSequenceClassification.forward, LlamaAttention.forward
+    norm = LlamaRMSNorm.forward
 
     def of_model(self: Any, input_ids: Any = None, **given: Any) -> Any:
         if not self.training:
@@ -83,6 +85,11 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
         seen["calls of attention"].append(1)
         return attention(self, *args, **given)
 
+    def of_norm(self: Any, x: Any) -> Any:
+        seen["calls of norms"].append(1)
+        return norm(self, x)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", of_norm)
     monkeypatch.setattr(LlamaForSequenceClassification, "forward", of_model)
     monkeypatch.setattr(LlamaAttention, "forward", of_attention)
     return seen

@@ -344,15 +344,13 @@ def gradients_of_a_step(kind: str, fast: bool, **changes: Any) -> dict[str, Tens
     end = model.config.eos_token_id if model.config.is_encoder_decoder else None
     data = replace(task((5, 9, 3), train=6, end=end, pad=model.config.pad_token_id), valid=None)
     jobs = []
+    changes["accelerations"] = "auto" if fast else "none"
     for number, (name, method) in enumerate(METHODS.items()):
         settings = TrainSettings(batch_size=1 + number % 2, seed=number, **changes)
         jobs.append(Job(name, method(), settings))
     if kind == "llama":
         jobs.append(Job("saved", tz.LoRA(r=2, modules_to_save=["score", "down_proj"]), TrainSettings(**changes)))
     with JobScheduler(model.to(precision), data, rows_per_step=50) as scheduler:
-        if not fast:
-            scheduler.step.accelerations.__exit__()
-            scheduler.step.accelerations = Accelerations(Base.of(model), "none").__enter__()
         scheduler.add(jobs)
         scheduler._admit()
         active_jobs = scheduler._picked()

@@ -25,7 +25,9 @@ from tanzaku.compare.search import Outcome, Search, direction, rungs, survivors
 from tanzaku.compare.statistics import Design, Ranking, Run, Scored, losses, rank
 from tanzaku.compare.verdict import sentences
 from tanzaku.core.attach import activate, detach
+from tanzaku.engine.accelerations import Accelerations
 from tanzaku.files.writing import finite
+from tanzaku.models.families import Base
 from tanzaku.recipe.comparison import CompareSettings, bytes_of
 from tanzaku.storage import store
 from tanzaku.tasks.inference import records_of
@@ -198,7 +200,8 @@ class Comparison:
                 store.load(self.model, self.out / ADAPTERS / candidate.name, candidate.name)
             with autocast(self.model.device, precision):
                 splits = {c.name: split for c in group}
-                found = records_of(self.model, self.task, splits, self.data.pad_token_id, 8)
+                fast = Accelerations(Base.of(self.model), group[0].settings.accelerations)  # of all candidates alike
+                found = records_of(self.model, self.task, splits, self.data.pad_token_id, 8, fast)
             activate(self.model, None)
             for candidate in group:
                 detach(self.model, candidate.name)

@@ -69,6 +69,8 @@ class MethodEntry(BaseModel):
                 raise TanzakuError(f"train has no key {key!r}{nearest(key, TrainSettings.model_fields)}")
         if "max_length" in train:
             raise TanzakuError("all candidates read the same tokens: max_length goes into the recipe's train section")
+        if "accelerations" in train:
+            raise TanzakuError("all candidates share one model: accelerations go into the recipe's train section")
         return {"method": methods[0], "settings": settings, "name": item.get("name"), "train": train}
 
     @model_serializer

@@ -161,13 +161,22 @@ class JobScheduler:
         """Queue jobs. Those that cannot share a batch come last.
 
         Raises:
-            TanzakuError: two jobs of one name, or data for another model.
+            TanzakuError: two jobs of one name, data for another model, or jobs that differ in accelerations, which are
+                the whole model's.
         """
         names = [*self.results, *(job.name for job in self.queue), *(job.name for job in jobs)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise TanzakuError(f"job names must differ, found {', '.join(twice)} twice")
         for job in jobs:
             self._check(self.model, job.data or self.data)
+        before = [self.step.wanted] if self.results or self.queue else []
+        wanted = [*dict.fromkeys([*before, *(job.settings.accelerations for job in jobs)])]
+        if len(wanted) > 1:
+            raise TanzakuError(
+                f"jobs of one run have accelerations {wanted[0]!r} and {wanted[1]!r}; give all of them the same"
+            )
+        for each in wanted:
+            self.step.accelerate(each)
         for job in jobs:
             self._virtual = max(self._virtual, getattr(job.method, "num_virtual_tokens", 0))
             self._longest = max(self._longest, _longest((job.data or self.data).train))

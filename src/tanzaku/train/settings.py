@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from tanzaku.engine.names import AUTO, chosen
+from tanzaku.errors import TanzakuError
 
 
 class TrainSettings(BaseModel):
@@ -43,3 +46,16 @@ class TrainSettings(BaseModel):
     patience: int | None = Field(None, ge=1, description="stop after this many epochs without a better metric")
     restore_best: bool = Field(False, description="end with the weights of the best epoch, not of the last")
     tracker: str | None = Field(None, description="an accelerate tracker, such as tensorboard")
+    accelerations: str = Field(
+        AUTO, description="what makes a step cheap: auto (all), none, names, or no- and names (all but these)"
+    )
+
+    @field_validator("accelerations", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> str:
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise TanzakuError(f"found {value!r}, expected auto, none, or a list of names such as [no-packing]")
+        wanted = ",".join(name.strip() for name in ",".join(names).split(","))
+        chosen(wanted)
+        return wanted

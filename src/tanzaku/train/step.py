@@ -22,6 +22,7 @@ from tanzaku.core.survey import odd_dropouts, sees_padding
 from tanzaku.core.tokens import without_cache
 from tanzaku.engine.accelerations import Accelerations
 from tanzaku.engine.memory import Need, bytes_needed
+from tanzaku.engine.names import AUTO
 from tanzaku.methods import METHODS
 from tanzaku.models import tree
 from tanzaku.models.families import Base
@@ -49,7 +50,8 @@ class SharedStep:
         self.model, self.task, self.pad_token_id, self.device = model, task, pad_token_id, model.device
         self.base = Base.of(model)
         self.max_positions, self.settings = room(self.base), self.base.config.to_dict()
-        self.accelerations = Accelerations(self.base)
+        self.wanted, self.accelerations = AUTO, Accelerations(self.base)
+        self._entered = False
         self.without = left_out(model)
         # A cache of keys and values is for generation; here it would only be a copy of them a layer.
         self.options = without_cache(self.base)
@@ -60,7 +62,18 @@ class SharedStep:
 
     def __enter__(self) -> SharedStep:
         self.accelerations.__enter__()
+        self._entered = True
         return self
+
+    def accelerate(self, wanted: str) -> None:
+        """Have these accelerations from now on, as a run's settings name them."""
+        if wanted == self.wanted:
+            return
+        chosen = Accelerations(self.base, wanted)
+        if self._entered:
+            self.accelerations.__exit__()
+            chosen.__enter__()
+        self.wanted, self.accelerations = wanted, chosen
 
     def __exit__(self, *error: Any) -> None:
         self._checkpoint(False)
@@ -68,6 +81,7 @@ class SharedStep:
             manager_of(self.model).switch(None)
         self._route = None
         self.accelerations.__exit__(*error)
+        self._entered = False
         for handle in self._handles:
             handle.remove()
         self._handles, self._foreign = [], None
