@@ -140,8 +140,8 @@ def _speeds(threads: int) -> Speeds:
     found = _read(kept.get(key))
     if found is None:
         found = measured()
-        # No such directory, or a full disk: the next process measures again.
-        with contextlib.suppress(OSError, TanzakuError):
+        # No home, no such directory, or a full disk: the next process measures again.
+        with contextlib.suppress(OSError, RuntimeError, TanzakuError):
             path = cache_file()
             path.parent.mkdir(parents=True, exist_ok=True)
             with written_beside(path) as beside:
