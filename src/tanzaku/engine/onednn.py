@@ -17,7 +17,7 @@ import os
 import platform
 import time
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -63,10 +63,15 @@ class PrepackedWeights(OfProducts):
     def possible(self) -> bool:
         return available() and any(fits(module.weight) for module in self.shared.products.layers)
 
+    @cached_property
+    def wanted(self) -> Directions:
+        """In which directions. It is asked once: a worker on fewer threads has what its parent has."""
+        return speeds().prepacked if self.possible else Directions()
+
     def take(self, room: float) -> int:
         """Have copies, if they need a quarter of what is left at most: the weights' bytes for each direction."""
-        products = self.shared.products
-        if products.copies or not self.possible or not (wanted := speeds().prepacked):
+        products, wanted = self.shared.products, self.wanted
+        if products.copies or not wanted:
             return 0
         layers = [module for module in products.layers if fits(module.weight)]
         needed = (wanted.forward + wanted.backward) * sum(module.weight.nbytes for module in layers)
