@@ -1,4 +1,4 @@
-"""`python -m bench [TABLE ...]`: the tables asked for; all but busy, quality, gpu, families and peft_suite by default.
+"""`python -m bench [TABLE ...]`: the tables asked for; by default steps to startup, as `main` lists them.
 
 `python -m bench families [--family NAME ...] [--method COLUMN ...]`, `python -m bench peft_suite PATH` and
 `python -m bench methods [--write]` are by themselves: their options come after them.
@@ -15,6 +15,7 @@ import torch
 
 TABLES = {
     "steps": ("steps", "table"),
+    "accelerations": ("accelerations", "table"),
     "memory": ("memory", "table"),
     "concurrent": ("concurrent", "table"),
     "curve": ("concurrent", "curve"),

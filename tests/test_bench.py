@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bench import concurrent, files, gpu
+from bench import accelerations, concurrent, files, gpu
 
 SMALL = {
     "hidden_size": 32,
@@ -43,3 +43,10 @@ def test_the_table_of_files_on_a_small_model(
     files.compare(gpu.model_of(torch.float32, "cpu", **SMALL).eval(), rounds=1)
     lines = capsys.readouterr().out.strip().splitlines()
     assert [line.split(" | ")[0].removeprefix("| ") for line in lines[2:]] == list(files.WHAT.values())
+
+
+def test_the_table_of_accelerations_on_a_small_model(capsys: pytest.CaptureFixture[str]) -> None:
+    accelerations.table(rounds=1, batches={"ragged": (3, 7), "one": (4,)}, **SMALL, head_dim=16)
+    lines = [line.split(" | ") for line in capsys.readouterr().out.strip().splitlines()]
+    assert [line[0].removeprefix("| ") for line in lines[2:]] == ["nothing", *accelerations.ACCELERATIONS]
+    assert lines[0][1:3] == ["ragged", "one"] and all(float(line[1]) > 0 and float(line[2]) > 0 for line in lines[3:])
