@@ -52,6 +52,8 @@ COLUMNS: dict[str, Callable[[], tuple[Method, Method]]] = {
         tz.LlamaAdapter(adapter_len=3, adapter_layers=1),
         tz.LlamaAdapter(adapter_len=2, adapter_layers=1),
     ),
+    "BitFit": lambda: (tz.BitFit(bias_scope="add"), tz.BitFit(bias_scope="add")),
+    "LN tuning": lambda: (tz.LNTuning(), tz.LNTuning()),
     "full": lambda: (tz.Full(), tz.Full()),
     "head": lambda: (tz.Head(), tz.Head()),
 }

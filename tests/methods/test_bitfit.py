@@ -10,6 +10,7 @@ import torch
 
 import tanzaku as tz
 from close import assert_close
+from bench import zoo
 from models import batch, tiny
 from tanzaku.core.manager import manager_of
 from tanzaku.core.weights import WeightCopy
@@ -67,3 +68,16 @@ def test_added_biases_are_added(tmp_path: Path) -> None:
             assert_close(model(**inputs).logits, found)
     with pytest.raises(tz.TanzakuError, match="cannot be merged"):
         tz.merge(model, "x")
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "why"),
+    [("gpt_oss", "mlp.router", "not simply added"), ("recurrent_gemma", "conv_1d", "reads it past the module")],
+)
+def test_a_bias_that_is_not_simply_added_is_left_out(kind: str, path: str, why: str) -> None:
+    """A router makes scores of it, and a convolution's is read past the module while a cache is filled. LoRA too."""
+    for method in (tz.BitFit(), tz.LoRA(r=1, bias="all")):
+        model = zoo.NAMES[kind].build()
+        with pytest.warns(UserWarning, match=why):
+            tz.attach(model, method, "x")
+        assert paths(model) and not any(each.endswith(path) for each in paths(model))

@@ -21,6 +21,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -420,6 +422,33 @@ def _kind(module: nn.Module) -> str:
 
 
 @torch.no_grad()
+def biased(base: Base, skip: Callable[[str], bool]) -> list[tuple[str, nn.Module]]:
+    """(path, module) of every bias that is simply added to what its module returns, as linear layers, convolutions and
+    norms do. A router makes scores of the sum, and some models read a convolution's bias past it while they decode:
+    of those a warning says that they are left out.
+
+    Args:
+        skip: whether a path is none of them.
+    """
+    kinds = (nn.Linear, Conv1D, _ConvNd, _NormBase, nn.GroupNorm, nn.LayerNorm)
+    found = []
+    for path, module in tree.named_modules(base.model):
+        if module._parameters.get("bias") is None or skip(path):
+            continue
+        parent, _, name = path.rpartition(".")
+        holder = type(base.model.get_submodule(parent))
+        adds = isinstance(module, kinds) or type(module).__name__.endswith("Norm")
+        if adds and not (path and name.isidentifier() and "bias" in _uses(cast(Any, holder), name)):
+            found.append((path, module))
+        else:
+            why = (
+                f"{holder.__name__} reads it past the module" if adds else "it is not simply added to what that returns"
+            )
+            text = f"the bias of {path}, a {type(module).__name__}, is not trained: {why}"
+            warnings.warn(text, stacklevel=2)
+    return found
+
+
 def multiplies(module: nn.Module) -> bool:
     """Whether a module with a matrix, a convolution or a table returns the product with its weight, plus its bias, and
     nothing else: then what is added to the product may be added to the weight. A router that returns scores does

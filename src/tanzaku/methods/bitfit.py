@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch import nn
+
 from tanzaku.core.method import AdapterLayer, Method, Place
 from tanzaku.core.space import Range, spaces
+from tanzaku.core.survey import biased
 from tanzaku.core.weights import AddedBias, BiasCopy
-from tanzaku.models import tree
 
 
 @dataclass
@@ -23,7 +25,7 @@ class BitFit(Method):
     Args:
         bias_scope: "all" biases that the model has; "query_up", of queries and the feed-forward's first layer alone,
             which the paper finds nearly as good with half of the numbers; "add", all, and biases of zeros for linear
-            layers that have none, which then cannot be merged.
+            layers of attention and feed-forward that have none, which then cannot be merged.
     """
 
     name = "bitfit"
@@ -42,20 +44,23 @@ class BitFit(Method):
     def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
         base, scopes = place.base, ("all", "query_up", "add")
         self.require(self.bias_scope in scopes, f"bias_scope={self.bias_scope!r}", "'all', 'query_up' or 'add'")
-        copied = self.copied(base)
-        own = [p for p, m in tree.named_modules(base.model) if m._parameters.get("bias") is not None and not copied(p)]
+        skip = self.copied(base)
+        own = dict(biased(base, skip))
+        added: dict[str, nn.Module] = {}
         if self.bias_scope == "query_up":
-            wanted = base.targets(base.defaults(self.name, ("query", "up")), skip=copied)
-            own = [path for path, _ in wanted if path in own]
-        added = []
+            wanted = base.targets(base.defaults(self.name, ("query", "up")), skip=skip)
+            own = {path: own[path] for path, _ in wanted if path in own}
         if self.bias_scope == "add":
-            added = [path for path, _ in base.targets("all-linear", skip=copied) if path not in own]
+            # Not where tokens are mixed without attention: there padding is zero only as long as nothing is added.
+            roles = ("query", "key", "value", "out", "gate", "up", "down")
+            found = base.targets(base.defaults(self.name, roles), skip=skip)
+            added = {path: module for path, module in found if module._parameters.get("bias") is None}
         self.require(
             bool(own or added),
             f"a {type(base.model).__name__} without a bias" + (" there" if self.bias_scope == "query_up" else ""),
             "one that has some, or bias_scope='add', which gives some to its linear layers",
         )
-        for path in own:
-            yield path, BiasCopy(base.model.get_submodule(path))
-        for path in added:
-            yield path, AddedBias(base.model.get_submodule(path), path)
+        for path, module in own.items():
+            yield path, BiasCopy(module)
+        for path, module in added.items():
+            yield path, AddedBias(module, path)

@@ -24,11 +24,10 @@ from tanzaku.core.delta import WeightDelta
 from tanzaku.core.method import AdapterLayer, Attached, Method, Place, trainable
 from tanzaku.core.routing import in_equal_shares, split
 from tanzaku.core.space import Choice, Range, ends, spaces
-from tanzaku.core.survey import tensors
+from tanzaku.core.survey import biased, tensors
 from tanzaku.core.weights import BiasCopy, WeightCopy, with_tensors
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.files.patterns import groups_of
-from tanzaku.models import tree
 from tanzaku.models.families import Base, features, weight_of
 from tanzaku.support.autograd import once_differentiable
 
@@ -421,12 +420,8 @@ class LoRA(Method):
         if self.bias == "none":
             return
         copied = self.copied(base)
-        for path, module in tree.named_modules(base.model):
-            if copied(path):
-                continue
-            wanted = self.bias == "all" or (self.bias == "lora_only" and path in targets)
-            if wanted and isinstance(module._parameters.get("bias"), Tensor):
-                yield path, BiasCopy(module)
+        for path, module in biased(base, lambda p: copied(p) or (self.bias == "lora_only" and p not in targets)):
+            yield path, BiasCopy(module)
 
 
 def matches(key: str, path: str) -> bool:
