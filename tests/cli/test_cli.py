@@ -138,7 +138,7 @@ def test_train(work: Path, tanzaku: Tanzaku) -> None:
     assert (job["name"], job["status"], len(job["epochs"])) == ("lora", "done", 2)
     assert len(job["predictions"]) == 6 and len(job["confusion"]) == 2
     assert (work / "run" / job["adapter"] / "adapter_model.safetensors").is_file()
-    assert sorted(path.name for path in (work / "run").iterdir()) == ["adapters", "results.json"]
+    assert sorted(path.name for path in (work / "run").iterdir()) == ["adapters", "events.jsonl", "results.json"]
 
 
 def test_train_from_flags_alone_without_valid_and_test(work: Path, model_dir: Path, tanzaku: Tanzaku) -> None:

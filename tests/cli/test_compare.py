@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -22,12 +23,14 @@ import yaml
 from cli_kit import ROWS, Tanzaku, assert_refused, results_of
 
 from close import GRADIENT, assert_close
+from tanzaku.cli import compare as verb
 from tanzaku.cli import demo
 from tanzaku.cli.live import Live
-from tanzaku.compare import comparison
+from tanzaku.compare import comparison, tables
 from tanzaku.compare.comparison import Comparison
 from tanzaku.methods import METHODS
 from tanzaku.tasks.task import LOSS
+from tanzaku.train.events import EventLog, read_events
 from tanzaku.train.scheduler import JobScheduler
 
 WHOLE: dict[str, Any] = {}  # what the run that nobody cuts off ends with
@@ -290,6 +293,51 @@ def test_ctrl_c_says_how_to_go_on(plenty: Path, tanzaku: Tanzaku, monkeypatch: p
     assert 0 < done < len(results_of(plenty / "whole")["jobs"])
     assert tanzaku("compare", "--resume", "--out", "run").code == 0
     assert_alike(told(plenty / "run"), told(plenty / "whole"))
+    events = read_events(plenty / "run" / "events.jsonl")
+    ended = [event.job for event in events if event.kind == "job_done" and event.figures["status"] != "interrupted"]
+    assert sorted(map(str, ended)) == [name for name, *_ in told(plenty / "whole")["jobs"]], "the end of each, once"
+    assert [e.figures["status"] for e in events if e.kind == "run_done"] == ["interrupted", "done"]
+    assert [e.figures["resumed"] for e in events if e.kind == "run_started"] == [False, True]
+    assert {e.figures["stage"] for e in events if e.kind == "stage"} == {"search", "measure", "test"}
+
+
+def test_what_is_done_so_far_is_reported_as_jobs_end(
+    plenty: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As jobs end, and not more often than now and then."""
+    seen: list[tuple[str, int, int]] = []
+    write = tables.write_epochs
+
+    def noting(results: Any, metrics: Any, path: Path) -> None:
+        write(results, metrics, path)
+        seen.append((results["status"], len(results["jobs"]), pq.read_metadata(path).num_rows))
+
+    monkeypatch.setattr(tables, "write_epochs", noting)
+    command = ["compare", "recipe.yaml", "--method", "lora", "--method", "head", "--workers", "1", "--out", "run"]
+    assert tanzaku(*command).code == 0
+    often, total = len(seen), seen[-1][1]
+    assert seen[0] == ("running", 0, 0) and seen[-1] == ("done", 6, 12) and often < 8
+    seen.clear()
+    monkeypatch.setattr(verb, "_REST", 0)
+    monkeypatch.setattr(verb, "_APART", 0)
+    assert tanzaku(*command, "--overwrite").code == 0
+    assert [jobs for status, jobs, _ in seen if status == "running"] == [*range(total + 1), total]
+    page = (plenty / "run" / "report.html").read_text(encoding="utf-8")
+    assert "still running" not in page
+
+
+def test_a_full_disk_while_events_are_written_loses_no_job(
+    work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: EventLog, line: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(EventLog, "_write", full)
+    said = tanzaku("compare", "recipe.yaml", "--out", "run")
+    assert (
+        said.code == 0 and said.out.count("cannot write run/events.jsonl: No space left on device; the run goes") == 1
+    )
+    assert results_of(work / "run")["status"] == "done"
 
 
 def test_resuming_the_wrong_thing(plenty: Path, tanzaku: Tanzaku) -> None:

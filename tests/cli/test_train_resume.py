@@ -20,6 +20,7 @@ from torch import Tensor
 
 from close import RUN, assert_close
 from tanzaku.cli.display import Display
+from tanzaku.train.events import read_events
 
 TENSORS = "adapter_model.safetensors"
 
@@ -56,9 +57,9 @@ def stop(monkeypatch: pytest.MonkeyPatch, epoch: int, error: type[BaseException]
     seen = [0]
     epoch_done = Display.epoch_done
 
-    def note(self: Display, job: Any, record: Any) -> None:
-        seen[0] = record.epoch
-        epoch_done(self, job, record)
+    def note(self: Display, figures: Any) -> None:
+        seen[0] = figures["epoch"]
+        epoch_done(self, figures)
 
     def step_done(self: Display, *_: Any) -> None:
         if seen[0] == epoch:
@@ -91,7 +92,11 @@ def test_ctrl_c_says_how_to_go_on(work: Path, whole: Path, tanzaku: Tanzaku, mon
     assert (said.code, said.err) == (0, "")
     assert "steps, going on after epoch 3" in said.out
     assert_same_run(work / "run", whole)
-    assert sorted(path.name for path in (work / "run").iterdir()) == ["adapters", "results.json"]
+    assert sorted(path.name for path in (work / "run").iterdir()) == ["adapters", "events.jsonl", "results.json"]
+    events = read_events(work / "run" / "events.jsonl")
+    assert [e.figures["epoch"] for e in events if e.kind == "epoch"] == [1, 2, 3, 4], "each once, over three sittings"
+    assert [e.figures["epochs"] for e in events if e.kind == "job_started"] == [0, 1, 3]
+    assert [e.figures["status"] for e in events if e.kind == "run_done"] == ["interrupted", "interrupted", "done"]
     assert_refused(tanzaku("train", "--resume", "--out", "run"), "the run in run is done", "run/adapters")
     assert_refused(tanzaku("train", "--resume", "--out", "nowhere"), "there is no nowhere", "leave --resume out")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +22,12 @@ if TYPE_CHECKING:
     from tanzaku.compare.candidates import Candidate, Searched
     from tanzaku.compare.comparison import Comparison
     from tanzaku.core.method import Method
+    from tanzaku.train.events import Event
     from tanzaku.train.settings import TrainSettings
 
 REPORT, EPOCHS = "report.html", "epochs.parquet"
+_APART = 10.0  # seconds at least between two reports of what is not finished
+_REST = 10  # times as long as writing one takes
 
 
 @partial(recipe_flags, sections=SECTIONS, switches={"resume": switch("a comparison"), "dry_run": DRY_RUN})
@@ -54,36 +59,59 @@ def run_comparison(command: str, recipe: Recipe, overwrite: bool, resume: bool) 
         from tanzaku.compare.comparison import Comparison
         from tanzaku.compare.comparison import Interrupted as Cut
         from tanzaku.compare.journal import Journal
+        from tanzaku.train.events import EVENTS, EventLog
 
         live = Live(recipe.ranked_by)
         live.say(f"report: {run.out / REPORT}")
         model, data = run.load(live, methods)
         journal = Journal(run.out)
         about = begin(run, journal, model, data, resume)
-        comparison = Comparison(
-            model=model,
-            data=data,
-            candidates=candidates,
-            searched=searched,
-            settings=recipe.compare,
-            seed=recipe.train.seed,
-            out=run.out,
-            journal=journal,
-            watcher=live,
-            meta=run.meta(data),
-        )
-        live.begin(comparison, lambda: _write(run, about, comparison, "running"))
-        try:
-            with live:
-                comparison.run()
-        except (Cut, KeyboardInterrupt):
-            comparison.judge()
-            comparison.finalists = []
-            _write(run, about, comparison, "interrupted")
-            raise Interrupted(_how_to_go_on(command, comparison)) from None
-        results = _write(run, about, comparison, "done")
+        with EventLog(run.out / EVENTS, live.say) as log:
+            log.complete(journal.jobs)
+            comparison = Comparison(
+                model=model,
+                data=data,
+                candidates=candidates,
+                searched=searched,
+                settings=recipe.compare,
+                seed=recipe.train.seed,
+                out=run.out,
+                journal=journal,
+                listeners=[log, live],
+                meta=run.meta(data),
+            )
+            comparison.events.listeners.append(Unfinished(lambda: _write(run, about, comparison, "running")))
+            live.begin(comparison)
+            with comparison.events.run(command, resume) as ending:
+                try:
+                    with live:
+                        comparison.run()
+                except (Cut, KeyboardInterrupt):
+                    ending["status"] = "interrupted"
+                    comparison.judge()
+                    comparison.finalists = []
+                results = _write(run, about, comparison, ending["status"])
+        if ending["status"] == "interrupted":
+            raise Interrupted(_how_to_go_on(command, comparison))
         live.summary(results, data.task, run.out, REPORT)
         _check_success(results)
+
+
+class Unfinished:
+    """Has what is done so far written, by the events of a comparison: as a stage begins and as jobs end, at most every
+    ten seconds and for a tenth of the time."""
+
+    def __init__(self, write: Callable[[], object]):
+        self.write = write
+        self._next = 0.0  # when it may be written again
+
+    def __call__(self, event: Event) -> None:
+        ended = event.kind == "job_done" and event.figures["status"] != "interrupted"
+        if event.kind == "stage" or (ended and time.monotonic() >= self._next):
+            began = time.monotonic()
+            self.write()
+            now = time.monotonic()
+            self._next = now + max(_APART, _REST * (now - began))
 
 
 def _every(recipe: Recipe) -> tuple[list[Candidate], list[Searched], list[tuple[str, Method, TrainSettings]]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -16,13 +16,14 @@ from tanzaku.support.numbers import written
 
 if TYPE_CHECKING:
     from tanzaku.tasks.task import Metric, Task, TaskData
-    from tanzaku.train.results import EpochRecord, Job, JobResult
+    from tanzaku.train.events import Event
+    from tanzaku.train.results import JobResult
 
 _SPLITS = {"train": "training", "valid": "validation", "test": "test"}
 
 
 class Display:
-    """Draws a run; it is the loop's observer. A context manager, for the bar.
+    """Draws a run, by its events. A context manager, for the bar.
 
     Args:
         metrics: of its task. jobs: how many there will be.
@@ -64,34 +65,48 @@ class Display:
                 kind = _SPLITS[split.name]
                 self.say(f"{split.truncated} of {len(split)} {kind} texts were cut at {max_length} tokens")
 
-    # -- the loop's observer
+    # -- the run's listener
 
-    def job_started(self, job: Job, result: JobResult, steps: int) -> None:
+    def __call__(self, event: Event) -> None:
+        match event.kind:
+            case "job_started":
+                self.job_started(str(event.job), event.figures)
+            case "step":
+                self.step_done(str(event.job), event.figures)
+            case "epoch":
+                self.epoch_done(event.figures)
+            case "job_done":
+                self.job_done(str(event.job), event.figures)
+            case "note":
+                self.say(event.figures["text"])
+
+    def job_started(self, job: str, figures: Mapping[str, Any]) -> None:
         self.started += 1
         number = f" ({self.started} of {self.jobs})" if self.jobs > 1 else ""
-        before = f", going on after epoch {len(result.epochs)}" if result.epochs else ""
-        self.say(f"\n{job.name}{number}: {result.trainable_parameters:,} trained parameters, {steps} steps{before}")
+        trained, steps, epochs = (figures[key] for key in ("trainable_parameters", "steps", "epochs"))
+        before = f", going on after epoch {epochs}" if epochs else ""
+        self.say(f"\n{job}{number}: {trained:,} trained parameters, {steps} steps{before}")
         self.say("  ".join(self.epochs))
         self._drop_task()
-        self.task = self.bar.add_task(job.name, total=steps, completed=result.steps, loss="-", pace="-")
+        self.task = self.bar.add_task(job, total=steps, completed=figures["step"], loss="-", pace="-")
 
-    def step_done(self, job: Job, step: int, steps: int, loss: float) -> None:
+    def step_done(self, job: str, figures: Mapping[str, Any]) -> None:
         if self.task is not None:
             speed = self.bar.tasks[-1].speed if self.bar.tasks else None
             pace = f"{speed:.1f}" if speed else "-"
-            self.bar.update(self.task, completed=step, loss=_number(loss), pace=pace)
+            self.bar.update(self.task, completed=figures["step"], loss=_number(figures["loss"]), pace=pace)
 
-    def epoch_done(self, job: Job, record: EpochRecord) -> None:
-        figures = [_number(record.valid.get(metric.name)) for metric in self.metrics]
-        cells = [str(record.epoch), _number(record.train_loss), *figures, f"{record.seconds:.1f}"]
+    def epoch_done(self, figures: Mapping[str, Any]) -> None:
+        valid = [_number(figures["valid"].get(metric.name)) for metric in self.metrics]
+        cells = [str(figures["epoch"]), _number(figures["train_loss"]), *valid, f"{figures['seconds']:.1f}"]
         self.say("  ".join(cell.rjust(len(name)) for cell, name in zip(cells, self.epochs, strict=True)))
 
-    def job_done(self, job: Job, result: JobResult) -> None:
+    def job_done(self, job: str, figures: Mapping[str, Any]) -> None:
         self._drop_task()
-        if result.restored_epoch is not None:
-            self.say(f"weights of epoch {result.restored_epoch}, the best, are kept")
-        if result.status != "done":
-            self.say(f"{job.name} {result.status}: {result.error}")
+        if figures["restored_epoch"] is not None:
+            self.say(f"weights of epoch {figures['restored_epoch']}, the best, are kept")
+        if figures["status"] != "done":
+            self.say(f"{job} {figures['status']}: {figures['error']}")
 
     def _drop_task(self) -> None:
         if self.task is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +21,7 @@ from tanzaku.support.numbers import written
 if TYPE_CHECKING:
     from tanzaku.compare.comparison import Comparison
     from tanzaku.tasks.task import Metric, Task
-    from tanzaku.train.results import EpochRecord, Job, JobResult
+    from tanzaku.train.events import Event
 
 _STAGES = {
     "search": "search: drawn settings, on one split",
@@ -46,7 +46,7 @@ class _Row:
 
 
 class Live(Display):
-    """Draws a comparison; it is its watcher. A context manager, for the table."""
+    """Draws a comparison, by its events. A context manager, for the table."""
 
     def __init__(self, metric: Metric):
         super().__init__()
@@ -55,8 +55,6 @@ class Live(Display):
         self.total = self.ended = 0
         self.steps = self.steps_known = self.jobs_known = 0
         self.stage_began = time.monotonic()
-        self.on_stage: Callable[[], Any] = lambda: None
-        self.comparison: Comparison | None = None
         self._said = time.monotonic()
         self.table_now = RichLive(
             get_renderable=self._table, console=self.console, refresh_per_second=2, transient=True, screen=False
@@ -71,9 +69,8 @@ class Live(Display):
         if self.console.is_terminal:
             self.table_now.stop()
 
-    def begin(self, comparison: Comparison, on_stage: Callable[[], Any]) -> None:
-        """Say what will be run; `on_stage` is called whenever a stage begins."""
-        self.comparison, self.on_stage = comparison, on_stage
+    def begin(self, comparison: Comparison) -> None:
+        """Say what will be run."""
         design = comparison.design
         many = len(comparison.candidates)
         parts = [f"{many} candidate{'s' if many != 1 else ''}"] if many else []
@@ -86,56 +83,65 @@ class Live(Display):
             runs = f"{design.folds} folds{again}{seeds}"
         self.say(f"compare: {', '.join(parts)}; {runs}; ranked by {self.word}")
 
-    # -- the comparison's watcher
+    # -- the comparison's listener
 
-    def stage(self, name: str, jobs: int, done: int) -> None:
-        self.on_stage()
+    def __call__(self, event: Event) -> None:
+        if event.kind == "stage":
+            self.stage(**event.figures)
+        super().__call__(event)
+
+    def stage(self, stage: str, jobs: int, done: int) -> None:
         self.rows, self.total, self.ended = {}, jobs, done
         self.steps = self.steps_known = self.jobs_known = 0
         self.stage_began = self._said = time.monotonic()
         kept = f", {done} done before" if done else ""
-        self.say(f"\n{_STAGES[name]}" + (f"; {jobs} runs{kept}" if jobs else ""))
+        self.say(f"\n{_STAGES[stage]}" + (f"; {jobs} runs{kept}" if jobs else ""))
 
-    def job_started(self, job: Job, result: JobResult, steps: int) -> None:
-        self._row(job).running[job.name] = (result.steps, steps, math.nan)
-        self.steps_known += steps - result.steps
-        self.jobs_known += 1
-        if result.note:
-            self.say(f"{job.name} {result.note}")
+    def job_started(self, job: str, figures: Mapping[str, Any]) -> None:
+        row, steps, step = self._row(job), figures["steps"], figures["step"]
+        self.steps_known += steps - step
+        if job in row.running:  # once more: its worker was lost, and the steps that it had done
+            self.steps_known -= steps - row.running[job][0]
+        else:
+            self.jobs_known += 1
+        row.running[job] = (step, steps, math.nan)
+        if figures["note"]:
+            self.say(f"{job} {figures['note']}")
 
-    def step_done(self, job: Job, step: int, steps: int, loss: float) -> None:
-        row = self._row(job)
-        self.steps += step - row.running[job.name][0]
-        row.running[job.name] = (step, steps, loss)
+    def step_done(self, job: str, figures: Mapping[str, Any]) -> None:
+        row, step = self._row(job), figures["step"]
+        self.steps += step - row.running[job][0]
+        row.running[job] = (step, figures["steps"], figures["loss"])
         if not self.console.is_terminal and time.monotonic() - self._said > _QUIET:
             self._said = time.monotonic()
             self.say(self._state())
 
-    def epoch_done(self, job: Job, record: EpochRecord) -> None:
+    def epoch_done(self, figures: Mapping[str, Any]) -> None:
         pass
 
-    def job_done(self, job: Job, result: JobResult) -> None:
+    def job_done(self, job: str, figures: Mapping[str, Any]) -> None:
         row = self._row(job)
         self._said = time.monotonic()
-        step, steps, _ = row.running.pop(job.name, (0, 0, math.nan))
+        step, steps, _ = row.running.pop(job, (0, 0, math.nan))
         self.steps_known -= steps - step
         self.ended += 1
-        if result.status == "interrupted":
+        status, epochs = figures["status"], figures["epochs"]
+        if status == "interrupted":
             return
-        figure = (result.valid or (result.epochs[-1].valid if result.epochs else {})).get(self.metric.name, math.nan)
-        if result.status == "failed":
+        figure = (figures["valid"] or (epochs[-1]["valid"] if epochs else {})).get(self.metric.name, math.nan)
+        if status == "failed":
             row.failed += 1
-            outcome = f"failed: {result.error}"
+            outcome = f"failed: {figures['error']}"
         else:
             row.done += 1
             row.figures += [] if math.isnan(figure) else [figure]
-            stopped = f", stopped after epoch {len(result.epochs)}" if result.status == "stopped" else ""
+            stopped = f", stopped after epoch {len(epochs)}" if status == "stopped" else ""
             outcome = f"{self.word} {_number(figure)}{stopped}" if not math.isnan(figure) else "done"
         width = len(str(self.total))
-        self.say(f"[{self.ended:>{width}}/{self.total}] {job.name}: {outcome} ({result.seconds:.1f} s)")
+        self.say(f"[{self.ended:>{width}}/{self.total}] {job}: {outcome} ({figures['seconds']:.1f} s)")
 
-    def _row(self, job: Job) -> _Row:
-        return self.rows.setdefault(job.name.rsplit("--", 1)[0], _Row())
+    def _row(self, job: str) -> _Row:
+        return self.rows.setdefault(job.rsplit("--", 1)[0], _Row())
 
     # -- the live table
 

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,10 @@ from tanzaku.support.versions import VERSION
 
 if TYPE_CHECKING:
     from tanzaku.tasks.task import TaskData
-    from tanzaku.train.results import EpochRecord, Job, JobResult, Observer
+    from tanzaku.train.events import Event
 
 RESULTS, ADAPTERS = "results.json", "adapters"
-WRITTEN = (RESULTS, "epochs.parquet", "report.html")
+WRITTEN = (RESULTS, "events.jsonl", "epochs.parquet", "report.html")
 STATE, BEGUN = "state", "state/run.json"
 
 
@@ -130,34 +130,20 @@ def write_results(out: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 class Record:
-    """Listens to a run on behalf of results.json, and passes on what it hears."""
+    """Keeps results.json: it listens to a run's events, and writes the file whenever a job ends."""
 
-    def __init__(self, out: Path, about: dict[str, Any], began: float, listener: Observer):
-        self.out, self.about, self.began, self.listener = out, about, began, listener
-        self.results: list[JobResult] = []
-        self.stopped = False
+    def __init__(self, out: Path, about: dict[str, Any], began: float):
+        self.out, self.about, self.began = out, about, began
+        self.jobs: list[Mapping[str, Any]] = []
 
     def write(self) -> None:
         """Write results.json."""
-        content = {
-            **self.about,
-            "seconds": round(time.monotonic() - self.began, 3),
-            "jobs": [result.to_json() for result in self.results],
-        }
-        write_results(self.out, finite(content))
+        seconds = round(time.monotonic() - self.began, 3)
+        write_results(self.out, finite({**self.about, "seconds": seconds, "jobs": self.jobs}))
 
-    def job_started(self, job: Job, result: JobResult, steps: int) -> None:
-        self.began -= result.seconds  # of earlier sittings
-        self.listener.job_started(job, result, steps)
-
-    def step_done(self, job: Job, step: int, steps: int, loss: float) -> None:
-        self.listener.step_done(job, step, steps, loss)
-
-    def epoch_done(self, job: Job, record: EpochRecord) -> None:
-        self.listener.epoch_done(job, record)
-
-    def job_done(self, job: Job, result: JobResult) -> None:
-        self.results.append(result)
-        self.stopped = self.stopped or result.status == "interrupted"
-        self.write()
-        self.listener.job_done(job, result)
+    def __call__(self, event: Event) -> None:
+        if event.kind == "job_started":
+            self.began -= event.figures["seconds"]  # of earlier sittings
+        elif event.kind == "job_done":
+            self.jobs.append(event.figures)
+            self.write()

@@ -33,17 +33,22 @@ def train(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: boo
         from tanzaku.cli.display import Display
         from tanzaku.cli.record import Record, clear
         from tanzaku.compare.journal import Journal
+        from tanzaku.train.events import EVENTS, Emitter, EventLog
         from tanzaku.train.scheduler import train_jobs
 
         display = Display(recipe.kind.metrics)
         model, data = run.load(display, methods)
         journal = Journal(run.out)
-        record = Record(run.out, begin(run, journal, model, data, resume), run.clock, display)
+        record = Record(run.out, begin(run, journal, model, data, resume), run.clock)
         record.write()
-        with display:
-            train_jobs(model, data, [job], out=run.out, observer=record, meta=run.meta(data), states=journal.states)
+        with EventLog(run.out / EVENTS, display.say) as log, display:
+            events = Emitter(record, log, display)
+            with events.run("train", resume) as ending:
+                [result] = train_jobs(
+                    model, data, [job], out=run.out, observer=events, meta=run.meta(data), states=journal.states
+                )
+                ending |= {"status": result.status, "error": result.error}
         record.write()
-        [result] = record.results
         if result.status == "interrupted":
             if not any(journal.states.glob("*")):
                 clear(run.out)

@@ -12,7 +12,7 @@ import statistics as plain
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -32,7 +32,8 @@ from tanzaku.recipe.comparison import CompareSettings, bytes_of
 from tanzaku.storage import store
 from tanzaku.tasks.inference import records_of
 from tanzaku.tasks.task import Metric, Split, Statistics, TaskData, metric_named
-from tanzaku.train.results import EpochRecord, Job, JobResult, Observer
+from tanzaku.train.events import Emitter, Event, Listener
+from tanzaku.train.results import Job
 from tanzaku.train.scheduler import JobScheduler, intervals
 from tanzaku.train.step import autocast
 
@@ -44,13 +45,6 @@ class Interrupted(Exception):
     """Ctrl-C; what was finished is in the journal."""
 
 
-class Watcher(Observer, Protocol):
-    """Told what happens, as a scheduler's observer is, and of the stages."""
-
-    def stage(self, name: str, jobs: int, done: int) -> None:
-        """A stage begins: `search`, `measure`, `final` or `test`, of so many jobs, of which some are done already."""
-
-
 @dataclass
 class Comparison:
     """One comparison on one loaded model.
@@ -58,6 +52,7 @@ class Comparison:
     Args:
         model: made for the task, on its device; it is left as it was.
         out: the run's directory. seed: of folds, draws and runs. meta: kept beside each adapter, for prediction.
+        listeners: are told what happens, after the journal; `events` tells them.
     """
 
     model: PreTrainedModel
@@ -68,10 +63,11 @@ class Comparison:
     seed: int
     out: Path
     journal: Journal
-    watcher: Watcher
+    listeners: Sequence[Listener]
     meta: dict[str, Any]
 
     def __post_init__(self) -> None:
+        self.events = Emitter(self._keep, *self.listeners)
         self.task = self.data.task
         self.metric = metric_named(self.task, self.settings.rank_by or self.task.rank_by)
         # Figures that a reader of the ranking looks at as well.
@@ -87,6 +83,7 @@ class Comparison:
         self.finalists: list[str] = []
         self.rows_per_step: int | None = None
         self.tested: dict[str, Any] = {}
+        self._jobs: dict[str, _Job] = {}  # of the stage under way, by name
 
     def run(self) -> None:
         """All stages. What is in the journal is not done again.
@@ -162,7 +159,7 @@ class Comparison:
         self.tested = self.journal.kept("tested") or {}
         if self.tested.get("finalists") != self.finalists:
             if self.data.test is not None:
-                self.watcher.stage("test", 0, 0)
+                self.events.emit("stage", stage="test", jobs=0, done=0)
             # Written once and read ever after: the test rows are looked at one time.
             self.tested = {"finalists": self.finalists, **self._test(best)}
             self.journal.keep_as("tested", self.tested)
@@ -219,15 +216,15 @@ class Comparison:
     def _train(self, stage: str, jobs: Sequence[_Job], groups: Sequence[Sequence[str]] = ()) -> None:
         """Train what the journal has not, all at once. Of `groups`, those that lag stop at the rungs."""
         missing = [job for job in jobs if job.name not in self.journal.jobs]
-        self.watcher.stage(stage, len(jobs), len(jobs) - len(missing))
+        self._jobs = {job.name: job for job in jobs}
+        self.events.emit("stage", stage=stage, jobs=len(jobs), done=len(jobs) - len(missing))
         if not missing:
             return
-        keeper = _Keeper(self.journal, {job.name: job for job in jobs}, self.watcher)
         with JobScheduler(
             self.model,
             self.data,
             out=self.journal.folder,
-            observer=keeper,
+            observer=self.events,
             meta=self.meta,
             rows_per_step=self.settings.rows_per_step,
             memory=self.memory,
@@ -244,6 +241,14 @@ class Comparison:
                 if not scheduler.waiting:
                     return
                 scheduler.proceed(*self._halved(scheduler, groups))
+
+    def _keep(self, event: Event) -> None:
+        """Write a job that has ended into the journal."""
+        if event.kind == "job_done" and event.figures["status"] != "interrupted":
+            own = self._jobs[str(event.job)]
+            about = {"candidate": own.candidate.name, "stage": own.stage}
+            at = {"repeat": own.at.repeat, "fold": own.at.fold, "seed": own.at.seed}
+            self.journal.keep(finite({**event.figures, **about, **at}))
 
     def _halved(self, scheduler: JobScheduler, groups: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:
         """Those of the waiting jobs that successive halving stops, and those that wait on. A group is judged when all
@@ -481,30 +486,6 @@ class _Job:
         halved = self.stage == "search" and self.candidate.method.shares_batch
         stops = tuple(rungs(settings.epochs, reduction)) if halved else ()
         return Job(self.name, self.candidate.method, settings, self.at.data, stops, self.save)
-
-
-class _Keeper:
-    """Listens to a scheduler on behalf of the journal, and passes on what it hears."""
-
-    def __init__(self, journal: Journal, jobs: Mapping[str, _Job], watcher: Watcher):
-        self.journal, self.jobs, self.watcher = journal, jobs, watcher
-
-    def job_started(self, job: Job, result: JobResult, steps: int) -> None:
-        self.watcher.job_started(job, result, steps)
-
-    def step_done(self, job: Job, step: int, steps: int, loss: float) -> None:
-        self.watcher.step_done(job, step, steps, loss)
-
-    def epoch_done(self, job: Job, record: EpochRecord) -> None:
-        self.watcher.epoch_done(job, record)
-
-    def job_done(self, job: Job, result: JobResult) -> None:
-        if result.status != "interrupted":
-            own = self.jobs[job.name]
-            about = {"candidate": own.candidate.name, "stage": own.stage}
-            at = {"repeat": own.at.repeat, "fold": own.at.fold, "seed": own.at.seed}
-            self.journal.keep(finite({**result.to_json(), **about, **at}))
-        self.watcher.job_done(job, result)
 
 
 def _name(candidate: str, what: str) -> str:
