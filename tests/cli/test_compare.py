@@ -379,8 +379,8 @@ def test_jobs_under_way_go_on_from_their_last_epoch(
         WHOLE["epochs"] = told(plenty / "whole")
     over: list[tuple[str, int]] = []
 
-    def note(_: Live, job: Any, record: Any) -> None:
-        over.append((job.name, record.epoch))
+    def note(_: Live, job: str, figures: Any) -> None:
+        over.append((job, figures["epoch"]))
         if len(over) == moment:
             raise KeyboardInterrupt
 

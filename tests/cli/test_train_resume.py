@@ -57,9 +57,9 @@ def stop(monkeypatch: pytest.MonkeyPatch, epoch: int, error: type[BaseException]
     seen = [0]
     epoch_done = Display.epoch_done
 
-    def note(self: Display, figures: Any) -> None:
+    def note(self: Display, job: str, figures: Any) -> None:
         seen[0] = figures["epoch"]
-        epoch_done(self, figures)
+        epoch_done(self, job, figures)
 
     def step_done(self: Display, *_: Any) -> None:
         if seen[0] == epoch:

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tanzaku.train import scheduler as scheduling
+from tanzaku.train import executor
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _in_this_process() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduling, "suited", lambda *_: 1)
+        patch.setattr(executor, "suited", lambda *_: 1)
         yield

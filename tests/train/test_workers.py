@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import tanzaku as tz
@@ -27,15 +31,17 @@ from tanzaku.core.adapter import Adapter
 from tanzaku.engine import products
 from tanzaku.engine.memory import in_use
 from tanzaku.methods.lora import LoRA
-from tanzaku.train import workers
+from tanzaku.train import executor, spawned, workers
+from tanzaku.train.executor import kind_of_workers
 from tanzaku.train.results import EpochRecord, Job, JobResult
 from tanzaku.train.scheduler import JobScheduler, Silent, train_jobs
 from tanzaku.train.settings import TrainSettings
-from tanzaku.train.workers import parts, shares, suited
+from tanzaku.train.spawned import Spawned
+from tanzaku.train.workers import Crew, Forked, parts, shares, suited
 from task_data import task
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(not workers.possible(CPU), reason="workers are forks, on Linux without CUDA")
+pytestmark = pytest.mark.skipif(not workers.can_fork(CPU), reason="forks are for Linux without CUDA")
 
 DATA = task((5, 7, 4), train=6)
 FAST = TrainSettings(epochs=2, learning_rate=0.02, adam_epsilon=1e-3)
@@ -51,6 +57,7 @@ class Told(Silent):
 
     def __init__(self) -> None:
         self.of: dict[str, list[Any]] = {}
+        self.warnings: list[str] = []
         self.processes: set[int] = set()
 
     def note(self, job: Job, *what: Any) -> None:
@@ -69,6 +76,9 @@ class Told(Silent):
     def job_done(self, job: Job, result: JobResult) -> None:
         self.note(job, "done", result.status)
 
+    def warned(self, line: str) -> None:
+        self.warnings.append(line)
+
 
 @dataclass
 class Does(LoRA):
@@ -83,7 +93,7 @@ class Does(LoRA):
 
     def after_step(self, adapter: Adapter, step: int) -> None:
         if step == self.after:
-            if self.what == "be killed":
+            if self.what == "be killed" or (self.what == "be killed once" and first("killed " + adapter.name)):
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.what == "raise":
                 raise ValueError("this job is wrong")
@@ -93,12 +103,30 @@ class Does(LoRA):
                 raise KeyboardInterrupt
 
 
+def first(what: str) -> bool:
+    """Whether it happens for the first time, in any process."""
+    noted = Path(os.environ["NOTED"]) / what
+    with contextlib.suppress(FileExistsError):
+        noted.touch(exist_ok=False)
+        return True
+    return False
+
+
+@pytest.fixture(params=[Forked, pytest.param(Spawned, marks=pytest.mark.slow)])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[Crew]:
+    """Each kind of workers."""
+    found: type[Crew] = request.param
+    monkeypatch.setattr("tanzaku.train.scheduler.kind_of_workers", lambda device: found)
+    return found
+
+
 def children() -> list[psutil.Process]:
     return [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.fixture(autouse=True)
 def _no_worker_is_left() -> Any:
+    resource_tracker.ensure_running()  # which comes with the first process that is no fork, and stays
     before = {p.pid for p in children()}
     yield
     assert {p.pid for p in children()} <= before
@@ -302,12 +330,69 @@ def test_a_job_that_fails_ends_alone() -> None:
     assert "rank of 1 or more" in str(results[1].error) and results[3].error == "this job is wrong"
 
 
-def test_a_worker_that_is_killed_ends_the_run_in_words_and_what_is_done_stays() -> None:
+@pytest.mark.parametrize("states", [True, False], ids=["states", "no states"])
+def test_jobs_of_a_worker_that_is_killed_begin_again_in_another(
+    kind: type[Crew], states: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of its second epoch; what is done, and the others, are as they would have been."""
+    monkeypatch.setenv("NOTED", str(tmp_path))
+    at = {"epochs": 3, "batch_size": 2}
+    jobs = [job("a", **at), job("b", Does(r=2, what="be killed once", after=5), **at), job("c", **at), job("d", **at)]
+    told = Told()
+    folder = tmp_path / "states" if states else None
+    found = train_jobs(tiny("llama", num_labels=2), DATA, jobs, workers=2, observer=told, states=folder)
+    assert [result.status for result in found] == ["done"] * 4 and (tmp_path / "killed b").is_file()
+    [warning] = told.warnings
+    assert "killed by signal 9 (the machine may be out of memory)" in warning and "\n" not in warning
+    expected = train_jobs(tiny("llama", num_labels=2), DATA, jobs, workers=1)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one.valid, other.valid, RUN)
+        assert_close([record.train_loss for record in one.epochs], [record.train_loss for record in other.epochs], RUN)
+    again = [what[1] for what in told.of["b"] if what[0] == "epoch"]
+    assert again == ([1, 2, 3] if states else [1, 1, 2, 3]), "from its last state"
+    assert [what[0] for what in told.of["b"]].count("started") == 2
+
+
+def test_a_worker_that_is_killed_twice_ends_the_run_in_words_and_what_is_done_stays(kind: type[Crew]) -> None:
     told = Told()
     jobs = [job("a", epochs=1), job("b", Does(r=2, what="be killed", after=12)), job("c", epochs=20)]
-    with pytest.raises(tz.TanzakuError, match=r"killed by signal 9.*out of memory.*fewer workers"):
+    with pytest.raises(tz.TanzakuError, match=r"killed by signal 9.*out of memory.*twice with b.*fewer workers"):
         train_jobs(tiny("llama", num_labels=2), DATA, jobs, workers=2, observer=told)
     assert "done" not in [what[0] for what in told.of["b"]]
+
+
+def test_a_worker_that_is_killed_while_its_jobs_wait_at_a_rung(kind: type[Crew], tmp_path: Path) -> None:
+    told = Told()
+    jobs = [job(name, epochs=2, rungs=(1,)) for name in "abcd"]
+    with JobScheduler(tiny("llama", num_labels=2), DATA, workers=2, states=tmp_path, observer=told) as scheduler:
+        scheduler.add(jobs)
+        scheduler.run()
+        assert scheduler.waiting == dict.fromkeys("abcd", 1) and isinstance(scheduler.crew, kind)
+        gone = scheduler.crew.members[0]
+        lost, left = sorted(gone.jobs), sorted(scheduler.crew.members[1].jobs)
+        gone.process.kill()
+        scheduler.proceed()
+        assert sorted(scheduler.queued) == lost and not scheduler.waiting
+        scheduler.run()
+        assert sorted(scheduler.waiting) == lost and [scheduler.results[name].status for name in left] == ["done"] * 2
+        scheduler.proceed()
+        scheduler.run()
+        assert {result.status for result in scheduler.results.values()} == {"done"} and len(told.warnings) == 1
+    assert [what[1] for what in told.of[lost[0]] if what[0] == "epoch"] == [1, 2], "no epoch is trained again"
+
+
+def test_a_worker_that_is_killed_as_the_run_stops(kind: type[Crew]) -> None:
+    class Stops(Told):
+        def epoch_done(self, job: Job, record: EpochRecord) -> None:
+            for member in scheduler.crew.members:  # type: ignore[union-attr]
+                member.process.kill()
+            raise KeyboardInterrupt
+
+    with JobScheduler(tiny("llama", num_labels=2), DATA, workers=2, observer=Stops()) as scheduler:
+        scheduler.add([job("a", epochs=500), job("b", epochs=500)])
+        scheduler.run()
+        assert scheduler.interrupted
+        assert {result.status for result in scheduler.results.values()} == {"interrupted"}
 
 
 def test_an_error_of_the_program_comes_through_with_its_place() -> None:
@@ -340,8 +425,23 @@ def test_wrong_numbers(number: int, why: str) -> None:
         JobScheduler(tiny("llama", num_labels=2), DATA, workers=number)
 
 
+@pytest.mark.parametrize(
+    ("device", "forks", "expected"),
+    [("cpu", True, Forked), ("cpu", False, Spawned), ("cuda", True, None), ("mps", False, None)],
+)
+def test_which_workers(device: str, forks: bool, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "can_fork", lambda device: forks)
+    monkeypatch.setattr(executor, "suited", suited)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert kind_of_workers(torch.device(device)) is expected
+    jobs = [job("a"), job("b"), job("c"), job("full", tz.Full())]
+    chosen = executor.number_of_workers(jobs, 16, torch.device(device), None)
+    assert chosen == (3 if expected is Forked else 1), "others than forks are made where they are asked for"
+    assert executor.number_of_workers(jobs, 16, torch.device(device), 2) == 2
+
+
 def test_where_no_worker_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tanzaku.train.scheduler.possible", lambda device: False)
+    monkeypatch.setattr("tanzaku.train.scheduler.kind_of_workers", lambda device: None)
     with pytest.raises(tz.TanzakuError, match=r"workers is 2.*one process; expected 1"):
         JobScheduler(tiny("llama", num_labels=2), DATA, workers=2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
@@ -352,17 +452,97 @@ def test_where_no_worker_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         assert scheduler.crew is None and {r.status for r in scheduler.results.values()} == {"done"}
 
 
-def test_where_no_process_can_be_made_one_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    hired = workers.Crew._hired
+def test_where_no_process_can_be_made_one_does_it(kind: type[Crew], monkeypatch: pytest.MonkeyPatch) -> None:
+    started = kind._started
 
-    def failing(self: workers.Crew, part: list[Job], *rest: Any) -> Any:
+    def failing(self: Any, *part: Any) -> Any:
         if self.members:
             raise OSError(12, "Cannot allocate memory")
-        return hired(self, part, *rest)
+        return started(self, *part)
 
-    monkeypatch.setattr(workers.Crew, "_hired", failing)
-    results = train_jobs(tiny("llama", num_labels=2), DATA, [job("a"), job("b")], workers=2)
+    monkeypatch.setattr(kind, "_started", failing)
+    told = Told()
+    results = train_jobs(tiny("llama", num_labels=2), DATA, [job("a"), job("b")], workers=2, observer=told)
     assert [r.status for r in results] == ["done", "done"]
+    assert told.warnings == [
+        "no worker processes can be had ([Errno 12] Cannot allocate memory): one process trains all"
+    ]
+
+
+# -- processes that are no forks
+
+
+@pytest.mark.slow
+def test_spawned_workers_train_as_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base stays bit for bit, and nothing is left behind."""
+    monkeypatch.setenv("NOTED", str(tmp_path))
+    monkeypatch.setattr("tanzaku.train.scheduler.kind_of_workers", lambda device: Spawned)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    jobs = [job("a"), job("b", tz.IA3()), job("c", Does(r=2, what="write the process")), job("full", tz.Full())]
+    model = tiny("llama", num_labels=2)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = train_jobs(model, DATA, jobs, workers=2, out=tmp_path / "out")
+    assert int((tmp_path / "c").read_text(encoding="ascii")) != os.getpid()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not list((tmp_path / "temporary").iterdir()), "the file is gone"
+    expected = train_jobs(tiny("llama", num_labels=2), DATA, jobs, workers=1, out=tmp_path / "one")
+    for one, other in zip(found, expected, strict=True):
+        assert one.status == "done" and one.adapter == other.adapter
+        assert_close(one.valid, other.valid, RUN)
+        own, others = (
+            load_file(folder / str(one.adapter) / "adapter_model.safetensors")
+            for folder in (tmp_path / "out", tmp_path / "one")
+        )
+        assert_close(own, others, RUN)
+
+
+def test_a_model_in_two_parts_is_whole_again_and_its_weights_are_mapped() -> None:
+    model = tiny("gpt2", num_labels=2)
+    weights = spawned._Weights()
+    try:
+        again = spawned._with_weights(weights.taken_from(model), weights.path)
+    finally:
+        weights.close()
+    expected = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    found = {**dict(again.named_parameters()), **dict(again.named_buffers())}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    mapped = [
+        range(*(int(end, 16) for end in line.split()[0].split("-"))) for line in maps if "weights.safetensors" in line
+    ]
+    assert all(any(tensor.data_ptr() in part for part in mapped) for tensor in found.values() if tensor.numel())
+    with torch.no_grad():
+        found["transformer.wte.weight"].zero_()
+    assert not torch.equal(found["transformer.wte.weight"], expected["transformer.wte.weight"]), "no other's changes"
+
+
+SPAWNS = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    import tanzaku.train.scheduler as scheduling
+    from tanzaku.train.spawned import Spawned
+    from test_workers import DATA, job, tiny
+    scheduling.kind_of_workers = lambda device: Spawned
+    {guard}scheduling.train_jobs(tiny("llama", num_labels=2), DATA, [job("a"), job("b")], workers=2)
+"""
+
+
+@pytest.mark.slow
+def test_a_program_whose_main_module_trains_is_told_what_to_do(tmp_path: Path) -> None:
+    for guard, code, said in (
+        ("if __name__ == '__main__': ", 0, ""),
+        ("", 1, "reads the program's main module, so put what trains below if __name__"),
+    ):
+        path = tmp_path / "program.py"
+        here = Path(__file__).parent
+        path.write_text(textwrap.dedent(SPAWNS).format(tests=str(here), guard=guard), encoding="utf-8")
+        paths = os.pathsep.join([str(here), str(here.parent), *sys.path])
+        found = subprocess.run(
+            [sys.executable, path], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
+        )
+        assert found.returncode == code and said in found.stderr, found.stderr
 
 
 # -- memory
@@ -374,11 +554,11 @@ def test_what_is_too_large_for_a_share_of_the_memory_is_trained_in_the_process_i
     monkeypatch.setenv("NOTED", str(tmp_path))
     jobs = [job(name, Does(r=2, what="write the process")) for name in "ab"]
     # Half of it is less than what a worker needs for itself.
-    memory = in_use(CPU) + workers._PRIVATE
+    memory = in_use(CPU) + Forked.private
     results = train_jobs(tiny("llama", num_labels=2), DATA, jobs, workers=2, memory=memory)
     assert [(r.status, r.error) for r in results] == [("done", None)] * 2
     assert {path.read_text() for path in tmp_path.iterdir()} == {str(os.getpid())}
-    memory = in_use(CPU) + 10 * workers._PRIVATE
+    memory = in_use(CPU) + 10 * Forked.private
     train_jobs(tiny("llama", num_labels=2), DATA, jobs, workers=2, memory=memory)
     assert str(os.getpid()) not in {path.read_text() for path in tmp_path.iterdir()}
 

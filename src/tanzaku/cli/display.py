@@ -74,7 +74,7 @@ class Display:
             case "step":
                 self.step_done(str(event.job), event.figures)
             case "epoch":
-                self.epoch_done(event.figures)
+                self.epoch_done(str(event.job), event.figures)
             case "job_done":
                 self.job_done(str(event.job), event.figures)
             case "note":
@@ -96,7 +96,7 @@ class Display:
             pace = f"{speed:.1f}" if speed else "-"
             self.bar.update(self.task, completed=figures["step"], loss=_number(figures["loss"]), pace=pace)
 
-    def epoch_done(self, figures: Mapping[str, Any]) -> None:
+    def epoch_done(self, job: str, figures: Mapping[str, Any]) -> None:
         valid = [_number(figures["valid"].get(metric.name)) for metric in self.metrics]
         cells = [str(figures["epoch"]), _number(figures["train_loss"]), *valid, f"{figures['seconds']:.1f}"]
         self.say("  ".join(cell.rjust(len(name)) for cell, name in zip(cells, self.epochs, strict=True)))

@@ -116,7 +116,7 @@ class Live(Display):
             self._said = time.monotonic()
             self.say(self._state())
 
-    def epoch_done(self, figures: Mapping[str, Any]) -> None:
+    def epoch_done(self, job: str, figures: Mapping[str, Any]) -> None:
         pass
 
     def job_done(self, job: str, figures: Mapping[str, Any]) -> None:

@@ -106,6 +106,9 @@ class Emitter:
     def job_done(self, job: Job, result: JobResult) -> None:
         self.emit("job_done", job.name, **result.to_json())
 
+    def warned(self, line: str) -> None:
+        self.emit("note", text=line)
+
 
 class EventLog:
     """The file of a run's events: a listener that adds a line for each, and a context manager that opens the file.

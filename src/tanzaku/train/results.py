@@ -93,3 +93,6 @@ class Observer(Protocol):
     def epoch_done(self, job: Job, record: EpochRecord) -> None: ...
 
     def job_done(self, job: Job, result: JobResult) -> None: ...
+
+    def warned(self, line: str) -> None:
+        """Something went wrong that the run gets over, in one line."""

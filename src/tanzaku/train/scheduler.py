@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from tanzaku.storage.card import training_record
 from tanzaku.tasks.metrics import interval_of
 from tanzaku.tasks.task import Records, Split, Task, TaskData
 from tanzaku.train.active_job import ActiveJob, Diverged
+from tanzaku.train.executor import Executor, kind_of_workers, number_of_workers
 from tanzaku.train.results import EpochRecord, Job, JobResult, Observer
 from tanzaku.train.state import States
 from tanzaku.train.step import SharedStep
-from tanzaku.train.workers import Crew, possible, suited
+from tanzaku.train.workers import Forked
 
 ROWS_PER_STEP = {"cuda": 32}  # where nothing is said; the processors of a PC are busy with half of that
 _FAILURES = (TanzakuError, RuntimeError, ValueError, MemoryError, ArithmeticError, LookupError, TypeError, OSError)
@@ -44,6 +46,8 @@ class Silent:
     def epoch_done(self, job: Job, record: EpochRecord) -> None: ...
 
     def job_done(self, job: Job, result: JobResult) -> None: ...
+
+    def warned(self, line: str) -> None: ...
 
 
 def train_jobs(
@@ -69,7 +73,8 @@ def train_jobs(
         out: a directory; each finished adapter is saved below its `adapters`, with `meta` beside it.
         rows_per_step: most rows of all jobs in one step; None: 16, on a GPU 32. A job's batch is never split.
         memory: most bytes that the process and its workers (on CUDA, torch on the device) may use; None: no limit.
-        workers: processes that share the jobs and the frozen weights, on Linux without CUDA; None: chosen, elsewhere 1.
+        workers: processes that share the jobs and the frozen weights, for a model on the CPU; None: chosen on Linux
+            without CUDA, elsewhere 1. Where there is no fork, a worker reads the program's main module.
         states: a directory for the state of jobs under way, written after each epoch. A job that has one there goes on
             from it; the state of another job of that name is an error.
     """
@@ -119,12 +124,12 @@ class JobScheduler:
         self.rows_per_step = rows_per_step or ROWS_PER_STEP.get(self.device.type, 16)
         if workers is not None and workers < 1:
             raise TanzakuError(f"workers is {workers}, expected at least 1")
-        if workers is not None and workers > 1 and not possible(self.device):
+        if workers is not None and workers > 1 and kind_of_workers(self.device) is None:
             raise TanzakuError(
-                f"workers is {workers}, and on {self.device.type} here all jobs train in one process; expected 1"
+                f"workers is {workers}, and on {self.device.type} all jobs train in one process; expected 1"
             )
         self.workers = workers
-        self.crew: Crew | None = None
+        self.crew: Executor | None = None  # of other processes
         self._hand_back: Callable[[Job], None] | None = None  # in a worker
         self.share = 1.0  # of the machine's threads
         self.measure = measure or memory is not None
@@ -233,27 +238,50 @@ class JobScheduler:
     def _share_out(self) -> None:
         """Let workers have the queued jobs that share batches, where that is faster."""
         sharing = [job for job in self.queue if job.method.shares_batch]
-        number = min(self.workers or suited(sharing, self.rows_per_step), len(sharing))
-        if number > 1 and self.crew is None and not self.active_jobs and possible(self.device):
-            self._arrange(sharing[0])  # here, for all of them
-            with contextlib.suppress(OSError):  # no room for another process: one does it too
-                self.crew = Crew(self, number)
+        number = number_of_workers(sharing, self.rows_per_step, self.device, self.workers)
+        kind = kind_of_workers(self.device)
+        if number > 1 and kind is not None and self.crew is None and not self.active_jobs:
+            if kind is Forked:
+                self._arrange(sharing[0])  # here, for all of them
+            try:
+                self.crew = kind(self, number)
+            except OSError as error:
+                self.observer.warned(f"no worker processes can be had ({error}): one process trains all")
 
     def _dismiss(self, at_once: bool = False) -> None:
         if self.crew is not None:
             self.crew.leave(at_once)
             self.crew = None
 
+    def leave(self, at_once: bool = False) -> None:
+        """End the workers, if there are any. What they have under way is lost."""
+        self._dismiss(at_once)
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Within the block the model is as it was given, fit to be copied. Nothing may train."""
+        self.step.__exit__()
+        try:
+            yield
+        finally:
+            self.step.__enter__()
+
+    def like(self) -> Callable[[PreTrainedModel], JobScheduler]:
+        """Makes a scheduler of the same rows and settings, of a copy of the model in another process."""
+        states = None if self.states is None else self.states.folder
+        return partial(JobScheduler, data=self.data, out=self.out, meta=self.meta, measure=self.measure, states=states)
+
     def become_worker(
         self, jobs: Sequence[Job], rows: int, room: float, observer: Observer, hand_back: Callable[[Job], None]
     ) -> None:
-        """In a fork of the process: train these jobs, with so many rows a step and bytes of a memory limit.
+        """In a worker's process: train these jobs, with so many rows a step and bytes of a memory limit.
 
         Args:
             hand_back: takes a job that needs more.
         """
         self.queue, self.workers, self.observer, self._hand_back = deque(jobs), 1, observer, hand_back
         self.rows_per_step, self.room = rows, room
+        self.crew = None  # a fork made in the place of another has them, too
 
     # -- who takes part
 
@@ -272,10 +300,11 @@ class JobScheduler:
                 return
 
     def _arrange(self, job: Job) -> None:
-        """Have the frozen weights multiply faster while jobs share them, where there is plenty of room for it."""
+        """Have the frozen weights multiply faster while jobs share them, where there is plenty of room for it: once for
+        all workers that are forks, and for no other."""
         if not job.method.shares_batch:  # and no job after it, and it needs what they take
             self.room += self.step.accelerations.free()
-        elif not self.active_jobs and job.settings.precision == "fp32":
+        elif self._hand_back is None and not self.active_jobs and job.settings.precision == "fp32":
             self.room -= self.step.accelerations.take(self.room)
 
     def _begin(self, job: Job, alone: bool) -> bool:
