@@ -58,7 +58,7 @@ class CompareSettings(BaseModel):
     )
     rows_per_step: int | None = Field(None, ge=1, description="rows of all candidates in one step (chosen)")
     workers: int | None = Field(
-        None, ge=1, description="processes that share the frozen weights and the candidates (chosen; on a GPU 1)"
+        None, ge=1, description="processes that share the frozen weights and the candidates (chosen on Linux, else 1)"
     )
     memory: str | None = Field(None, description="what the run may take, such as 8GB or 512MiB (no limit)")
 

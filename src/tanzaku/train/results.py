@@ -84,7 +84,7 @@ class JobResult:
 
 
 class Observer(Protocol):
-    """Told what happens during a run; the command line draws it."""
+    """Told what happens during a run; a run on the command line makes events of it (`events.py`)."""
 
     def job_started(self, job: Job, result: JobResult, steps: int) -> None: ...
 
