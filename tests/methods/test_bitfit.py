@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from bench import zoo
 
 import tanzaku as tz
 from close import assert_close
-from bench import zoo
 from models import batch, tiny
 from tanzaku.core.manager import manager_of
 from tanzaku.core.weights import WeightCopy
