@@ -84,7 +84,7 @@ def test_flags_override_the_file_and_nothing_else(tmp_path: Path) -> None:
         "train: {epochs: 3, batch_size: 4}\nmethods: [lora: {r: 2}]",
         {"model": "other", "data": {"text": "poem"}, "train": {"epochs": "5"}, "set": ["r=6", "use_rslora=true"]},
     )
-    assert (found.model, found.data.text, found.train.epochs, found.train.batch_size) == ("other", "poem", 5, 4)
+    assert (found.model.name, found.data.text, found.train.epochs, found.train.batch_size) == ("other", "poem", 5, 4)
     assert found.methods[0].settings == {"r": 6, "use_rslora": True}
 
 
@@ -137,7 +137,7 @@ def test_paths_are_taken_from_the_recipe_and_other_names_left_alone(tmp_path: Pa
     file.write_text("model: ./base\ndata: {train: train.tsv, valid: rows, test: 'imdb:test'}\n", encoding="utf-8")
     raw = load_recipe(file)
     assert raw["data"] == {"train": str(folder / "train.tsv"), "valid": str(folder / "rows"), "test": "imdb:test"}
-    assert raw["model"] == str(folder / "base")
+    assert raw["model"] == {"name": str(folder / "base")}
     assert build_recipe(file, {"data": {"train": "here.tsv"}}).data.train == "here.tsv"
     assert os.path.relpath(raw["data"]["train"], folder) == "train.tsv"
 
@@ -207,7 +207,7 @@ FILES = [
     (b"model: \x00\n", ["recipe.yaml", "YAML"]),
     (b"data: {train: a.tsv}\n", ["model is missing", "--model"]),
     (b"model: m\n", ["data.train is missing", "--train"]),
-    (b"model: {a: 1}\ndata: {train: a.tsv}\n", ["model is {'a': 1}", "text"]),
+    (b"model: {a: 1}\ndata: {train: a.tsv}\n", ["model has no key 'a'", "it has name, dtype, attention"]),
     (b"model: ''\ndata: {train: a.tsv}\n", ["model is ''"]),
     (b"model: m\ndata: [a.tsv]\n", ["data is ['a.tsv']", "a mapping"]),
     (b"[" * 5000, ["recipe.yaml"]),

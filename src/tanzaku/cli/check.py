@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic import BaseModel, ValidationError, create_model
 
 from tanzaku.cli.flags import flag_of, parameter
 from tanzaku.errors import TanzakuError, listed
+from tanzaku.models.settings import Model
 from tanzaku.recipe.comparison import CompareSettings
 from tanzaku.recipe.errors import complaint
 from tanzaku.recipe.schema import SECTIONS, Recipe, laid_over, load_recipe, sections, task_in
@@ -23,7 +24,7 @@ _SPLITS = ("train", "valid", "test")
 class _Rows(BaseModel):
     """What of a recipe concerns its rows, but for these, which are each task's own."""
 
-    model: str | None = Field(default=None, min_length=1)
+    model: Model | None = None
     task: str = "classification"
     train: TrainSettings = TrainSettings.model_validate({})
     compare: CompareSettings = CompareSettings.model_validate({})
@@ -51,7 +52,7 @@ def check(**given: Any) -> None:
     if not raw and "train" not in data:
         raise TanzakuError("found no rows; expected a table or a recipe, as in tanzaku check train.tsv valid.tsv")
     flags: dict[str, Any] = {"data": data}
-    flags |= {"model": model} if model is not None else {}
+    flags |= {"model": {"name": model}} if model is not None else {}
     flags |= {"task": task} if task is not None else {}
     flags |= {"train": {"max_length": max_length}} if max_length is not None else {}
     raw = laid_over(raw, flags)
@@ -61,7 +62,7 @@ def check(**given: Any) -> None:
         rows: Any = schema.model_validate(raw)
     except ValidationError as error:
         raise TanzakuError(complaint(error, file, sections(kind.name), flags)) from None
-    show_card(kind, rows.data, rows.model, rows.train.max_length, rows.compare.folds is not None)
+    show_card(kind, rows.data, rows.model and rows.model.name, rows.train.max_length, rows.compare.folds is not None)
 
 
 check.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -71,7 +72,7 @@ check.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         ),
         *(flag_of(name, field) for name, field in SECTIONS["data"].model_fields.items()),
         flag_of("task", Recipe.model_fields["task"]),
-        flag_of("model", Recipe.model_fields["model"]),
+        flag_of("model", SECTIONS["model"].model_fields["name"]),
         flag_of("max_length", TrainSettings.model_fields["max_length"]),
     ]
 )

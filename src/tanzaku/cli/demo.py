@@ -1,4 +1,4 @@
-"""`tanzaku demo`: the bundled poems on the embedded model, every method, one report."""
+"""`tanzaku demo`: the bundled poems on the embedded model, methods that suit any model, one report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def demo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a run of another command too")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a demo that was cut off")] = False,
 ) -> None:
-    """Try every method on bundled poems.
+    """Try the methods that suit any model on bundled poems.
 
     With the embedded model: no download, no account and no GPU.
     """

@@ -16,14 +16,15 @@ from tanzaku.errors import flag
 from tanzaku.recipe.schema import SECTIONS
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
-_TRAIN = ("", "data", "train")  # sections that every verb with a recipe reads
+_TRAIN = ("", "model", "data", "train")  # sections that every verb with a recipe reads
 _NONE: Mapping[str, str] = types.MappingProxyType({})
 
 
 def fields(sections: Collection[str] = _TRAIN) -> list[tuple[str, str, FieldInfo]]:
-    """(section, name, field) of every key of these sections but for the candidates and the sections themselves."""
+    """(section, name, field) of every key of these sections but for the candidates and the sections themselves. The
+    model's name is the flag of its section."""
     return [
-        (section, name, field)
+        (section, "model" if (section, name) == ("model", "name") else name, field)
         for section in sections
         for name, field in SECTIONS[section].model_fields.items()
         if section or name not in (*SECTIONS, "methods")
@@ -47,7 +48,8 @@ def recipe_flags(
         flags: dict[str, Any] = {"methods": given.pop("method") or [], "set": given.pop("set") or []}
         for section, name, _ in fields(sections):
             if given[name] not in (None, []):
-                (flags.setdefault(section, {}) if section else flags)[name] = given[name]
+                key = "name" if (section, name) == ("model", "model") else name
+                (flags.setdefault(section, {}) if section else flags)[key] = given[name]
         run(file, flags, overwrite, **{name: given[name] for name in switches})
 
     command.__name__, command.__doc__ = run.__name__, run.__doc__

@@ -9,16 +9,18 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from tanzaku.cli.adapters import check_paths, names_of, note
 from tanzaku.cli.flags import parameter
 from tanzaku.cli.run import Interrupted
 from tanzaku.errors import TanzakuError, flag, listed, nearest, printable
+from tanzaku.models.settings import ModelSettings
 from tanzaku.tasks import TASKS, kind_in
 from tanzaku.tasks.cells import short
 
@@ -44,6 +46,7 @@ class _Adapter:
     model: str
     max_length: int
     precision: str
+    loading: dict[str, Any] = field(default_factory=dict)  # of the base, beside its name
 
 
 def predict(
@@ -228,7 +231,12 @@ def _ours(name: str, path: Path, asked: dict[str, Any], precision: str | None) -
         raise TanzakuError(f"{whose}task is {short(meta.get('task'))}, expected one of {listed(TASKS)}")
     _check_flags(kind, asked, path)
     task = kind.from_json({**meta, **kind.overruled(asked, meta, path)}, whose)
-    return _Adapter(name, path, task, model, length, precision or meta["precision"])
+    loading = meta.get("loading") or {}
+    try:
+        ModelSettings.model_validate({**loading, "name": model})
+    except (ValidationError, TypeError):
+        raise TanzakuError(f"{whose}loading is {short(loading)}, expected dtype and attention by their names") from None
+    return _Adapter(name, path, task, model, length, precision or meta["precision"], loading)
 
 
 _LONGEST = 2**24  # tokens of a text, more than any model reads
@@ -275,6 +283,10 @@ def _check_fit(adapters: Sequence[_Adapter]) -> None:
             found = f"{adapters[0].path} has {adapters[0].model!r}, {adapter.path} has {adapter.model!r}"
             fix = f"{one_by_one}, or say with --model where the one base of both is"
             raise TanzakuError(f"adapters with different base models: {found}; {fix}")
+        if adapters[0].loading != adapter.loading:
+            first, second = (each.loading or "nothing" for each in (adapters[0], adapter))
+            found = f"{adapters[0].path} says {first}, {adapter.path} says {second}"
+            raise TanzakuError(f"adapters whose base was loaded differently: {found}; {one_by_one}")
         for key, mine in expected.items():
             if mine != theirs.get(key):
                 found = f"{adapters[0].path} has {_shown(mine)}, {adapter.path} has {_shown(theirs.get(key))}"
@@ -404,7 +416,8 @@ class _Run:
 
         half = all(adapter.precision == "bf16" for adapter in self.adapters)  # as in training
         kind = torch.bfloat16 if half else torch.float32
-        model, _ = load_for(self.adapters[0].model, self.task, dtype=kind)
+        first = self.adapters[0]
+        model, _ = load_for(ModelSettings(name=first.model, **first.loading), self.task, dtype=kind)
         _load(model, self.adapters)
         model.to(self.device)
         return model

@@ -151,7 +151,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _anywhere(recipe: Recipe) -> dict[str, Any]:
     """The recipe with paths that hold in any directory."""
     raw = recipe.model_dump(mode="json")
-    raw["model"] = portable(recipe.model)
+    raw["model"] = recipe.model.model_copy(update={"name": portable(recipe.model.name)}).to_json()
     for key in ("train", "valid", "test"):
         if raw["data"][key] and Path(raw["data"][key]).exists():
             raw["data"][key] = str(Path(raw["data"][key]).resolve())

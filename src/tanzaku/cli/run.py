@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from tanzaku.cli.display import Display
     from tanzaku.core.method import Method
+    from tanzaku.models.settings import ModelSettings
     from tanzaku.recipe.schema import Recipe
     from tanzaku.tasks.prepare import Tables
     from tanzaku.tasks.task import TaskData
@@ -58,7 +59,7 @@ class Sitting:
         from tanzaku.tasks.prepare import encode
 
         recipe = self.recipe
-        tokenizer = load_tokenizer(recipe.model, on_progress=display.say)
+        tokenizer = load_tokenizer(recipe.model.name, on_progress=display.say)
         data = encode(self.tables, tokenizer, recipe.train.max_length)
         display.data(data, recipe.train.max_length)
         if self.command != "train":  # a class that is too rare for the folds is told before the model is loaded
@@ -69,7 +70,7 @@ class Sitting:
             display.say(f"checking {len(distinct):,} settings of methods against the model")
         _check_fit(model, distinct, data, recipe.train.max_length, self.device)
         model.to(self.device)
-        display.say(f"model: {recipe.model}, {model.num_parameters():,} parameters, on {self.device}")
+        display.say(f"model: {recipe.model.name}, {model.num_parameters():,} parameters, on {self.device}")
         return model, data
 
     def about(self, data: TaskData) -> dict[str, Any]:
@@ -91,7 +92,8 @@ class Sitting:
         """What is kept beside an adapter, for prediction."""
         return {
             "task": self.recipe.task,
-            "model": portable(self.recipe.model),
+            "model": portable(self.recipe.model.name),
+            **loaded_as(self.recipe.model),
             **data.task.to_json(),
             "max_length": self.recipe.train.max_length,
             "files": {
@@ -116,7 +118,7 @@ def rehearse(command: str, recipe: Recipe, methods: Sequence[tuple[str, Method, 
     from tanzaku.tasks.prepare import encode
 
     device, folded = _check_settings(command, recipe, methods)
-    tables = show_card(recipe.kind, recipe.data, recipe.model, recipe.train.max_length, folded)
+    tables = show_card(recipe.kind, recipe.data, recipe.model.name, recipe.train.max_length, folded)
     model, tokenizer = outline_for(recipe.model, tables.task)
     data = encode(tables, tokenizer, recipe.train.max_length)
     if command != "train":
@@ -189,6 +191,12 @@ def _how_to_go_on(run: Sitting) -> str:
     if run.begun:
         clear(run.out)
     return "interrupted; nothing was finished yet, so run the same command again"
+
+
+def loaded_as(model: ModelSettings) -> dict[str, Any]:
+    """What is kept beside an adapter of how its base was loaded, if something was said of it."""
+    said = model.to_json()
+    return {} if isinstance(said, str) else {"loading": {key: value for key, value in said.items() if key != "name"}}
 
 
 def portable(model: str) -> str:

@@ -124,7 +124,7 @@ def _view(results: dict[str, Any]) -> dict[str, Any]:
     said = {name: list(map(task.said, rows["predictions"][name], examples)) for name in finalists if task is not None}
     return {
         "results": results,
-        "model": (results.get("recipe") or {}).get("model") or "A comparison",
+        "model": _name_of((results.get("recipe") or {}).get("model")),
         "metric": metric.name,
         "kind": kind_of(metric),
         "aim": metric.title,
@@ -172,6 +172,12 @@ def _view(results: dict[str, Any]) -> dict[str, Any]:
             },
         },
     }
+
+
+def _name_of(model: Any) -> str:
+    """The base model's name, of a recipe that gives it alone or in a block."""
+    found = model.get("name") if isinstance(model, dict) else model
+    return str(found or "A comparison")
 
 
 def _counted(candidates: int, rows: Mapping[str, int | None]) -> str:

@@ -23,6 +23,7 @@ from transformers.modeling_layers import GenericForSequenceClassification, Gener
 from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.files.writing import check_kind
 from tanzaku.models.embedded import EMBEDDED, Progress, embedded_model, gguf_model, one_line, quiet
+from tanzaku.models.settings import ModelSettings, as_block
 from tanzaku.support.seeds import seeded
 
 _KINDS = {
@@ -122,7 +123,7 @@ class Headed(Protocol):
 
 
 def load_for(
-    name: str,
+    model: str | ModelSettings,
     task: Headed,
     *,
     dtype: torch.dtype = torch.float32,
@@ -133,10 +134,16 @@ def load_for(
     """A pretrained model with a task's head, on the CPU and in evaluation mode, and its tokenizer.
 
     See :func:`load_pair`, which does this for classes alone.
+
+    Args:
+        model: a name, or a recipe's block.
+        dtype: of all weights, where the block says none.
     """
-    where = _locate(name, tuple(_PARTS), on_progress)
+    said = ModelSettings.model_validate(as_block(model))
+    where = _locate(said.name, tuple(_PARTS), on_progress)
     auto = getattr(transformers, task.auto_class)
-    return _with_head(name, where, auto, task.model_settings(), dtype, seed, trust_remote_code)
+    kind = dtype if said.dtype == "auto" else getattr(torch, said.dtype)
+    return _with_head(said.name, where, auto, task.model_settings(), kind, seed, trust_remote_code, said.attention)
 
 
 def _with_head(
@@ -147,28 +154,32 @@ def _with_head(
     dtype: torch.dtype,
     seed: int,
     trust_remote_code: bool,
+    attention: str = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config, made = _configured(name, where, auto, settings, trust_remote_code)
     tokenizer = _tokenizer(name, where, trust_remote_code)
     kind, auto = _KINDS.get(auto.__name__, f"for {auto.__name__}"), made
     with _loading(f"{name!r} ({config.model_type}) {kind}"), seeded(seed):
-        model, info = _pretrained(auto, where, config, dtype, trust_remote_code)
+        model, info = _pretrained(auto, where, config, dtype, trust_remote_code, attention)
     _check_backbone(name, model.base_model_prefix, info)
     agree_on_padding(name, model, tokenizer)
     return model, tokenizer
 
 
-def outline_for(name: str, task: Headed, *, on_progress: Progress = None) -> tuple[Any, PreTrainedTokenizerBase]:
+def outline_for(
+    model: str | ModelSettings, task: Headed, *, on_progress: Progress = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model of :func:`load_for` on the meta device, without weights, and its tokenizer."""
+    name = ModelSettings.model_validate(as_block(model)).name
     where = _locate(name, tuple(_PARTS), on_progress)
     auto = getattr(transformers, task.auto_class)
     config, made = _configured(name, where, auto, task.model_settings(), trust_remote_code=False)
     kind = _KINDS.get(auto.__name__, f"for {auto.__name__}")
     with _loading(f"{name!r} ({config.model_type}) {kind}"), torch.device("meta"):
-        model = made.from_config(config) if hasattr(made, "from_config") else made(config)
+        outline = made.from_config(config) if hasattr(made, "from_config") else made(config)
     tokenizer = _tokenizer(name, where, trust_remote_code=False)
-    agree_on_padding(name, model, tokenizer)
-    return model, tokenizer
+    agree_on_padding(name, outline, tokenizer)
+    return outline, tokenizer
 
 
 def _configured(name: str, where: str, auto: Any, settings: dict[str, Any], trust_remote_code: bool) -> tuple[Any, Any]:
@@ -219,7 +230,7 @@ def load_base(
 
 
 def _pretrained(
-    auto: Any, where: Any, config: Any, dtype: torch.dtype | str, trust_remote_code: bool
+    auto: Any, where: Any, config: Any, dtype: torch.dtype | str, trust_remote_code: bool, attention: str = "auto"
 ) -> tuple[Any, dict[str, Any]]:
     """The model, and what transformers tells of its loading."""
     model, info = auto.from_pretrained(
@@ -229,6 +240,7 @@ def _pretrained(
         trust_remote_code=trust_remote_code,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
+        **({} if attention == "auto" else {"attn_implementation": attention}),
     )
     return model, info
 

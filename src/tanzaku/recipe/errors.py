@@ -29,8 +29,12 @@ def complaint(
         sections: the schema of each section by its key, "" for the whole.
         flags: values that came from flags, nested as the schema is; they are told by the flag's name.
     """
-    first = error.errors()[0]
+    first, *others = error.errors()
+    if first["type"] == "missing" and len(first["loc"]) > 1:  # a key with a slip tells more than the lack of it
+        first = next((each for each in others if each["type"] == "extra_forbidden"), first)
     where, kind, value = first["loc"], first["type"], first["input"]
+    if where == ("model", "name"):  # which is written as model, and so is its flag
+        where = ("model",)
     section = str(where[0]) if len(where) > 1 else ""
     known = sections[section].model_fields if section in sections else {}
     key = next((part for part in reversed(where) if isinstance(part, str)), "")  # of a list, not of its item

@@ -22,6 +22,7 @@ from pydantic import (
 
 from tanzaku.core.space import Space, space_of
 from tanzaku.errors import TanzakuError, flag, listed, nearest
+from tanzaku.models.settings import Model, ModelSettings, as_block
 from tanzaku.recipe.comparison import CompareSettings
 from tanzaku.recipe.errors import complaint
 from tanzaku.recipe.yaml import parse_yaml, read_yaml
@@ -93,7 +94,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field(min_length=1, description="base model: a Hub name, a directory, a .gguf file, or embedded")
+    model: Model
     task: Literal[tuple(TASKS)] = Field(default="classification", description="what is learned")  # type: ignore[valid-type]
     data: SerializeAsAny[DataSettings]  # with the columns of the task; `schema` has them
     train: TrainSettings = TrainSettings.model_validate({})
@@ -127,7 +128,7 @@ def sections(task: str) -> dict[str, type[BaseModel]]:
     """The schema of each section of a task's recipe by its key, "" for the whole."""
     kind = TASKS.get(task)
     data = DataSettings if kind is None else kind.Data
-    return {"": Recipe, "data": data, "train": TrainSettings, "compare": CompareSettings}
+    return {"": Recipe, "data": data, "model": ModelSettings, "train": TrainSettings, "compare": CompareSettings}
 
 
 def _columns_of_all() -> type[BaseModel]:
@@ -153,14 +154,15 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     """
     folder = Path(path).parent
     raw = read_yaml(Path(path))
-    data, model = raw.get("data"), raw.get("model")
+    data, model = raw.get("data"), as_block(raw.get("model"))
     if isinstance(data, dict):
         raw["data"] = {
             key: _beside(folder, value) if key in ("train", "valid", "test") and isinstance(value, str) else value
             for key, value in data.items()
         }
-    if isinstance(model, str) and (model.startswith(".") or (folder / model / "config.json").is_file()):
-        raw["model"] = str(folder / model)
+    name = model.get("name") if isinstance(model, dict) else None
+    if isinstance(name, str) and (name.startswith(".") or (folder / name / "config.json").is_file()):
+        raw["model"] = {**model, "name": str(folder / name)}
     return raw
 
 
@@ -223,6 +225,7 @@ def _check_metric(
 def laid_over(raw: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe as it is written, with flags over it that are nested alike."""
     raw = {key: {} if key in SECTIONS and value is None else value for key, value in {"data": {}, **raw}.items()}
+    raw |= {"model": as_block(raw["model"])} if "model" in raw else {}
     for key, value in flags.items():
         below = raw.get(key, {})
         if not isinstance(value, Mapping):
