@@ -244,7 +244,7 @@ def test_an_encoder_needs_no_gradient_for_what_the_decoder_trains() -> None:
     encoder, decoder = (accelerations.depth(adapter) for adapter in adapters)
     assert 0 < encoder < decoder
     inside = [m for m in model.transformer.encoder.modules() if type(m) is torch.nn.Linear]
-    assert inside and all(accelerations.shared.order.depth(module) < decoder for module in inside)
+    assert inside and all(accelerations.common.order.depth(module) < decoder for module in inside)
 
 
 def test_a_layer_that_runs_again_may_lie_below_whatever_is_trained() -> None:
@@ -277,7 +277,7 @@ def test_a_layer_that_runs_again_may_lie_below_whatever_is_trained() -> None:
 def test_until_a_pass_was_seen_everything_needs_every_gradient() -> None:
     subject = Mixed(tiny("llama"))
     accelerations = Accelerations(subject.base)
-    order, layers = accelerations.shared.order, accelerations.shared.products.layers
+    order, layers = accelerations.common.order, accelerations.common.products.layers
     assert {accelerations.depth(adapter) for adapter in subject.adapters.values()} == {-1}
     with torch.no_grad(), accelerations, accelerations.batch(subject.rows, [None] * len(ENTRIES), None):
         subject.model(**subject.rows.inputs)

@@ -9,7 +9,7 @@ from torch import nn
 import tanzaku as tz
 from close import GRADIENT, RUN, assert_close
 from models import batch, tiny
-from tanzaku.engine.acceleration import Shared
+from tanzaku.engine.acceleration import Common
 from tanzaku.engine.gates import FrozenGates
 from tanzaku.models.families import Base
 
@@ -21,7 +21,7 @@ def mlps(model: nn.Module) -> list[nn.Module]:
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen2", "mistral"])
 def test_they_are_recognised_and_equal(kind: str) -> None:
     model = tiny(kind).requires_grad_(False)
-    gates = FrozenGates(Shared(Base.of(model)))
+    gates = FrozenGates(Common(Base.of(model)))
     assert [module for module, _ in gates.gates] == mlps(model) != []
     for module in mlps(model):
         for part in module.children():
@@ -42,7 +42,7 @@ def test_they_are_recognised_and_equal(kind: str) -> None:
 def test_extreme_numbers_make_no_nan() -> None:
     model = tiny("gemma3").requires_grad_(False)
     (module, *_) = mlps(model)
-    gates = FrozenGates(Shared(Base.of(model)))
+    gates = FrozenGates(Common(Base.of(model)))
     for size in (1e4, -1e4, 0.0):
         x = torch.full((1, module.gate_proj.in_features), size, requires_grad=True)
         found = []
@@ -68,7 +68,7 @@ def test_two_tensors_are_kept_for_the_backward_pass(kind: str) -> None:
             wide.append(kept)
         return kept
 
-    with FrozenGates(Shared(Base.of(model))), torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
+    with FrozenGates(Common(Base.of(model))), torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
         module(x)
     assert len(wide) == 2
 
@@ -78,9 +78,9 @@ def test_other_activations_and_other_modules_are_left_alone() -> None:
     first, second = mlps(model)
     first.act_fn = nn.GELU()  # its exact form, by the error function
     second.dropout = nn.Dropout(0.1)
-    assert FrozenGates(Shared(Base.of(model))).gates == []
-    assert FrozenGates(Shared(Base.of(tiny("bert")))).gates == []
-    assert FrozenGates(Shared(Base.of(tiny("llama").bfloat16()))).gates == []
+    assert FrozenGates(Common(Base.of(model))).gates == []
+    assert FrozenGates(Common(Base.of(tiny("bert")))).gates == []
+    assert FrozenGates(Common(Base.of(tiny("llama").bfloat16()))).gates == []
 
 
 def test_adapters_inside_are_still_called() -> None:
@@ -94,7 +94,7 @@ def test_adapters_inside_are_still_called() -> None:
         expected = model(**inputs).logits
         trained = [p for _, p in adapter.trained() if p.dim() == 2]
         gradients = torch.autograd.grad(expected.square().sum(), trained, allow_unused=True)
-        with FrozenGates(Shared(Base.of(model))) as gates:
+        with FrozenGates(Common(Base.of(model))) as gates:
             assert len(gates.gates) == 2
             found = model(**inputs).logits
             assert_close(found, expected, GRADIENT)

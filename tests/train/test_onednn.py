@@ -11,7 +11,7 @@ import torch
 
 from models import tiny
 from tanzaku.engine import onednn
-from tanzaku.engine.acceleration import Shared
+from tanzaku.engine.acceleration import Common
 from tanzaku.engine.onednn import OneDNN, PrepackedWeights, Speeds, Times
 from tanzaku.engine.products import Directions
 from tanzaku.models.families import Base
@@ -129,7 +129,7 @@ def test_a_library_is_chosen_in_each_direction_and_by_a_margin() -> None:
 
 @pytest.mark.skipif(not onednn.available(), reason="this torch has no oneDNN")
 def test_products_go_as_was_measured(measured: Measurements) -> None:
-    shared = Shared(Base.of(tiny("llama").requires_grad_(False)))
+    shared = Common(Base.of(tiny("llama").requires_grad_(False)))
     products = shared.products
     weights = sum(module.weight.nbytes for module in products.layers)
     with OneDNN(shared), PrepackedWeights(shared) as copies:
@@ -146,7 +146,7 @@ def test_products_go_as_was_measured(measured: Measurements) -> None:
 
 
 def test_nothing_is_measured_for_a_model_that_has_no_use_for_it(measured: Measurements) -> None:
-    shared = Shared(Base.of(tiny("llama").bfloat16()))
+    shared = Common(Base.of(tiny("llama").bfloat16()))
     with OneDNN(shared) as found, PrepackedWeights(shared) as copies:
         assert not found.possible and copies.take(1e12) == 0
     assert measured.count == 0

@@ -19,7 +19,7 @@ from models import batch, tiny
 from tanzaku.core.manager import manager_of
 from tanzaku.core.routing import Cut, Ragged
 from tanzaku.engine import products
-from tanzaku.engine.acceleration import Shared
+from tanzaku.engine.acceleration import Common
 from tanzaku.engine.attention import RowAttention
 from tanzaku.engine.layout import Layout
 from tanzaku.engine.order import ABOVE
@@ -66,7 +66,7 @@ def both(
     virtual = [HUNG[names[row]][1] for row in rows]
     lead = max(virtual)
     base = Base.of(model)
-    shared = Shared(base)
+    common = Common(base)
     layout = Layout(
         lead + inputs["input_ids"].shape[1],
         [0] * len(virtual),
@@ -87,7 +87,7 @@ def both(
             if packed:
                 route = manager_of(model).route
                 members = [
-                    stack.enter_context(kind(shared)) for kind in (Packing, RowAttention, LastToken, SkipUnneeded)
+                    stack.enter_context(kind(common)) for kind in (Packing, RowAttention, LastToken, SkipUnneeded)
                 ]
                 packing = members[0]
                 assert isinstance(packing, Packing) and packing.possible and route is not None
@@ -163,7 +163,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 @pytest.mark.parametrize(("kind", "head"), [("bert", "cls"), ("gpt2", "cls"), ("llama", "lm"), ("t5", "cls")])
 def test_other_models_are_not_packed(kind: str, head: str) -> None:
-    assert not Packing(Shared(Base.of(tiny(kind, head)))).possible
+    assert not Packing(Common(Base.of(tiny(kind, head)))).possible
 
 
 @settings(deadline=None, max_examples=40)

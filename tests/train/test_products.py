@@ -20,7 +20,7 @@ from close import GRADIENT, HALF, PASS, assert_close
 from models import batch, tiny
 from tanzaku.core.method import Method
 from tanzaku.engine import onednn, products
-from tanzaku.engine.acceleration import Shared
+from tanzaku.engine.acceleration import Common
 from tanzaku.engine.accelerations import Accelerations
 from tanzaku.engine.layout import Layout
 from tanzaku.engine.memory import in_use
@@ -51,7 +51,7 @@ class Fast:
 
     def __init__(self, model: nn.Module):
         self.accelerations = Accelerations(Base.of(model), "skip_unneeded,onednn,prepacked_weights")
-        self.products = self.accelerations.shared.products
+        self.products = self.accelerations.common.products
 
     def __enter__(self) -> Fast:
         self.accelerations.__enter__()
@@ -114,7 +114,7 @@ def test_a_batch_of_adapters_at_different_layers(kind: str, head: str) -> None:
     virtual = [0, 0, 0, 2]
     # As in training: a cache would be gone on from, and texts end in the last column then.
     options = {"use_cache": False} if head == "lm" or kind in ("llama", "gemma3") else {}
-    shared = Shared(base)
+    common = Common(base)
     trained = [p for adapter in attached for _, p in adapter.trained()]
 
     def gradients() -> list[torch.Tensor]:
@@ -126,11 +126,11 @@ def test_a_batch_of_adapters_at_different_layers(kind: str, head: str) -> None:
         ]
 
     expected = gradients()
-    with shared.order.recorded():
+    with common.order.recorded():
         gradients()
-    lowest = [shared.order.lowest(adapter) for adapter in attached]
+    lowest = [common.order.lowest(adapter) for adapter in attached]
     assert lowest[3] == -1 < lowest[2] < lowest[0] < lowest[1]
-    assert top == 0 or all(shared.order.depth(module) < lowest[1] for module in shared.products.layers)
+    assert top == 0 or all(common.order.depth(module) < lowest[1] for module in common.products.layers)
     tokens = Layout(
         2 + inputs["input_ids"].shape[1],
         [0] * len(virtual),
@@ -138,7 +138,7 @@ def test_a_batch_of_adapters_at_different_layers(kind: str, head: str) -> None:
         lowest,
         CPU,
     )
-    with FrozenNorms(shared), SkipUnneeded(shared) as skips, skips.batch(tokens, None):
+    with FrozenNorms(common), SkipUnneeded(common) as skips, skips.batch(tokens, None):
         found = gradients()
     assert any(g.any() for g in expected)
     for a, b in zip(found, expected, strict=True):
@@ -394,7 +394,7 @@ def test_norms_are_recognised_and_equal(kind: str) -> None:
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.weight.data += 0.3 * torch.randn_like(module.weight)
-    norms = FrozenNorms(Shared(Base.of(model)))
+    norms = FrozenNorms(Common(Base.of(model)))
     kinds = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
     assert len(norms.norms) == len(kinds) > 0
     for module in kinds:
@@ -420,9 +420,9 @@ def test_a_norm_of_another_formula_is_left_alone() -> None:
             return x / x.abs().mean(-1, keepdim=True) * self.weight
 
     model = tiny("llama")
-    before = len(FrozenNorms(Shared(Base.of(model))).norms)
+    before = len(FrozenNorms(Common(Base.of(model))).norms)
     model.model.norm = StrangeRMSNorm()
-    assert len(FrozenNorms(Shared(Base.of(model))).norms) == before - 1
+    assert len(FrozenNorms(Common(Base.of(model))).norms) == before - 1
 
 
 @pytest.mark.skipif(not onednn.available(), reason="this torch has no oneDNN")
@@ -486,7 +486,7 @@ class TestCopies:
         with JobScheduler(tiny("llama", "cls", num_labels=2), task()) as scheduler:
             scheduler.add([Job("lora", tz.LoRA(r=2), TrainSettings(epochs=1, precision="bf16"))])
             scheduler.run()
-            assert not scheduler.step.accelerations.shared.products.copies
+            assert not scheduler.step.accelerations.common.products.copies
         assert scheduler.results["lora"].status == "done"
 
     def test_none_in_another_precision(self) -> None:
@@ -523,7 +523,7 @@ class TestCopies:
 
         class Watch(Silent):
             def job_started(self, job: Job, result: JobResult, steps: int) -> None:
-                seen.append((job.name, bool(scheduler.step.accelerations.shared.products.copies), scheduler.room))
+                seen.append((job.name, bool(scheduler.step.accelerations.common.products.copies), scheduler.room))
 
         jobs = [
             Job("full", tz.Full(), TrainSettings(epochs=1)),
@@ -533,7 +533,7 @@ class TestCopies:
             before = scheduler.room
             scheduler.add(jobs)
             scheduler.run()
-            taken = 2 * sum(module.weight.nbytes for module in scheduler.step.accelerations.shared.products.layers)
+            taken = 2 * sum(module.weight.nbytes for module in scheduler.step.accelerations.common.products.layers)
         assert [result.status for result in scheduler.results.values()] == ["done", "done"]
         assert seen == [("lora", True, before - taken), ("full", False, before)]
 
@@ -548,7 +548,7 @@ class TestCopies:
             (active,) = scheduler.active_jobs.values()
             assert active.need is not None
             needed = jobs * active.kept_bytes + active.need.alone
-            taken = 2 * sum(module.weight.nbytes for module in scheduler.step.accelerations.shared.products.layers)
+            taken = 2 * sum(module.weight.nbytes for module in scheduler.step.accelerations.common.products.layers)
         assert 4 * taken <= needed, "else no copies are made at all"
         with JobScheduler(model, data, memory=in_use(CPU) + 2**30) as scheduler:
             scheduler.room = needed + taken / 2
@@ -556,7 +556,7 @@ class TestCopies:
             scheduler._admit()
             assert (
                 len(scheduler.active_jobs) == jobs
-                and not scheduler.step.accelerations.shared.products.copies
+                and not scheduler.step.accelerations.common.products.copies
                 and scheduler.room == needed + taken / 2
             )
 
@@ -567,7 +567,7 @@ class TestCopies:
 
             def short(active_jobs: Any, batches: Any) -> Any:
                 sizes.append(len(active_jobs))
-                if scheduler.step.accelerations.shared.products.copies:
+                if scheduler.step.accelerations.common.products.copies:
                     raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
                 return losses(active_jobs, batches)
 
@@ -575,16 +575,16 @@ class TestCopies:
             scheduler.add([Job(f"lora{i}", tz.LoRA(r=2), TrainSettings(epochs=1)) for i in range(2)])
             scheduler.run()
         assert [result.status for result in scheduler.results.values()] == ["done", "done"]
-        assert set(sizes) == {2} and not scheduler.step.accelerations.shared.products.copies
+        assert set(sizes) == {2} and not scheduler.step.accelerations.common.products.copies
 
     def test_none_on_a_machine_whose_memory_is_short(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, data = tiny("llama", "cls", num_labels=2), task()
         with JobScheduler(model, data) as scheduler:
-            taken = 2 * sum(module.weight.nbytes for module in scheduler.step.accelerations.shared.products.layers)
+            taken = 2 * sum(module.weight.nbytes for module in scheduler.step.accelerations.common.products.layers)
             monkeypatch.setattr(onednn, "free", lambda: 4 * taken - 4)
             scheduler.add([Job("lora", tz.LoRA(r=2), TrainSettings(epochs=1))])
             scheduler.run()
-            assert not scheduler.step.accelerations.shared.products.copies
+            assert not scheduler.step.accelerations.common.products.copies
         assert scheduler.results["lora"].status == "done"
 
 

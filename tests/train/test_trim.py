@@ -10,7 +10,7 @@ import tanzaku as tz
 from close import GRADIENT, assert_close
 from models import batch, tiny
 from tanzaku.core.manager import manager_of
-from tanzaku.engine.acceleration import Shared
+from tanzaku.engine.acceleration import Common
 from tanzaku.engine.layout import Layout
 from tanzaku.engine.order import ABOVE
 from tanzaku.engine.trim import LastToken, last_layer_modules, pooled_columns
@@ -46,7 +46,7 @@ def test_logits_and_gradients_are_the_same(kind: str, method: str, padding: str)
         for _, p in adapter.trained():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
     given = batch(model, padding=padding)
-    pooled = LastToken(Shared(manager_of(model).base))
+    pooled = LastToken(Common(manager_of(model).base))
     virtual = adapter.virtual
     seen = []
     with tz.route(model, ["a", None, "a", "a"]):
@@ -70,7 +70,7 @@ def test_the_last_feed_forward_sees_one_token_a_row() -> None:
     lengths = []
     base = Base.of(model)
     last_layer_modules(base)[-1].register_forward_hook(lambda m, args, y: lengths.append(y.shape[1]))
-    with LastToken(Shared(base)).batch(padded(model, given, [0] * 4), None):
+    with LastToken(Common(base)).batch(padded(model, given, [0] * 4), None):
         model(**given)
     model(**given)
     assert lengths == [1, given["input_ids"].shape[1]]

@@ -18,7 +18,7 @@ from tanzaku.engine.products import Products
 from tanzaku.models.families import Base
 
 
-class Shared:
+class Common:
     """What the accelerations of one model share: its order of execution, the products of its linear layers, and
     whether rows of a packed batch are attended one by one."""
 
@@ -33,14 +33,14 @@ class Acceleration(ABC):
     """One acceleration of one model. A context manager: while it is entered, the model's passes are cheap.
 
     Args:
-        shared: of the model, the same for all of its accelerations.
+        common: of the model, the same for all of its accelerations.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]  # one line
 
-    def __init__(self, shared: Shared):
-        self.shared, self.base = shared, shared.base
+    def __init__(self, common: Common):
+        self.common, self.base = common, common.base
 
     @property
     def possible(self) -> bool:
@@ -79,15 +79,15 @@ class Acceleration(ABC):
 
 
 class OfProducts(Acceleration):
-    """One that changes how linear layers multiply: it sets what it wants in `shared.products`."""
+    """One that changes how linear layers multiply: it sets what it wants in `common.products`."""
 
     def __enter__(self) -> Self:
-        self.shared.products.hold()
+        self.common.products.hold()
         return self
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
-        self.shared.products.release()
+        self.common.products.release()
 
     def batch(self, layout: Layout, route: Route | None) -> AbstractContextManager[None]:
-        return self.shared.products.batch(layout)
+        return self.common.products.batch(layout)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tanzaku.core.adapter import Adapter
 from tanzaku.core.routing import Route
-from tanzaku.engine.acceleration import Acceleration, Shared
+from tanzaku.engine.acceleration import Acceleration, Common
 from tanzaku.engine.attention import RowAttention
 from tanzaku.engine.gates import FrozenGates
 from tanzaku.engine.layout import Layout
@@ -65,8 +65,8 @@ class Accelerations:
     """
 
     def __init__(self, base: Base, wanted: str = AUTO):
-        self.base, self.shared = base, Shared(base)
-        self.members = {name: ACCELERATIONS[name](self.shared) for name in chosen(wanted)}
+        self.base, self.common = base, Common(base)
+        self.members = {name: ACCELERATIONS[name](self.common) for name in chosen(wanted)}
         self._entered = ExitStack()
 
     def __enter__(self) -> Accelerations:
@@ -84,7 +84,7 @@ class Accelerations:
 
     def depth(self, adapter: Adapter) -> int:
         """How deep its lowest trained layer lies: see :meth:`tanzaku.engine.order.Order.lowest`."""
-        return self.shared.order.lowest(adapter)
+        return self.common.order.lowest(adapter)
 
     def take(self, room: float) -> int:
         """Take memory that makes passes faster, if there is plenty; bytes taken of `room`."""
@@ -113,13 +113,13 @@ class Accelerations:
             width=max(virtual) + batch.width,
             starts=[0] * len(virtual),
             lengths=[before + length for before, length in zip(virtual, batch.lengths, strict=True)],
-            lowest=[self.shared.order.lowest(adapter) for adapter in adapters],
+            lowest=[self.common.order.lowest(adapter) for adapter in adapters],
             device=inputs.device,
             packed=packed,
             read=None if columns is None else [v + column for v, column in zip(virtual, columns, strict=True)],
         )
         with ExitStack() as stack:
-            stack.enter_context(self.shared.order.recorded())
+            stack.enter_context(self.common.order.recorded())
             for member in self.members.values():
                 stack.enter_context(member.batch(layout, route if packed else None))
             yield

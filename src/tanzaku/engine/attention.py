@@ -34,12 +34,12 @@ class RowAttention(Acceleration):
         return all(parameter.device.type == "cpu" for parameter in tree.parameters(self.base.model))
 
     def __enter__(self) -> Self:
-        self.shared.attends_rows = True
+        self.common.attends_rows = True
         return self
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
-        self.shared.attends_rows = False
+        self.common.attends_rows = False
 
 
 def row_attention(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tanzaku.core.quiet import quiet
-from tanzaku.engine.acceleration import Acceleration, Shared
+from tanzaku.engine.acceleration import Acceleration, Common
 from tanzaku.models import tree
 from tanzaku.support.autograd import once_differentiable
 
@@ -37,8 +37,8 @@ class FrozenGates(Acceleration):
     name = "gates"
     summary = "what a gated feed-forward does between its products is one function with its own backward pass"
 
-    def __init__(self, shared: Shared):
-        super().__init__(shared)
+    def __init__(self, common: Common):
+        super().__init__(common)
         modules = [
             m for m in tree.modules(self.base.backbone) if all(hasattr(m, name) for name in (*_LAYERS, "act_fn"))
         ]

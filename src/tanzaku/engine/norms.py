@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tanzaku.core.quiet import quiet
-from tanzaku.engine.acceleration import Acceleration, Shared
+from tanzaku.engine.acceleration import Acceleration, Common
 from tanzaku.models import tree
 from tanzaku.support.autograd import once_differentiable
 
@@ -29,8 +29,8 @@ class FrozenNorms(Acceleration):
     name = "norms"
     summary = "an RMS norm with a frozen weight is one function with its own backward pass"
 
-    def __init__(self, shared: Shared):
-        super().__init__(shared)
+    def __init__(self, common: Common):
+        super().__init__(common)
         self.norms = [
             (module, known)
             for module in tree.modules(self.base.backbone)

@@ -42,15 +42,15 @@ class OneDNN(OfProducts):
 
     @property
     def possible(self) -> bool:
-        return available() and any(fits(module.weight) for module in self.shared.products.layers)
+        return available() and any(fits(module.weight) for module in self.common.products.layers)
 
     def __enter__(self) -> Self:
-        self.shared.products.onednn = speeds().plain if self.possible else Directions()
+        self.common.products.onednn = speeds().plain if self.possible else Directions()
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
-        self.shared.products.onednn = Directions()
+        self.common.products.onednn = Directions()
 
 
 class PrepackedWeights(OfProducts):
@@ -61,7 +61,7 @@ class PrepackedWeights(OfProducts):
 
     @property
     def possible(self) -> bool:
-        return available() and any(fits(module.weight) for module in self.shared.products.layers)
+        return available() and any(fits(module.weight) for module in self.common.products.layers)
 
     @cached_property
     def wanted(self) -> Directions:
@@ -70,7 +70,7 @@ class PrepackedWeights(OfProducts):
 
     def take(self, room: float) -> int:
         """Have copies, if they need a quarter of what is left at most: the weights' bytes for each direction."""
-        products, wanted = self.shared.products, self.wanted
+        products, wanted = self.common.products, self.wanted
         if products.copies or not wanted:
             return 0
         layers = [module for module in products.layers if fits(module.weight)]
@@ -84,7 +84,7 @@ class PrepackedWeights(OfProducts):
         return needed
 
     def free(self) -> int:
-        copies, self.shared.products.copies = self.shared.products.copies, {}
+        copies, self.common.products.copies = self.common.products.copies, {}
         return sum(each.nbytes for each in copies.values())
 
 

@@ -23,7 +23,7 @@ from tanzaku.core.attention import PACKING, AttentionHook, register
 from tanzaku.core.method import AttentionCall
 from tanzaku.core.positions import numbering
 from tanzaku.core.routing import Ragged, Route, split
-from tanzaku.engine.acceleration import Acceleration, Shared
+from tanzaku.engine.acceleration import Acceleration, Common
 from tanzaku.engine.attention import row_attention, suits
 from tanzaku.engine.layout import Layout
 from tanzaku.engine.trim import last_layer_modules
@@ -38,8 +38,8 @@ class Packing(Acceleration):
     name = "packing"
     summary = "a decoder classifier's layers see the own tokens of all rows, one after another, and no padding"
 
-    def __init__(self, shared: Shared):
-        super().__init__(shared)
+    def __init__(self, common: Common):
+        super().__init__(common)
         base = self.base
         self.layout: Layout | None = None
         self._masks: dict[tuple[int, int | None, int], Tensor] = {}
@@ -190,7 +190,7 @@ class Packing(Acceleration):
         return out.view(rows, queries, *out.shape[1:]), None
 
     def _by_rows(self, implementation: str, keys: int, query: Tensor, options: dict[str, Any]) -> bool:
-        return self.shared.attends_rows and suits(implementation, keys, query, options)
+        return self.common.attends_rows and suits(implementation, keys, query, options)
 
     def _added(self, width: int, window: int | None, like: Tensor, shared: int) -> Tensor:
         """(width, width * shared): what hides the keys that a token does not see when it is added to its scores, which

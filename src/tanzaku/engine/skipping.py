@@ -20,12 +20,12 @@ class SkipUnneeded(OfProducts):
 
     @property
     def possible(self) -> bool:
-        return bool(self.shared.products.layers)
+        return bool(self.common.products.layers)
 
     def __enter__(self) -> Self:
-        self.shared.products.skips = True
+        self.common.products.skips = True
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
-        self.shared.products.skips = False
+        self.common.products.skips = False

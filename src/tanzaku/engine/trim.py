@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from tanzaku.core.routing import Route
-from tanzaku.engine.acceleration import OfProducts, Shared
+from tanzaku.engine.acceleration import Common, OfProducts
 from tanzaku.engine.layout import Layout
 from tanzaku.models.families import Base
 
@@ -60,8 +60,8 @@ class LastToken(OfProducts):
     name = "last_token"
     summary = "a decoder classifier's last layer passes on the token alone that is pooled"
 
-    def __init__(self, shared: Shared):
-        super().__init__(shared)
+    def __init__(self, common: Common):
+        super().__init__(common)
         self.modules = last_layer_modules(self.base)
         asking = last_layer_modules(self.base, asking=True)
         self.pooled = {id(module) for part in asking for module in part.modules()}
@@ -73,12 +73,12 @@ class LastToken(OfProducts):
         return bool(self.modules)
 
     def __enter__(self) -> Self:
-        self.shared.products.pooled = self.pooled
+        self.common.products.pooled = self.pooled
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
-        self.shared.products.pooled = set()
+        self.common.products.pooled = set()
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         x = args[0]
