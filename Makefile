@@ -6,7 +6,7 @@ RUNTIME := $(VENV)/.runtime
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test test-all test-processors chromium check format bench bench-gpu clean
+.PHONY: install demo test test-all test-processors test-lowest chromium check format bench bench-gpu clean
 
 install: $(STAMP)
 
@@ -35,6 +35,15 @@ test-all: $(STAMP) chromium
 test-processors: $(STAMP)
 	PYTHON=$(BIN)/python .ci/processors $(ARGS)
 
+# The laws on the lowest version of each library that pyproject.toml allows, in an environment of their own.
+LOWEST ?= .venv-lowest
+test-lowest:
+	$(PYTHON) .ci/lowest > .lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -q -c .lowest.txt -e '.[embedded]' pytest pytest-timeout pytest-xdist hypothesis
+	rm .lowest.txt
+	$(LOWEST)/bin/python -m pytest -n 2 --dist worksteal tests/laws $(ARGS)
+
 # The browser that looks at report.html, where it can be had.
 chromium:
 	@.ci/chromium
@@ -56,4 +65,4 @@ bench-gpu: $(STAMP)
 	$(BIN)/python -m bench gpu
 
 clean:
-	rm -rf $(VENV) build runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(LOWEST) build runs .mypy_cache .ruff_cache .pytest_cache
