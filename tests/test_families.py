@@ -218,9 +218,17 @@ def test_towers_are_left_alone(kind):
     """In a model that reads images as vectors, default targets and attention lie in its language model; a user's own
     names match everywhere."""
     model = zoo.NAMES[kind].build()
-    for method in (tz.LoRA(), tz.AdaLoRA(), tz.IA3(), tz.PrefixTuning(), tz.LlamaAdapter(adapter_layers=1)):
+    for method in (
+        tz.LoRA(),
+        tz.AdaLoRA(),
+        tz.IA3(),
+        tz.PrefixTuning(),
+        tz.LlamaAdapter(adapter_layers=1),
+        tz.BitFit(bias_scope="add"),
+        tz.LNTuning(),
+    ):
         adapter = tz.attach(model, method, method.name)
-        paths = [path for path, _ in adapter.at()]
+        paths = [path for path, _ in adapter.at() if path]
         assert paths and all(".language_model." in f".{path}." for path in paths)
     named = tz.attach(model, tz.LoRA(target_modules="all-linear"), "named")
     assert any(".language_model." not in f".{path}." for path, _ in named.at())

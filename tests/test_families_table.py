@@ -16,13 +16,13 @@ from tiers import in_families
 
 # Model type -> columns that are refused; all others are ok.
 KINDS: dict[str, set[str]] = {
-    "qwen3_moe": set(),
-    "deepseek_v3": set(),
-    "gpt_neo": {"prefix", "LLaMA-Adapter", "head"},  # attention of its own; a tied head cannot be merged
-    "bamba": set(),
+    "qwen3_moe": {"BitFit"},  # biases that are added cannot be merged
+    "deepseek_v3": {"BitFit"},
+    "gpt_neo": {"BitFit", "prefix", "LLaMA-Adapter", "head"},  # attention of its own; a tied head cannot be merged
+    "bamba": {"BitFit"},
     "distilbert": set(),
     "convnext": {"prompt", "P-tuning", "prefix", "LLaMA-Adapter"},
-    "t5gemma": {"head"},
+    "t5gemma": {"BitFit", "head"},
 }
 
 

@@ -44,7 +44,11 @@ class BitFit(Method):
     def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
         base, scopes = place.base, ("all", "query_up", "add")
         self.require(self.bias_scope in scopes, f"bias_scope={self.bias_scope!r}", "'all', 'query_up' or 'add'")
-        skip = self.copied(base)
+        copied = self.copied(base)
+
+        def skip(path: str) -> bool:
+            return copied(path) or not base.in_language_model(path)
+
         own = dict(biased(base, skip))
         added: dict[str, nn.Module] = {}
         if self.bias_scope == "query_up":

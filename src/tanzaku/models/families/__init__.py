@@ -237,7 +237,7 @@ class Base:
         Raises:
             TanzakuError: the model has none.
         """
-        paths = [path for path in self.norm_paths if path.startswith(self._language) and not skip(path)]
+        paths = [path for path in self.norm_paths if self.in_language_model(path) and not skip(path)]
         if not paths:
             raise TanzakuError(f"{type(self.model).__name__} has no normalisation layer with a gain; expected some")
         return names_for(paths, [path for path, _ in tree.named_modules(self.model)])
@@ -275,6 +275,10 @@ class Base:
             if path and getattr(module, "config", None) is text and isinstance(module, PreTrainedModel):
                 return f"{path}."
         return ""
+
+    def in_language_model(self, path: str) -> bool:
+        """Whether a path lies where default targets do: not in a tower that brings its own rows."""
+        return path.startswith(self._language)
 
     def candidates(self) -> list[str]:
         """Last names of the modules with weight matrices, each once."""
