@@ -31,6 +31,7 @@ from tanzaku.errors import TanzakuError, TooLarge, nearest
 from tanzaku.models import tree
 from tanzaku.models.heads import Part, heads_of, named_heads
 from tanzaku.support.context import Local
+from tanzaku.support.refs import Ref
 
 if TYPE_CHECKING:
     from tanzaku.core.combining import Combining
@@ -66,7 +67,10 @@ class AdapterLayer(nn.Module):
         attached: what is computed with them is whatever memory holds, and no error of torch's."""
         first = self.__dict__.get("_first")
         if first is None:
-            named = ((m._parameters, n) for m in self.modules() for n, p in m._parameters.items() if p is not None)
+            # Its own, or, of a layer that has none, those of what it shares with others.
+            shared = (ref() for ref in self.__dict__.values() if isinstance(ref, Ref))
+            modules = (m for at in (self, *shared) if isinstance(at, AdapterLayer) for m in at.modules())
+            named = ((m._parameters, n) for m in modules for n, p in m._parameters.items() if p is not None)
             first = self.__dict__["_first"] = next(named, ({}, ""))
         here = first[0].get(first[1])
         if here is not None and here.is_meta and not like.is_meta:
