@@ -16,7 +16,7 @@ from tanzaku.core.routing import Ragged, _Pack, _Pad
 from tanzaku.engine.attention import _Rows, row_attention
 from tanzaku.engine.gates import _SILU, _Gated
 from tanzaku.engine.norms import _Norm
-from tanzaku.engine.products import _Product, _TrainedProduct
+from tanzaku.engine.products import Directions, _Product, _TrainedProduct
 from tanzaku.methods.lora import _LowRank
 
 for module in pkgutil.walk_packages(tanzaku.__path__, "tanzaku."):
@@ -35,8 +35,8 @@ USES: dict[type, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | 
     _Rows: (lambda x: row_attention(*[x[:, None]] * 3, [1, 3], [1, 3], MASKS, 0.5), None),
     _Gated: (lambda x: _Gated.apply(x, x, *_SILU), None),
     _Norm: (lambda x: _Norm.apply(x, W[0], torch.tensor(1e-6)), None),
-    _Product: (lambda x: _Product.apply(x.sin(), W, None, None, None, None), None),
-    _TrainedProduct: (lambda x: _TrainedProduct.apply(x.sin(), W, None), None),
+    _Product: (lambda x: _Product.apply(x.sin(), W, None, None, None, Directions(), None), None),
+    _TrainedProduct: (lambda x: _TrainedProduct.apply(x.sin(), W, None, Directions()), None),
 }
 
 
