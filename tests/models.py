@@ -144,6 +144,10 @@ def config_of(kind: str, **overrides: Any) -> Any:
     return config
 
 
+# What a method needs to fit tiny models, of which many have no bias, where its defaults do not.
+NEEDED: dict[str, dict[str, Any]] = {"llama_adapter": {"adapter_layers": 1}, "bitfit": {"bias_scope": "add"}}
+
+
 def tiny(kind: str, head: str = "cls", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A tiny random model in eval mode.
 

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import tanzaku as tz
-from models import tiny
+from models import NEEDED, tiny
 from tanzaku.methods import METHODS
 from tanzaku.storage.store import entries, read_meta
 
@@ -34,8 +34,7 @@ SLOW = r"((.|\w)+)+[!?]"  # doubles its time with each character
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"r": 2, "rank_pattern": {"layers.1.self_attn.q_proj": 3}, "bias": "lora_only"},
     "adalora": {"init_r": 3, "target_r": 2},
-    "llama_adapter": {"adapter_len": 4, "adapter_layers": 1},
-    "bitfit": {"bias_scope": "add"},
+    **NEEDED,
     "ln_tuning": {},
     "full": {},
 }

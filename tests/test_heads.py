@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 import tanzaku as tz
 from close import assert_close, close
-from models import config_of, lively
+from models import NEEDED, config_of, lively
 from tanzaku.core.weights import copied_in
 from tanzaku.methods import METHODS
 from tanzaku.models import tree
@@ -275,8 +275,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"num_virtual_tokens": 3},
     "p_tuning": {"num_virtual_tokens": 3},
     "prefix_tuning": {"num_virtual_tokens": 3},
-    "llama_adapter": {"adapter_len": 3, "adapter_layers": 1},
-    "bitfit": {"bias_scope": "add"},
+    **NEEDED,
     "ln_tuning": {},
     "full": {},
     "head": {},

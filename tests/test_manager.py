@@ -10,13 +10,13 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 import tanzaku as tz
 from close import assert_close, close
-from models import batch, tiny
+from models import NEEDED, batch, tiny
 from tanzaku.core.manager import manager_of
 from tanzaku.core.method import AdapterLayer, ModuleLayer, Place
 from tanzaku.methods import METHODS
 from tanzaku.support.refs import Ref
 
-SMALL = {"llama_adapter": {"adapter_layers": 1}, "adalora": {"init_r": 8}, "bitfit": {"bias_scope": "add"}}
+SMALL = {**NEEDED, "adalora": {"init_r": 8}}
 
 
 def opened(model, method, name, value=0.1):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tanzaku as tz
-from models import tiny
+from models import NEEDED, tiny
 from tanzaku.methods import METHODS
 from tanzaku.models.loading import load_base
 from tanzaku.support.seeds import seeded
@@ -21,11 +21,7 @@ from tanzaku.train.scheduler import train_jobs
 from tanzaku.train.settings import TrainSettings
 from task_data import task
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "llama_adapter": {"adapter_layers": 1},
-    "adalora": {"init_r": 2, "target_r": 1},
-    "bitfit": {"bias_scope": "add"},
-}
+SETTINGS: dict[str, dict[str, Any]] = {**NEEDED, "adalora": {"init_r": 2, "target_r": 1}}
 ENCODER = {"encoder_reparameterization_type": "LSTM", "encoder_num_layers": 2, "encoder_dropout": 0.5}
 
 

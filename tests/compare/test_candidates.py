@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 import tanzaku as tz
-from models import config_of, tiny
+from models import NEEDED, config_of, tiny
 from tanzaku.compare import candidates as module
 from tanzaku.compare.candidates import Candidate, Searched, expand, slug
 from tanzaku.core.space import Choice, Grid, Range, ends, space_of
@@ -299,9 +299,7 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 
 # Settings beside which the default space must be valid at every corner.
-BESIDE = [
-    (name, {"llama_adapter": {"adapter_layers": 1}, "bitfit": {"bias_scope": "add"}}.get(name, {})) for name in METHODS
-]
+BESIDE = [(name, NEEDED.get(name, {})) for name in METHODS]
 BESIDE += [("adalora", {"init_r": init_r}) for init_r in (1, 2, 8, 20, {"choice": [4, 2]}, {"low": 3, "high": 8})]
 BESIDE += [("adalora", {"init_r": 2, "target_r": 0.5}), ("lora", {"init_lora_weights": "orthogonal"})]
 BESIDE += [("lora", {"init_lora_weights": {"choice": ["orthogonal", True]}}), ("lora", {"use_rslora": True})]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tanzaku as tz
-from models import tiny
+from models import NEEDED, tiny
 from tanzaku.methods import METHODS
 from tanzaku.storage.card import escaped
 
@@ -67,13 +67,7 @@ def test_a_classifier_s_card(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_who_can_load_it(name: str, tmp_path: Path) -> None:
-    method = METHODS[name](
-        **{
-            "llama_adapter": {"adapter_layers": 2},
-            "prefix_tuning": {"num_virtual_tokens": 2},
-            "bitfit": {"bias_scope": "add"},
-        }.get(name, {})
-    )
+    method = METHODS[name](**{**NEEDED, "prefix_tuning": {"num_virtual_tokens": 2}}.get(name, {}))
     text = saved(tmp_path / "a", method, "lm")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text(encoding="utf-8"))
     try:

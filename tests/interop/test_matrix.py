@@ -16,7 +16,7 @@ from transformers import AutoModelForTokenClassification, PreTrainedModel
 import tanzaku as tz
 from close import HALF, PASS, assert_close, tolerance
 from interop.oracle import CONFIGS, PLAIN, PROMPT_LEARNING, SOFT_PROMPTS, method, scatter
-from models import batch, config_of, lively, tiny
+from models import NEEDED, batch, config_of, lively, tiny
 from tiers import in_families
 
 # Family -> tasks that test_files.py leaves out.
@@ -304,7 +304,7 @@ def test_peft_names_the_type_that_it_does_not_have(name: str, tmp_path: Path) ->
     """A method that only Tanzaku has is written in the same form, under a type of its own, which PEFT refuses."""
     base = tiny("llama", "cls")
     fresh = copy.deepcopy(base)
-    tz.attach(base, tz.METHODS[name](**{"bitfit": {"bias_scope": "add"}}.get(name, {})), "a", seed=0)
+    tz.attach(base, tz.METHODS[name](**NEEDED.get(name, {})), "a", seed=0)
     tz.save(base, "a", tmp_path / "a")
     with pytest.raises(KeyError, match=tz.METHODS[name].peft_type):
         reopened(fresh, tmp_path / "a")

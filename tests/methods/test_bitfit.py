@@ -72,7 +72,7 @@ def test_added_biases_are_added(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "path", "why"),
-    [("gpt_oss", "mlp.router", "not simply added"), ("recurrent_gemma", "conv_1d", "reads it past the module")],
+    [("gpt_oss", "mlp.router", "not simply added"), ("recurrent_gemma", "conv_1d", "read past the module")],
 )
 def test_a_bias_that_is_not_simply_added_is_left_out(kind: str, path: str, why: str) -> None:
     """A router makes scores of it, and a convolution's is read past the module while a cache is filled. LoRA too."""

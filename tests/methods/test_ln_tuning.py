@@ -44,5 +44,5 @@ def test_the_norm_has_the_adapters_gain() -> None:
 
 
 def test_a_target_that_is_no_norm() -> None:
-    with pytest.raises(tz.TanzakuError, match=r"ln_tuning: found .*q_proj, a Linear, expected a norm with a gain"):
+    with pytest.raises(tz.TanzakuError, match=r"ln_tuning: found .*q_proj, a Linear, expected a norm with a gain that"):
         tz.attach(tiny("llama"), tz.LNTuning(target_modules=["q_proj"]), "x")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import tanzaku as tz
 from close import assert_close, close
-from models import VOCAB, tiny
+from models import NEEDED, VOCAB, tiny
 from tanzaku.core.manager import manager_of
 from tanzaku.engine.trim import last_layer_modules
 from tanzaku.methods import METHODS
@@ -34,8 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"num_virtual_tokens": 3},
     "p_tuning": {"num_virtual_tokens": 2},
     "prefix_tuning": {"num_virtual_tokens": 4},
-    "llama_adapter": {"adapter_len": 4, "adapter_layers": 1},
-    "bitfit": {"bias_scope": "add"},
+    **NEEDED,
 }
 SHARING = [name for name, method in METHODS.items() if method.shares_batch]
 LENGTHS = (5, 1, 9, 2, 9, 3, 7)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import tanzaku as tz
 from close import RUN, assert_close
-from models import tiny
+from models import NEEDED, tiny
 from tanzaku.methods import METHODS
 from tanzaku.train import state as states
 from tanzaku.train.results import EpochRecord, Job, JobResult
@@ -41,8 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "adalora": {"init_r": 3, "target_r": 1, "tinit": 2, "tfinal": 2},
     "p_tuning": {"encoder_reparameterization_type": "LSTM", "encoder_dropout": 0.3},
     "prefix_tuning": {"prefix_projection": True},
-    "llama_adapter": {"adapter_len": 4, "adapter_layers": 1},
-    "bitfit": {"bias_scope": "add"},
+    **NEEDED,
 }
 
 

@@ -435,18 +435,23 @@ def biased(base: Base, skip: Callable[[str], bool]) -> list[tuple[str, nn.Module
     for path, module in tree.named_modules(base.model):
         if module._parameters.get("bias") is None or skip(path):
             continue
-        parent, _, name = path.rpartition(".")
-        holder = type(base.model.get_submodule(parent))
-        adds = isinstance(module, kinds) or type(module).__name__.endswith("Norm")
-        if adds and not (path and name.isidentifier() and "bias" in _uses(cast(Any, holder), name)):
-            found.append((path, module))
+        if not (isinstance(module, kinds) or type(module).__name__.endswith("Norm")):
+            why = "it is not simply added to what that returns"
+        elif reads_past(base, path, "bias"):
+            why = "it is read past the module, too"
         else:
-            why = (
-                f"{holder.__name__} reads it past the module" if adds else "it is not simply added to what that returns"
-            )
-            text = f"the bias of {path}, a {type(module).__name__}, is not trained: {why}"
-            warnings.warn(text, stacklevel=2)
+            found.append((path, module))
+            continue
+        warnings.warn(f"the bias of {path}, a {type(module).__name__}, is not trained: {why}", stacklevel=2)
     return found
+
+
+def reads_past(base: Base, path: str, *names: str) -> bool:
+    """Whether the module that holds this one reads tensors of it by these names, in a kernel of its own, say: what is
+    done around the module is then not done there."""
+    parent, _, name = path.rpartition(".")
+    uses = _uses(cast(Any, type(base.model.get_submodule(parent))), name) if path and name.isidentifier() else ()
+    return not {*uses}.isdisjoint(names)
 
 
 def multiplies(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from tanzaku.core.method import AdapterLayer, Method, Place
 from tanzaku.core.space import Range, spaces
+from tanzaku.core.survey import reads_past
 from tanzaku.core.weights import ParameterCopy
 
 
@@ -36,9 +37,11 @@ class LNTuning(Method):
     exclude_modules: list[str] | str | None = None
 
     def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
-        base, skip = place.base, self.copied(place.base)
+        base, copied = place.base, self.copied(place.base)
+        norms = [path for path in base.norm_paths if not reads_past(base, path, "weight", "bias")]
         if self.target_modules is None:
-            self.target_modules = base.norms(skip)
-        for path, module in base.targets(self.target_modules, exclude=self.exclude_modules, skip=skip):
-            self.require(path in base.norm_paths, f"{path}, a {type(module).__name__}", "a norm with a gain")
+            self.target_modules = base.norms(lambda path: copied(path) or path not in norms)
+        for path, module in base.targets(self.target_modules, exclude=self.exclude_modules, skip=copied):
+            expected = "a norm with a gain that is read by the norm alone"
+            self.require(path in norms, f"{path}, a {type(module).__name__}", expected)
             yield path, ParameterCopy(module, "ln_tuning_layers")
