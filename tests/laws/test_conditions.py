@@ -266,7 +266,7 @@ def test_adapters_write_differently(kind):
     model = full_bamboo(kind, "lm")
     base = written(model, [None] * 3, prompt(model))
     same = [name for name in METHODS if torch.equal(written(model, [name] * 3, prompt(model)), base)]
-    assert len(same) <= 2, same
+    assert len(same) < len(METHODS) / 3, same
 
 
 @pytest.mark.parametrize("kind", GENERATORS)

@@ -167,17 +167,17 @@ def test_two_adapters_come_back_on_another_head_and_type(where, names, types, tm
     for part in heads_of(second):
         for name in part.parameters:
             second.get_parameter(name).normal_()
-    attached = {f"{name}-{at}": name for at, name in enumerate(names)}
-    for label, name in attached.items():
+    labels = {f"{name}-{at}": name for at, name in enumerate(names)}
+    for label, name in labels.items():
         attached(first, name, as_=label)
         tz.save(first, label, folder / label)
         tz.load(second, folder / label, label)
         exported = [{k: t for k, (t, _) in entries(manager_of(m).get(label)).items()} for m in (first, second)]
         assert exported[0].keys() == exported[1].keys()
         assert all(torch.equal(tensor, exported[1][key]) for key, tensor in exported[0].items())
-    stacks = [(label,) for label in attached]
+    stacks = [(label,) for label in labels]
     if all(METHODS[name].shares_batch for name in names):
-        stacks.append(tuple(attached))
+        stacks.append(tuple(labels))
     inputs = batch(first)
     half = torch.bfloat16 in types
     for stack in stacks:

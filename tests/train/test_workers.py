@@ -28,8 +28,10 @@ import tanzaku as tz
 from close import RUN, assert_close
 from models import tiny
 from tanzaku.core.adapter import Adapter
-from tanzaku.engine import products
+from tanzaku.engine import onednn
 from tanzaku.engine.memory import in_use
+from tanzaku.engine.onednn import Speeds, Times
+from tanzaku.engine.products import Copies, Directions
 from tanzaku.methods.lora import LoRA
 from tanzaku.train import executor, spawned, workers
 from tanzaku.train.executor import kind_of_workers
@@ -263,18 +265,20 @@ def test_rows_of_a_step_are_shared_out(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_copies_of_weights_are_made_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not products._ONEDNN:
+    if not onednn.available():
         pytest.skip("no oneDNN here")
     made: list[int] = []
-    of = products._Copies.of
+    of = Copies.of
 
-    def noting(weight: torch.Tensor) -> products._Copies:
+    def noting(weight: torch.Tensor, wanted: Directions) -> Copies:
         assert os.getpid() == process
         made.append(weight.nbytes)
-        return of(weight)
+        return of(weight, wanted)
 
     process = os.getpid()
-    monkeypatch.setattr(products._Copies, "of", noting)
+    monkeypatch.setattr(Copies, "of", noting)
+    pays = Times(torch=3.0, onednn=2.0, prepacked=1.0)
+    monkeypatch.setattr(onednn, "speeds", lambda: Speeds(pays, pays))
     with JobScheduler(tiny("llama", num_labels=2), DATA, workers=2, memory=in_use(CPU) + 10**10) as scheduler:
         room = scheduler.room
         scheduler.add([job("a", rungs=(1,)), job("b", rungs=(1,))])
