@@ -33,7 +33,7 @@ def test_the_method_in_the_docs_is_the_one_that_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    "room", ["storage", "merging", "export", "train", "compare", "cli", "engine", "tasks", "recipe"]
+    "room", ["storage", "merging", "export", "train", "compare", "cli", "engine", "tasks", "recipe", "models"]
 )
 def test_no_room_above_the_methods_knows_one_by_name(room: str) -> None:
     """What differs by method is the method's to say: adding one touches its own file and the registry."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +105,12 @@ class AdaLoRA(LoRA):
     peft_type = "ADALORA"
     paper = "arXiv 2303.10512"
     summary = "low-rank changes whose ranks are pruned by importance"
+    targets_by_kind: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **dict.fromkeys(("roberta", "deberta-v2"), ("query", "key", "value", "dense")),
+        **dict.fromkeys(("opt", "t5", "bart", "mbart", "whisper"), ("query", "key", "value", "out", "up", "down")),
+        "mt5": ("query", "key", "value", "out", "gate", "up", "down"),
+        "nemotron_h": ("query", "key", "value", "out"),
+    }
     combines_by = None  # singular values of several have no rule
     learning_rate = 1e-3  # The paper (arXiv 2303.10512, appendix): 5e-4 to 2e-3 on GLUE.
     # The paper: 5e-4 to 2.2e-3 over GLUE, and the budget at the end matters more than the one at first.

@@ -8,7 +8,7 @@ Liu et al. 2022, arXiv 2205.05638.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +23,8 @@ from tanzaku.core.space import Range, spaces
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models.families import features, weight_of
 from tanzaku.models.quantize import full_weight
+
+_NOT_KEYS = ("query", "value", "down")  # what HF PEFT scales in many families
 
 
 class ScaleLayer(ModuleLayer):
@@ -107,6 +109,12 @@ class IA3(Method):
 
     combines_by = "linear"
     targets: ClassVar[tuple[str, ...]] = ("key", "value", "down", "mixer")  # roles, see families/family.py
+    targets_by_kind: ClassVar[Mapping[str, tuple[str, ...]]] = {  # of model types where HF PEFT's are others
+        **dict.fromkeys(("qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gemma3", "phi"), _NOT_KEYS),
+        **dict.fromkeys(("gpt_neo", "gptj", "llama4", "llama4_text", "bart", "mbart", "whisper"), _NOT_KEYS),
+        "opt": ("query", "key", "down"),
+        "mt5": ("key", "value", "up"),
+    }
 
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -129,7 +137,7 @@ class IA3(Method):
     def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
         base = place.base
         if self.target_modules is None:
-            self.target_modules = base.defaults(self.name, self.targets)
+            self.target_modules = base.defaults(self.name, self.targets, self.targets_by_kind)
             if self.feedforward_modules is None:
                 self.feedforward_modules = base.feed_forward(self.target_modules)
         skip = self.copied(base)

@@ -304,6 +304,14 @@ class LoRA(Method):
     # The paper: ranks from 1 up do nearly alike, at 2e-4 (GPT-2) to 5e-4 (RoBERTa); a decade lies on either side.
     space = spaces(r=Choice((1, 4, 8, 16, 32)), learning_rate=Range(5e-5, 5e-3, log=True))
     targets: ClassVar[tuple[str, ...]] = ("query", "value", "mixer")  # roles, see families/family.py
+    targets_by_kind: ClassVar[Mapping[str, tuple[str, ...]]] = {  # of model types where HF PEFT's are others
+        "phi": ("query", "value", "up", "down"),
+        "nemotron_h": ("query", "key", "value", "out"),
+        "rwkv": (
+            *(f"{part}.{name}" for part in ("attention", "feed_forward") for name in ("key", "value", "receptance")),
+            "attention.output",
+        ),
+    }
 
     r: int = 8
     target_modules: list[str] | str | None = None
@@ -361,7 +369,7 @@ class LoRA(Method):
     def find(self, base: Base) -> list[tuple[str, nn.Module]]:
         """Target modules with their paths; remembers the family's default names in the settings."""
         if self.target_modules is None:
-            self.target_modules = base.defaults(self.name, self.targets, fits=self.fits)
+            self.target_modules = base.defaults(self.name, self.targets, self.targets_by_kind, fits=self.fits)
         return base.targets(
             self.target_modules,
             exclude=self.exclude_modules,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -52,10 +52,8 @@ class Base:
 
     @classmethod
     def of(cls, model: nn.Module) -> Base:
-        config = getattr(model, "config", None)
         families = table()
-        kinds = [getattr(c, "model_type", None) for c in (config, _text(config)) if c is not None]
-        return cls(model, next((families[kind] for kind in kinds if kind in families), None))
+        return cls(model, next((families[kind] for kind in _kinds(model) if kind in families), None))
 
     @property
     def offloaded(self) -> bool:
@@ -184,18 +182,25 @@ class Base:
         return _structures[self.model]
 
     def defaults(
-        self, method: str, roles: tuple[str, ...], *, fits: Callable[[nn.Module], bool] = lambda _: True
+        self,
+        method: str,
+        roles: tuple[str, ...],
+        by_kind: Mapping[str, tuple[str, ...]] | None = None,
+        *,
+        fits: Callable[[nn.Module], bool] = lambda _: True,
     ) -> list[str] | str:
         """Default targets of `method`, whose roles are `roles`: the family's names, or what the structure gives.
 
         Args:
+            by_kind: the roles, or ends of paths, that it has in models of these types.
             fits: whether the method can be at a module of the model.
 
         Raises:
             TanzakuError: the model has no such layer; it lists what could be targeted.
         """
         family = self.family or Family()
-        wanted = family.own.get(method, roles)
+        known = next((by_kind[kind] for kind in _kinds(self.model) if by_kind and kind in by_kind), None)
+        wanted = known or roles
         if family.named and not self._language:
             return family.names(wanted)
         modules = {path: module for path, module in tree.named_modules(self.model) if path}
@@ -222,7 +227,7 @@ class Base:
                 f"{listed(self.candidates())}"
             )
         targets = names_for(paths, list(modules))
-        if method not in family.own:
+        if known is None:
             how = "a pass over made-up inputs" if self.structure.ran else "names and shapes"
             text = f"{method}: the table of families names no layers of {self.kind!r}; {how} gave"
             warnings.warn(f"{text} target_modules={targets!r}", stacklevel=5)
@@ -433,6 +438,13 @@ def features(module: nn.Module, path: str = "") -> tuple[int, int]:
 def _gain(module: nn.Module) -> bool:
     own = {name: p for name, p in module._parameters.items() if p is not None}
     return "weight" in own and own.keys() <= {"weight", "bias"} and all(p.dim() == 1 for p in own.values())
+
+
+def _kinds(model: nn.Module) -> list[str]:
+    """Types of the model, and of its language model where it has several parts."""
+    config = getattr(model, "config", None)
+    kinds = (getattr(each, "model_type", None) for each in (config, _text(config)) if each is not None)
+    return [kind for kind in kinds if kind]
 
 
 def _text(config: Any) -> Any:

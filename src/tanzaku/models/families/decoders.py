@@ -3,7 +3,6 @@
 from tanzaku.models.families.family import Family
 
 _TRIM = ("self_attn.o_proj", "mlp")
-_NOT_KEYS = ("query", "value", "down")  # what HF PEFT's (IA)3 scales in many families
 
 LLAMA = Family(
     query="q_proj",
@@ -16,7 +15,6 @@ LLAMA = Family(
     attention="self_attn",
     trim=_TRIM,
 )
-QWEN = Family(**{**vars(LLAMA), "own": {"ia3": _NOT_KEYS}})
 PHI = Family(
     query="q_proj",
     key="k_proj",
@@ -25,7 +23,6 @@ PHI = Family(
     up="fc1",
     down="fc2",
     attention="self_attn",
-    own={"lora": ("query", "value", "up", "down"), "ia3": _NOT_KEYS},
 )
 PHI3 = Family(
     query="qkv_proj",
@@ -62,39 +59,20 @@ OPT = Family(
     up="fc1",
     down="fc2",
     attention="self_attn",
-    own={"adalora": ("query", "key", "value", "out", "up", "down"), "ia3": ("query", "key", "down")},
 )
 
 FAMILIES = {
     "llama": LLAMA,
     "mistral": LLAMA,
-    "qwen2": QWEN,
-    "qwen3": QWEN,
-    "gemma": QWEN,
-    "gemma2": QWEN,
-    "gemma3_text": QWEN,
-    "gemma3": QWEN,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gemma": LLAMA,
+    "gemma2": LLAMA,
+    "gemma3_text": LLAMA,
+    "gemma3": LLAMA,
     "phi": PHI,
     "phi3": PHI3,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
     "opt": OPT,
-    # Found by structure, but for what HF PEFT takes there.
-    "gpt_neo": Family(own={"ia3": _NOT_KEYS}),
-    "gptj": Family(own={"ia3": _NOT_KEYS}),
-    "llama4": Family(own={"ia3": _NOT_KEYS}),
-    "llama4_text": Family(own={"ia3": _NOT_KEYS}),
-    "nemotron_h": Family(own=dict.fromkeys(("lora", "adalora"), ("query", "key", "value", "out"))),
-    "rwkv": Family(
-        own={
-            "lora": (
-                *(
-                    f"{part}.{name}"
-                    for part in ("attention", "feed_forward")
-                    for name in ("key", "value", "receptance")
-                ),
-                "attention.output",
-            )
-        }
-    ),
 }

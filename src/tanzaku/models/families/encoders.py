@@ -11,22 +11,13 @@ BERT = Family(
     down="output.dense",  # which is also the end of `out`, as in HF PEFT
     attention="attention.self",
 )
-ROBERTA = Family(**{**vars(BERT), "own": {"adalora": ("query", "key", "value", "dense")}})
 DEBERTA = Family(**{**vars(BERT), **dict.fromkeys(("query", "key", "value"), "in_proj")})
-DEBERTA_V2 = Family(
-    **{
-        **vars(BERT),
-        "query": "query_proj",
-        "key": "key_proj",
-        "value": "value_proj",
-        "own": {"adalora": ("query", "key", "value", "dense")},
-    }
-)
+DEBERTA_V2 = Family(**{**vars(BERT), "query": "query_proj", "key": "key_proj", "value": "value_proj"})
 
 FAMILIES = {
     "bert": BERT,
-    "roberta": ROBERTA,
-    "xlm-roberta": Family(**{**vars(ROBERTA), "own": {}}),
+    "roberta": BERT,
+    "xlm-roberta": BERT,
     "electra": BERT,
     "deberta": DEBERTA,
     "deberta-v2": DEBERTA_V2,

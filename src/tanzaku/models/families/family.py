@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 # What a layer with weights may be. A fused projection is several at once. `mixer` is what reads the input of a block
 # that mixes tokens without attention: a state-space or linear-attention layer's input projections, convolutions.
@@ -25,8 +24,6 @@ class Family:
     up: str | None = None
     down: str | None = None
     attention: str | None = None
-    # Default targets of a method where HF PEFT's are not those that the method's roles give: roles, or ends of paths.
-    own: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # Modules of a layer, in order, behind which only the pooled token matters in the last layer: each adds its result
     # to a residual. None where a layer is built in another way.
     trim: tuple[str, ...] | None = None

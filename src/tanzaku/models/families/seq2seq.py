@@ -2,8 +2,6 @@
 
 from tanzaku.models.families.family import Family
 
-_EVERY = ("query", "key", "value", "out", "up", "down")
-
 T5 = Family(
     query="q",
     key="k",
@@ -12,16 +10,8 @@ T5 = Family(
     up="wi",
     down="wo",
     attention="SelfAttention",
-    own={"adalora": _EVERY},
 )
-MT5 = Family(
-    **{
-        **vars(T5),
-        "gate": "wi_0",
-        "up": "wi_1",
-        "own": {"adalora": ("query", "key", "value", "out", "gate", "up", "down"), "ia3": ("key", "value", "up")},
-    }
-)
+MT5 = Family(**{**vars(T5), "gate": "wi_0", "up": "wi_1"})
 BART = Family(
     query="q_proj",
     key="k_proj",
@@ -30,7 +20,6 @@ BART = Family(
     up="fc1",
     down="fc2",
     attention="self_attn",
-    own={"adalora": _EVERY, "ia3": ("query", "value", "down")},
 )
 
 FAMILIES = {"t5": T5, "mt5": MT5, "bart": BART, "mbart": BART, "whisper": BART}
