@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 import tanzaku as tz
 from bench.subjects import METHODS, ours, peft_stepper, theirs
 from tanzaku.engine.memory import LiveBytes
-from tanzaku.engine.products import multiply
+from tanzaku.engine.onednn import available
+from tanzaku.engine.products import fits, multiply
 from tanzaku.models.families import Base
 from tanzaku.tasks.classification import Classification, ClassificationSettings
 from tanzaku.tasks.prepare import encode, read_tables
@@ -160,7 +161,7 @@ def peak_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float
     """FLOP/s of large square matrix products on this machine: the best of several, by the faster library."""
     a = torch.randn(2048, 2048, device=device, dtype=dtype)
     best = float("inf")
-    for product in (torch.mm, lambda x, weight: multiply(x, weight, None)):
+    for product in (torch.mm, lambda x, weight: multiply(x, weight, None, available() and fits(x))):
         for _ in range(10):
             began = time.perf_counter()
             product(a, a)
