@@ -17,7 +17,7 @@ from tanzaku.core.tokens import without_cache
 from tanzaku.engine.accelerations import Accelerations
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models.families import Base
-from tanzaku.tasks.task import Records, Split, Task, joined, take
+from tanzaku.tasks.task import Batch, Example, Records, Split, Task, joined, take
 
 WINDOW = 256  # rows that are sorted together: little padding, yet the first results come early
 
@@ -34,6 +34,33 @@ class NotFinite(TanzakuError):
 
 def _numbers(values: list[float]) -> str:
     return listed((f"{value:g}" for value in values), 4)
+
+
+class Forward:
+    """A model's passes over rows of a task: what it is given of them, and what is kept of what it gives.
+
+    Args:
+        pad_token_id: what short rows are filled with.
+    """
+
+    def __init__(self, model: PreTrainedModel, task: Task, pad_token_id: int):
+        self.model, self.task, self.pad_token_id = model, task, pad_token_id
+        # What a tokenizer gives that this model's `forward` does not take.
+        self.without = frozenset({"token_type_ids"} - inspect.signature(model.forward).parameters.keys())
+        # A cache of keys and values is for generation; here it would only be a copy of them a layer.
+        self.options = without_cache(Base.of(model))
+
+    def batch(self, examples: Sequence[Example], width: int = 0) -> Batch:
+        """The rows on the model's device, padded to the longest, or to `width` tokens if that is more."""
+        return self.task.collate(examples, self.pad_token_id, width).to(self.model.device, self.without)
+
+    def __call__(self, batch: Batch) -> Any:
+        """The model's outputs."""
+        return self.model(**batch.inputs, **self.options)
+
+    def records(self, batch: Batch) -> Records:
+        """What metrics and predictions need of each row."""
+        return self.task.records(self(batch), batch)
 
 
 def predictions(
@@ -63,8 +90,8 @@ def predictions(
     rows = _number_of_rows(model, splits, batch_size)
     window = window_of(batch_size)
     parts = (range(start, min(start + window, rows)) for start in range(0, rows, window))
-    accelerations = accelerations or Accelerations(manager_of(model).base)
-    return _each(task, (_records(accelerations, model, task, splits, pad_token_id, batch_size, part) for part in parts))
+    forward, fast = Forward(model, task, pad_token_id), accelerations or Accelerations(manager_of(model).base)
+    return _each(task, (_records(forward, fast, splits, batch_size, part) for part in parts))
 
 
 def check_rows(
@@ -119,8 +146,8 @@ def records_of(
 ) -> dict[str, Records]:
     """By adapter, the records behind :func:`predictions`, of all rows at once."""
     rows = _number_of_rows(model, splits, batch_size)
-    accelerations = accelerations or Accelerations(manager_of(model).base)
-    return _records(accelerations, model, task, splits, pad_token_id, batch_size, range(rows))
+    fast = accelerations or Accelerations(manager_of(model).base)
+    return _records(Forward(model, task, pad_token_id), fast, splits, batch_size, range(rows))
 
 
 def _number_of_rows(model: PreTrainedModel, splits: Mapping[str, Split], batch_size: int) -> int:
@@ -162,20 +189,11 @@ def _check_finite(name: str, records: Records, before: int) -> None:
 # On a function and not on a generator: while a caller holds a row, gradients and the route are the caller's.
 @torch.no_grad()
 def _records(
-    accelerations: Accelerations,
-    model: PreTrainedModel,
-    task: Task,
-    splits: Mapping[str, Split],
-    pad_token_id: int,
-    batch_size: int,
-    rows: range,
+    forward: Forward, accelerations: Accelerations, splits: Mapping[str, Split], batch_size: int, rows: range
 ) -> dict[str, Records]:
     """By adapter, the records of these rows, in their order."""
-    model.eval()
+    model = forward.model.eval()
     manager = manager_of(model)
-    without = left_out(model)
-    # A cache of keys and values is for generation; here it would only be a copy of them a layer.
-    options = without_cache(manager.base)
     lengths = {name: [split.examples[row].length for row in rows] for name, split in splits.items()}
     longest = [max(of_row) for of_row in zip(*lengths.values(), strict=True)]
     order = sorted(range(len(rows)), key=lambda at: longest[at])
@@ -185,18 +203,12 @@ def _records(
         with accelerations, route(model, names):
             for start in range(0, len(order), batch_size):
                 at = order[start : start + batch_size]
-                batch = task.collate([splits[name].examples[rows[i]] for name in names for i in at], pad_token_id)
-                batch = batch.to(model.device, without)
+                batch = forward.batch([splits[name].examples[rows[i]] for name in names for i in at])
                 with accelerations.batch(batch, [manager.get(name) for name in names for _ in at], manager.route):
-                    records = task.records(model(**batch.inputs, **options), batch)
+                    records = forward.records(batch)
                 for place, name in enumerate(names):
                     found[name].append(take(records, slice(place * len(at), (place + 1) * len(at))))
     return {name: joined(parts, order) for name, parts in found.items()}
-
-
-def left_out(model: PreTrainedModel) -> frozenset[str]:
-    """What a tokenizer gives that this model's `forward` does not take."""
-    return frozenset({"token_type_ids"} - inspect.signature(model.forward).parameters.keys())
 
 
 def _passes(model: PreTrainedModel, lengths: Mapping[str, list[int]]) -> Iterator[list[str]]:

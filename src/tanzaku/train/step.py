@@ -19,14 +19,13 @@ from tanzaku.core.manager import manager_of
 from tanzaku.core.positions import room
 from tanzaku.core.routing import Entry, Route
 from tanzaku.core.survey import odd_dropouts, sees_padding
-from tanzaku.core.tokens import without_cache
 from tanzaku.engine.accelerations import Accelerations
 from tanzaku.engine.memory import Need, bytes_needed
 from tanzaku.engine.names import AUTO
 from tanzaku.methods import METHODS
 from tanzaku.models import tree
 from tanzaku.models.families import Base
-from tanzaku.tasks.inference import left_out
+from tanzaku.tasks.inference import Forward
 from tanzaku.tasks.task import Batch, Example, Records, Split, Task, joined
 from tanzaku.train.active_job import ActiveJob
 
@@ -47,14 +46,12 @@ class SharedStep:
     """
 
     def __init__(self, model: PreTrainedModel, task: Task, pad_token_id: int):
-        self.model, self.task, self.pad_token_id, self.device = model, task, pad_token_id, model.device
+        self.model, self.task, self.device = model, task, model.device
+        self.forward = Forward(model, task, pad_token_id)
         self.base = Base.of(model)
         self.max_positions, self.settings = room(self.base), self.base.config.to_dict()
         self.wanted, self.accelerations = AUTO, Accelerations(self.base)
         self._entered = False
-        self.without = left_out(model)
-        # A cache of keys and values is for generation; here it would only be a copy of them a layer.
-        self.options = without_cache(self.base)
         self._route: tuple[list[Entry], Route] | None = None
         self._checkpointed = False
         self._foreign: list[Foreign] | None = None
@@ -101,7 +98,7 @@ class SharedStep:
         block, since checkpointed layers run again in it. With a `width`, rows are padded to so many tokens at least,
         and nothing is packed."""
         padded = width is not None
-        together = self._batch([example for batch in batches for example in batch], width or 0)
+        together = self.forward.batch([example for batch in batches for example in batch], width or 0)
         entries: list[Entry] = [
             active.job.name for active, batch in zip(active_jobs, batches, strict=True) for _ in batch
         ]
@@ -129,7 +126,7 @@ class SharedStep:
         packed = not drops and not padded
         with self._reading(together, active_jobs, batches, packed), dropout:
             with autocast(self.device, active_jobs[0].job.settings.precision):
-                outputs = self.model(**together.inputs, **self.options)
+                outputs = self.forward(together)
             sums = self.task.score(outputs, together)
             yield [active.loss(sums[rows], batch) for active, rows, batch in zip(active_jobs, at, batches, strict=True)]
         for active, share in zip(active_jobs, shares, strict=True):
@@ -221,10 +218,9 @@ class SharedStep:
         self._routed([active.job.name])
         parts = []
         for batch in batches:
-            rows = self._batch(batch)
+            rows = self.forward.batch(batch)
             with autocast(self.device, active.job.settings.precision), self._reading(rows, [active], [batch]):
-                outputs = self.model(**rows.inputs, **self.options)
-            parts.append(self.task.records(outputs, rows))
+                parts.append(self.forward.records(rows))
         return parts
 
     def _reading(
@@ -239,9 +235,6 @@ class SharedStep:
         return self.accelerations.batch(
             together, [active.adapter for active in owners], self._route[1] if packed else None
         )
-
-    def _batch(self, examples: Sequence[Example], width: int = 0) -> Batch:
-        return self.task.collate(examples, self.pad_token_id, width).to(self.device, self.without)
 
     def _routed(self, entries: list[Entry]) -> Route:
         """Put the route in force; one that is in force already stays, since hooks take time to attach."""
