@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tanzaku.core.adapter import Adapter
+from tanzaku.core.context import giving
 from tanzaku.core.manager import AdapterManager, find_manager, manager_of
 from tanzaku.core.method import AdapterLayer, Method, Place, offloaded
 from tanzaku.core.programs import serve
@@ -122,19 +123,20 @@ def _say_what_stays_random(adapter: Adapter) -> None:
 
 
 @contextmanager
-def route(model: nn.Module, entries: Sequence[Entry]) -> Iterator[None]:
+def route(model: nn.Module, entries: Sequence[Entry], context: Mapping[str, Tensor] | None = None) -> Iterator[None]:
     """Send each row of a batch to its own adapters, within the block, in this thread (and task) alone.
 
     Args:
         model: a model with adapters.
         entries: one a row: an adapter's name, a tuple of names that stack in order, or None for the bare base. A batch
             of a whole multiple of rows expands the route, as beam search does.
+        context: what adapters that read data of each row find there, by name: tensors (rows, ...).
 
     Raises:
         TanzakuError: entries that are no list of such, or an adapter that is not attached; what was in force stays.
     """
     own = Route.of(entries if isinstance(entries, str) else list(entries))
-    with manager_of(model).routed(own):
+    with manager_of(model).routed(own), nullcontext() if context is None else giving(context):
         yield
 
 

@@ -26,6 +26,7 @@ class Route:
     index: list[int]
     _groups: dict[int, list[tuple[int, Rows]]] = field(default_factory=dict, compare=False)
     _unrolled: int | None = field(default=None, compare=False)
+    _tokens: tuple[int, ...] = field(default=(), compare=False)  # of each row, where they are rows themselves
     _part_of: tuple[Route, int] | None = field(default=None, compare=False)  # a route, and the number of its stack
 
     @classmethod
@@ -114,6 +115,7 @@ class Route:
 
     def unroll(self, tokens: Sequence[int]) -> None:
         """Until the next call, a batch of sum(`tokens`) rows is one of single tokens: so many of each row, in order."""
+        self._tokens = tuple(tokens)
         if self.uniform:
             return
         if self._unrolled is not None:
@@ -127,6 +129,18 @@ class Route:
     def unrolled(self, rows: int) -> bool:
         """Whether a batch of so many rows is one of single tokens."""
         return self._unrolled == rows
+
+    def rows_of(self, number: int, rows: int, size: int) -> list[int]:
+        """Which of a batch's `rows` each of the `size` rows is that a layer of this stack has before it: its own, maybe
+        several times, as beams or as single tokens."""
+        times = 0 if self.uniform else self._times(rows)
+        own = [row for row in range(rows) if self.uniform or self.index[row // times] == number]
+        tokens = [self._tokens[row] for row in own] if len(self._tokens) == rows else []
+        if sum(tokens) != size:
+            if not own or size % len(own):
+                raise TanzakuError(f"found {size} rows where {len(own)} have data; expected as many, or a multiple")
+            tokens = [size // len(own)] * len(own)
+        return [row for row, count in zip(own, tokens, strict=True) for _ in range(count)]
 
     def shares(self, counts: Sequence[int]) -> list[tuple[int, Rows]]:
         """(stack number, its parts) where each row of the batch has so many parts, one after another, maybe none."""
@@ -157,6 +171,14 @@ class Route:
 
 _Now = tuple[Route, int, int | None, bool]
 _running: Local[_Now] = Local("tanzaku_running")
+
+
+def running_route() -> tuple[Route, int]:
+    """The route, and the number of the stack whose layers run."""
+    now = _running.get()
+    if now is None:
+        raise TypeError("no layer runs for rows of its own: one that reads their data has no batch_key")
+    return now[0], now[1]
 
 
 class Running:

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tanzaku.core.attach import route
+from tanzaku.core.context import giving
 from tanzaku.core.manager import manager_of
 from tanzaku.core.positions import room
 from tanzaku.core.tokens import without_cache
@@ -56,7 +57,8 @@ class Forward:
 
     def __call__(self, batch: Batch) -> Any:
         """The model's outputs."""
-        return self.model(**batch.inputs, **self.options)
+        with giving(batch.context):
+            return self.model(**batch.inputs, **self.options)
 
     def records(self, batch: Batch) -> Records:
         """What metrics and predictions need of each row."""

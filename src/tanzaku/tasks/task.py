@@ -88,12 +88,13 @@ class Batch:
 
     Args:
         inputs: by `forward`'s names, [B, T]. targets: as the task's own `score` reads them; none to predict.
-        examples: the rows.
+        examples: the rows. context: what adapters may read of each row, [B, ...]; see `core/context.py`.
     """
 
     inputs: dict[str, Tensor]
     targets: dict[str, Tensor]
     examples: Sequence[Example]
+    context: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def lengths(self) -> list[int]:
@@ -109,7 +110,8 @@ class Batch:
         """On a device, without some of the inputs."""
         inputs = {key: value.to(device) for key, value in self.inputs.items() if key not in without}
         targets = {key: value.to(device) for key, value in self.targets.items()}
-        return Batch(inputs, targets, self.examples)
+        context = {key: value.to(device) for key, value in self.context.items()}
+        return Batch(inputs, targets, self.examples, context)
 
 
 @dataclass(frozen=True)
