@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics
@@ -219,6 +219,7 @@ def test_rounding_of_equal_losses_is_no_difference() -> None:
     metric=st.sampled_from(METRICS),
     rows=st.tuples(st.floats(1, 1000), st.floats(1, 1000)),
 )
+@example(values=[(0.0, 0.0)] * 3 + [(1.0, 0.0)] * 4, metric=METRICS[0], rows=(42.0, 1.0))
 def test_interval_and_p_agree(values: list[tuple[float, float]], metric: Metric, rows: tuple[float, float]) -> None:
     scored = [folded(name, [each[i] for each in values]) for i, name in enumerate("ab")]
     found = pair(scored, Design("folds", metric, *rows))
@@ -227,7 +228,9 @@ def test_interval_and_p_agree(values: list[tuple[float, float]], metric: Metric,
     assert low <= found.difference <= high
     assert 0 <= found.p <= 1
     if abs(found.p - 0.05) > 1e-6:
-        assert (found.p < 0.05) == (not low <= 0 <= high) == (abs(found.difference) > found.visible) == found.told
+        assert (found.p < 0.05) == (not low <= 0 <= high) == found.told
+        # What is found in 80 of 100 runs lies beyond what is just told apart, which is found in half of them.
+        assert found.told or abs(found.difference) <= found.visible
 
 
 @given(shift=st.floats(0.001, 0.3), more=st.floats(0.001, 0.3))
