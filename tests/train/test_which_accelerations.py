@@ -126,6 +126,8 @@ def test_a_model_is_free_of_what_was_chosen_before(monkeypatch: pytest.MonkeyPat
     model = tiny("llama", num_labels=2)
     with step.SharedStep(model, task().task, 0) as shared:
         assert any("forward" in module.__dict__ for module in model.modules())
+        shared.accelerate("gates")
+        assert sum("forward" in module.__dict__ for module in model.modules()) == 2
         shared.accelerate("none")
         assert not any("forward" in module.__dict__ for module in model.modules())
         shared.accelerate("gates")

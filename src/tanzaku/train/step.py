@@ -66,11 +66,12 @@ class SharedStep:
         """Have these accelerations from now on, as a run's settings name them."""
         if wanted == self.wanted:
             return
-        chosen = Accelerations(self.base, wanted)
         if self._entered:
+            # First: they take modules as the model's own code has them, and leave alone those that somebody patched.
             self.accelerations.__exit__()
-            chosen.__enter__()
-        self.wanted, self.accelerations = wanted, chosen
+        self.wanted, self.accelerations = wanted, Accelerations(self.base, wanted)
+        if self._entered:
+            self.accelerations.__enter__()
 
     def __exit__(self, *error: Any) -> None:
         self._checkpoint(False)
