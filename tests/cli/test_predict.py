@@ -493,6 +493,16 @@ def test_precision_is_that_of_training(work: Path, trained: Path, model_dir: Pat
     assert_refused(tanzaku("predict", "lora", "--data", "new.tsv", "--precision", "fp8"), "--precision is 'fp8'")
 
 
+def test_an_open_precision_is_settled_for_the_whole_run(work: Path, model_dir: Path, tanzaku: Tanzaku) -> None:
+    train = ["train", "--model", model_dir, "--train", "train.tsv", "--epochs", "1", "--method", "lora"]
+    assert tanzaku(*train, "--precision", "auto", "--out", "open").code == 0
+    about = json.loads((work / "open" / "adapters" / "lora" / "tanzaku.json").read_text(encoding="utf-8"))
+    results = json.loads((work / "open" / "results.json").read_text(encoding="utf-8"))
+    chosen = about["meta"]["precision"]
+    assert chosen in ("bf16", "fp32") and results["recipe"]["train"]["precision"] == chosen
+    assert tanzaku("predict", "open/adapters/lora", "--data", "new.tsv").code == 0
+
+
 def test_adapters_of_hf_peft(work: Path, model_dir: Path, tanzaku: Tanzaku) -> None:
     expected = table(tanzaku("predict", "lora", "--data", "new.tsv"))
     (work / "lora" / "tanzaku.json").unlink()

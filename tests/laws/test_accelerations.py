@@ -45,7 +45,7 @@ METHODS: dict[str, Callable[[], tz.Method]] = {
 @pytest.fixture(autouse=True)
 def _onednn_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever processor runs these tests: oneDNN is used wherever it can be."""
-    monkeypatch.setattr(onednn, "speeds", lambda: Speeds(PAYS, PAYS))
+    monkeypatch.setattr(onednn, "speeds", lambda _kind: Speeds(PAYS, PAYS))
 
 
 def alone(name: str) -> str:

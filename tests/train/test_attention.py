@@ -72,7 +72,8 @@ def test_a_broken_row_breaks_no_other() -> None:
         (True, {"options": {"dropout": 0.0, "sliding_window": 4, "is_causal": True, "scaling": 0.1}}),
         (False, {"keys": 9}),
         (False, {"implementation": "eager"}),
-        (False, {"like": torch.zeros(1, 8, dtype=torch.bfloat16)}),
+        (True, {"like": torch.zeros(1, 8, dtype=torch.bfloat16)}),
+        (False, {"like": torch.zeros(1, 8, dtype=torch.float16)}),
         (False, {"options": {"dropout": 0.1}}),
         (False, {"options": {"is_causal": False}}),
         (False, {"options": {"position_bias": torch.zeros(1)}}),
@@ -82,4 +83,36 @@ def test_what_torchs_kernels_are_left(suited: bool, changes: dict[str, object]) 
     given = {"implementation": "sdpa", "keys": 8, "like": torch.zeros(1, 8), "options": {}, **changes}
     assert suits(**given) is suited  # type: ignore[arg-type]
     with torch.autocast("cpu", torch.bfloat16):
+        assert suits(**given) is suited  # type: ignore[arg-type]
+    with torch.autocast("cpu", torch.float16):
         assert not suits(**given)  # type: ignore[arg-type]
+
+
+def test_half_precision_rounds_no_more_than_torchs_kernel() -> None:
+    """Scores stay in full precision, also where autocast would have products in half."""
+    full = [torch.randn(12, heads, 16) for heads in (4, 2, 2)]
+    half = [x.bfloat16().requires_grad_() for x in full]
+    masks = [torch.full((size, size), -torch.inf).triu(1).t().repeat_interleave(2, 1) for size in (5, 7)]
+    gradient = torch.randn(12, 4, 16).bfloat16()
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return row_attention(q, k, v, [5, 7], [5, 7], masks, 0.5)
+
+    def theirs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = zip(*(x.split([5, 7]) for x in (q, k, v)), strict=True)
+        rows = [[x.transpose(0, 1)[None] for x in part] for part in parts]
+        out = [F.scaled_dot_product_attention(*row, is_causal=True, scale=0.5, enable_gqa=True) for row in rows]
+        return torch.cat([each[0].transpose(0, 1) for each in out])
+
+    exact = [x.detach().float().requires_grad_() for x in half]
+    expected = theirs(*exact)
+    reference = [expected.detach(), *torch.autograd.grad(expected, exact, gradient.float())]
+    errors: list[list[float]] = []
+    for function in (ours, theirs):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = function(*half)
+        assert out.dtype == torch.bfloat16
+        found = [out.detach(), *torch.autograd.grad(out, half, gradient)]
+        errors.append([float((a - b).norm() / b.norm()) for a, b in zip(found, reference, strict=True)])
+    for own, torchs in zip(*errors, strict=True):
+        assert own <= 1.1 * torchs, errors

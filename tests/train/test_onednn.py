@@ -24,8 +24,10 @@ class Measurements:
 
     def __init__(self) -> None:
         self.result, self.count = Speeds(FAST, SLOW), 0
+        self.kinds: list[torch.dtype] = []
 
-    def __call__(self) -> Speeds:
+    def __call__(self, kind: torch.dtype) -> Speeds:
+        self.kinds.append(kind)
         self.count += 1
         return self.result
 
@@ -146,15 +148,35 @@ def test_products_go_as_was_measured(measured: Measurements) -> None:
 
 
 def test_nothing_is_measured_for_a_model_that_has_no_use_for_it(measured: Measurements) -> None:
-    shared = Common(Base.of(tiny("llama").bfloat16()))
+    shared = Common(Base.of(tiny("llama").half()))
     with OneDNN(shared) as found, PrepackedWeights(shared) as copies:
         assert not found.possible and copies.take(1e12) == 0
     assert measured.count == 0
 
 
-@pytest.mark.skipif(not onednn.available(), reason="this torch has no oneDNN")
-def test_the_measurement_gives_times(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not onednn.available(torch.bfloat16), reason="this processor has no products of half precision")
+def test_products_of_half_precision_are_measured_by_themselves(measured: Measurements) -> None:
+    shared = Common(Base.of(tiny("llama").bfloat16()))
+    with OneDNN(shared):
+        assert shared.products.onednn == Directions(True, False)
+    assert measured.kinds == [torch.bfloat16]
+    assert onednn.speeds() == Speeds(FAST, SLOW) and measured.kinds == [torch.bfloat16, torch.float32]
+    assert len(json.loads(onednn.cache_file().read_text(encoding="utf-8"))) == 2
+
+
+def test_what_was_measured_on_a_busy_machine_is_not_kept(measured: Measurements) -> None:
+    measured.result = Speeds(SLOW, SLOW, steady=False)
+    assert onednn.speeds() == onednn.speeds() == measured.result and measured.count == 1
+    assert not onednn.cache_file().exists()
+    measured.result = Speeds(FAST, SLOW)
+    assert in_another_process() == Speeds(FAST, SLOW) and onednn.cache_file().exists()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_the_measurement_gives_times(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not onednn.available(kind):
+        pytest.skip("no oneDNN for products of this type here")
     monkeypatch.setattr(onednn, "_TOKENS", (2,))
-    found = onednn.measured()
+    found = onednn.measured(kind)
     for times in (found.forward, found.backward):
         assert min(times.torch, times.onednn, times.prepacked) > 0

@@ -278,7 +278,7 @@ def test_copies_of_weights_are_made_once_for_all(monkeypatch: pytest.MonkeyPatch
     process = os.getpid()
     monkeypatch.setattr(Copies, "of", noting)
     pays = Times(torch=3.0, onednn=2.0, prepacked=1.0)
-    monkeypatch.setattr(onednn, "speeds", lambda: Speeds(pays, pays))
+    monkeypatch.setattr(onednn, "speeds", lambda _kind: Speeds(pays, pays))
     with JobScheduler(tiny("llama", num_labels=2), DATA, workers=2, memory=in_use(CPU) + 10**10) as scheduler:
         room = scheduler.room
         scheduler.add([job("a", rungs=(1,)), job("b", rungs=(1,))])

@@ -13,7 +13,7 @@ import typer
 from tanzaku.cli.flags import recipe_flags
 from tanzaku.cli.methods import by_default
 from tanzaku.cli.resume import DRY_RUN, begin, resumed, switch
-from tanzaku.cli.run import Interrupted, rehearse, sitting
+from tanzaku.cli.run import Interrupted, rehearse, settled, sitting
 from tanzaku.errors import TanzakuError
 from tanzaku.recipe.schema import SECTIONS, Recipe, build_recipe
 
@@ -52,6 +52,7 @@ def run_comparison(command: str, recipe: Recipe, overwrite: bool, resume: bool) 
         Interrupted: Ctrl-C while training; what was finished is kept.
         typer.Exit: with code 1, some candidates failed.
     """
+    recipe = settled(recipe)
     candidates, searched, methods = _every(recipe)
     recipe.compare.design(recipe.data.valid is not None)
     with sitting(command, recipe, methods, overwrite, resume) as run:

@@ -193,6 +193,25 @@ def _how_to_go_on(run: Sitting) -> str:
     return "interrupted; nothing was finished yet, so run the same command again"
 
 
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe with what `precision: auto` is on this machine: a run that goes on, here or elsewhere, keeps it."""
+    there = [recipe.train.precision, *(entry.train.get("precision") for entry in recipe.methods)]
+    if "auto" not in there:
+        return recipe
+    import torch
+
+    from tanzaku.cli.machine import device_named
+    from tanzaku.engine.precision import precision_for
+
+    here = {"precision": precision_for(torch.device(device_named(recipe.device)))}
+    entries = [
+        entry.model_copy(update={"train": entry.train | here}) if entry.train.get("precision") == "auto" else entry
+        for entry in recipe.methods
+    ]
+    run = recipe.train.model_copy(update=here) if recipe.train.precision == "auto" else recipe.train
+    return recipe.model_copy(update={"train": run, "methods": entries})
+
+
 def loaded_as(model: ModelSettings) -> dict[str, Any]:
     """What is kept beside an adapter of how its base was loaded, if something was said of it."""
     said = model.to_json()

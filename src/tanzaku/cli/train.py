@@ -9,7 +9,7 @@ from typing import Any
 
 from tanzaku.cli.flags import recipe_flags
 from tanzaku.cli.resume import DRY_RUN, begin, resumed, switch
-from tanzaku.cli.run import Interrupted, rehearse, sitting
+from tanzaku.cli.run import Interrupted, rehearse, settled, sitting
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.recipe.schema import build_recipe, jobs_of
 
@@ -21,7 +21,7 @@ def train(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: boo
     Shows figures after each epoch and a confusion matrix; the adapter goes into the run's directory. A run that is cut
     off goes on after its last epoch.
     """
-    recipe = resumed("train", file, flags) if resume else build_recipe(file, flags)
+    recipe = settled(resumed("train", file, flags) if resume else build_recipe(file, flags))
     if len(recipe.methods) != 1:
         found = listed(str(entry.name) for entry in recipe.methods) or "no method"
         raise TanzakuError(f"train takes one method, found {found}; name one with --method, or use tanzaku compare")

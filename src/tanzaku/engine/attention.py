@@ -12,6 +12,7 @@ more keys than a head has features are left to them, whose scores would take mor
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Self, cast
 
 import torch
@@ -56,12 +57,17 @@ def row_attention(
     Args:
         query: (sum of `queries`, heads, head_dim), the rows one after another.
         key, value: (sum of `keys`, kv_heads, head_dim).
-        masks: of each row, (keys, queries * heads / kv_heads), added to the scores: heads that share keys lie together.
+        masks: of each row, (keys, queries * heads / kv_heads), in fp32, added to the scores: heads that share keys lie
+            together.
 
     Returns:
         As `query`.
     """
-    return cast(Tensor, _Rows.apply(query, key, value, (*queries,), (*keys,), masks, scaling))  # type: ignore[no-untyped-call]
+    # Half precision has matrix units for far larger products than these: here it would gain nothing, and round scores.
+    with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
+        parts = (x.float() for x in (query, key, value))
+        out = _Rows.apply(*parts, (*queries,), (*keys,), masks, scaling)  # type: ignore[no-untyped-call]
+    return cast(Tensor, out.to(query.dtype))
 
 
 def suits(implementation: str, keys: int, like: Tensor, options: Mapping[str, Any]) -> bool:
@@ -72,8 +78,9 @@ def suits(implementation: str, keys: int, like: Tensor, options: Mapping[str, An
     """
     plain = not options.get("dropout") and options.get("is_causal") in (None, True)
     plain = plain and all(options.get(name) is None for name in ("position_bias", "cache", "softcap"))
-    exact = like.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return implementation == "sdpa" and plain and keys <= like.shape[-1] and like.device.type == "cpu" and exact
+    kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    known = like.device.type == "cpu" and like.dtype in (torch.float32, torch.bfloat16) and kind != torch.float16
+    return implementation == "sdpa" and plain and keys <= like.shape[-1] and known
 
 
 class _Rows(torch.autograd.Function):

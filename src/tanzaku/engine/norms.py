@@ -22,6 +22,8 @@ from tanzaku.engine.acceleration import Acceleration, Common
 from tanzaku.models import tree
 from tanzaku.support.autograd import once_differentiable
 
+_TYPES = (torch.float32, torch.bfloat16)
+
 
 class FrozenNorms(Acceleration):
     """While entered, the norms of a model's backbone compute as described above."""
@@ -45,7 +47,7 @@ class FrozenNorms(Acceleration):
         for module, (eps, shift) in self.norms:
             weight = cast(Tensor, module.weight)
             module.__dict__["forward"] = partial(
-                _forward, module, weight.new_tensor(eps), weight, (weight + shift).detach()
+                _forward, module, torch.tensor(eps, device=weight.device), weight, (weight.float() + shift).detach()
             )
         return self
 
@@ -56,27 +58,28 @@ class FrozenNorms(Acceleration):
 
 
 def _known(module: nn.Module) -> tuple[float, float] | None:
-    """(eps, what is added to the weight) of an RMS norm in full precision, found by trying; None for anything else."""
+    """(eps, what is added to the weight) of an RMS norm, found by trying; None for anything else."""
     weight = module._parameters.get("weight")
     eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
     if not type(module).__name__.endswith("RMSNorm") or weight is None or weight.dim() != 1:
         return None
-    if len(module._parameters) != 1 or weight.dtype != torch.float32 or weight.is_meta or not isinstance(eps, float):
+    if len(module._parameters) != 1 or weight.dtype not in _TYPES or weight.is_meta or not isinstance(eps, float):
         return None
+    full = weight.detach().float()
     # Small numbers show eps, which large ones would hide.
-    probe = torch.linspace(-1, 1, len(weight), device=weight.device)
+    probe = torch.linspace(-1, 1, len(full), device=full.device)
     probe = torch.stack([probe, 1e-3 * probe])
     with torch.no_grad(), quiet():
         expected = module(probe)
         for shift in (0.0, 1.0):
-            if torch.allclose(_normed(probe, weight + shift, weight.new_tensor(eps)), expected, rtol=1e-4, atol=1e-6):
+            if torch.allclose(_normed(probe, full + shift, full.new_tensor(eps)), expected, rtol=1e-4, atol=1e-6):
                 return eps, shift
     return None
 
 
 def _forward(module: nn.Module, eps: Tensor, weight: Tensor, factor: Tensor, x: Tensor) -> Tensor:
     # An adapter may have put a weight of its own there.
-    if module.weight is not weight or weight.requires_grad or x.dtype != torch.float32:
+    if module.weight is not weight or weight.requires_grad or x.dtype != weight.dtype:
         return cast(Tensor, type(module).forward(module, x))
     return _normed(x, factor, eps)
 
@@ -86,20 +89,22 @@ def _normed(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
 
 
 class _Norm(torch.autograd.Function):
-    """x (..., features), weight (features), frozen; eps a number."""
+    """x (..., features), maybe in bf16; weight (features), frozen, and eps, a number, in fp32, as the arithmetic is."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        full = x.float()
+        size = torch.linalg.vector_norm(full, dim=-1, keepdim=True)
         scale = torch.addcmul(eps, size, size, value=1 / x.shape[-1]).rsqrt_()
         ctx.save_for_backward(x, scale, weight)
-        return (x * scale).mul_(weight)
+        return (full * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         x, scale, weight = ctx.saved_tensors
-        through = gradients[0] * weight
-        along = torch.linalg.vecdot(through, x, dim=-1).unsqueeze(-1)
+        through = gradients[0].float() * weight
+        full = x.float()
+        along = torch.linalg.vecdot(through, full, dim=-1).unsqueeze(-1)
         along.mul_(scale.pow(3))
-        return through.mul_(scale).addcmul_(x, along, value=-1 / x.shape[-1]), None, None
+        return through.mul_(scale).addcmul_(full, along, value=-1 / x.shape[-1]).to(x.dtype), None, None

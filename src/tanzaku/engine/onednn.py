@@ -31,7 +31,8 @@ from tanzaku.errors import TanzakuError
 from tanzaku.files.writing import written_beside
 
 _MARGIN = 0.95  # of the other's time: what is not faster by more than that is not worth another rounding
-_IN, _OUT, _TOKENS, _ROUNDS = 640, 1024, (80, 320), 5
+_IN, _OUT, _TOKENS, _ROUNDS = 640, 1024, (80, 320), 15
+_STEADY = 1.5  # times as long as the fastest round the middle one may take
 
 
 class OneDNN(OfProducts):
@@ -42,10 +43,11 @@ class OneDNN(OfProducts):
 
     @property
     def possible(self) -> bool:
-        return available() and any(fits(module.weight) for module in self.common.products.layers)
+        return available(self.common.products.kind)
 
     def __enter__(self) -> Self:
-        self.common.products.onednn = speeds().plain if self.possible else Directions()
+        kind = self.common.products.kind
+        self.common.products.onednn = speeds(kind).plain if kind is not None and available(kind) else Directions()
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
@@ -61,12 +63,13 @@ class PrepackedWeights(OfProducts):
 
     @property
     def possible(self) -> bool:
-        return available() and any(fits(module.weight) for module in self.common.products.layers)
+        return available(self.common.products.kind)
 
     @cached_property
     def wanted(self) -> Directions:
         """In which directions. It is asked once: a worker on fewer threads has what its parent has."""
-        return speeds().prepacked if self.possible else Directions()
+        kind = self.common.products.kind
+        return speeds(kind).prepacked if kind is not None and available(kind) else Directions()
 
     def take(self, room: float) -> int:
         """Have copies, if they need a quarter of what is left at most: the weights' bytes for each direction."""
@@ -88,12 +91,14 @@ class PrepackedWeights(OfProducts):
         return sum(each.nbytes for each in copies.values())
 
 
-def available() -> bool:
-    """Whether this torch has oneDNN's products, for this processor."""
+def available(kind: torch.dtype | None = torch.float32) -> bool:
+    """Whether this torch has oneDNN's products of this type, for this processor."""
     there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return bool(there) and all(
-        hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
-    )
+    if kind is None or not there:
+        return False
+    if kind == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    return all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
 
 
 # -- what is faster here
@@ -123,6 +128,12 @@ class Speeds:
 
     forward: Times
     backward: Times
+    steady: bool = True  # whether rounds took like times; other programs make them differ
+
+    @property
+    def total(self) -> float:
+        """Milliseconds of both directions, each in the way that is chosen."""
+        return sum(min(times.torch, times.onednn, times.prepacked) for times in (self.forward, self.backward))
 
     @property
     def plain(self) -> Directions:
@@ -133,24 +144,31 @@ class Speeds:
         return Directions(self.forward.prepacked_pays, self.backward.prepacked_pays)
 
 
-def speeds() -> Speeds:
-    """Of this processor, with torch as it is: read from the user's cache, or measured and kept there."""
-    return _speeds(torch.get_num_threads())
+def speeds(kind: torch.dtype = torch.float32) -> Speeds:
+    """Of this processor, with torch as it is: read from the user's cache, or measured and kept there.
+
+    What was measured beside other programs that took the processor's time is this process's alone.
+    """
+    return _speeds(kind, torch.get_num_threads())
 
 
 @cache  # one choice in a process, whatever becomes of the file
-def _speeds(threads: int) -> Speeds:
-    key = f"{processor()}, torch {torch.__version__}, {threads} thread{'s' * (threads > 1)}"
+def _speeds(kind: torch.dtype, threads: int) -> Speeds:
+    name = str(kind).removeprefix("torch.")
+    key = f"{processor()}, torch {torch.__version__}, {threads} thread{'s' * (threads > 1)}, {name}"
     kept = _kept()
     found = _read(kept.get(key))
     if found is None:
-        found = measured()
+        found = measured(kind)
+        if not found.steady:
+            return found
         # No home, no such directory, or a full disk: the next process measures again.
         with contextlib.suppress(OSError, RuntimeError, TanzakuError):
             path = cache_file()
             path.parent.mkdir(parents=True, exist_ok=True)
             with written_beside(path) as beside:
-                beside.write_text(json.dumps({**kept, key: asdict(found)}, indent=1), encoding="utf-8")
+                times = {way: asdict(each) for way, each in (("forward", found.forward), ("backward", found.backward))}
+                beside.write_text(json.dumps({**kept, key: times}, indent=1), encoding="utf-8")
     return found
 
 
@@ -189,17 +207,18 @@ def processor() -> str:
 
 
 @torch.no_grad()
-def measured() -> Speeds:
+def measured(kind: torch.dtype = torch.float32) -> Speeds:
     """Measure it: some tenths of a second. Of several rounds the fastest counts, which other programs disturb least."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(_OUT, _IN, generator=generator)
+    weight = torch.randn(_OUT, _IN, generator=generator).to(kind)
     both = Directions(True, True)
     copies = Copies.of(weight, both)
+    apart: list[float] = []  # how far the middle of a way's rounds is from the fastest
 
     def times(weight: Tensor, copy: Tensor | None) -> Times:
         total = {"torch": 0.0, "onednn": 0.0, "prepacked": 0.0}
         for tokens in _TOKENS:
-            x = torch.randn(tokens, weight.shape[1], generator=generator)
+            x = torch.randn(tokens, weight.shape[1], generator=generator).to(kind)
             ways: dict[str, tuple[bool, Tensor | None]] = {
                 "torch": (False, None),
                 "onednn": (True, None),
@@ -213,6 +232,8 @@ def measured() -> Speeds:
                     seen[way].append(time.perf_counter() - began)
             for way, spent in seen.items():
                 total[way] += 1000 * min(spent)
+                apart.append(sorted(spent)[len(spent) // 2] / min(spent))
         return Times(**total)
 
-    return Speeds(times(weight, copies.forward), times(weight.t(), copies.backward))
+    forward, backward = times(weight, copies.forward), times(weight.t(), copies.backward)
+    return Speeds(forward, backward, steady=sorted(apart)[len(apart) // 2] < _STEADY)

@@ -183,7 +183,7 @@ class Packing(Acceleration):
             # The queries are the last of the keys: a single one sees all of them, a prefix's too.
             masks = [self._added(keys, None, query, shared)[:, -queries * shared :]] * rows
         else:
-            added = _additive(mask, query).expand(rows, 1, queries, keys).squeeze(1)
+            added = _additive(mask).expand(rows, 1, queries, keys).squeeze(1)
             masks = [*added.mT.repeat_interleave(shared, dim=-1)]
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         out = row_attention(q, k, v, [queries] * rows, [keys] * rows, masks, _scaling(options, query))
@@ -196,7 +196,7 @@ class Packing(Acceleration):
         """(width, width * shared): what hides the keys that a token does not see when it is added to its scores, which
         are those of so many heads that share keys."""
         if (width, window, shared) not in self._masks:
-            added = _additive(_seen(width, window, like.device), like)
+            added = _additive(_seen(width, window, like.device))
             self._masks[width, window, shared] = added.t().repeat_interleave(shared, dim=-1)
         return self._masks[width, window, shared]
 
@@ -229,7 +229,8 @@ def _scaling(options: dict[str, Any], query: Tensor) -> float:
     return float(query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
-def _additive(mask: Tensor, like: Tensor) -> Tensor:
+def _additive(mask: Tensor) -> Tensor:
+    """In fp32, as :func:`row_attention` adds it."""
     if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(~mask, -torch.inf)
+        return mask.float()
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)

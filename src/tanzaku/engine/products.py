@@ -86,6 +86,11 @@ class Products:
         self.copies: dict[int, Copies] = {}
         self._holders = 0
 
+    @property
+    def kind(self) -> torch.dtype | None:
+        """The type of the weights that oneDNN could multiply; None: there are none."""
+        return next((module.weight.dtype for module in self.layers if fits(module.weight)), None)
+
     def hold(self) -> None:
         """Have the layers multiply as is said here, until it is released as often as it was held."""
         self._holders += 1
@@ -138,7 +143,7 @@ class Products:
 
 def fits(x: Tensor) -> bool:
     """Whether oneDNN's products are for tensors of this kind."""
-    return x.device.type == "cpu" and x.dtype == torch.float32
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
 class _Product(torch.autograd.Function):

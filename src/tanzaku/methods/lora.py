@@ -131,6 +131,11 @@ def low_rank(
     Args:
         a: matrices (r, in). b: (out, r). e: (r, 1), or none.
     """
+    half = y.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    if x.device.type == "cpu" and a[0].dtype == torch.float32 and half:
+        # Matrix units of half precision are for large products. These are small, and start faster in full precision.
+        with torch.autocast("cpu", enabled=False):
+            return low_rank(x.float(), y.float(), sizes, a, b, scaling, e).to(y.dtype)
     x = x.to(a[0].dtype)
     plain = x.device.type == "cpu" and y.dtype == x.dtype and not torch.is_autocast_enabled("cpu")
     if plain and min(sizes) < max(sizes):

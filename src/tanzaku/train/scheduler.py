@@ -8,6 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from tanzaku.core.attach import activate, adapters, attach, count, detach
 from tanzaku.engine.memory import Need, in_use, peak, reset_peak
+from tanzaku.engine.precision import precision_for
 from tanzaku.errors import TanzakuError
 from tanzaku.models.families.structure import block_of
 from tanzaku.storage import store
@@ -169,6 +171,7 @@ class JobScheduler:
             TanzakuError: two jobs of one name, data for another model, or jobs that differ in accelerations, which are
                 the whole model's.
         """
+        jobs = [self._settled(job) for job in jobs]
         names = [*self.results, *(job.name for job in self.queue), *(job.name for job in jobs)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise TanzakuError(f"job names must differ, found {', '.join(twice)} twice")
@@ -187,6 +190,12 @@ class JobScheduler:
             self._longest = max(self._longest, _longest((job.data or self.data).train))
         self.queue.extend(jobs)
         self._full = False
+
+    def _settled(self, job: Job) -> Job:
+        if job.settings.precision != "auto":
+            return job
+        here = {"precision": precision_for(self.step.device)}
+        return replace(job, settings=job.settings.model_copy(update=here))
 
     def run(self) -> None:
         """Train until every job has ended or waits at a rung."""
@@ -304,7 +313,7 @@ class JobScheduler:
         all workers that are forks, and for no other."""
         if not job.method.shares_batch:  # and no job after it, and it needs what they take
             self.room += self.step.accelerations.free()
-        elif self._hand_back is None and not self.active_jobs and job.settings.precision == "fp32":
+        elif self._hand_back is None and not self.active_jobs and self.step.uses_weights(job.settings.precision):
             self.room -= self.step.accelerations.take(self.room)
 
     def _begin(self, job: Job, alone: bool) -> bool:

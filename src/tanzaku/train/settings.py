@@ -40,7 +40,9 @@ class TrainSettings(BaseModel):
     group_by_length: bool = Field(False, description="batch rows of like length together, for less padding")
     class_weights: bool = Field(False, description="weigh the loss by inverse class frequency")
     seed: int = Field(0, ge=-(2**62), lt=2**62, description="of initial weights, data order and dropout")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="arithmetic of the forward pass")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "fp32", description="arithmetic of the forward pass (auto: bf16 where it was measured to be faster, else fp32)"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
     metric: str = Field("loss", description="validation figure for early stopping and the best epoch")
     patience: int | None = Field(None, ge=1, description="stop after this many epochs without a better metric")

@@ -62,6 +62,11 @@ class SharedStep:
         self._entered = True
         return self
 
+    def uses_weights(self, precision: str) -> bool:
+        """Whether this arithmetic multiplies with the frozen weights as they are, and not with casts of them."""
+        kind = _AUTOCAST.get(precision)
+        return kind is None or kind == self.accelerations.common.products.kind
+
     def accelerate(self, wanted: str) -> None:
         """Have these accelerations from now on, as a run's settings name them."""
         if wanted == self.wanted:
