@@ -27,6 +27,7 @@ import tanzaku as tz
 from models import NEEDED, tiny
 from tanzaku.methods import METHODS
 from tanzaku.storage.store import entries, read_meta
+from tiers import costly
 
 CONFIG, TENSORS, META = "adapter_config.json", "adapter_model.safetensors", "tanzaku.json"
 SECONDS = 5.0  # a load takes a hundredth of one
@@ -154,10 +155,8 @@ def fuzz(number: int) -> Any:
 
 
 def both(number: int, many: int) -> Any:
-    """Some examples now, and many where slow tests are run too."""
-    return pytest.mark.parametrize(
-        "examples", [number, pytest.param(many, marks=pytest.mark.slow)], ids=["some", "many"]
-    )
+    """Some examples now, and many where all tests are run."""
+    return pytest.mark.parametrize("examples", costly([number], [many]), ids=["some", "many"])
 
 
 # -- the tensors' file

@@ -28,6 +28,7 @@ from tanzaku.cli.record import write_results
 from tanzaku.compare.journal import Journal
 from tanzaku.files import writing as files
 from tanzaku.files.writing import directory_beside
+from tiers import costly
 
 # Whose lines count: the code that touches the file system, and what it calls for that.
 WRITERS = {files.__file__, sys.modules["shutil"].__file__, sys.modules["tempfile"].__file__}
@@ -116,8 +117,11 @@ def which(model: Any, path: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exchange", [True, False], ids=["exchanging", "renaming twice"])
-@pytest.mark.parametrize("over", [True, False], ids=["over", "fresh"])
+@pytest.mark.parametrize(
+    ("over", "exchange"),
+    costly([(True, True)], [(True, False), (False, True), (False, False)]),
+    ids=["over-exchanging", "over-renaming twice", "fresh-exchanging", "fresh-renaming twice"],
+)
 def test_saving_an_adapter(
     model: Any, over: bool, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

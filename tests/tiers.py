@@ -1,5 +1,7 @@
 """Two tiers of one suite: `make test` runs each method under each condition on one family, `make test-all` on all.
 
+Of costly tests that hold one thing in several cases, such as kills at several moments, `make test` has some (`costly`).
+
 A test that takes both a method and a family takes its families from here:
 
     @in_families(("kind", "head"), [("llama", "cls"), ("bert", "cls")])
@@ -43,3 +45,9 @@ def tiered(cases: Iterable[Any], *, by: int = 0) -> list[Any]:
         other = bool(out) and param.values[by] != out[0].values[by]
         out.append(param._replace(marks=(*param.marks, pytest.mark.product)) if other else param)
     return out
+
+
+def costly(cases: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """Cases of a parametrisation, and others that stand in the tier of all, since each takes long."""
+    values = (case if isinstance(case, tuple) else (case,) for case in others)
+    return [*cases, *(pytest.param(*each, marks=pytest.mark.product) for each in values)]

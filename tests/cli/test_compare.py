@@ -32,6 +32,7 @@ from tanzaku.methods import METHODS
 from tanzaku.tasks.task import LOSS
 from tanzaku.train.events import EventLog, read_events
 from tanzaku.train.scheduler import JobScheduler
+from tiers import costly
 
 WHOLE: dict[str, Any] = {}  # what the run that nobody cuts off ends with
 DATA = Path(demo.__file__).parents[1] / "data"
@@ -369,7 +370,7 @@ def test_finished_jobs_are_not_trained_again(plenty: Path, tanzaku: Tanzaku, mon
     assert begun == [gone.stem]
 
 
-@pytest.mark.parametrize("moment", [2, 17, 25, 43])
+@pytest.mark.parametrize("moment", costly([17], [2, 25, 43]))
 def test_jobs_under_way_go_on_from_their_last_epoch(
     plenty: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
@@ -413,7 +414,7 @@ def test_a_job_a_rung_ahead_waits_for_the_others() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("moment", "workers"), [(1, 1), (1, 2), (5, 1), (9, 2), (17, 1), (17, 2), (20, 1)])
+@pytest.mark.parametrize(("moment", "workers"), costly([(5, 1), (17, 2)], [(1, 1), (1, 2), (9, 2), (17, 1), (20, 1)]))
 def test_kill_9(plenty: Path, tanzaku: Tanzaku, moment: int, workers: int) -> None:
     """Killed when so many jobs are in the journal, in the search or while measuring, it ends as if it had not been."""
     rows = ["--rows-per-step", "4", "--workers", str(workers)]

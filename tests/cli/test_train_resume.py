@@ -21,6 +21,7 @@ from torch import Tensor
 from close import RUN, assert_close
 from tanzaku.cli.display import Display
 from tanzaku.train.events import read_events
+from tiers import costly
 
 TENSORS = "adapter_model.safetensors"
 
@@ -304,7 +305,7 @@ def test_a_second_ctrl_c_says_how_to_go_on(work: Path, tanzaku: Tanzaku) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.0, 0.004, 0.02, 0.05])
+@pytest.mark.parametrize("delay", costly([0.02], [0.0, 0.004, 0.05]))
 def test_kill_9(work: Path, whole: Path, tanzaku: Tanzaku, delay: float) -> None:
     """Killed a while after an epoch, twice over, it ends as if it had not been."""
     command = [sys.executable, "-m", "tanzaku", "train"]

@@ -367,9 +367,10 @@ def ended(search: Search) -> tuple[Any, ...]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.product)])
 @pytest.mark.parametrize("options", [KILLED, DISCRETE], ids=["ranges", "redraws"])
 def test_a_kill_at_any_write_changes_nothing(
-    tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, options: dict[str, Any], every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_REDRAWS", 2)
     judge = outcome if options is KILLED else lambda trial: Outcome("done", [float(-trial.slot)])
@@ -378,7 +379,7 @@ def test_a_kill_at_any_write_changes_nothing(
         finished(opened(tmp_path / "counted.db", **options), judge)
     finished(whole, judge)
     assert writes[0] > 30
-    for write in range(1, writes[0] + 1):
+    for write in range(1, writes[0] + 1, every):
         path = tmp_path / f"{write}.db"
         with pytest.raises(Killed), killed_at(write, die):
             finished(opened(path, **options), judge)

@@ -290,6 +290,7 @@ def test_tokenizers_that_llama_cpp_does_not_have(tokenizer: PreTrainedTokenizerB
 
 
 @pytest.mark.slow
+@pytest.mark.product
 def test_the_embedded_model(tmp_path: Path) -> None:
     """Gemma 3 270M, as transformers reads its 4-bit file, cuts and continues texts alike in llama.cpp."""
     from transformers import AutoModelForCausalLM

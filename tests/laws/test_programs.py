@@ -443,6 +443,7 @@ def test_any_number_of_lora_is_one_graph(entries):
 
 
 @pytest.mark.slow
+@pytest.mark.product
 @pytest.mark.skipif(
     os.environ.get("ATEN_CPU_CAPABILITY") == "default", reason="inductor writes vectors that torch then has not"
 )

@@ -114,7 +114,7 @@ def first(what: str) -> bool:
     return False
 
 
-@pytest.fixture(params=[Forked, pytest.param(Spawned, marks=pytest.mark.slow)])
+@pytest.fixture(params=[Forked, pytest.param(Spawned, marks=(pytest.mark.slow, pytest.mark.product))])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[Crew]:
     """Each kind of workers."""
     found: type[Crew] = request.param
@@ -201,7 +201,7 @@ def test_seconds_are_of_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers._Member, "tell", noting)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     began = time.monotonic()
-    results = train_jobs(tiny("llama", num_labels=2), DATA, [job("a", epochs=20), job("b", epochs=20)], workers=2)
+    results = train_jobs(tiny("llama", num_labels=2), DATA, [job("a", epochs=4), job("b", epochs=4)], workers=2)
     took = time.monotonic() - began
     assert told == [("run", 2, 0.5)] * 2
     # Side by side each took nearly all the time, with half of the threads.
@@ -534,19 +534,25 @@ SPAWNS = """
 
 
 @pytest.mark.slow
-def test_a_program_whose_main_module_trains_is_told_what_to_do(tmp_path: Path) -> None:
-    for guard, code, said in (
-        ("if __name__ == '__main__': ", 0, ""),
+@pytest.mark.parametrize(
+    ("guard", "code", "said"),
+    [
         ("", 1, "reads the program's main module, so put what trains below if __name__"),
-    ):
-        path = tmp_path / "program.py"
-        here = Path(__file__).parent
-        path.write_text(textwrap.dedent(SPAWNS).format(tests=str(here), guard=guard), encoding="utf-8")
-        paths = os.pathsep.join([str(here), str(here.parent), *sys.path])
-        found = subprocess.run(
-            [sys.executable, path], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
-        )
-        assert found.returncode == code and said in found.stderr, found.stderr
+        pytest.param("if __name__ == '__main__': ", 0, "", marks=pytest.mark.product),
+    ],
+    ids=["bare", "guarded"],
+)
+def test_a_program_whose_main_module_trains_is_told_what_to_do(
+    guard: str, code: int, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "program.py"
+    here = Path(__file__).parent
+    path.write_text(textwrap.dedent(SPAWNS).format(tests=str(here), guard=guard), encoding="utf-8")
+    paths = os.pathsep.join([str(here), str(here.parent), *sys.path])
+    found = subprocess.run(
+        [sys.executable, path], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
+    )
+    assert found.returncode == code and said in found.stderr, found.stderr
 
 
 # -- memory
