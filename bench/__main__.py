@@ -24,6 +24,7 @@ TABLES = {
     "startup": ("startup", "table"),
     "busy": ("busy", "table"),
     "quality": ("quality", "table"),
+    "precision": ("precision", "table"),
     "gpu": ("gpu", "table"),
 }
 

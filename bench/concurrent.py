@@ -104,12 +104,16 @@ def peft_seconds(model: PreTrainedModel, candidate: Candidate, data: TaskData) -
 
 
 def tanzaku_seconds(
-    model: PreTrainedModel, candidates: Sequence[Candidate], data: TaskData, workers: int | None = None
+    model: PreTrainedModel,
+    candidates: Sequence[Candidate],
+    data: TaskData,
+    workers: int | None = None,
+    settings: TrainSettings = SETTINGS,
 ) -> float:
     """Tanzaku over all rows, a row of every candidate in each step."""
     warm = Split("train", data.train.examples[:1], [""], 0, "")
-    run(model, candidates, replace(data, train=warm), workers)
-    return run(model, candidates, data, workers)
+    run(model, candidates, replace(data, train=warm), workers, settings)
+    return run(model, candidates, data, workers, settings)
 
 
 class FromStart(Silent):
@@ -121,10 +125,16 @@ class FromStart(Silent):
         self.began = min(self.began, time.perf_counter())
 
 
-def run(model: PreTrainedModel, candidates: Sequence[Candidate], data: TaskData, workers: int | None = None) -> float:
+def run(
+    model: PreTrainedModel,
+    candidates: Sequence[Candidate],
+    data: TaskData,
+    workers: int | None = None,
+    settings: TrainSettings = SETTINGS,
+) -> float:
     """Train the candidates together; seconds since the first of them was attached."""
     clock = FromStart()
-    jobs = [Job(c.name, c.ours(), SETTINGS.model_copy(update={"seed": i})) for i, c in enumerate(candidates)]
+    jobs = [Job(c.name, c.ours(), settings.model_copy(update={"seed": i})) for i, c in enumerate(candidates)]
     results = train_jobs(model, data, jobs, rows_per_step=max(16, len(jobs)), observer=clock, workers=workers)
     wait(model)
     spent = time.perf_counter() - clock.began
