@@ -81,3 +81,17 @@ def test_a_bias_that_is_not_simply_added_is_left_out(kind: str, path: str, why: 
         with pytest.warns(UserWarning, match=why):
             tz.attach(model, method, "x")
         assert paths(model) and not any(each.endswith(path) for each in paths(model))
+
+
+@pytest.mark.parametrize("scope", ["add", "query_up"])
+@pytest.mark.parametrize(("kind", "fix"), [("mamba", "use another method"), ("resnet", "use bias_scope='all'")])
+def test_where_nothing_is_attentions_or_a_feed_forwards_the_fix_is_one_that_there_is(
+    kind: str, fix: str, scope: str
+) -> None:
+    """It has no target_modules that could be set."""
+    model = zoo.NAMES[kind].build()
+    with pytest.raises(tz.TanzakuError, match=f"knows no role that it could change; {fix}") as caught:
+        tz.attach(model, tz.BitFit(bias_scope=scope), "x")
+    assert "target_modules" not in str(caught.value)
+    if "all" in fix:
+        tz.attach(model, tz.BitFit(bias_scope="all"), "x")

@@ -50,19 +50,20 @@ class BitFit(Method):
             return copied(path) or not base.in_language_model(path)
 
         own = dict(biased(base, skip))
+        instead = "use bias_scope='all', for the biases that there are" if own else "use another method"
         added: dict[str, nn.Module] = {}
         if self.bias_scope == "query_up":
-            wanted = base.targets(base.defaults(self.name, ("query", "up")), skip=skip)
+            wanted = base.targets(base.defaults(self.name, ("query", "up"), instead=instead), skip=skip)
             own = {path: own[path] for path, _ in wanted if path in own}
         if self.bias_scope == "add":
             # Not where tokens are mixed without attention: there padding is zero only as long as nothing is added.
             roles = ("query", "key", "value", "out", "gate", "up", "down")
-            found = base.targets(base.defaults(self.name, roles), skip=skip)
+            found = base.targets(base.defaults(self.name, roles, instead=instead), skip=skip)
             added = {path: module for path, module in found if module._parameters.get("bias") is None}
         self.require(
             bool(own or added),
             f"a {type(base.model).__name__} without a bias" + (" there" if self.bias_scope == "query_up" else ""),
-            "one that has some, or bias_scope='add', which gives some to its linear layers",
+            "one that has some, or bias_scope='add', which gives some to attention and feed-forward",
         )
         for path, module in own.items():
             yield path, BiasCopy(module)

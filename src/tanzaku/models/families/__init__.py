@@ -188,12 +188,14 @@ class Base:
         by_kind: Mapping[str, tuple[str, ...]] | None = None,
         *,
         fits: Callable[[nn.Module], bool] = lambda _: True,
+        instead: str = "",
     ) -> list[str] | str:
         """Default targets of `method`, whose roles are `roles`: the family's names, or what the structure gives.
 
         Args:
             by_kind: the roles, or ends of paths, that it has in models of these types.
-            fits: whether the method can be at a module of the model.
+            fits: whether the method can be at a module of the model. instead: what to do where nothing is found, for a
+                method that takes no target_modules.
 
         Raises:
             TanzakuError: the model has no such layer; it lists what could be targeted.
@@ -221,10 +223,11 @@ class Base:
                 if block_of(path) and any(p is not None and p.dim() > 1 for p in module._parameters.values())
             ]
             kinds = listed(dict.fromkeys(type(module).__name__ for module in there)) or "none with weights"
+            what = "layers" if instead else "default target_modules"
+            fix = instead or f"set target_modules; candidates are {listed(self.candidates())}"
             raise TanzakuError(
-                f"no default target_modules for {method} on model type {self.kind!r}: its layers are {kinds}, of which "
-                f"{method} knows no role that it could change; set target_modules; candidates are "
-                f"{listed(self.candidates())}"
+                f"no {what} for {method} on model type {self.kind!r}: its layers are {kinds}, of which {method} knows "
+                f"no role that it could change; {fix}"
             )
         targets = names_for(paths, list(modules))
         if known is None:
