@@ -19,6 +19,7 @@ TABLES = {
     "memory": ("memory", "table"),
     "concurrent": ("concurrent", "table"),
     "curve": ("concurrent", "curve"),
+    "workers": ("concurrent", "workers"),
     "inference": ("inference", "table"),
     "files": ("files", "table"),
     "startup": ("startup", "table"),

@@ -221,6 +221,28 @@ def curve(numbers: Sequence[int] = (1, 2, 4, 8, 16, 32), rows: int = 8) -> None:
         print(f"| {number} | {each * 1e3:.0f} | {step:.0f} | {step / number:.1f} |", flush=True)
 
 
+def workers(rows: int = 20, rounds: int = 3) -> None:
+    """Print seconds of eight LoRA in one process, in forks and in spawned processes, in turns."""
+    from unittest import mock
+
+    from tanzaku.models.loading import load_classifier
+    from tanzaku.train.spawned import Spawned
+    from tanzaku.train.workers import Forked
+
+    model, data = load_classifier("embedded", 2), poems(rows)
+    kinds = {"one process": (1, Forked), "two forks": (2, Forked), "two spawned": (2, Spawned)}
+    took: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(rounds):
+        for name, (number, kind) in kinds.items():
+            with mock.patch("tanzaku.train.scheduler.kind_of_workers", lambda _device, kind=kind: kind):
+                began = time.perf_counter()
+                run(model, loras(8), data, number)
+                took[name].append(time.perf_counter() - began)
+    print("| eight LoRA, r=8 | seconds |\n|---|---|")
+    for name, seconds in took.items():
+        print(f"| {name} | {sorted(seconds)[rounds // 2]:.1f} |", flush=True)
+
+
 def peak_bytes(model: PreTrainedModel, candidates: Sequence[Candidate], data: TaskData) -> int:
     """Most bytes that tensors of a whole run hold, beside the model."""
     short = Split("train", data.train.examples[:2], ["", ""], 0, "")
