@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tanzaku.core.method import ModuleLayer
 from tanzaku.models.quantize import full_weight
+
+
+def stays_full(weight: Tensor, y: Tensor) -> bool:
+    """Whether small products with a change's `weight` are computed in full precision, though what is around them is in
+    half: on CPUs, whose units of half precision are for large products. Small ones start faster without."""
+    half = y.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    return half and y.device.type == "cpu" and weight.dtype == torch.float32
 
 
 class WeightDelta(ModuleLayer):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanzaku.core.delta import WeightDelta
+from tanzaku.core.delta import WeightDelta, stays_full
 from tanzaku.core.method import AdapterLayer, Attached, Place, trainable
 from tanzaku.core.space import Choice, Range, ends, spaces
 from tanzaku.methods.lora import LoRA, low_rank
@@ -46,6 +46,9 @@ class SvdDelta(WeightDelta):
 
     def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         a, b, e = self.lora_A, self.lora_B, self.lora_E
+        if stays_full(a, y):
+            with torch.autocast("cpu", enabled=False):
+                return self.outputs(module, x.float(), y.float()).to(y.dtype)
         x = self.dropped(module, x, a)
         # Scaling the few hidden numbers by E is cheaper than scaling the matrix A.
         h = F.linear(x, a) * e.view(-1)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tanzaku.core.combining import Combining
-from tanzaku.core.delta import WeightDelta
+from tanzaku.core.delta import WeightDelta, stays_full
 from tanzaku.core.method import AdapterLayer, Attached, Method, Place, trainable
 from tanzaku.core.routing import in_equal_shares, split
 from tanzaku.core.space import Choice, Range, ends, spaces
@@ -61,6 +61,9 @@ class LoraDelta(WeightDelta):
 
     def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         a, b = self.lora_A.weight, self.lora_B.weight
+        if stays_full(a, y):
+            with torch.autocast("cpu", enabled=False):
+                return self.outputs(module, x.float(), y.float()).to(y.dtype)
         h = F.linear(self.dropped(module, x, a), a)
         if y.dtype == a.dtype:
             # One fused product reads y once and writes the sum, with no tensor for the scaled change.
@@ -131,9 +134,7 @@ def low_rank(
     Args:
         a: matrices (r, in). b: (out, r). e: (r, 1), or none.
     """
-    half = y.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-    if x.device.type == "cpu" and a[0].dtype == torch.float32 and half:
-        # Matrix units of half precision are for large products. These are small, and start faster in full precision.
+    if stays_full(a[0], y):
         with torch.autocast("cpu", enabled=False):
             return low_rank(x.float(), y.float(), sizes, a, b, scaling, e).to(y.dtype)
     x = x.to(a[0].dtype)
