@@ -13,6 +13,7 @@ import yaml
 import tanzaku as tz
 from models import batch, tiny
 from tanzaku.compare.candidates import expand
+from tanzaku.methods import METHODS
 from tanzaku.recipe.schema import build_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -58,3 +59,14 @@ def test_the_recipes(readme: str, tmp_path: Path) -> None:
     assert [(s.name, s.trials) for s in searched] == [("prompt_tuning", 16)]
     assert recipe.compare.design(valid_rows=True).runs == 10
     assert yaml.safe_load(shown) == yaml.safe_load((ROOT / "examples/book.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_table_of_methods_has_every_method(readme: str) -> None:
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| [^|]+ \| (.*)\|$", text, flags=re.MULTILINE)
+    expected = []
+    for name, kind in METHODS.items():
+        number = kind.paper.removeprefix("arXiv ")
+        expected.append((name, kind.__name__, "" if number == "-" else f"[{number}](https://arxiv.org/abs/{number}) "))
+    assert rows == expected
