@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
+from bench import zoo
 from torch import Tensor, nn
 
 import tanzaku as tz
@@ -41,9 +42,10 @@ class Conditioned(tz.Method):
     name = "conditioned"
     peft_type = "CONDITIONED"
     paper = summary = "-"
+    targets: list[str] = field(default_factory=lambda: ["v_proj", "up_proj"])
 
     def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
-        for path, module in place.base.targets(["v_proj", "up_proj"]):
+        for path, module in place.base.targets(self.targets):
             yield path, Reads(module.weight)
 
 
@@ -119,6 +121,68 @@ def test_what_is_missing_or_does_not_fit_is_told(model: Any) -> None:
         tz.route(model, ["a"], context={"features": FEATURES, "more": FEATURES[:3]}),
     ):
         pass
+
+
+def test_it_is_the_models_own_and_the_routes_own(model: Any) -> None:
+    other = tiny("llama", num_labels=2)
+    tz.attach(other, Conditioned(modules_to_save=[]), "x", seed=3)
+    tz.activate(other, "x")
+    inputs = batch(model)
+    with tz.route(model, ["a"], context={"features": FEATURES}):
+        expected = model(**inputs).logits
+        for inner in (other, model):
+            entry = "x" if inner is other else "a"
+            with pytest.raises(tz.TanzakuError, match="given none"), tz.route(inner, [entry]):
+                inner(**inputs)
+        with pytest.raises(tz.TanzakuError, match="given none"):
+            other(**inputs)
+        assert_close(model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize(("kind", "target"), [("xlnet", "ff.layer_1"), ("switch_transformers", "wi")])
+def test_rows_that_are_not_the_first_dimension_are_found_or_refused(kind: str, target: str) -> None:
+    """Sequence first, rows are the second; experts have tokens before them."""
+    subject = zoo.NAMES[kind]
+    model = subject.build()
+    tz.attach(model, Conditioned(targets=[target], modules_to_save=[]), "a", seed=0)
+    for length in (4, 6, 8):
+        inputs = {"input_ids": torch.randint(3, 20, (2, length))}
+        if model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = inputs["input_ids"]
+
+        def run(features: Tensor, inputs: Any = inputs) -> Tensor:
+            with tz.route(model, ["a", "a"], context={"features": features}):
+                return model(**inputs).logits.detach()
+
+        if kind == "switch_transformers":
+            with pytest.raises(tz.TanzakuError, match="does not have the batch's rows in its first dimension"):
+                run(FEATURES[:2])
+            continue
+        before = run(FEATURES[:2])
+        after = run(FEATURES[[0, 2]])
+        assert_close(after[0], before[0], PASS)
+        assert not torch.allclose(after[1], before[1], atol=1e-3)
+
+
+def test_compiled_layers_that_are_checkpointed_read_their_own(model: Any) -> None:
+    """Compiled code sees no context variables."""
+    inputs, entries = batch(model), ["a", "b", None, "a"]
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        loss = logits(model, entries, FEATURES, **inputs).square().sum()
+        with tz.route(model, ["b"] * 4, context={"features": -FEATURES}):
+            loss.backward()
+        return [p.grad.clone() for _, p in manager_of(model).get("a").trained()]
+
+    model.train()
+    plain = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if type(module).__name__.endswith("MLP"):
+            module.compile(backend="eager")
+    for found, expected in zip(gradients(), plain, strict=True):
+        assert_close(found, expected, GRADIENT)
 
 
 class WithFeatures(Classification):

@@ -6,14 +6,14 @@ import copy
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tanzaku.core.adapter import Adapter
-from tanzaku.core.context import giving
+from tanzaku.core.context import check_context
 from tanzaku.core.manager import AdapterManager, find_manager, manager_of
 from tanzaku.core.method import AdapterLayer, Method, Place, offloaded
 from tanzaku.core.programs import serve
@@ -136,7 +136,8 @@ def route(model: nn.Module, entries: Sequence[Entry], context: Mapping[str, Tens
         TanzakuError: entries that are no list of such, or an adapter that is not attached; what was in force stays.
     """
     own = Route.of(entries if isinstance(entries, str) else list(entries))
-    with manager_of(model).routed(own), nullcontext() if context is None else giving(context):
+    own.context = check_context(context or {})
+    with manager_of(model).routed(own):
         yield
 
 

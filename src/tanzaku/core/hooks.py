@@ -45,7 +45,7 @@ class ModuleSite:
             if span.number is None:
                 part = type(span.layers[0]).batched_inputs(span.layers, span.sizes, module, part)
             else:
-                with force.route.running(span.number):
+                with force.route.running(span.number, has_rows=force.has_rows(self.path, x, returned=False)):
                     for layer in span.layers:
                         part = layer.inputs(module, part)
             parts.append(part)
@@ -73,7 +73,7 @@ class ModuleSite:
                 part = type(span.layers[0]).batched_outputs(span.layers, span.sizes, module, read[i], part)
                 parts.append(part)
                 continue
-            with force.route.running(span.number):
+            with force.route.running(span.number, has_rows=force.has_rows(self.path, y, returned=True)):
                 for layer in span.layers:
                     if layer.reads_call:
                         if split is None and force.places is not None:

@@ -24,6 +24,7 @@ class Route:
 
     stacks: list[Stack]
     index: list[int]
+    context: dict[str, Tensor] = field(default_factory=dict, compare=False)  # data of each row, (rows, ...), by name
     _groups: dict[int, list[tuple[int, Rows]]] = field(default_factory=dict, compare=False)
     _unrolled: int | None = field(default=None, compare=False)
     _tokens: tuple[int, ...] = field(default=(), compare=False)  # of each row, where they are rows themselves
@@ -68,13 +69,17 @@ class Route:
         now = _running.get()
         return now is not None and now[3]
 
-    def running(self, number: int, keys: int | None = None, base: bool = False) -> Running:
-        """A block in which the adapter layers of one stack run, or the base for its rows alone."""
-        return Running(*((self, number) if self._part_of is None else self._part_of), keys, base)
+    def running(self, number: int, keys: int | None = None, base: bool = False, has_rows: bool = True) -> Running:
+        """A block in which the adapter layers of one stack run, or the base for its rows alone.
+
+        Args:
+            has_rows: whether the first dimension of what they read counts rows of the batch.
+        """
+        return Running(*((self, number) if self._part_of is None else self._part_of), keys, base, has_rows)
 
     def alone(self, number: int) -> Route:
         """The route of one stack, for a batch of its rows alone."""
-        return Route([self.stacks[number]], [0], _part_of=(self, number))
+        return Route([self.stacks[number]], [0], self.context, _part_of=(self, number))
 
     @property
     def uniform(self) -> bool:
@@ -114,12 +119,14 @@ class Route:
         return rows // len(self.index)
 
     def unroll(self, tokens: Sequence[int]) -> None:
-        """Until the next call, a batch of sum(`tokens`) rows is one of single tokens: so many of each row, in order."""
+        """Until the next call, a batch of sum(`tokens`) rows is one of single tokens: so many of each row, in order.
+        Without any, no batch is one."""
         self._tokens = tuple(tokens)
-        if self.uniform:
-            return
         if self._unrolled is not None:
             self._groups.pop(self._unrolled, None)
+            self._unrolled = None
+        if self.uniform or not tokens:
+            return
         self._unrolled = sum(tokens)
         times = len(tokens) // len(self.index)  # an entry may stand for several rows
         self._groups[self._unrolled] = self._groups_of(
@@ -169,16 +176,16 @@ class Route:
         ]
 
 
-_Now = tuple[Route, int, int | None, bool]
+_Now = tuple[Route, int, int | None, bool, bool]
 _running: Local[_Now] = Local("tanzaku_running")
 
 
-def running_route() -> tuple[Route, int]:
-    """The route, and the number of the stack whose layers run."""
+def running_route() -> tuple[Route, int, bool]:
+    """The route, the number of the stack whose layers run, and whether they have rows of the batch before them."""
     now = _running.get()
     if now is None:
         raise TypeError("no layer runs for rows of its own: one that reads their data has no batch_key")
-    return now[0], now[1]
+    return now[0], now[1], now[4]
 
 
 class Running:
@@ -186,8 +193,8 @@ class Running:
 
     __slots__ = ("_before", "_now")
 
-    def __init__(self, route: Route, number: int, keys: int | None, base: bool):
-        self._now = (route, number, keys, base)
+    def __init__(self, route: Route, number: int, keys: int | None, base: bool, has_rows: bool):
+        self._now = (route, number, keys, base, has_rows)
         self._before: _Now | None = None
 
     def __enter__(self) -> None:

@@ -120,10 +120,10 @@ def _place_of(seen: Survey, base: Base, path: str) -> Place | Within | None:
     return None
 
 
-def rows_at(base: Base, path: str, dims: int, returned: bool) -> int:
-    """The dimension that counts rows in a tensor of so many dimensions that a site reads or returns, 0 if unknown."""
+def rows_at(base: Base, path: str, dims: int, returned: bool) -> int | None:
+    """The dimension that counts rows in a tensor of so many dimensions that a site reads or returns, if it is known."""
     place = _place_of(survey(base), base, path)
-    return place.dim if isinstance(place, Place) and place.dims[returned] == dims else 0
+    return place.dim if isinstance(place, Place) and place.dims[returned] == dims else None
 
 
 def _direct(calls: Sequence[Call]) -> Place | None:

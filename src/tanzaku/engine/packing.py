@@ -92,6 +92,7 @@ class Packing(Acceleration):
         finally:
             self.layout = None
             self._masks.clear()
+            route.unroll(())
             for key, name in own.items():
                 configs[key]._attn_implementation_internal = name
             for hook in hooks:

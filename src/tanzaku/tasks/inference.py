@@ -11,8 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tanzaku.core.attach import route
-from tanzaku.core.context import giving
-from tanzaku.core.manager import manager_of
+from tanzaku.core.manager import find_manager, manager_of
 from tanzaku.core.positions import room
 from tanzaku.core.tokens import without_cache
 from tanzaku.engine.accelerations import Accelerations
@@ -57,8 +56,10 @@ class Forward:
 
     def __call__(self, batch: Batch) -> Any:
         """The model's outputs."""
-        with giving(batch.context):
-            return self.model(**batch.inputs, **self.options)
+        manager = find_manager(self.model)
+        if manager is not None and (route := manager.route) is not None:
+            route.context = batch.context
+        return self.model(**batch.inputs, **self.options)
 
     def records(self, batch: Batch) -> Records:
         """What metrics and predictions need of each row."""
