@@ -24,7 +24,7 @@ def table(rows: int = 20, rounds: int = 3, seeds: int = 5, epochs: int = 2) -> N
     """Print seconds of concurrent runs, and validation figures of LoRA."""
     models = {name: load_classifier("embedded", 2, dtype=kind) for name, kind in TYPES.items()}
     sizes = [sum(p.nbytes for p in Base.of(model).model.parameters()) / 1e6 for model in models.values()]
-    here = precision_for(models["fp32"].device)
+    here = precision_for(models["bf16"].device, torch.bfloat16)
     print(f"`precision: auto` is {here} here; weights of {sizes[0]:.0f} and {sizes[1]:.0f} MB\n")
     print("| candidates | fp32 | bf16 | of the time |\n|---|---|---|---|")
     data = poems(rows)

@@ -19,6 +19,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from cli_kit import ROWS, Tanzaku, assert_refused, results_of
 
@@ -368,6 +369,42 @@ def test_finished_jobs_are_not_trained_again(plenty: Path, tanzaku: Tanzaku, mon
     )
     assert tanzaku("compare", "--resume", "--out", "run").code == 0
     assert begun == [gone.stem]
+
+
+def test_an_open_precision_is_settled_once(work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on has what it began with, whatever a machine would choose by then; the base is loaded for it."""
+    recipe = yaml.safe_load((work / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["train"] = {**recipe.get("train", {}), "epochs": 1, "precision": "auto"}
+    recipe["methods"] = ["ia3", {"lora": {}, "train": {"precision": "auto"}}]
+    recipe["compare"] = {"seeds": 1}
+
+    def say(**changes: Any) -> None:
+        (work / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **changes}), encoding="utf-8")
+
+    def here(chosen: str) -> None:
+        monkeypatch.setattr(
+            "tanzaku.engine.precision.precision_for",
+            lambda device, weights: chosen if weights is torch.bfloat16 else "fp32",
+        )
+
+    say()
+    here("bf16")
+    assert tanzaku("compare", "recipe.yaml", "--out", "run").code == 0
+    here("fp32")
+    said = tanzaku("compare", "recipe.yaml", "--resume", "--out", "run")
+    assert said.code == 0, said.err
+    found = results_of(work / "run")
+    assert {c["train_settings"]["precision"] for c in found["candidates"]} == {"bf16"}
+    assert found["recipe"]["train"]["precision"] == found["recipe"]["methods"][1]["train"]["precision"] == "bf16"
+
+    here("bf16")
+    say(methods=["ia3", {"lora": {}, "train": {"precision": "fp32"}}])  # whose base is in fp32
+    assert tanzaku("compare", "recipe.yaml", "--out", "mixed").code == 0
+    assert {c["train_settings"]["precision"] for c in results_of(work / "mixed")["candidates"]} == {"fp32"}
+    say(methods=["ia3", {"lora": {}, "train": {"precision": {"grid": ["auto", "fp32"]}}}])
+    for more in ([], ["--dry-run"]):
+        said = tanzaku("compare", "recipe.yaml", "--out", "grid", *more)
+        assert_refused(said, "found precision auto as one of several", "settled as a run begins")
 
 
 @pytest.mark.parametrize("moment", costly([17], [2, 25, 43]))

@@ -30,14 +30,15 @@ def products(monkeypatch: pytest.MonkeyPatch, bf16: float | None, fp32: float = 
 )
 def test_the_faster_one_is_chosen_by_a_margin(bf16: Any, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     products(monkeypatch, bf16)
-    assert precision_for(torch.device("cpu")) == chosen
-    assert precision_for(torch.device("mps")) == "fp32"
+    assert precision_for(torch.device("cpu"), torch.bfloat16) == chosen
+    assert precision_for(torch.device("cpu"), torch.float32) == "fp32", "weights would be cast at every product"
+    assert precision_for(torch.device("mps"), torch.bfloat16) == "fp32"
 
 
 @pytest.mark.parametrize(("bf16", "chosen"), [(2.0, "bf16"), (20.0, "fp32")])
 def test_a_job_says_what_it_had(bf16: float, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     products(monkeypatch, bf16)
     job = Job("lora", tz.LoRA(r=2), TrainSettings(epochs=1, precision="auto"))
-    (result,) = train_jobs(tiny("llama", num_labels=2), task(), [job])
+    (result,) = train_jobs(tiny("llama", num_labels=2).bfloat16(), task(), [job])
     assert result.status == "done" and result.train_settings["precision"] == chosen
     assert job.settings.precision == "auto"

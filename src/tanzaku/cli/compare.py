@@ -40,6 +40,7 @@ def compare(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: b
     default = by_default()
     recipe = resumed("compare", file, flags, default) if resume else build_recipe(file, flags, default)
     if dry_run:
+        recipe = settled(recipe)
         return rehearse("compare", recipe, _every(recipe)[2])
     run_comparison("compare", recipe, overwrite, resume)
 
@@ -117,10 +118,11 @@ class Unfinished:
 
 def _every(recipe: Recipe) -> tuple[list[Candidate], list[Searched], list[tuple[str, Method, TrainSettings]]]:
     """Candidates, searches, and the methods of both, a search's at the ends of its space."""
-    from tanzaku.compare.candidates import expand
+    from tanzaku.compare.candidates import check_settled, expand
 
     candidates, searched = expand(recipe.methods, recipe.train, recipe.compare)
     every = [*candidates, *(corner for search in searched for corner in search.corners())]
+    check_settled(every)
     return candidates, searched, [(each.name, each.method, each.settings) for each in every]
 
 

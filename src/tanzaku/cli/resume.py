@@ -54,7 +54,7 @@ def resumed(command: str, file: Path | None, flags: dict[str, Any], default_meth
             f"--resume goes on with the recipe that {out} was begun with; leave {flag(next(iter(_flat(given))))} out"
         )
     if file is not None:
-        now = json.loads(json.dumps(_anywhere(build_recipe(file, flags, default_methods))))
+        now = _as_settled(json.loads(json.dumps(_anywhere(build_recipe(file, flags, default_methods)))), kept)
         for key, value in kept.items():
             if key != "out" and now.get(key) != value:
                 part = key
@@ -66,6 +66,15 @@ def resumed(command: str, file: Path | None, flags: dict[str, Any], default_meth
         return schema(task_in(kept)).model_validate({**kept, "out": str(out)})
     except ValidationError as error:
         raise _damaged(out, complaint(error, "its recipe", sections(task_in(kept)), {})) from None
+
+
+def _as_settled(now: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with the precision that the run began with, where it leaves it open."""
+    pairs = [(now, kept), *zip(now["methods"], kept.get("methods", []), strict=False)]
+    for mine, its in ((mine.get("train"), its.get("train")) for mine, its in pairs):
+        if isinstance(mine, dict) and isinstance(its, dict) and mine.get("precision") == "auto":
+            mine["precision"] = its.get("precision")
+    return now
 
 
 def _say_what_is_there(out: Path) -> None:

@@ -203,7 +203,10 @@ def settled(recipe: Recipe) -> Recipe:
     from tanzaku.cli.machine import device_named
     from tanzaku.engine.precision import precision_for
 
-    here = {"precision": precision_for(torch.device(device_named(recipe.device)))}
+    # Weights are bf16 where all compute in it, and not where anything says otherwise.
+    half = recipe.model.dtype in ("auto", "bfloat16") and all(each in (None, "auto", "bf16") for each in there)
+    device = torch.device(device_named(recipe.device))
+    here = {"precision": precision_for(device, torch.bfloat16 if half else None)}
     entries = [
         entry.model_copy(update={"train": entry.train | here}) if entry.train.get("precision") == "auto" else entry
         for entry in recipe.methods

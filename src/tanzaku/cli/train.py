@@ -21,10 +21,11 @@ def train(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: boo
     Shows figures after each epoch and a confusion matrix; the adapter goes into the run's directory. A run that is cut
     off goes on after its last epoch.
     """
-    recipe = settled(resumed("train", file, flags) if resume else build_recipe(file, flags))
+    recipe = resumed("train", file, flags) if resume else build_recipe(file, flags)
     if len(recipe.methods) != 1:
         found = listed(str(entry.name) for entry in recipe.methods) or "no method"
         raise TanzakuError(f"train takes one method, found {found}; name one with --method, or use tanzaku compare")
+    recipe = settled(recipe)
     [job] = jobs_of(recipe)
     methods = [(job.name, job.method, job.settings)]
     if dry_run:

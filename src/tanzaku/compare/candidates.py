@@ -168,6 +168,16 @@ def _product(
     return out
 
 
+def check_settled(candidates: Sequence[Candidate]) -> None:
+    """A TanzakuError where a candidate's precision is still open: one of several in a space is."""
+    for each in candidates:
+        if each.settings.precision == "auto":
+            raise TanzakuError(
+                f"candidate {each.name!r}: found precision auto as one of several, expected bf16, fp32 or fp16 there; "
+                "auto by itself is settled as a run begins"
+            )
+
+
 def _check_different(candidates: Sequence[Candidate], searched: Sequence[Searched]) -> None:
     seen: dict[str, str] = {}
     whole = [(c.name, c.method, c.settings, "") for c in candidates]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from tanzaku.compare.candidates import Candidate, Searched
+from tanzaku.compare.candidates import Candidate, Searched, check_settled
 from tanzaku.compare.flags import flags
 from tanzaku.compare.journal import Journal
 from tanzaku.compare.resamples import Resample, pooled, resamples
@@ -67,6 +67,7 @@ class Comparison:
     meta: dict[str, Any]
 
     def __post_init__(self) -> None:
+        check_settled([*self.candidates, *(corner for search in self.searched for corner in search.corners())])
         self.events = Emitter(self._keep, *self.listeners)
         self.task = self.data.task
         self.metric = metric_named(self.task, self.settings.rank_by or self.task.rank_by)

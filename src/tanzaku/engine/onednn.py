@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tanzaku.engine.acceleration import OfProducts
 from tanzaku.engine.memory import free
-from tanzaku.engine.products import Copies, Directions, fits, multiply
+from tanzaku.engine.products import Copies, Directions, Products, fits, multiply
 from tanzaku.errors import TanzakuError
 from tanzaku.files.writing import written_beside
 
@@ -46,8 +46,8 @@ class OneDNN(OfProducts):
         return available(self.common.products.kind)
 
     def __enter__(self) -> Self:
-        kind = self.common.products.kind
-        self.common.products.onednn = speeds(kind).plain if kind is not None and available(kind) else Directions()
+        found = _speeds_of(self.common.products)
+        self.common.products.onednn = Directions() if found is None else found.plain
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
@@ -68,8 +68,8 @@ class PrepackedWeights(OfProducts):
     @cached_property
     def wanted(self) -> Directions:
         """In which directions. It is asked once: a worker on fewer threads has what its parent has."""
-        kind = self.common.products.kind
-        return speeds(kind).prepacked if kind is not None and available(kind) else Directions()
+        found = _speeds_of(self.common.products)
+        return Directions() if found is None else found.prepacked
 
     def take(self, room: float) -> int:
         """Have copies, if they need a quarter of what is left at most: the weights' bytes for each direction."""
@@ -89,6 +89,11 @@ class PrepackedWeights(OfProducts):
     def free(self) -> int:
         copies, self.common.products.copies = self.common.products.copies, {}
         return sum(each.nbytes for each in copies.values())
+
+
+def _speeds_of(products: Products) -> Speeds | None:
+    """Of the products that a model has; None: oneDNN has none of the kind."""
+    return speeds(products.kind) if products.kind is not None and available(products.kind) else None
 
 
 def available(kind: torch.dtype | None = torch.float32) -> bool:

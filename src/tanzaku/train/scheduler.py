@@ -194,7 +194,8 @@ class JobScheduler:
     def _settled(self, job: Job) -> Job:
         if job.settings.precision != "auto":
             return job
-        here = {"precision": precision_for(self.step.device)}
+        weights = self.step.accelerations.common.products.kind
+        here = {"precision": precision_for(self.step.device, weights)}
         return replace(job, settings=job.settings.model_copy(update=here))
 
     def run(self) -> None:

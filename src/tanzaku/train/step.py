@@ -29,12 +29,12 @@ from tanzaku.tasks.inference import Forward
 from tanzaku.tasks.task import Batch, Example, Records, Split, Task, joined
 from tanzaku.train.active_job import ActiveJob
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The arithmetic of a forward pass, by the name it has in the settings."""
-    kind = _AUTOCAST.get(precision)
+    kind = _AUTOCAST[precision]
     return torch.autocast(device.type, kind or torch.bfloat16, enabled=kind is not None)
 
 
@@ -64,7 +64,7 @@ class SharedStep:
 
     def uses_weights(self, precision: str) -> bool:
         """Whether this arithmetic multiplies with the frozen weights as they are, and not with casts of them."""
-        kind = _AUTOCAST.get(precision)
+        kind = _AUTOCAST[precision]
         return kind is None or kind == self.accelerations.common.products.kind
 
     def accelerate(self, wanted: str) -> None:
