@@ -17,6 +17,7 @@ from models import batch, tiny
 from tanzaku.core.context import context
 from tanzaku.core.manager import manager_of
 from tanzaku.core.method import AdapterLayer, ModuleLayer, Place, trainable
+from tanzaku.core.routing import Route
 from tanzaku.tasks.classification import Classification
 from tanzaku.tasks.task import Batch, TaskData
 from tanzaku.train.results import Job
@@ -183,6 +184,15 @@ def test_compiled_layers_that_are_checkpointed_read_their_own(model: Any) -> Non
             module.compile(backend="eager")
     for found, expected in zip(gradients(), plain, strict=True):
         assert_close(found, expected, GRADIENT)
+
+
+def test_a_part_of_a_route_has_what_the_whole_has_now() -> None:
+    """Parts are kept from batch to batch, and a task gives new data with each."""
+    whole = Route.of(["a", "b"])
+    part = whole.alone(0)
+    assert not part.has_context
+    whole.context = {"features": FEATURES}
+    assert part.has_context
 
 
 class WithFeatures(Classification):

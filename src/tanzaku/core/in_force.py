@@ -78,14 +78,14 @@ class InForce:
         """(dimension that counts rows, the rows of each stack) for a tensor of a site."""
         if self.places is None:
             # What is drawn for a job's rows, or read of each, lies as it does where others are beside them.
-            known = dropout.mark() is not None or self.route.context
+            known = dropout.mark() is not None or self.route.has_context
             dim = rows_at(self._base, path, x.dim(), returned) or 0 if known else 0
             return dim, self.route.groups(x.shape[dim] if x.dim() else 1)
         return self.places.groups(path, x, returned)
 
     def has_rows(self, path: str, x: Tensor, returned: bool) -> bool:
         """Whether the dimension that :meth:`groups` says counts rows of the batch, as far as somebody asks."""
-        if self.places is not None or not self.route.context:
+        if self.places is not None or not self.route.has_context:
             return True
         return rows_at(self._base, path, x.dim(), returned) is not None
 

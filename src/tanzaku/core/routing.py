@@ -79,7 +79,12 @@ class Route:
 
     def alone(self, number: int) -> Route:
         """The route of one stack, for a batch of its rows alone."""
-        return Route([self.stacks[number]], [0], self.context, _part_of=(self, number))
+        return Route([self.stacks[number]], [0], _part_of=(self, number))
+
+    @property
+    def has_context(self) -> bool:
+        """Whether rows have data now, which a part of a route has with the whole."""
+        return bool((self if self._part_of is None else self._part_of[0]).context)
 
     @property
     def uniform(self) -> bool:
