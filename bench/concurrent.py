@@ -103,17 +103,11 @@ def peft_seconds(model: PreTrainedModel, candidate: Candidate, data: TaskData) -
     return time.perf_counter() - began
 
 
-def tanzaku_seconds(
-    model: PreTrainedModel,
-    candidates: Sequence[Candidate],
-    data: TaskData,
-    workers: int | None = None,
-    settings: TrainSettings = SETTINGS,
-) -> float:
-    """Tanzaku over all rows, a row of every candidate in each step."""
+def tanzaku_seconds(model: PreTrainedModel, candidates: Sequence[Candidate], data: TaskData, **options: Any) -> float:
+    """Tanzaku over all rows, a row of every candidate in each step; `options` go to :func:`run`."""
     warm = Split("train", data.train.examples[:1], [""], 0, "")
-    run(model, candidates, replace(data, train=warm), workers, settings)
-    return run(model, candidates, data, workers, settings)
+    run(model, candidates, replace(data, train=warm), **options)
+    return run(model, candidates, data, **options)
 
 
 class FromStart(Silent):

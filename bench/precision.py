@@ -33,7 +33,7 @@ def table(rows: int = 20, rounds: int = 3, seeds: int = 5, epochs: int = 2) -> N
         for _ in range(rounds):
             for name, model in models.items():
                 settings = SETTINGS.model_copy(update={"precision": name})
-                took[name].append(tanzaku_seconds(model, candidates, data, 1, settings))
+                took[name].append(tanzaku_seconds(model, candidates, data, workers=1, settings=settings))
         full, half = (statistics.median(took[name]) for name in TYPES)
         print(f"| {title} | {full:.1f} s | {half:.1f} s | {half / full:.2f} |", flush=True)
     print(f"\nLoRA (r=8) on the bundled lines, {seeds} seeds, means and standard deviations:\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -13,11 +14,14 @@ from tanzaku.core.method import ModuleLayer
 from tanzaku.models.quantize import full_weight
 
 
-def stays_full(weight: Tensor, y: Tensor) -> bool:
-    """Whether small products with a change's `weight` are computed in full precision, though what is around them is in
-    half: on CPUs, whose units of half precision are for large products. Small ones start faster without."""
+def in_full(change: Callable[[Tensor, Tensor], Tensor], weight: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """change(x, y), small products with `weight`, in full precision also where what is around them is in half: on CPUs,
+    whose units of half precision are for large products. Small ones start faster without."""
     half = y.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-    return half and y.device.type == "cpu" and weight.dtype == torch.float32
+    if not half or y.device.type != "cpu" or weight.dtype != torch.float32:
+        return change(x, y)
+    with torch.autocast("cpu", enabled=False):
+        return change(x.float(), y.float()).to(y.dtype)
 
 
 class WeightDelta(ModuleLayer):

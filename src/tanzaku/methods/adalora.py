@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanzaku.core.delta import WeightDelta, stays_full
+from tanzaku.core.delta import WeightDelta, in_full
 from tanzaku.core.method import AdapterLayer, Attached, Place, trainable
 from tanzaku.core.space import Choice, Range, ends, spaces
 from tanzaku.methods.lora import LoRA, low_rank
@@ -45,10 +46,10 @@ class SvdDelta(WeightDelta):
         self.factor = self.scaling / (r + 1e-5)
 
     def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return in_full(partial(self._changed, module), self.lora_A, x, y)
+
+    def _changed(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         a, b, e = self.lora_A, self.lora_B, self.lora_E
-        if stays_full(a, y):
-            with torch.autocast("cpu", enabled=False):
-                return self.outputs(module, x.float(), y.float()).to(y.dtype)
         x = self.dropped(module, x, a)
         # Scaling the few hidden numbers by E is cheaper than scaling the matrix A.
         h = F.linear(x, a) * e.view(-1)

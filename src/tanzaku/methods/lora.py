@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tanzaku.core.combining import Combining
-from tanzaku.core.delta import WeightDelta, stays_full
+from tanzaku.core.delta import WeightDelta, in_full
 from tanzaku.core.method import AdapterLayer, Attached, Method, Place, trainable
 from tanzaku.core.routing import in_equal_shares, split
 from tanzaku.core.space import Choice, Range, ends, spaces
@@ -60,10 +61,10 @@ class LoraDelta(WeightDelta):
         return (n_out, self.r)
 
     def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return in_full(partial(self._changed, module), self.lora_A.weight, x, y)
+
+    def _changed(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         a, b = self.lora_A.weight, self.lora_B.weight
-        if stays_full(a, y):
-            with torch.autocast("cpu", enabled=False):
-                return self.outputs(module, x.float(), y.float()).to(y.dtype)
         h = F.linear(self.dropped(module, x, a), a)
         if y.dtype == a.dtype:
             # One fused product reads y once and writes the sum, with no tensor for the scaled change.
@@ -134,9 +135,18 @@ def low_rank(
     Args:
         a: matrices (r, in). b: (out, r). e: (r, 1), or none.
     """
-    if stays_full(a[0], y):
-        with torch.autocast("cpu", enabled=False):
-            return low_rank(x.float(), y.float(), sizes, a, b, scaling, e).to(y.dtype)
+    return in_full(lambda x, y: _low_rank(x, y, sizes, a, b, scaling, e), a[0], x, y)
+
+
+def _low_rank(
+    x: Tensor,
+    y: Tensor,
+    sizes: tuple[int, ...],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scaling: float,
+    e: Sequence[Tensor],
+) -> Tensor:
     x = x.to(a[0].dtype)
     plain = x.device.type == "cpu" and y.dtype == x.dtype and not torch.is_autocast_enabled("cpu")
     if plain and min(sizes) < max(sizes):
