@@ -41,7 +41,8 @@ class TrainSettings(BaseModel):
     class_weights: bool = Field(False, description="weigh the loss by inverse class frequency")
     seed: int = Field(0, ge=-(2**62), lt=2**62, description="of initial weights, data order and dropout")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "fp32", description="arithmetic of the forward pass (auto: bf16 where it was measured to be faster, else fp32)"
+        "fp32",
+        description="arithmetic of the forward pass (auto: bf16 where the device is much faster, else fp32)",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
     metric: str = Field("loss", description="validation figure for early stopping and the best epoch")
