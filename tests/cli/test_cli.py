@@ -177,6 +177,7 @@ def test_methods(tanzaku: Tanzaku) -> None:
     said = tanzaku("methods")
     assert said.code == 0 and all(name in said.out for name in METHODS)
     assert methods.FILE.read_text(encoding="utf-8") == methods.content(), "python -m bench methods --write"
+    assert methods.DOCUMENT.read_text(encoding="utf-8") == methods.document(), "python -m bench methods --write"
 
 
 @pytest.mark.parametrize(("words", "spared"), [("methods", HEAVY), ("methods --json", HEAVY), ("--help", LIGHT)])

@@ -201,6 +201,25 @@ class Place:
     adapters: Mapping[str, Attached] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class About:
+    """What a user should know of a method to choose it; `docs/methods.md` is made of these.
+
+    Args:
+        where: the modules that it changes where nothing else is said, and how.
+        parameters: how many numbers it trains, as a formula.
+        cost: what it adds to a step's computation.
+        choose: when to choose it.
+        limits: what it cannot do.
+    """
+
+    where: str
+    parameters: str
+    cost: str
+    choose: str
+    limits: str
+
+
 @dataclass
 class Method:
     """Settings of a method, by HF PEFT's field names where PEFT has it."""
@@ -209,6 +228,7 @@ class Method:
     peft_type: ClassVar[str]
     paper: ClassVar[str]
     summary: ClassVar[str]
+    about: ClassVar[About]
     mergeable: ClassVar[bool] = False
     shares_batch: ClassVar[bool] = True  # False: its rows need the model to themselves
     trains_head: ClassVar[bool] = True  # a classifier's head is trained along, unless modules_to_save is empty

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tanzaku.core.delta import WeightDelta, in_full
-from tanzaku.core.method import AdapterLayer, Attached, Place, trainable
+from tanzaku.core.method import About, AdapterLayer, Attached, Place, trainable
 from tanzaku.core.space import Choice, Range, ends, spaces
 from tanzaku.methods.lora import LoRA, low_rank
 from tanzaku.models.families import features, weight_of
@@ -109,6 +109,13 @@ class AdaLoRA(LoRA):
     peft_type = "ADALORA"
     paper = "arXiv 2303.10512"
     summary = "low-rank changes whose ranks are pruned by importance"
+    about = About(
+        where="as LoRA, as y + (alpha / r) P diag(E) Q x, with the rank shared out by importance while it trains",
+        parameters="init_r (in + out + 1) a matrix, of which target_r stay on average",
+        cost="as LoRA, and a penalty that keeps P and Q orthogonal",
+        choose="when it is not known which layers need rank, and there are some hundreds of steps to find out",
+        limits="needs a known number of steps; short runs have no time to share out",
+    )
     targets_by_kind: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **dict.fromkeys(("roberta", "deberta-v2"), ("query", "key", "value", "dense")),
         **dict.fromkeys(("opt", "t5", "bart", "mbart", "whisper"), ("query", "key", "value", "out", "up", "down")),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tanzaku.core.method import AdapterLayer, Method, Place
+from tanzaku.core.method import About, AdapterLayer, Method, Place
 from tanzaku.core.space import Range, spaces
 from tanzaku.core.survey import biased
 from tanzaku.core.weights import AddedBias, BiasCopy
@@ -32,6 +32,13 @@ class BitFit(Method):
     peft_type = "BITFIT"
     paper = "arXiv 2106.10199"
     summary = "the biases alone"
+    about = About(
+        where="every bias of the model, or biases that are added",
+        parameters="one number a bias",
+        cost="nothing",
+        choose="on models that have biases, with few rows",
+        limits='most decoders have none (bias_scope="add" gives them some, which do not merge)',
+    )
     in_peft = False
     by_default = False  # many models have no bias
     mergeable = True

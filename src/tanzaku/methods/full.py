@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tanzaku.core.method import AdapterLayer, Method, Place
+from tanzaku.core.method import About, AdapterLayer, Method, Place
 from tanzaku.core.space import Range, spaces
 from tanzaku.core.weights import copy_of
 
@@ -23,6 +23,13 @@ class Full(Method):
     in_peft = False
     by_default = False
     summary = "every weight; memory for weights, gradients and two moments"
+    about = About(
+        where="every weight",
+        parameters="all",
+        cost="gradients and two moments of all weights; needs the model to itself",
+        choose="where memory allows it and there are many rows",
+        limits="no other candidate can share its batch; a file as large as the model",
+    )
     learning_rate = 2e-5  # BERT (arXiv 1810.04805): 2e-5 to 5e-5.
     # BERT's authors tried 2e-5 to 5e-5; above 1e-4 pretrained weights are soon lost.
     space = spaces(learning_rate=Range(1e-6, 1e-4, log=True))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tanzaku.core.method import AdapterLayer, Method, Place
+from tanzaku.core.method import About, AdapterLayer, Method, Place
 from tanzaku.core.space import Range, spaces
 from tanzaku.core.weights import copy_of
 from tanzaku.models import tree
@@ -31,6 +31,13 @@ class Head(Method):
     paper = "-"
     in_peft = False
     summary = "the classifier's head alone, on frozen features"
+    about = About(
+        where="the head alone, on frozen features",
+        parameters="the head's",
+        cost="backward stops at the head",
+        choose="as the baseline: it says what the frozen features know already",
+        limits="for tasks with a head of their own",
+    )
     learning_rate = 1e-3  # Adam's own (arXiv 1412.6980); a linear head has no depth to spoil.
     # A linear model on fixed features has no pretrained weights to lose: it takes steps that adapters do not.
     space = spaces(learning_rate=Range(1e-4, 1e-1, log=True))

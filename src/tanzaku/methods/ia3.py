@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tanzaku.core.combining import Combining
-from tanzaku.core.method import AdapterLayer, Attached, Method, ModuleLayer, Place, trainable
+from tanzaku.core.method import About, AdapterLayer, Attached, Method, ModuleLayer, Place, trainable
 from tanzaku.core.routing import in_equal_shares
 from tanzaku.core.space import Range, spaces
 from tanzaku.errors import TanzakuError, listed
@@ -102,6 +102,13 @@ class IA3(Method):
     peft_type = "IA3"
     paper = "arXiv 2205.05638"
     summary = "learned rescaling of keys, values and feed-forward activations"
+    about = About(
+        where="keys, values and what the last feed-forward layer reads, each feature times a factor",
+        parameters="one number a feature",
+        cost="a multiplication of each such tensor",
+        choose="with very few rows, or thousands of adapters",
+        limits="only rescales: what the model cannot do, it does not learn; wants high rates",
+    )
     mergeable = True
     learning_rate = 5e-3  # HF PEFT's method comparison; T-Few (arXiv 2205.05638): 3e-3.
     # The paper's 3e-3, and above: a factor starts at one and has far to go.

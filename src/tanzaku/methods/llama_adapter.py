@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanzaku.core.method import AdapterLayer, AttentionCall, AttentionLayer, Method, Place, trainable
+from tanzaku.core.method import About, AdapterLayer, AttentionCall, AttentionLayer, Method, Place, trainable
 from tanzaku.core.quiet import quiet
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.errors import TanzakuError
@@ -73,6 +73,13 @@ class LlamaAdapter(Method):
     peft_type = "ADAPTION_PROMPT"
     paper = "arXiv 2303.16199"
     summary = "gated attention over learned prompts in the top layers"
+    about = About(
+        where="a second attention over learned tokens in the upper layers, through a gate that starts at zero",
+        parameters="adapter_layers * (adapter_len * width + 1)",
+        cost="a small second attention in these layers",
+        choose="for decoders, to start exactly from the base and disturb it little",
+        limits="does not merge; not where attention has no query of its own",
+    )
     trains_head = False
     learning_rate = 5e-3  # HF PEFT's method comparison; the paper: 9e-3.
     # The authors' 9e-3 with 10 prompts a layer. How many layers there are to adapt depends on the model.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tanzaku.core.method import AdapterLayer, Method, Place
+from tanzaku.core.method import About, AdapterLayer, Method, Place
 from tanzaku.core.space import Range, spaces
 from tanzaku.core.survey import reads_past
 from tanzaku.core.weights import ParameterCopy
@@ -28,6 +28,13 @@ class LNTuning(Method):
     peft_type = "LN_TUNING"
     paper = "arXiv 2312.11420"
     summary = "gains and offsets of normalisation layers"
+    about = About(
+        where="every norm's gain and offset",
+        parameters="one or two numbers a norm's feature",
+        cost="nothing",
+        choose="with few rows, or beside other adapters in a stack",
+        limits="only rescales",
+    )
     by_default = False
     mergeable = True
     learning_rate = 1e-3  # As for biases: a few numbers a layer that start at their pretrained values.

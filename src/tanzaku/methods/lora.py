@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tanzaku.core.combining import Combining
 from tanzaku.core.delta import WeightDelta, in_full
-from tanzaku.core.method import AdapterLayer, Attached, Method, Place, trainable
+from tanzaku.core.method import About, AdapterLayer, Attached, Method, Place, trainable
 from tanzaku.core.routing import in_equal_shares, split
 from tanzaku.core.space import Choice, Range, ends, spaces
 from tanzaku.core.survey import biased, tensors
@@ -314,6 +314,13 @@ class LoRA(Method):
     peft_type = "LORA"
     paper = "arXiv 2106.09685"
     summary = "low-rank change of weight matrices"
+    about = About(
+        where="query and value projections (of mixers in state-space layers): y + (alpha / r) B A x",
+        parameters="r (in + out) a matrix",
+        cost="two products of rank r a matrix",
+        choose="first: it does well nearly everywhere, is served by every server, and merges away",
+        limits="a change of rank r; a fixed rank for all matrices",
+    )
     mergeable = True
     combines_by: ClassVar[str | None] = "cat"  # exact
     learning_rate = 3e-4  # HF PEFT's method comparison (MetaMathQA), and the upper half of the papers' 1e-4 to 5e-4.

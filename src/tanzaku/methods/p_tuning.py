@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tanzaku.core.method import AdapterLayer, Place, TokenLayer, home
+from tanzaku.core.method import About, AdapterLayer, Place, TokenLayer, home
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.core.tokens import check_entrance
 from tanzaku.methods.prompt_tuning import PromptLayer, PromptLearning
@@ -74,6 +74,13 @@ class PTuning(PromptLearning):
     peft_type = "P_TUNING"
     paper = "arXiv 2103.10385"
     summary = "virtual tokens written by a small network"
+    about = About(
+        where="as prompt tuning, the vectors written by a small network in training",
+        parameters="that network, while it trains; num_virtual_tokens * width in the file",
+        cost="rows are longer by num_virtual_tokens",
+        choose="where prompt tuning learns too slowly",
+        limits="does not merge",
+    )
     learning_rate = 1e-3  # HF PEFT's example of sequence classification.
     # PEFT's guide has 20 tokens at 1e-3; the network's weights take smaller steps than the vectors of a prompt.
     space = spaces(num_virtual_tokens=Choice((5, 10, 20, 50)), learning_rate=Range(1e-4, 5e-2, log=True))

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanzaku.core.method import AdapterLayer, AttentionCall, AttentionLayer, Place, home
+from tanzaku.core.method import About, AdapterLayer, AttentionCall, AttentionLayer, Place, home
 from tanzaku.core.shared import Shared
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.errors import TanzakuError
@@ -139,6 +139,13 @@ class PrefixTuning(PromptLearning):
     peft_type = "PREFIX_TUNING"
     paper = "arXiv 2101.00190"
     summary = "learned keys and values at every attention layer"
+    about = About(
+        where="keys and values in front of every attention layer",
+        parameters="2 * layers * num_virtual_tokens * key width; with projection, the network besides",
+        cost="attention over num_virtual_tokens more keys",
+        choose="to steer generation, with the model itself left as it is",
+        limits="not for layers without attention; does not merge",
+    )
     learning_rate = 5e-3  # HF PEFT's method comparison; P-tuning v2 (arXiv 2110.07602): 5e-3 to 2e-2.
     # The paper: 5e-5 with the MLP; P-tuning v2: about 7e-3 without it, and short prefixes for classification.
     space = spaces(num_virtual_tokens=Choice((5, 10, 20, 50)), learning_rate=Range(5e-5, 5e-2, log=True))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tanzaku.core.method import AdapterLayer, Method, Place, TokenLayer, trainable
+from tanzaku.core.method import About, AdapterLayer, Method, Place, TokenLayer, trainable
 from tanzaku.core.positions import room
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.core.tokens import check_entrance
@@ -81,6 +81,13 @@ class PromptTuning(PromptLearning):
     peft_type = "PROMPT_TUNING"
     paper = "arXiv 2104.08691"
     summary = "learned vectors in front of the text"
+    about = About(
+        where="vectors in front of the text at the embedding",
+        parameters="num_virtual_tokens * width",
+        cost="rows are longer by num_virtual_tokens",
+        choose="for large models and very small files",
+        limits="slow to learn, wants high rates; weak on small models; does not merge",
+    )
     learning_rate = 1e-2  # Between HF PEFT's examples with AdamW, 1e-3, and the paper's 0.3 with Adafactor.
     # The paper: 0.3 (with Adafactor), and little gain past 20 tokens; PEFT's examples take 3e-2.
     space = spaces(num_virtual_tokens=Choice((5, 10, 20, 50)), learning_rate=Range(1e-3, 3e-1, log=True))
