@@ -166,11 +166,27 @@ def test_modules_of_no_known_kind_learn_from_what_they_are_given() -> None:
                 assert_close(mixed[row], model(x[row : row + 1])[0])
 
 
-@pytest.mark.parametrize("name", ["lora", "prefix_tuning", "llama_adapter"])
-@pytest.mark.parametrize("kind", ["bert", "distilbert", "albert", "electra"])
+CHOOSERS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
+    "albert": {},
+    "electra": {},
+    "modernbert": {"global_attn_every_n_layers": 2, "local_attention": 8, "cls_token_id": 1, "sep_token_id": 2},
+    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
+}
+CHOICES = [
+    (kind, name)
+    for kind in CHOOSERS
+    for name in ("lora", "prefix_tuning", "llama_adapter")
+    if name == "lora" or kind not in ("modernbert", "xlnet")
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), CHOICES)
 def test_a_batch_of_choices_is_its_rows_choices(kind: str, name: str) -> None:
-    own = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4} if kind == "distilbert" else {}
-    model = AutoModelForMultipleChoice.from_config(AutoConfig.for_model(kind, **_TEXT, **own)).eval()
+    """A layer has a row's choices one after another; in XLNet, behind the tokens."""
+    text = {k: v for k, v in _TEXT.items() if kind != "xlnet" or k != "max_position_embeddings"}
+    model = AutoModelForMultipleChoice.from_config(AutoConfig.for_model(kind, **text, **CHOOSERS[kind])).eval()
     lively(model)
     settings: dict[str, Any] = {"prefix_tuning": {"num_virtual_tokens": 3}, "llama_adapter": {"adapter_layers": 1}}
     for seed, adapter in enumerate("ab"):

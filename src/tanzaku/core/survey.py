@@ -142,10 +142,14 @@ class Row(NamedTuple):
 
 
 class _Sketch(NamedTuple):
-    """A tensor's shape, and a number for each place of its first two dimensions that changes with what is there."""
+    """A tensor's shape, and a number for each place of its first two dimensions that changes with what is there.
+
+    `tokens`: how many vectors there are, or how many numbers of tokens, which become one each.
+    """
 
     shape: tuple[int, ...]
     numbers: Tensor
+    tokens: int
 
 
 _surveys: WeakKeyDictionary[nn.Module, Survey] = WeakKeyDictionary()
@@ -238,13 +242,14 @@ def _sketches(value: Any) -> _Sketches:
 
 
 def _sketch(x: Tensor) -> _Sketch:
+    tokens = math.prod(x.shape[:-1]) if x.is_floating_point() else x.numel()
     rows = x.detach().reshape(*(x.shape[:2] if x.dim() > 1 else (*x.shape, *[1] * (2 - x.dim()))), -1)
     if x.is_meta or not rows.numel():
-        return _Sketch(tuple(x.shape), torch.zeros(0))
+        return _Sketch(tuple(x.shape), torch.zeros(0), tokens)
     # Masks hold the least number that there is, which would hide all others.
     rows = rows.float().nan_to_num().clamp(-1e4, 1e4)
     weights = torch.arange(1, rows.shape[-1] + 1, device=rows.device).float().sin()
-    return _Sketch(tuple(x.shape), (rows @ weights).cpu())
+    return _Sketch(tuple(x.shape), (rows @ weights).cpu(), tokens)
 
 
 def _axes(one: _Sketches, other: _Sketches, row: Row) -> dict[Key, Axis | None]:
@@ -264,19 +269,19 @@ def _axis(a: _Sketch, b: _Sketch | None, row: Row) -> Axis | None:
         return None
     moved = (a.numbers - b.numbers).abs()
     dims, first = len(a.shape), a.shape[0] if a.shape else 1
-    tokens = math.prod(a.shape[:-1])
     most = float(moved.max())
     if most == 0:
         # As long as the batch, it is the rows' own, if alike: positions, or a mask that hides nothing.
         for dim in range(min(dims, 2)):
             if a.shape[dim] == row.of:
-                return Axis(dim, 1, dims, tokens)
-        return Axis(None, 1, dims, tokens)
+                return Axis(dim, 1, dims, a.tokens)
+        return Axis(None, 1, dims, a.tokens)
     one = torch.arange(row.of) == row.number
     if first % row.of == 0 and _only(moved.view(row.of, -1).amax(1), most, one):
-        return Axis(0, first // row.of, dims, tokens)
-    if dims > 1 and a.shape[1] == row.of and _only(moved.amax(0), most, one):
-        return Axis(1, 1, dims, tokens)
+        return Axis(0, first // row.of, dims, a.tokens)
+    second = a.shape[1] if dims > 1 else 1
+    if second % row.of == 0 and _only(moved.amax(0).view(row.of, -1).amax(1), most, one):
+        return Axis(1, second // row.of, dims, a.tokens)
     return None
 
 
