@@ -24,7 +24,7 @@ $(STAMP): $(RUNTIME)
 demo: $(RUNTIME)
 	$(BIN)/tanzaku demo $(ARGS)
 
-# Every method under every condition on one family; test-all: on all families.
+# Every law of every method, and every kind of method under every condition, on one family; test-all: all on all families.
 test: $(STAMP) chromium
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 

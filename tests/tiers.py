@@ -1,4 +1,5 @@
-"""Two tiers of one suite: `make test` runs each method under each condition on one family, `make test-all` on all.
+"""Two tiers of one suite: `make test` runs each law on one family, and each condition for each kind of method, and
+`make test-all` all conditions for all methods on all families.
 
 Of costly tests that hold one thing in several cases, such as kills at several moments, `make test` has some (`costly`).
 
@@ -8,9 +9,10 @@ A test that takes both a method and a family takes its families from here:
     @all_methods
     def test_padding(name, kind, head): ...
 
-The first family is in both tiers, and the others carry the marker `product`, which tests/conftest.py leaves out unless
-pytest is given `--all`, `-m` or the name of a test (`file.py::test`). A test of the families themselves, or one that
-has all methods in one batch, needs no tier.
+Where a condition depends on what a method does and not on its formula, `make test` has the methods that are unlike one
+another (`all_kinds` in tests/laws/variants.py). The first family is in both tiers, and the others carry the marker
+`product`, which tests/conftest.py leaves out unless pytest is given `--all`, `-m` or the name of a test
+(`file.py::test`). A test of the families themselves, or one that has all methods in one batch, needs no tier.
 """
 
 from __future__ import annotations

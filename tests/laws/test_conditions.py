@@ -3,12 +3,13 @@
 import pytest
 import torch
 from variants import (
-    all_methods,
+    all_kinds,
     all_variants,
     assert_equal_gradients,
     assert_isolated,
     attached,
     bamboo,
+    by_kind,
     full_bamboo,
     gradients,
     logits,
@@ -41,7 +42,7 @@ def mixed_route(name):
 
 @IN_FAMILIES
 @pytest.mark.parametrize("padding", ["right", "left"])
-@all_methods
+@all_kinds
 def test_padding(name, padding, kind, head):
     """Isolation, and a gradient for every trained parameter, with padding on either side."""
     model = full_bamboo(kind, head)
@@ -58,7 +59,7 @@ def test_padding(name, padding, kind, head):
     [*(("right", *f) for f in FAMILIES), *(("left", kind, "lm") for kind in ("llama", "gpt2", "gemma3"))],
     by=1,
 )
-@pytest.mark.parametrize("name", [*METHODS, None], ids=str)
+@pytest.mark.parametrize("name", by_kind(None), ids=str)
 def test_padding_adds_nothing(name, padding, kind, head):
     """A padded row computes what it computes without its padding; on the left with positions, as generate() gives."""
     model = full_bamboo(kind, head)
@@ -78,7 +79,7 @@ def test_padding_adds_nothing(name, padding, kind, head):
 
 
 @IN_FAMILIES
-@all_methods
+@all_kinds
 def test_bf16(name, kind, head):
     """On a base in bf16: parameters are fp32, rows agree with themselves alone, every parameter learns."""
     model = bamboo(kind, head).to(torch.bfloat16)
@@ -96,7 +97,7 @@ def test_bf16(name, kind, head):
     assert all(g.any() and g.isfinite().all() for g in got.values())
 
 
-@all_methods
+@all_kinds
 def test_autocast(name):
     """Under bf16 autocast on an fp32 base, as in mixed-precision training."""
     model = bamboo()
@@ -110,7 +111,7 @@ def test_autocast(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@all_methods
+@all_kinds
 def test_model_moved_to_another_type_after_attaching(name, dtype):
     """`model.to(dtype)` moves the base, and the adapter still runs and learns."""
     model = bamboo()
@@ -123,7 +124,7 @@ def test_model_moved_to_another_type_after_attaching(name, dtype):
 # -- training mode and gradient checkpointing
 
 
-@all_methods
+@all_kinds
 def test_training_mode(name):
     """The base's mode reaches the adapters and changes nothing while dropout is zero."""
     model = bamboo()
@@ -153,7 +154,7 @@ def checkpointed(model, name, entries, inputs, use_reentrant=False):
 
 
 @IN_FAMILIES
-@all_methods
+@all_kinds
 def test_gradient_checkpointing(name, kind, head):
     """Layers that run again in the backward pass run under the route they first ran under."""
     model = full_bamboo(kind, head)
@@ -178,7 +179,7 @@ def test_gradient_checkpointing_of_every_setting(name, variant):
     assert_equal_gradients(checkpointed(model, name, [name] * 4, inputs), expected)
 
 
-@all_methods
+@all_kinds
 def test_checkpointing_enabled_under_a_route(name):
     """As trainers do it: the adapter is active first, checkpointing comes after, and two losses share a backward."""
     model = bamboo()
@@ -203,7 +204,7 @@ def test_checkpointing_enabled_under_a_route(name):
     assert_equal_gradients(gradients(late, adapter), expected)
 
 
-@all_methods
+@all_kinds
 def test_a_backward_pass_that_comes_too_late_says_so(name):
     """Of an adapter that is not active any more nothing requires a gradient, and none is passed over in silence."""
     model = bamboo()
@@ -240,7 +241,7 @@ def written(model, entries, inputs, **options):
 
 
 @in_families("kind", GENERATORS)
-@pytest.mark.parametrize("name", [*METHODS, None], ids=str)
+@pytest.mark.parametrize("name", by_kind(None), ids=str)
 def test_a_cache_changes_no_token(name, kind):
     """Greedy ids with the cache equal those without, and those that step-by-step argmax gives."""
     model = full_bamboo(kind, "lm")
@@ -287,7 +288,7 @@ def test_a_mixed_batch_writes_what_its_rows_write_alone(kind, options):
 
 
 @in_families("kind", GENERATORS)
-@all_methods
+@all_kinds
 def test_beams_and_penalties_and_sampling(name, kind):
     """Every method writes ids of the vocabulary under beams, sampling and a repetition penalty."""
     model = full_bamboo(kind, "lm")

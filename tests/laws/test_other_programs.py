@@ -6,13 +6,12 @@ import pytest
 import torch
 from accelerate import Accelerator, cpu_offload, disk_offload, dispatch_model
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
-from variants import method
+from variants import all_kinds, by_kind, method
 
 import tanzaku as tz
 from close import RUN, assert_close, close
 from models import batch, tiny
 from tanzaku.core.manager import manager_of
-from tanzaku.methods import METHODS
 
 LABELS = [0, 1, 1, 0, 1, 0, 0, 1, 2, 0, 2, 1, 0, 1, 2, 2]
 DATA = [
@@ -57,7 +56,7 @@ def losses(trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
+@all_kinds
 def test_trainer_keeps_the_adapter(name, tmp_path):
     """Checkpoints hold it: training goes on from one as if it had not stopped, and the best one comes back."""
     whole = trainer(tmp_path / "whole", name)
@@ -72,7 +71,7 @@ def test_trainer_keeps_the_adapter(name, tmp_path):
     assert_close(best.evaluate()["eval_loss"], max(found), RUN)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@all_kinds
 def test_what_trainer_saves_is_read_by_transformers_and_by_tanzaku(name, tmp_path):
     """`save_model` writes a directory that is the base to one and the base with its adapter to the other."""
     model = model_with(name)
@@ -255,7 +254,7 @@ OFFLOADERS = {
 
 
 @pytest.mark.parametrize("kind", OFFLOADERS)
-@pytest.mark.parametrize("plain", METHODS, indirect=True)
+@pytest.mark.parametrize("plain", by_kind(), indirect=True)
 def test_an_adapter_on_an_offloaded_base(plain, kind, tmp_path):
     """Attached after the base went elsewhere, it computes what it computes on one that is here. Own copies of modules
     cannot stand in for those that are brought for each pass."""
@@ -293,7 +292,7 @@ def test_a_file_knows_an_offloaded_base(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["cpu", "disk"])
-@pytest.mark.parametrize("plain", METHODS, indirect=True)
+@pytest.mark.parametrize("plain", by_kind(), indirect=True)
 def test_a_base_that_is_offloaded_with_its_adapter(plain, kind, tmp_path):
     """It is right, or it says that the base goes first; never what memory happens to hold."""
     inputs = batch(plain)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from variants import all_methods, attached, bamboo, logits, method, plain_logits
+from variants import all_kinds, attached, bamboo, logits, method, plain_logits, unlike
 
 import tanzaku as tz
 from close import GRADIENT, assert_close, close
@@ -29,14 +29,16 @@ from tanzaku.core.manager import manager_of
 from tanzaku.core.sites import guard_hooks
 from tanzaku.methods import METHODS
 from tanzaku.models import tree
-from tiers import in_families
+from tiers import costly, in_families
 
 IN_PEFT = {kind.method.name: kind for kind in CONFIGS.values()}
 PROGRAMS = [
     *((name, "native") for name in METHODS),
     *((name, "compat") for name in METHODS if name in IN_PEFT),
 ]
-in_programs = pytest.mark.parametrize(("name", "api"), PROGRAMS, ids=["-".join(p) for p in PROGRAMS])
+in_programs = pytest.mark.parametrize(
+    ("name", "api"), costly([p for p in PROGRAMS if p[0] in unlike()], [p for p in PROGRAMS if p[0] not in unlike()])
+)
 
 
 def active(name, api="native", kind="llama", head="cls"):
@@ -127,7 +129,7 @@ def compute_net(net):
         return net(**batch(bamboo()))
 
 
-@all_methods
+@all_kinds
 def test_a_state_without_an_active_adapter_is_the_bases(name):
     """Key by key, also in a parent; and such a state loads strictly while adapters are attached."""
     bare, model = bamboo(), active(name)
@@ -190,7 +192,7 @@ def test_a_copy_has_an_adapter_of_its_own(name, api):
         assert name in tz.adapters(model) and not tz.adapters(twin)
 
 
-@all_methods
+@all_kinds
 def test_a_copy_of_a_part_leaves_the_whole_behind(name):
     """A copied backbone computes with the adapter or says that it cannot; neither head nor model comes with it."""
     model = active(name)
@@ -282,7 +284,7 @@ def test_read_in_another_process(tmp_path):
 # -- threads
 
 
-@all_methods
+@all_kinds
 def test_threads_have_routes_of_their_own(name):
     """On one model, at once: each thread gets its own route's rows, whatever the others run."""
     model = bamboo()
@@ -326,7 +328,7 @@ def test_two_models_in_two_threads():
                 assert_close(out, want)
 
 
-@all_methods
+@all_kinds
 def test_what_is_active_is_so_in_all_threads(name):
     """And a route is its own thread's alone."""
     model = active(name)
@@ -345,7 +347,7 @@ def test_what_is_active_is_so_in_all_threads(name):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@all_methods
+@all_kinds
 def test_a_checkpointed_layer_keeps_its_route_in_another_thread(name, reentrant):
     """The backward pass runs in a thread of its own, as CUDA's does, after the route has ended."""
     model = bamboo()

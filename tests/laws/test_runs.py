@@ -6,7 +6,7 @@ import pytest
 import torch
 from bench import zoo
 from safetensors.torch import load_file
-from variants import CASES, VARIANTS, all_variants, bamboo, method, sharing
+from variants import CASES, VARIANTS, all_kinds, all_variants, bamboo, method, sharing, unlike
 
 from close import RUN, assert_close
 from models import tiny
@@ -27,15 +27,15 @@ def settings(**changes):
 
 
 def company(variant: int = -1) -> list[Job]:
-    """A job of every method that shares a batch, each with another pace, order and length of its own; of the method's
-    last variant, or of its first, which fits every family."""
+    """A job of every kind of method that shares a batch, each with another pace, order and length of its own; of the
+    method's last variant, or of its first, which fits every family."""
     return [
         Job(
             f"other-{number}",
             method(name, list(VARIANTS[name])[variant]),
             settings(batch_size=1 + number % 3, epochs=1 + number % 4, seed=number, accumulation=1 + number % 2),
         )
-        for number, name in enumerate(sharing())
+        for number, name in enumerate(n for n in unlike() if n in sharing())
     ]
 
 
@@ -64,12 +64,12 @@ def test_every_method_among_all_others(name, variant, tmp_path):
     assert_same_run(lambda: bamboo(num_labels=2), job, tmp_path)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@all_kinds
 def test_every_method_in_a_worker_process(name, tmp_path):
     assert_same_run(lambda: bamboo(num_labels=2), Job("this", method(name), settings()), tmp_path, workers=2)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@all_kinds
 @in_families(
     ("kind", "drop"),
     [

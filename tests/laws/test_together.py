@@ -242,7 +242,7 @@ def test_a_batch_that_repeats_each_row_is_grouped_alike(together):
     assert_same(found, expected)
 
 
-def test_strips_without_a_formula_for_several_say_so():
+def test_layers_without_a_formula_for_several_say_so():
     layer = ModuleLayer()
     assert layer.batch_key(torch.nn.Linear(2, 2)) is None
     for wrong in (

@@ -5,7 +5,7 @@ A law runs over the whole registry. What is true of a method is read off its cla
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -22,6 +22,7 @@ from tanzaku.core.manager import manager_of
 from tanzaku.core.method import Method, TokenLayer
 from tanzaku.core.routing import Entry
 from tanzaku.methods import METHODS
+from tiers import costly
 
 # Method -> variant -> settings. The first variant fits every family; the others are made for the LLaMA classifier.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -67,6 +68,45 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 CASES = [(name, variant) for name in METHODS for variant in VARIANTS.get(name, ())]
 all_variants = pytest.mark.parametrize(("name", "variant"), CASES, ids=["-".join(case) for case in CASES])
 all_methods = pytest.mark.parametrize("name", METHODS)
+
+_PARTS = ("inputs", "outputs", "outputs_of", "batched_inputs", "batched_outputs", "attend", "vectors", "compute")
+_TRAINING = ("prepare", "penalty", "after_step", "training_state")
+
+
+@cache
+def _acts(name: str) -> Hashable:
+    """What a method does in a pass and in training: which layers it attaches, and what of these it has written."""
+    layers = set()
+    for _, layer in tz.attach(bamboo(), method(name), name).at():
+        kind = next(each for each in type(layer).__mro__ if each.__module__.startswith("tanzaku.core."))
+        own = [part for part in _PARTS if getattr(type(layer), part, None) is not getattr(kind, part, None)]
+        flags = [getattr(layer, flag, False) for flag in ("edits_input", "edits_output", "reads_call")]
+        layers.add((kind, *own, *flags))
+    kind = METHODS[name]
+    own = [part for part in _TRAINING if getattr(kind, part) is not getattr(Method, part)]
+    return frozenset(layers), kind.shares_batch, *own
+
+
+@cache
+def unlike() -> list[str]:
+    """Methods of which none does what an earlier one does: `make test` holds these under every condition that depends
+    on what a method does and not on its formula, and `make test-all` every method."""
+    first: dict[Hashable, str] = {}
+    for name in METHODS:
+        first.setdefault(_acts(name), name)
+    return list(first.values())
+
+
+def by_kind(*more: None) -> list[Any]:
+    """Every method, of which `make test` has those that are unlike one another, and what else is given."""
+    names = unlike()
+    return costly([*names, *more], [name for name in METHODS if name not in names])
+
+
+def all_kinds(test: Any) -> Any:
+    """A test of every method, as :func:`by_kind`."""
+    return pytest.mark.parametrize("name", by_kind())(test)
+
 
 KINDS_BESIDE_LLAMA = [
     ("bert", "cls"),

@@ -489,7 +489,7 @@ def test_a_prompt_encoder_that_drops_between_its_layers_draws_for_itself() -> No
     assert max(float((a - b).abs().max()) for a, b in zip(alone, without, strict=True)) > 1e-2
 
 
-def test_an_encoder_draws_for_the_job_whose_strips_run() -> None:
+def test_an_encoder_draws_for_the_job_whose_layers_run() -> None:
     torch.manual_seed(0)
     encoder = nn.LSTM(4, 4, 2, dropout=0.5, batch_first=True)
     x = torch.randn(1, 3, 4)
