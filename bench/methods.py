@@ -1,94 +1,152 @@
-"""The table of methods: as a file of the package, which `tanzaku methods` prints, and as docs/methods.md.
+"""What a training step of each method takes beside HF PEFT's: `python -m bench methods [NAME ...]`.
 
-`python -m bench methods` prints the document, `--write` writes both.
+The model is a random Gemma 3 classifier of the embedded model's width and a third of its layers, rows are of 32 tokens,
+and both libraries have the same settings, the method's own. Steps take turns in one process. The last column is a row
+of each of eight adapters beside eight rows of one: what it costs that they are eight.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
+import copy
+import dataclasses
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import tanzaku
-from tanzaku.core.method import Method
-from tanzaku.core.space import Choice, Range
-from tanzaku.methods import METHODS
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
-FILE = Path(tanzaku.__file__).parent / "methods" / "methods.json"
-DOCUMENT = Path(__file__).parent.parent / "docs" / "methods.md"
+import tanzaku as tz
+from bench.accelerations import model_of
+from bench.subjects import STEPS, Stepper, batch_of
+from tanzaku.core.manager import manager_of
+from tanzaku.core.routing import Route
+from tanzaku.engine.accelerations import Accelerations
+from tanzaku.engine.memory import LiveBytes
+from tanzaku.errors import TanzakuError
+from tanzaku.methods import METHODS, method_named
+from tanzaku.tasks.task import Batch, Example
 
-HEAD = """# Methods
-
-Made by `python -m bench methods --write` of what each method's file says; a test holds it current. Parameters are those
-of one adapter without a head. "By default" is what `tanzaku compare` trains where a recipe names no methods. All of
-them train side by side in one batch on one frozen model, but for full fine-tuning.
-
-| method | what it is | merges | in HF PEFT | by default | learning rate | paper |
-|---|---|---|---|---|---|---|
-"""
-
-
-def content() -> str:
-    """What stands in the package's file, of the registry."""
-    methods = [
-        {
-            "name": method.name,
-            "class": method.__name__,
-            "by_default": method.by_default,
-            "peft_type": method.peft_type,
-            "mergeable": method.mergeable,
-            "learning_rate": method.learning_rate,
-            "paper": method.paper,
-            "summary": method.summary,
-            "settings": method().settings(),
-        }
-        for method in METHODS.values()
-    ]
-    return json.dumps(methods, indent=2, ensure_ascii=False) + "\n"
+# Settings without which a method is not what a user would train on a small model.
+SETTINGS: Mapping[str, dict[str, Any]] = {
+    "adalora": {"total_step": STEPS},
+    "bitfit": {"bias_scope": "add"},
+    "llama_adapter": {"adapter_layers": 2},
+}
+ROUNDS = {1: 9, 8: 5}
 
 
-def document() -> str:
-    """What stands in docs/methods.md."""
-    return HEAD + "".join(map(_row, METHODS.values())) + "".join(map(_section, METHODS.values()))
+def ours(model: PreTrainedModel, name: str, adapters: int = 1) -> Stepper:
+    """Tanzaku's step of so many adapters, which share its rows out."""
+    made = [tz.attach(model, method(name), f"bench-{at}", seed=at) for at in range(adapters)]
+    for adapter in made:
+        adapter.method.prepare(adapter, STEPS)
+    accelerations = Accelerations(made[0].base).__enter__()
+    if made[0].method.shares_batch:
+        accelerations.take(math.inf)
+    model.train()
+    route = Route.of([adapter.name for adapter in made])
+    manager_of(model).switch(route)
+
+    def forward(batch: dict[str, Tensor]) -> Tensor:
+        rows, length = batch["input_ids"].shape
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        together = Batch(inputs, {}, [Example({"input_ids": range(length)})] * rows)
+        owners = [adapter for adapter in made for _ in range(rows // adapters)]
+        with accelerations.batch(together, owners, route):
+            loss = cross_entropy(model(**inputs, use_cache=False).logits, batch["labels"])
+        penalties = [adapter.method.penalty(adapter) for adapter in made]
+        return loss + sum(penalty for penalty in penalties if penalty is not None)
+
+    def after(step: int) -> None:
+        for adapter in made:
+            adapter.method.after_step(adapter, step)
+
+    return Stepper(forward, [p for adapter in made for _, p in adapter.trained()], after)
 
 
-def _row(method: type[Method]) -> str:
-    cells = (
-        f"[`{method.name}`](#{method.name})",
-        method.summary,
-        "yes" if method.mergeable else "no",
-        f"`{method.peft_type}`" if method.in_peft else "-",
-        "yes" if method.by_default else "no",
-        f"{method.learning_rate:g}",
-        method.paper,
-    )
-    return f"| {' | '.join(cells)} |\n"
+def theirs(model: PreTrainedModel, name: str) -> Stepper:
+    """HF PEFT's, with the settings that both have.
+
+    Raises:
+        Exception: whatever PEFT says where it has not this method for this model.
+    """
+    import peft
+
+    shadow = copy.deepcopy(model)
+    settings = tz.attach(shadow, method(name), "settings").method.settings()
+    kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(METHODS[name].peft_type)]
+    known = {field.name for field in dataclasses.fields(kind)}
+    given = {key: value for key, value in settings.items() if key in known and value is not None}
+    wrapped: Any = peft.get_peft_model(model, kind(**{**given, "task_type": "SEQ_CLS"}))
+    wrapped.train()
+    after: Callable[[int], None] = getattr(wrapped.base_model, "update_and_allocate", lambda step: None)
+    return Stepper(lambda b: wrapped(**b).loss, [p for p in wrapped.parameters() if p.requires_grad], after)
 
 
-def _section(method: type[Method]) -> str:
-    about = method.about
-    lines = {
-        "Where": about.where,
-        "Parameters": about.parameters,
-        "Cost of a step": about.cost,
-        "Choose it": about.choose,
-        "Limits": about.limits,
-    }
-    if method.space:
-        lines["A search draws"] = ", ".join(f"`{key}` {_in_words(space)}" for key, space in method.space.items())
-    return f"\n## {method.name}\n\n" + "".join(f"- {title}: {text}\n" for title, text in lines.items())
+def method(name: str) -> tz.Method:
+    return METHODS[name].from_settings(dict(SETTINGS.get(name, {})))
 
 
-def _in_words(space: Choice | Range) -> str:
-    if isinstance(space, Choice):
-        return f"of {', '.join(map(str, space.values))}"
-    return f"from {space.low:g} to {space.high:g}" + (", spread over orders of magnitude" if space.log else "")
+def in_turns(steppers: Mapping[str, Stepper], rows: int) -> dict[str, float]:
+    """Milliseconds a step of each: medians."""
+    batch = {key: x % 1000 if key == "input_ids" else x for key, x in batch_of(rows).items()}
+    seen: dict[str, list[float]] = {name: [] for name in steppers}
+    for round_ in range(ROUNDS[rows] + 2):
+        for name, stepper in steppers.items():
+            began = time.perf_counter()
+            stepper.step(batch)
+            if round_ >= 2:
+                seen[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) * 1e3 for name, values in seen.items()}
 
 
-def table(arguments: Sequence[str]) -> None:
-    """Print the document, or with `--write` write both files."""
-    if list(arguments) == ["--write"]:
-        FILE.write_text(content(), encoding="utf-8")
-        DOCUMENT.write_text(document(), encoding="utf-8")
+def peak(stepper: Stepper) -> float:
+    """MiB that the tensors of a step of eight rows hold at most."""
+    batch = {key: x % 1000 if key == "input_ids" else x for key, x in batch_of(8).items()}
+    stepper.step(batch)
+    with LiveBytes() as live:
+        stepper.step(batch)
+    return live.peak / 2**20
+
+
+def row_of(name: str, model: PreTrainedModel) -> str:
+    """A line of the table."""
+    one = {"ours": ours(copy.deepcopy(model), name)}
+    if METHODS[name].in_peft:
+        try:
+            one["theirs"] = theirs(copy.deepcopy(model), name)
+        except Exception:  # whatever PEFT says of a model that it has no such method for
+            one.pop("theirs", None)
+    times = {rows: in_turns(one, rows) for rows in (1, 8)}
+    memory = {who: peak(stepper) for who, stepper in one.items()}
+    cells = [f"`{name}`"]
+    for found, unit in ((times[1], "ms"), (times[8], "ms"), (memory, "MiB")):
+        beside = f"{found['theirs']:.0f}, {found['ours'] / found['theirs']:.2f}" if "theirs" in found else "-"
+        cells.append(f"{found['ours']:.0f} {unit} ({beside})")
+    if METHODS[name].shares_batch:
+        eight = in_turns({"one": one["ours"], "eight": ours(copy.deepcopy(model), name, 8)}, 8)
+        cells.append(f"{eight['eight'] / eight['one']:.2f}")
     else:
-        print(document(), end="")
+        cells.append("-")
+    return f"| {' | '.join(cells)} |"
+
+
+def table(names: Sequence[str]) -> None:
+    """Print the Markdown table of the methods named, or of all."""
+    warnings.filterwarnings("ignore")
+    torch.manual_seed(0)
+    model = model_of()
+    print("| method | one row (HF PEFT, ratio) | eight rows | peak of a step of eight | eight adapters, by one |")
+    print("|---|---|---|---|---|")
+    for name in names or METHODS:
+        method_named(name)
+        try:
+            print(row_of(name, model), flush=True)
+        except TanzakuError as error:
+            print(f"| `{name}` | {error} | | | |", flush=True)

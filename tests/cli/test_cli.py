@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench import methods
+from bench import catalogue
 from cli_kit import Tanzaku, assert_refused, results_of
 
 from tanzaku.cli import VERBS, demo
@@ -176,8 +176,8 @@ def test_methods(tanzaku: Tanzaku) -> None:
     assert {"peft_type", "mergeable", "paper", "summary", "settings"} <= set(table[0])
     said = tanzaku("methods")
     assert said.code == 0 and all(name in said.out for name in METHODS)
-    assert methods.FILE.read_text(encoding="utf-8") == methods.content(), "python -m bench methods --write"
-    assert methods.DOCUMENT.read_text(encoding="utf-8") == methods.document(), "python -m bench methods --write"
+    assert catalogue.FILE.read_text(encoding="utf-8") == catalogue.content(), "python -m bench catalogue --write"
+    assert catalogue.DOCUMENT.read_text(encoding="utf-8") == catalogue.document(), "python -m bench catalogue --write"
 
 
 @pytest.mark.parametrize(("words", "spared"), [("methods", HEAVY), ("methods --json", HEAVY), ("--help", LIGHT)])
