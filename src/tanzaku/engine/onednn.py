@@ -101,9 +101,20 @@ def available(kind: torch.dtype | None = torch.float32) -> bool:
     there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if kind is None or not there:
         return False
+    named = all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
+    return named and _multiplies(kind)
+
+
+@cache
+def _multiplies(kind: torch.dtype) -> bool:
+    # Torch goes by the processor, and oneDNN also by ONEDNN_MAX_CPU_ISA: whether it has a product, it says when asked.
     if kind == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    return all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
+    try:
+        multiply(torch.zeros(2, 2, dtype=kind), torch.zeros(2, 2, dtype=kind), None, onednn=True)
+    except RuntimeError:
+        return False
+    return True
 
 
 # -- what is faster here
