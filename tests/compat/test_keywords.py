@@ -15,8 +15,9 @@ from models import tiny
 from tanzaku import TanzakuError
 from tanzaku.compat import peft as compat
 from tanzaku.compat.peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from tanzaku.compat.peft.more import MORE
 
-KINDS = [text.partition("(")[0] for text in CONFIGS.values()]
+KINDS = [*(text.partition("(")[0] for text in CONFIGS.values()), *(n for n in MORE if n.endswith("Config"))]
 # They say how something is done that other keywords, which are errors here, ask for.
 INERT = ("megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config", "corda_config")
 NEEDED = {

@@ -40,6 +40,8 @@ from tanzaku.compat.peft.config import (
 )
 from tanzaku.compat.peft.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
 from tanzaku.compat.peft.mapping import get_peft_config, get_peft_model
+from tanzaku.compat.peft.more import *  # noqa: F403 (each method's that has no other)
+from tanzaku.compat.peft.more import __all__ as _more
 from tanzaku.compat.peft.peft_model import (
     PeftModel,
     PeftModelForCausalLM,
@@ -106,6 +108,7 @@ __all__ = [
     "prepare_model_for_kbit_training",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    *_more,
 ]
 
 __getattr__ = absent_from(__name__, [*__all__, "__version__"])

@@ -46,6 +46,7 @@ class PeftType(enum.StrEnum):
     PREFIX_TUNING = "PREFIX_TUNING"
     IA3 = "IA3"
     ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    LN_TUNING = "LN_TUNING"
 
 
 class PromptTuningInit(enum.StrEnum):
@@ -213,7 +214,12 @@ class PeftConfig(Method):
             return
         if not (key in known or key in self.elsewhere or key.startswith("_")):
             raise TanzakuError(f"{kind} has no setting {key!r}{nearest(key, known)}; it has {', '.join(sorted(known))}")
-        if key in self.elsewhere and key not in known and key not in _INERT and value not in _NOTHING:
+        if (
+            key in self.elsewhere
+            and key not in known
+            and key not in _INERT
+            and value not in (*_NOTHING, self.elsewhere[key])
+        ):
             raise TanzakuError(
                 f"{kind}: found {key}={value!r}, which is not supported; leave it out, or use HF PEFT itself"
             )
