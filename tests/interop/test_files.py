@@ -337,11 +337,8 @@ def test_eager_attention(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "setting",
     [
-        {"use_dora": True},
         {"lora_bias": True},
-        {"init_lora_weights": "pissa"},
         {"layer_replication": [(0, 2), (0, 1)]},
-        {"trainable_token_indices": [1, 2]},
     ],
     ids=lambda setting: next(iter(setting)),
 )

@@ -163,7 +163,7 @@ def test_no_directory(saved, tmp_path):
         ({"peft_type": "LORRA"}, "peft_type is 'LORRA'; this version reads"),
         ({"peft_type": None}, "peft_type is None"),
         ({"peft_type": ["LORA"]}, "peft_type"),
-        ({"use_dora": True}, "use_dora=True is a setting that this version does not know"),
+        ({"lora_bias": True}, "lora_bias=True is a setting that this version does not know"),
         ({"r": 3}, "does not fit"),
         ({"r": "many"}, "r is 'many', expected int"),
         ({"r": 2.5}, "r is 2.5, expected int"),

@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "rank_pattern": {"r": 2, "rank_pattern": {"layers.1.self_attn.q_proj": 5}, "alpha_pattern": {"v_proj": 3}},
         "layers_to_transform": {"r": 2, "layers_to_transform": [1]},
         "embedding": {"r": 2, "target_modules": ["embed_tokens", "v_proj"]},
+        "dora": {"r": 2, "use_dora": True},
     },
     "adalora": {
         "default": {"init_r": 3, "target_r": 2},

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tanzaku.core.method import ModuleLayer
+from tanzaku.core.weights import in_memory
 from tanzaku.models.quantize import full_weight
 
 
@@ -22,6 +23,13 @@ def in_full(change: Callable[[Tensor, Tensor], Tensor], weight: Tensor, x: Tenso
         return change(x, y)
     with torch.autocast("cpu", enabled=False):
         return change(x.float(), y.float()).to(y.dtype)
+
+
+def base_matrix(module: nn.Module) -> Tensor:
+    """The module's own weight in full precision, laid out as :meth:`WeightDelta.delta` is, wherever it is kept."""
+    weight = cast(Tensor, module.weight)
+    full = in_memory(module, "weight").detach().float() if weight.is_meta else full_weight(module)
+    return full.t() if isinstance(module, Conv1D | nn.Embedding) else full
 
 
 class WeightDelta(ModuleLayer):

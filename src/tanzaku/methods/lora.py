@@ -29,6 +29,7 @@ from tanzaku.core.survey import biased, tensors
 from tanzaku.core.weights import BiasCopy, WeightCopy, with_tensors
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.files.patterns import groups_of
+from tanzaku.methods.dora import Magnitude
 from tanzaku.models.families import Base, features, weight_of
 from tanzaku.support.autograd import once_differentiable
 
@@ -254,6 +255,18 @@ class LoraEmbedding(WeightDelta):
         combine_factors(self, module, given, weights, by)
 
 
+class DoraDelta(Magnitude, LoraDelta):
+    """LoRA with a magnitude, for matrices."""
+
+
+class DoraConv2d(Magnitude, LoraConv2d):
+    """LoRA with a magnitude, for convolutions."""
+
+
+class DoraEmbedding(Magnitude, LoraEmbedding):
+    """LoRA with a magnitude, for embeddings."""
+
+
 Factored = LoraDelta | LoraEmbedding
 
 
@@ -305,6 +318,8 @@ class LoRA(Method):
         init_lora_weights: True (Kaiming-uniform A, zero B), "gaussian" (normal A with deviation 1 / r, zero B),
             "orthogonal" (both at random, their product zero) or False (both at random, the product not zero).
         use_rslora: scale by lora_alpha / sqrt(r) instead.
+        use_dora: give each output feature a trained magnitude, and let the change turn directions alone (DoRA, arXiv
+            2402.09353). It reads the base's weights at every pass.
         layers_to_transform, layers_pattern: only these layers, counted in the lists that layers_pattern names.
         fan_in_fan_out: kept for PEFT's files; the kind of module tells how its weight lies.
         rank_pattern, alpha_pattern: rank or alpha for paths that end with the key or match it.
@@ -344,6 +359,7 @@ class LoRA(Method):
     fan_in_fan_out: bool = False
     bias: str = "none"
     use_rslora: bool = False
+    use_dora: bool = False
     init_lora_weights: bool | str = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -377,8 +393,11 @@ class LoRA(Method):
     def layer(self, module: nn.Module, path: str, r: int, scaling: float) -> AdapterLayer:
         """The adapter layer that fits the kind of module."""
         if isinstance(module, nn.Embedding):
-            return LoraEmbedding(module, r, scaling, self.init_lora_weights)
-        kind = LoraConv2d if isinstance(module, nn.Conv2d) else LoraDelta
+            table = DoraEmbedding if self.use_dora else LoraEmbedding
+            return table(module, r, scaling, self.init_lora_weights)
+        kind: type[LoraDelta] = DoraDelta if self.use_dora else LoraDelta
+        if isinstance(module, nn.Conv2d):
+            kind = DoraConv2d if self.use_dora else LoraConv2d
         groups = module.groups if isinstance(module, nn.Conv2d) else 1
         self.require(r % groups == 0, f"r={r} for {path}", f"a multiple of its {groups} groups")
         features(module, path)

@@ -23,6 +23,7 @@ from tanzaku.core.method import AdapterLayer
 from tanzaku.core.weights import BiasCopy, WeightCopy
 from tanzaku.errors import TanzakuError
 from tanzaku.methods.adalora import SvdDelta
+from tanzaku.methods.dora import Magnitude
 from tanzaku.methods.ia3 import ScaleLayer
 from tanzaku.methods.llama_adapter import GatedPrompt
 from tanzaku.methods.lora import LoraConv2d, LoraDelta, LoraEmbedding, pattern
@@ -293,7 +294,8 @@ class LoraLayer(BaseTunerLayer):
 
     @property
     def lora_magnitude_vector(self) -> nn.Module:
-        return self._at.modules("lora_magnitude_vector", {})
+        found = {n: _magnitude(s) for n, s in self._layers().items() if isinstance(s, Magnitude)}
+        return self._at.modules("lora_magnitude_vector", found)
 
     @property
     def scaling(self) -> Any:
@@ -332,7 +334,7 @@ class LoraLayer(BaseTunerLayer):
 
     @property
     def use_dora(self) -> Any:
-        return self._at.numbers("use_dora", dict.fromkeys(self._layers(), False))
+        return self._at.numbers("use_dora", {n: isinstance(s, Magnitude) for n, s in self._layers().items()})
 
     @property
     def lora_bias(self) -> Any:
@@ -704,6 +706,13 @@ def _low(adapter_layer: LoraDelta, name: str, layer: Any) -> nn.Module:
         shown = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     shown.__dict__["_parameters"] = _Shared(low, {"weight": "weight"})
     shown.training = layer.training
+    return shown
+
+
+def _magnitude(layer: Magnitude) -> nn.Module:
+    """DoRA's magnitudes as the module that PEFT has there."""
+    shown = nn.Module()
+    shown.__dict__["_parameters"] = _Shared(layer.lora_magnitude_vector, {"weight": "weight"})
     return shown
 
 

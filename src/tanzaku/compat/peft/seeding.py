@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from tanzaku.core.adapter import Adapter
 from tanzaku.core.weights import BiasCopy, WeightCopy
 from tanzaku.methods.adalora import SvdDelta
+from tanzaku.methods.dora import Magnitude
 from tanzaku.methods.ia3 import ScaleLayer
-from tanzaku.methods.lora import LoraConv2d, LoraDelta, LoraEmbedding, initialise
+from tanzaku.methods.lora import DoraConv2d, DoraDelta, DoraEmbedding, LoraConv2d, LoraDelta, LoraEmbedding, initialise
 
 
 @torch.no_grad()
 def draw_as_peft(adapter: Adapter, before: Tensor) -> None:
     """Draw initial weights anew as PEFT does, from the generator's state `before`."""
-    kinds = (LoraDelta, LoraConv2d, LoraEmbedding, SvdDelta, ScaleLayer, BiasCopy, WeightCopy)
+    lora = (LoraDelta, LoraConv2d, LoraEmbedding, DoraDelta, DoraConv2d, DoraEmbedding)
+    kinds = (*lora, SvdDelta, ScaleLayer, BiasCopy, WeightCopy)
     on_meta = any(p.device.type == "meta" for _, p in adapter.named_parameters())
     # Only what is known to begin as PEFT's own does; what is left draws alike, on one device.
     if on_meta or not all(type(layer) in kinds for _, layer in adapter.at()):
@@ -48,6 +50,8 @@ def draw_as_peft(adapter: Adapter, before: Tensor) -> None:
                 fresh.lora_B.weight.zero_()
                 initialise(fresh, adapter.base.model.get_submodule(path), init)
         layer.load_state_dict(fresh.state_dict())
+        if isinstance(layer, Magnitude):
+            layer.measure(adapter.base.model.get_submodule(path))
 
 
 def _svd(layer: SvdDelta, small: bool) -> None:
