@@ -37,6 +37,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "layers_to_transform": {"r": 2, "layers_to_transform": [1]},
         "embedding": {"r": 2, "target_modules": ["embed_tokens", "v_proj"]},
         "dora": {"r": 2, "use_dora": True},
+        "pissa": {"r": 2, "init_lora_weights": "pissa", "lora_alpha": 3},
     },
     "adalora": {
         "default": {"init_r": 3, "target_r": 2},

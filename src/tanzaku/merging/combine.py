@@ -175,7 +175,7 @@ def combine(
 
 def _own(part: Adapter, path: str, like: AdapterLayer) -> list[AdapterLayer]:
     """The adapter layer that `part` has at a path for what `like` does there, if any."""
-    return [s for p, s in part.at() if p == path and type(s) is type(like)]
+    return [s for p, s in part.at() if p == path and isinstance(s, type(like))]
 
 
 # -- the settings of the result

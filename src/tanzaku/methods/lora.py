@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tanzaku.core.combining import Combining
-from tanzaku.core.delta import WeightDelta, in_full
+from tanzaku.core.delta import WeightDelta, base_matrix, in_full
 from tanzaku.core.method import About, AdapterLayer, Attached, Method, Place, trainable
 from tanzaku.core.routing import in_equal_shares, split
 from tanzaku.core.space import Choice, Range, ends, spaces
@@ -30,7 +31,9 @@ from tanzaku.core.weights import BiasCopy, WeightCopy, with_tensors
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.files.patterns import groups_of
 from tanzaku.methods.dora import Magnitude
+from tanzaku.methods.lora_starts import PISSA, loftq, olora, pissa, product_of
 from tanzaku.models.families import Base, features, weight_of
+from tanzaku.models.quantize import quantised, stored_weight
 from tanzaku.support.autograd import once_differentiable
 
 
@@ -65,12 +68,16 @@ class LoraDelta(WeightDelta):
         return in_full(partial(self._changed, module), self.lora_A.weight, x, y)
 
     def _changed(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        a, b = self.lora_A.weight, self.lora_B.weight
-        h = F.linear(self.dropped(module, x, a), a)
+        a, b = self.pair()
+        h = self.hidden(module, x, a)
         if y.dtype == a.dtype:
             # One fused product reads y once and writes the sum, with no tensor for the scaled change.
             return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.t(), alpha=self.scaling).view(y.shape)
         return (y + F.linear(h, b) * self.scaling).to(y.dtype)
+
+    def hidden(self, module: nn.Module, x: Tensor, a: Tensor) -> Tensor:
+        """A x, with A the first of :meth:`pair`."""
+        return F.linear(self.dropped(module, x, a), a)
 
     def batch_key(self, module: nn.Module) -> Hashable | None:
         # Dropout draws for each adapter by itself.
@@ -81,17 +88,84 @@ class LoraDelta(WeightDelta):
     def batched_outputs(
         layers: Sequence[LoraDelta], sizes: tuple[int, ...], module: nn.Module, x: Tensor, y: Tensor
     ) -> Tensor:
-        a, b = [s.lora_A.weight for s in layers], [s.lora_B.weight for s in layers]
+        a, b = zip(*(s.pair() for s in layers), strict=True)
         return low_rank(x, y, sizes, a, b, layers[0].scaling)
 
     def delta(self, module: nn.Module) -> Tensor:
-        return self.lora_B.weight @ self.lora_A.weight * self.scaling
+        a, b = self.pair()
+        return b @ a * self.scaling
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A and B, as the layer computes with them."""
+        return self.lora_A.weight, self.lora_B.weight
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.lora_A.weight, self.lora_B.weight
+        return self.pair()
 
     def combine(self, module: nn.Module, given: Sequence[Any], weights: Sequence[float], by: Combining) -> None:
         combine_factors(self, module, given, weights, by)
+
+
+class StartedDelta(LoraDelta):
+    """LoRA that starts at a product B0 A0 which is no zero, and adds what has come to it: (alpha / r) (B A - B0 A0) x.
+
+    Elsewhere B0 A0 is taken out of the base's weight, which here other adapters share. So A0 and B0 are kept beside A
+    and B, and a file has plain LoRA of twice the rank, [B, -B0] [A; A0], which any reader reads.
+
+    Args:
+        to_fill: A and B come from a file that has them alone, as HF PEFT writes it; A0 and B0 are what they were there.
+    """
+
+    def __init__(self, module: nn.Module, r: int, scaling: float, dropout: float, to_fill: bool):
+        super().__init__(module, r, scaling, dropout, None)
+        self.to_fill = to_fill
+        self.start_A, self.start_B = (
+            Low(nn.Parameter(torch.zeros_like(low.weight), requires_grad=False)) for low in (self.lora_A, self.lora_B)
+        )
+
+    @torch.no_grad()
+    def begin(self, a: Tensor, b: Tensor, counted: bool = True) -> None:
+        """Start at A (r, in) and B (out, r).
+
+        Args:
+            counted: their product is a part of the base's weight, which is left to it.
+        """
+        self.lora_A.weight.copy_(a)
+        self.lora_B.weight.copy_(b)
+        self.start_A.weight.copy_(a).mul_(counted)
+        self.start_B.weight.copy_(b).mul_(counted)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        a = torch.cat([self.lora_A.weight, self.start_A.weight])
+        return a, torch.cat([self.lora_B.weight, -self.start_B.weight], 1)
+
+    def hidden(self, module: nn.Module, x: Tensor, a: Tensor) -> Tensor:
+        if not (self.dropout and module.training):
+            return super().hidden(module, x, a)
+        # Of what was the base's, nothing is dropped.
+        own, start = super().hidden(module, x, a[: self.r]), F.linear(x.to(a.dtype), a[self.r :])
+        return torch.cat([own, start], -1)
+
+    def export(self) -> dict[str, Tensor]:
+        a, b = (self.lora_A.weight, self.lora_B.weight) if self.to_fill else self.pair()
+        rest = {key: t for key, t in super().export().items() if key.partition(".")[0] not in _STARTED}
+        return {"lora_A.weight": a.detach(), "lora_B.weight": b.detach(), **rest}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        own = super().export()
+        a, b = tensors["lora_A.weight"], tensors["lora_B.weight"]
+        for name, tensor in tensors.items():
+            if name.partition(".")[0] not in _STARTED:
+                own[name].copy_(tensor)
+        own["lora_A.weight"].copy_(a[: self.r])
+        own["lora_B.weight"].copy_(b[:, : self.r])
+        if len(a) > self.r:
+            own["start_A.weight"].copy_(a[self.r :])
+            own["start_B.weight"].copy_(-b[:, self.r :])
+        self.to_fill = False
+
+
+_STARTED = ("lora_A", "lora_B", "start_A", "start_B")
 
 
 class LoraConv2d(LoraDelta):
@@ -259,6 +333,10 @@ class DoraDelta(Magnitude, LoraDelta):
     """LoRA with a magnitude, for matrices."""
 
 
+class DoraStarted(Magnitude, StartedDelta):
+    """LoRA with a magnitude that starts at a product."""
+
+
 class DoraConv2d(Magnitude, LoraConv2d):
     """LoRA with a magnitude, for convolutions."""
 
@@ -316,7 +394,14 @@ class LoRA(Method):
         lora_dropout: probability of dropping an input of A in training.
         bias: "none", "all" or "lora_only": which biases are trained too.
         init_lora_weights: True (Kaiming-uniform A, zero B), "gaussian" (normal A with deviation 1 / r, zero B),
-            "orthogonal" (both at random, their product zero) or False (both at random, the product not zero).
+            "orthogonal" (both at random, their product zero) or False (both at random, the product not zero). From the
+            base's weight: "pissa" (its principal components, arXiv 2404.02948; "pissa_niter_16" finds them faster and
+            less exactly), "olora" (its QR decomposition, arXiv 2406.01775), "loftq" (what quantisation takes from it,
+            arXiv 2310.08659). What is added is then counted from where A and B start, since the base stays as it is,
+            and files have plain LoRA of twice the rank.
+        loftq_config: `loftq_bits` (4 or 8) and `loftq_iter`, of a base that is not quantised: A and B start where they
+            would make up for it. Of one that is, they make up for what was lost at first, and the weights before that
+            are read from its checkpoint.
         use_rslora: scale by lora_alpha / sqrt(r) instead.
         use_dora: give each output feature a trained magnitude, and let the change turn directions alone (DoRA, arXiv
             2402.09353). It reads the base's weights at every pass.
@@ -365,6 +450,7 @@ class LoRA(Method):
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    loftq_config: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def open_space(cls, given: Mapping[str, Any]) -> dict[str, Choice | Range]:
@@ -387,7 +473,11 @@ class LoRA(Method):
             r = int(pattern(self.rank_pattern, path, self.r))
             alpha = pattern(self.alpha_pattern, path, self.lora_alpha)
             self.require(r > 0, f"r={r} for {path}", "a rank of 1 or more")
-            yield path, self.layer(module, path, r, alpha / math.sqrt(r) if self.use_rslora else alpha / r)
+            scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
+            if self._starts():
+                yield path, self._started(base, module, path, r, scaling)
+            else:
+                yield path, self.layer(module, path, r, scaling)
         yield from self.biases(base, [path for path, _ in found])
 
     def layer(self, module: nn.Module, path: str, r: int, scaling: float) -> AdapterLayer:
@@ -402,6 +492,55 @@ class LoRA(Method):
         self.require(r % groups == 0, f"r={r} for {path}", f"a multiple of its {groups} groups")
         features(module, path)
         return kind(module, r, scaling, self.lora_dropout, None if self._to_fill else self.init_lora_weights)
+
+    def _starts(self) -> bool:
+        """Whether A and B start at a product that is no zero and is counted from."""
+        init = self.init_lora_weights
+        return isinstance(init, str) and (bool(PISSA.fullmatch(init)) or init in ("olora", "loftq"))
+
+    def _started(self, base: Base, module: nn.Module, path: str, r: int, scaling: float) -> StartedDelta:
+        init = str(self.init_lora_weights)
+        matrix = not isinstance(module, nn.Embedding | nn.Conv2d)
+        found = f"{path}, a {type(module).__name__}, with init_lora_weights={init!r}"
+        self.require(matrix, found, "a linear layer or Conv1D")
+        self.require(
+            not (self._to_fill and init == "loftq"),
+            "a file of A and B that belong to a base which HF PEFT quantised by loftq",
+            "one that was saved with path_initial_model_for_weight_conversion",
+        )
+        layer = (DoraStarted if self.use_dora else StartedDelta)(module, r, scaling, self.lora_dropout, self._to_fill)
+        if layer.lora_A.weight.is_meta:
+            return layer
+        weight = base_matrix(module)
+        limit = min(weight.shape)
+        self.require(r <= limit, f"r={r} for {path}", f"at most {limit}, the rank of its weight, for {init!r}")
+        if init == "loftq":
+            if quantised(module):
+                exact = stored_weight(base.model, path).to(weight)
+                layer.begin(*product_of((exact - weight) / scaling, r), counted=False)
+            else:
+                layer.begin(*loftq(weight, r, scaling, *self._loftq()))
+        elif init == "olora":
+            layer.begin(*olora(weight, r, scaling))
+        else:
+            steps = cast("re.Match[str]", PISSA.fullmatch(init))[1]
+            layer.begin(*pissa(weight, r, scaling, None if steps is None else int(steps)))
+        return layer
+
+    def to_peft(self, config: dict[str, Any]) -> dict[str, Any]:
+        # A start that is counted from is written as plain LoRA of twice the rank, at the same scaling.
+        if not self._starts() or self._to_fill:
+            return config
+        more = math.sqrt(2) if self.use_rslora else 2
+        return {
+            **config,
+            "r": 2 * self.r,
+            "lora_alpha": more * self.lora_alpha,
+            "rank_pattern": {key: 2 * r for key, r in self.rank_pattern.items()},
+            "alpha_pattern": {key: more * alpha for key, alpha in self.alpha_pattern.items()},
+            "init_lora_weights": True,
+            "loftq_config": {},
+        }
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -428,7 +567,7 @@ class LoRA(Method):
                     raise TanzakuError(
                         f"combine: {part.name!r} trains biases, which have no rule; expected bias='none'"
                     )
-                if type(layer) not in (LoraDelta, LoraConv2d, LoraEmbedding, WeightCopy):
+                if type(layer) not in (LoraDelta, StartedDelta, LoraConv2d, LoraEmbedding, WeightCopy):
                     raise TanzakuError(
                         f"combine: {part.name!r} is more than a product B A at {path}, which has no rule; expected LoRA"
                     )
@@ -451,19 +590,46 @@ class LoRA(Method):
             lora_alpha=r,
             use_rslora=False,
             init_lora_weights=True,
+            loftq_config={},
             rank_pattern={},
             alpha_pattern={},
             layers_to_transform=None,
             layers_pattern=None,
         )
 
+    def training_state(self, adapter: Attached) -> dict[str, Tensor]:
+        return {
+            f"{end}.{path}": low.weight.detach()
+            for path, layer in adapter.at()
+            if isinstance(layer, StartedDelta)
+            for end, low in (("A", layer.start_A), ("B", layer.start_B))
+        }
+
+    @torch.no_grad()
+    def resume(self, adapter: Attached, state: dict[str, Tensor]) -> None:
+        for path, layer in adapter.at():
+            if isinstance(layer, StartedDelta):
+                layer.start_A.weight.copy_(state[f"A.{path}"])
+                layer.start_B.weight.copy_(state[f"B.{path}"])
+
     def check(self) -> None:
         self.require(self.r > 0, f"r={self.r}", "a rank of 1 or more")
-        inits = (True, False, "gaussian", "orthogonal")
-        expected = "true, false, 'gaussian' or 'orthogonal'"
-        self.require(self.init_lora_weights in inits, f"init_lora_weights={self.init_lora_weights!r}", expected)
+        init = self.init_lora_weights
+        expected = "true, false, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_16', 'olora' or 'loftq'"
+        known = init in (True, False, "gaussian", "orthogonal") or self._starts()
+        self.require(known, f"init_lora_weights={init!r}", expected)
+        self._check_loftq()
         self.require(0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout}", "a probability below 1")
         self.require(self.bias in ("none", "all", "lora_only"), f"bias={self.bias!r}", "'none', 'all' or 'lora_only'")
+
+    def _loftq(self) -> tuple[int, int]:
+        return self.loftq_config.get("loftq_bits", 4), self.loftq_config.get("loftq_iter", 1)
+
+    def _check_loftq(self) -> None:
+        bits, rounds = self._loftq()
+        known = self.loftq_config.keys() <= {"loftq_bits", "loftq_iter"} and bits in (4, 8)
+        expected = "loftq_bits (4 or 8) and loftq_iter (1 or more)"
+        self.require(known and type(rounds) is int and rounds > 0, f"loftq_config={self.loftq_config}", expected)
 
     def biases(self, base: Base, targets: list[str]) -> Iterator[tuple[str, AdapterLayer]]:
         """Copies of the biases that `bias` names. A module that is copied whole has its bias in the copy."""
