@@ -19,6 +19,7 @@ _METHODS = [method["class"] for method in json.loads((Path(__file__).parent / "m
 _HOME = {
     "Adapter": "tanzaku.core.adapter",
     **dict.fromkeys(("Count", "activate", "adapters", "attach", "count", "detach", "route"), "tanzaku.core.attach"),
+    "calibrate": "tanzaku.core.calibration",
     **dict.fromkeys(("load", "save"), "tanzaku.storage.store"),
     **dict.fromkeys(("merge", "rounding", "unmerge"), "tanzaku.merging.merge"),
     "combine": "tanzaku.merging.combine",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from tanzaku.core.attach import count as count
     from tanzaku.core.attach import detach as detach
     from tanzaku.core.attach import route as route
+    from tanzaku.core.calibration import calibrate as calibrate
     from tanzaku.core.method import Method as Method
     from tanzaku.errors import TanzakuError as TanzakuError
     from tanzaku.export.gguf import export_adapter as export_adapter

@@ -314,6 +314,19 @@ class Method:
         """The settings of what is made of several adapters of this method; sites and copies are noted elsewhere."""
         raise TypeError(f"{type(self).__name__} defines no combined()")
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether :meth:`calibrate` wants to see rows before the first step."""
+        return False
+
+    def calibrate(self, adapter: Attached, passes: Iterable[Callable[[], Tensor]]) -> None:
+        """See what the base does with training rows, once and before :meth:`prepare`, and start from it.
+
+        Args:
+            passes: each runs some rows, routed to the adapter, in evaluation mode, and gives their mean loss, which may
+                be differentiated. See :mod:`tanzaku.core.calibration` for what layers can ask of these rows.
+        """
+
     def prepare(self, adapter: Attached, total_steps: int) -> None:
         """Called once before training, with the number of optimizer steps to come."""
 

@@ -156,7 +156,9 @@ class AdaLoRA(LoRA):
         self.require(self.init_r > 0, f"init_r={self.init_r}", "a rank of 1 or more")
         self.require(0 < self.target_r <= self.init_r, f"target_r={self.target_r}", f"above 0, up to {self.init_r}")
         init = f"init_lora_weights={self.init_lora_weights!r}"
-        self.require(not self._starts(), init, "true or false: B, E and A start at a product of zero")
+        self.require(
+            not self._starts() and not self.calibrates, init, "true or false: B, E and A start at a product of zero"
+        )
         self.require(not self.use_dora, "use_dora", "LoRA, which has it: here E has the magnitudes")
         self.require(0 < self.beta1 < 1 and 0 < self.beta2 < 1, "beta1 or beta2 outside of (0, 1)", "one inside")
         found = self.find(base)

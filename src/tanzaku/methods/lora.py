@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -31,7 +31,22 @@ from tanzaku.core.weights import BiasCopy, WeightCopy, with_tensors
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.files.patterns import groups_of
 from tanzaku.methods.dora import Magnitude
-from tanzaku.methods.lora_starts import PISSA, loftq, olora, pissa, product_of
+from tanzaku.methods.lora_starts import (
+    DIRECTIONS,
+    PISSA,
+    SCALES,
+    Components,
+    Covariance,
+    Gradient,
+    Look,
+    corda,
+    loftq,
+    lora_ga,
+    olora,
+    pissa,
+    product_of,
+    shared_out,
+)
 from tanzaku.models.families import Base, features, weight_of
 from tanzaku.models.quantize import quantised, stored_weight
 from tanzaku.support.autograd import once_differentiable
@@ -46,7 +61,13 @@ class Low(nn.Module):
 
 
 class LoraDelta(WeightDelta):
-    """For matrices: linear layers, Conv1D and quantised layers of any kind, since only input and output are seen."""
+    """For matrices: linear layers, Conv1D and quantised layers of any kind, since only input and output are seen.
+
+    Attributes:
+        watch: what is done in the layer's place until it has started from rows, of which it sees some.
+    """
+
+    watch: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, module: nn.Module, r: int, scaling: float, dropout: float, init: Any):
         super().__init__()
@@ -65,6 +86,8 @@ class LoraDelta(WeightDelta):
         return (n_out, self.r)
 
     def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        if self.watch is not None:
+            return self.watch(module, x, y)
         return in_full(partial(self._changed, module), self.lora_A.weight, x, y)
 
     def _changed(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -81,8 +104,8 @@ class LoraDelta(WeightDelta):
 
     def batch_key(self, module: nn.Module) -> Hashable | None:
         # Dropout draws for each adapter by itself.
-        dropped = self.dropout and module.training
-        return None if dropped else (self.r, self.scaling, self.lora_A.weight.dtype)
+        alone = (self.dropout and module.training) or self.watch is not None
+        return None if alone else (self.r, self.scaling, self.lora_A.weight.dtype)
 
     @staticmethod
     def batched_outputs(
@@ -94,6 +117,14 @@ class LoraDelta(WeightDelta):
     def delta(self, module: nn.Module) -> Tensor:
         a, b = self.pair()
         return b @ a * self.scaling
+
+    @torch.no_grad()
+    def resize(self, a: Tensor, scaling: float) -> None:
+        """Have the rank of another A, (r, in), and that A; B is zero."""
+        self.r, self.scaling = len(a), scaling
+        old = self.lora_A.weight, self.lora_B.weight
+        self.lora_A.weight = nn.Parameter(a.to(old[0], copy=True), requires_grad=old[0].requires_grad)
+        self.lora_B.weight = nn.Parameter(old[1].new_zeros(len(old[1]), len(a)), requires_grad=old[1].requires_grad)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """A and B, as the layer computes with them."""
@@ -163,6 +194,16 @@ class StartedDelta(LoraDelta):
             own["start_A.weight"].copy_(a[self.r :])
             own["start_B.weight"].copy_(-b[:, self.r :])
         self.to_fill = False
+
+
+def not_yet(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """In the place of a layer that waits for rows: nothing is changed, and nothing is trained."""
+    if torch.is_grad_enabled() and module.training:
+        raise TanzakuError(
+            "lora: found an adapter that starts from what the base does with rows, and has seen none; call "
+            "tanzaku.calibrate(model, name, batches) before training"
+        )
+    return y
 
 
 _STARTED = ("lora_A", "lora_B", "start_A", "start_B")
@@ -399,6 +440,13 @@ class LoRA(Method):
             less exactly), "olora" (its QR decomposition, arXiv 2406.01775), "loftq" (what quantisation takes from it,
             arXiv 2310.08659). What is added is then counted from where A and B start, since the base stays as it is,
             and files have plain LoRA of twice the rank.
+            From training rows, which runs show it before the first step, and :func:`tanzaku.calibrate` elsewhere: "eva"
+            (principal components of what a module reads, arXiv 2410.07170), "corda" (of the weight by the covariance of
+            what it reads, arXiv 2406.05223), "lora_ga" (of the weight's gradient, arXiv 2407.05000).
+        eva_config: `rho` (a module has up to rho r components, by how much they explain, and one at least), `tau` (how
+            like successive components are that have settled), `whiten`, `adjust_scaling_factors`.
+        corda_config: `corda_method`, "ipm" (principal directions) or "kpm" (the least ones, to keep what is known).
+        lora_ga_config: `direction`, `scale` and `stable_gamma`, as HF PEFT has them.
         loftq_config: `loftq_bits` (4 or 8) and `loftq_iter`, of a base that is not quantised: A and B start where they
             would make up for it. Of one that is, they make up for what was lost at first, and the weights before that
             are read from its checkpoint.
@@ -451,6 +499,9 @@ class LoRA(Method):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     loftq_config: dict[str, int] = field(default_factory=dict)
+    eva_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
 
     @classmethod
     def open_space(cls, given: Mapping[str, Any]) -> dict[str, Choice | Range]:
@@ -462,6 +513,8 @@ class LoRA(Method):
     def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
         base = place.base
         self.check()
+        if self._to_fill and self.init_lora_weights == "lora_ga":
+            self.init_lora_weights = True  # as in PEFT, which looks for a base that was saved without its start
         found = self.find(base)
         for key in (*self.rank_pattern, *self.alpha_pattern):
             self.require(
@@ -474,15 +527,21 @@ class LoRA(Method):
             alpha = pattern(self.alpha_pattern, path, self.lora_alpha)
             self.require(r > 0, f"r={r} for {path}", "a rank of 1 or more")
             scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
-            if self._starts():
-                yield path, self._started(base, module, path, r, scaling)
-            else:
-                yield path, self.layer(module, path, r, scaling)
+            yield (
+                path,
+                (
+                    self._started(base, module, path, r, scaling)
+                    if self._starts()
+                    else self.layer(module, path, r, scaling)
+                ),
+            )
         yield from self.biases(base, [path for path, _ in found])
 
     def layer(self, module: nn.Module, path: str, r: int, scaling: float) -> AdapterLayer:
         """The adapter layer that fits the kind of module."""
         if isinstance(module, nn.Embedding):
+            if self.init_lora_weights == "eva":
+                self._check_matrix(module, path)
             table = DoraEmbedding if self.use_dora else LoraEmbedding
             return table(module, r, scaling, self.init_lora_weights)
         kind: type[LoraDelta] = DoraDelta if self.use_dora else LoraDelta
@@ -491,21 +550,31 @@ class LoRA(Method):
         groups = module.groups if isinstance(module, nn.Conv2d) else 1
         self.require(r % groups == 0, f"r={r} for {path}", f"a multiple of its {groups} groups")
         features(module, path)
-        return kind(module, r, scaling, self.lora_dropout, None if self._to_fill else self.init_lora_weights)
+        rows = self.init_lora_weights == "eva"
+        if rows:
+            self._check_matrix(module, path)
+        init = None if self._to_fill else True if rows else self.init_lora_weights
+        made = kind(module, r, scaling, self.lora_dropout, init)
+        made.watch = not_yet if rows and not self._to_fill else None
+        return made
+
+    def _check_matrix(self, module: nn.Module, path: str) -> None:
+        matrix = not isinstance(module, nn.Embedding | nn.Conv2d)
+        found = f"{path}, a {type(module).__name__}, with init_lora_weights={self.init_lora_weights!r}"
+        self.require(matrix, found, "a linear layer or Conv1D")
 
     def _starts(self) -> bool:
         """Whether A and B start at a product that is no zero and is counted from."""
         init = self.init_lora_weights
-        return isinstance(init, str) and (bool(PISSA.fullmatch(init)) or init in ("olora", "loftq"))
+        named = ("olora", "loftq", "corda", "lora_ga")
+        return isinstance(init, str) and (bool(PISSA.fullmatch(init)) or init in named)
 
     def _started(self, base: Base, module: nn.Module, path: str, r: int, scaling: float) -> StartedDelta:
         init = str(self.init_lora_weights)
-        matrix = not isinstance(module, nn.Embedding | nn.Conv2d)
-        found = f"{path}, a {type(module).__name__}, with init_lora_weights={init!r}"
-        self.require(matrix, found, "a linear layer or Conv1D")
+        self._check_matrix(module, path)
         self.require(
-            not (self._to_fill and init == "loftq"),
-            "a file of A and B that belong to a base which HF PEFT quantised by loftq",
+            not (self._to_fill and init in ("loftq", "corda")),
+            f"a file of A and B that belong to a base which HF PEFT changed by {init}",
             "one that was saved with path_initial_model_for_weight_conversion",
         )
         layer = (DoraStarted if self.use_dora else StartedDelta)(module, r, scaling, self.lora_dropout, self._to_fill)
@@ -514,7 +583,11 @@ class LoRA(Method):
         weight = base_matrix(module)
         limit = min(weight.shape)
         self.require(r <= limit, f"r={r} for {path}", f"at most {limit}, the rank of its weight, for {init!r}")
-        if init == "loftq":
+        if init in ("corda", "lora_ga"):
+            layer.watch = not_yet
+            # A zero B, and nothing to count from, until rows were seen.
+            initialise(layer, module, True)
+        elif init == "loftq":
             if quantised(module):
                 exact = stored_weight(base.model, path).to(weight)
                 layer.begin(*product_of((exact - weight) / scaling, r), counted=False)
@@ -540,6 +613,8 @@ class LoRA(Method):
             "alpha_pattern": {key: more * alpha for key, alpha in self.alpha_pattern.items()},
             "init_lora_weights": True,
             "loftq_config": {},
+            "corda_config": None,
+            "lora_ga_config": None,
         }
 
     @classmethod
@@ -591,11 +666,118 @@ class LoRA(Method):
             use_rslora=False,
             init_lora_weights=True,
             loftq_config={},
+            eva_config=None,
+            corda_config=None,
+            lora_ga_config=None,
             rank_pattern={},
             alpha_pattern={},
             layers_to_transform=None,
             layers_pattern=None,
         )
+
+    # -- starts from rows
+
+    @property
+    def calibrates(self) -> bool:
+        return self.init_lora_weights in ("eva", "corda", "lora_ga")
+
+    def calibrate(self, adapter: Attached, passes: Iterable[Callable[[], Tensor]]) -> None:
+        layers = {path: layer for path, layer in adapter.at() if isinstance(layer, LoraDelta)}
+        looks = {path: self._look(layer) for path, layer in layers.items()}
+        try:
+            for path, layer in layers.items():
+                layer.watch = looks[path]
+            for run in passes:
+                self._pass(run, list(looks.values()))
+                if all(look.done for look in looks.values()):
+                    break
+        finally:
+            for layer in layers.values():
+                layer.watch = not_yet
+        for path, look in looks.items():
+            self.require(look.module is not None, f"no pass through {path}", "rows that the base runs it for")
+        with torch.no_grad():
+            self._start_from(layers, looks)
+        for layer in layers.values():
+            layer.watch = None
+
+    def _look(self, layer: LoraDelta) -> Look:
+        if self.init_lora_weights == "corda":
+            return Covariance()
+        if self.init_lora_weights == "lora_ga":
+            return Gradient()
+        config = self._eva()
+        width = layer.lora_A.weight.shape[1]
+        return Components(min(round(layer.r * config["rho"]), width), config["tau"])
+
+    def _pass(self, run: Callable[[], Tensor], looks: list[Look]) -> None:
+        if self.init_lora_weights != "lora_ga":
+            with torch.no_grad():
+                run()
+            return
+        with torch.enable_grad():
+            loss = run()
+            expected = "one: with `labels` in every batch, or a function of the outputs"
+            self.require(loss.requires_grad, "rows without a loss that depends on the model", expected)
+            seen = [look for look in looks if isinstance(look, Gradient) and look.probe is not None]
+            probes = [cast(Tensor, look.probe) for look in seen]
+            for look, gradient in zip(seen, torch.autograd.grad(loss, probes, allow_unused=True), strict=True):
+                look.add(gradient)
+
+    def _start_from(self, layers: Mapping[str, LoraDelta], looks: Mapping[str, Look]) -> None:
+        if self.init_lora_weights == "eva":
+            self._start_eva(layers, cast("Mapping[str, Components]", looks))
+            return
+        for path, look in looks.items():
+            layer, weight = cast(StartedDelta, layers[path]), base_matrix(cast(nn.Module, look.module))
+            total = cast("Covariance | Gradient", look).total
+            self.require(total is not None, f"no gradient of {path}", "a loss that depends on it")
+            mean = cast(Tensor, total) / cast("Covariance | Gradient", look).passes
+            if isinstance(look, Covariance):
+                a, b = corda(weight, mean.to(weight), layer.r, layer.scaling, self._corda())
+            else:
+                limit = min(weight.shape) // 2
+                self.require(layer.r <= limit, f"r={layer.r} for {path}", f"at most {limit} for 'lora_ga'")
+                a, b = lora_ga(weight, mean.to(weight), layer.r, layer.scaling, *self._lora_ga())
+            layer.begin(a, b)
+
+    def _start_eva(self, layers: Mapping[str, LoraDelta], looks: Mapping[str, Components]) -> None:
+        config = self._eva()
+        for path, look in looks.items():
+            expected = f"at least {look.number} in a batch"
+            self.require(look.basis is not None, f"fewer tokens at {path} than it looks for components", expected)
+        ranks = shared_out({p: look.explained for p, look in looks.items()}, sum(s.r for s in layers.values()))
+        alphas = {}
+        for path, look in looks.items():
+            layer, r = layers[path], ranks[path]
+            alpha = pattern(self.alpha_pattern, path, self.lora_alpha)
+            alphas[path] = alpha * r / layer.r if config["adjust_scaling_factors"] else alpha
+            a = cast(Tensor, look.basis)[:r]
+            if config["whiten"]:
+                a = a / look.values[:r].sqrt()[:, None]
+            layer.resize(a, alphas[path] / (math.sqrt(r) if self.use_rslora else r))
+        self.rank_pattern = {path: r for path, r in ranks.items() if r != self.r}
+        self.alpha_pattern = {path: alpha for path, alpha in alphas.items() if alpha != self.lora_alpha}
+
+    def _eva(self) -> dict[str, Any]:
+        return {"rho": 2.0, "tau": 0.99, "whiten": False, "adjust_scaling_factors": True} | (self.eva_config or {})
+
+    def _corda(self) -> str:
+        return str((self.corda_config or {}).get("corda_method", "ipm"))
+
+    def _lora_ga(self) -> tuple[str, str, float]:
+        config = {"direction": "ArB2r", "scale": "stable", "stable_gamma": 16} | (self.lora_ga_config or {})
+        return str(config["direction"]), str(config["scale"]), float(cast(Any, config["stable_gamma"]))
+
+    def _check_rows(self) -> None:
+        eva, (direction, scale, gamma) = self._eva(), self._lora_ga()
+        known = {*self._eva(), "use_label_mask", "label_mask_value"}
+        right = eva.keys() <= known and eva["rho"] >= 1 and 0 <= eva["tau"] <= 1
+        self.require(right, f"eva_config={self.eva_config}", "rho of 1 or more, tau in [0, 1], whiten")
+        self.require(self._corda() in ("ipm", "kpm"), f"corda_config={self.corda_config}", "corda_method ipm or kpm")
+        right = direction in DIRECTIONS and scale in SCALES and gamma > 0
+        expected = f"direction ({', '.join(DIRECTIONS)}), scale ({', '.join(SCALES)}), stable_gamma above 0"
+        self.require(right, f"lora_ga_config={self.lora_ga_config}", expected)
 
     def training_state(self, adapter: Attached) -> dict[str, Tensor]:
         return {
@@ -615,10 +797,14 @@ class LoRA(Method):
     def check(self) -> None:
         self.require(self.r > 0, f"r={self.r}", "a rank of 1 or more")
         init = self.init_lora_weights
-        expected = "true, false, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_16', 'olora' or 'loftq'"
-        known = init in (True, False, "gaussian", "orthogonal") or self._starts()
+        expected = (
+            "true, false, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_16', 'olora', 'loftq', 'eva', 'corda' or "
+            "'lora_ga'"
+        )
+        known = init in (True, False, "gaussian", "orthogonal", "eva") or self._starts()
         self.require(known, f"init_lora_weights={init!r}", expected)
         self._check_loftq()
+        self._check_rows()
         self.require(0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout}", "a probability below 1")
         self.require(self.bias in ("none", "all", "lora_only"), f"bias={self.bias!r}", "'none', 'all' or 'lora_only'")
 

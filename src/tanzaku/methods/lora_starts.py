@@ -1,4 +1,4 @@
-"""Where LoRA's A and B start, as functions of the weight that they change.
+"""Where LoRA's A and B start, as functions of the weight that they change, or of what the base does with rows.
 
 Each takes a weight (out, in) in full precision, a rank and LoRA's scaling, and gives A (r, in) and B (out, r). Their
 product is no zero: what LoRA adds is counted from it, see `StartedDelta` in `lora.py`.
@@ -6,10 +6,18 @@ product is no zero: what LoRA adds is counted from it, see `StartedDelta` in `lo
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tanzaku.core.calibration import OWN
+from tanzaku.core.context import context
+from tanzaku.core.routing import running_route
+from tanzaku.models.families import features
 
 PISSA = re.compile(r"pissa(?:_niter_([1-9]\d{0,3}))?")
 
@@ -89,7 +97,7 @@ def _nf4(weight: Tensor) -> Tensor:
     """The weight as it comes back from NF4."""
     codes = torch.tensor(_NF4, dtype=weight.dtype, device=weight.device)
     flat = weight.flatten()
-    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % _BLOCK)).view(-1, _BLOCK)
+    blocks = F.pad(flat, (0, -len(flat) % _BLOCK)).view(-1, _BLOCK)
     scale = blocks.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
     nearest = torch.bucketize(blocks / scale, (codes[1:] + codes[:-1]) / 2)
     return (codes[nearest] * scale).flatten()[: len(flat)].view_as(weight)
@@ -99,3 +107,205 @@ def _int8(weight: Tensor) -> Tensor:
     """The weight as it comes back from whole numbers of 8 bits, by rows."""
     scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny) / 127
     return (weight / scale).round() * scale
+
+
+# -- starts that are read off what the base does with rows
+
+
+class Look:
+    """Stands in a layer's place while rows pass, sees what its module reads, and changes nothing."""
+
+    module: nn.Module | None = None  # once it was seen
+    rows = 0
+    enough: float = math.inf  # rows, after which more would change little
+
+    def __call__(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        self.module = module
+        self.rows += len(x)
+        with torch.no_grad():
+            self.see(x.to(torch.float64 if x.dtype == torch.float64 else torch.float32))
+        return y
+
+    def see(self, x: Tensor) -> None:
+        """Note what the module reads, (rows, ..., in)."""
+
+    @property
+    def done(self) -> bool:
+        """Whether no more rows are wanted."""
+        return self.rows >= self.enough
+
+
+class Covariance(Look):
+    """For CorDA: the mean of x x^T over passes, each scaled by its largest number as the authors' code does.
+
+    Attributes:
+        total: (in, in). passes: how many there were.
+    """
+
+    enough = 256  # as the authors take
+    total: Tensor | None = None
+    passes = 0
+
+    def see(self, x: Tensor) -> None:
+        own = own_tokens(x)
+        own = own / own.max().abs()
+        product = own.t() @ own
+        self.total = product if self.total is None else self.total + product
+        self.passes += 1
+
+
+def corda(weight: Tensor, covariance: Tensor, r: int, scaling: float, how: str) -> tuple[Tensor, Tensor]:
+    """Singular vectors of the weight times the covariance of what it reads.
+
+    Yang et al. 2024, arXiv 2406.05223.
+
+    Args:
+        covariance: (in, in). how: "ipm", the principal ones, or "kpm", the least, which keeps what the base knows.
+    """
+    eye = torch.eye(len(covariance)).to(covariance)
+    damp = 0.01  # as large as its inverse needs to be exact
+    while True:
+        damped = covariance + eye * (covariance.diagonal().mean() * damp)
+        inverse = torch.linalg.inv(damped)
+        if (damped @ inverse - eye).norm() < 0.05 or damp > 1e6:
+            break
+        damp *= 2
+    u, s, vh = torch.linalg.svd(weight @ damped, full_matrices=False)
+    at = slice(r) if how == "ipm" else slice(len(s) - r, len(s))
+    root = (s[at] / scaling).sqrt()
+    return root[:, None] * (vh[at] @ inverse), u[:, at] * root
+
+
+class Gradient(Look):
+    """For LoRA-GA: a change of the weight that is zero, and whose gradient is the weight's own.
+
+    Attributes:
+        probe: (out, in), once it was asked for. total: the gradients' sum. passes: how many there were.
+    """
+
+    enough = 64
+    probe: Tensor | None = None
+    total: Tensor | None = None
+    passes = 0
+
+    def __call__(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        if self.probe is None:
+            self.module = module
+            n_in, n_out = features(module)
+            self.probe = torch.zeros(n_out, n_in, device=x.device, requires_grad=True)
+        self.rows += len(x)
+        return y + F.linear(x.to(self.probe.dtype), self.probe).to(y.dtype)
+
+    @torch.no_grad()
+    def add(self, gradient: Tensor | None) -> None:
+        """Add that of one pass; None: it did not reach the module."""
+        if gradient is not None:
+            self.total = gradient if self.total is None else self.total + gradient
+            self.passes += 1
+
+
+DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
+SCALES = ("stable", "weight_svd", "gd_scale", "unit")
+
+
+def lora_ga(
+    weight: Tensor, gradient: Tensor, r: int, scaling: float, direction: str, scale: str, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """Singular vectors of the weight's gradient: the first step is nearly that of full fine-tuning.
+
+    Wang et al. 2024, arXiv 2407.05000.
+
+    Args:
+        direction, scale, gamma: as `LoRA.lora_ga_config` has them.
+    """
+    u, s, v = torch.svd_lowrank(gradient, q=min(4 * r, *gradient.shape), niter=4)
+    first, second = torch.arange(r), torch.arange(r, 2 * r)
+    at = {
+        "ArBr": (2 * first + 1, 2 * first),
+        "A2rBr": (second, first),
+        "ArB2r": (first, second),
+        "random": (torch.randperm(2 * r)[:r],) * 2,
+    }[direction]
+    a, b = v.t()[at[0]], u[:, at[1]] * s[at[1]]
+    if scale == "stable":
+        b = b * (len(weight) ** 0.25 / gamma**0.5)
+    elif scale == "weight_svd" and s[at[1]][0] > 0:
+        b = b * (torch.linalg.matrix_norm(weight, 2) / s[at[1]][0])
+    elif scale == "gd_scale":
+        a, b = a / scaling, b / scaling
+    return a, b
+
+
+class Components(Look):
+    """For EVA: the principal components of what a module reads, by a decomposition that goes on with each pass.
+
+    Ross et al. 2008 (incremental learning for visual tracking) have how a mean that moves is accounted for.
+
+    Args:
+        number: of components, k. tau: how like, as a cosine, two successive ones are that have settled.
+
+    Attributes:
+        basis: (k, in). values: (k,), singular values. scatter: the sum of squares around the mean, of all components.
+        settled: (k,) booleans.
+    """
+
+    def __init__(self, number: int, tau: float):
+        self.number, self.tau = number, tau
+        self.basis: Tensor | None = None
+        self.values, self.mean = torch.empty(0), torch.empty(0)
+        self.scatter, self.count = 0.0, 0
+        self.settled = torch.zeros(number, dtype=torch.bool)
+
+    @property
+    def done(self) -> bool:
+        return bool(self.settled.all())
+
+    def see(self, x: Tensor) -> None:
+        self.add(own_tokens(x))
+
+    def add(self, own: Tensor) -> None:
+        """Go on with some tokens, (tokens, in). Fewer than there are components are passed over."""
+        if len(own) < self.number:
+            return
+        n, m = self.count, len(own)
+        mean = own.mean(0)
+        added = own - mean
+        if self.basis is not None:
+            shift = (self.mean - mean) * math.sqrt(n * m / (n + m))
+            added = torch.cat([added, shift[None]])
+        self.scatter += float(added.square().sum())
+        known = added[:0] if self.basis is None else self.basis * self.values[:, None]
+        _, values, basis = torch.linalg.svd(torch.cat([known, added]), full_matrices=False)
+        before, self.basis, self.values = self.basis, basis[: self.number], values[: self.number]
+        if before is not None:
+            self.settled = (F.cosine_similarity(self.basis, before).abs() >= self.tau).cpu()
+        self.mean = mean if n == 0 else (n * self.mean + m * mean) / (n + m)
+        self.count = n + m
+
+    @property
+    def explained(self) -> list[float]:
+        """The share of the variance that each component explains, in falling order."""
+        return (self.values.square() / max(self.scatter, 1e-30)).tolist()
+
+
+def shared_out(shares: Mapping[str, Sequence[float]], budget: int) -> dict[str, int]:
+    """Ranks of modules, one at least: the components that explain the most have the rest of the budget.
+
+    Args:
+        shares: of each module the share of variance of its components, in falling order.
+    """
+    order = sorted(((share, path) for path, each in shares.items() for share in each[1:]), key=lambda at: -at[0])
+    ranks = dict.fromkeys(shares, 1)
+    for _, path in order[: budget - len(ranks)]:
+        ranks[path] += 1
+    return ranks
+
+
+def own_tokens(x: Tensor) -> Tensor:
+    """What a module reads of the rows' own tokens, (tokens, features): no padding, and nothing that a label masks."""
+    route, _, has_rows = running_route()
+    if has_rows and OWN in route.context and x.dim() == 3:
+        mask = context(OWN, x)
+        if mask.shape == x.shape[:2]:
+            return x[mask.bool()]
+    return x.flatten(0, -2)

@@ -332,6 +332,8 @@ class JobScheduler:
                 reset_peak(self.device)
             adapter = attach(self.model, job.method, job.name, seed=job.settings.seed)
             self._arrange(job)
+            if adapter.method.calibrates:
+                self.step.calibrate(job, adapter, (job.data or self.data).train.examples)
             result.method_settings = adapter.method.settings()
             numbers = count(self.model, job.name)
             result.trainable_parameters, result.total_parameters = numbers.trainable, numbers.total

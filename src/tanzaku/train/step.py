@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from tanzaku.core.adapter import Adapter
 from tanzaku.core.attach import adapters
+from tanzaku.core.calibration import own_of
 from tanzaku.core.dropout import Foreign, JobDropout, JobSlice, foreign_generators, watch
 from tanzaku.core.manager import manager_of
 from tanzaku.core.positions import room
@@ -25,9 +28,11 @@ from tanzaku.engine.names import AUTO
 from tanzaku.methods import METHODS
 from tanzaku.models import tree
 from tanzaku.models.families import Base
+from tanzaku.support.seeds import seed_of, seeded
 from tanzaku.tasks.inference import Forward
 from tanzaku.tasks.task import Batch, Example, Records, Split, Task, joined
 from tanzaku.train.active_job import ActiveJob
+from tanzaku.train.results import Job
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -138,6 +143,27 @@ class SharedStep:
         for active, share in zip(active_jobs, shares, strict=True):
             active.draws = (active.draws or share.drew) if drops else active.draws
             active.left_out = share.left_out
+
+    def calibrate(self, job: Job, adapter: Adapter, examples: Sequence[Example]) -> None:
+        """Let the adapter's method see training rows, before the job's first step. Which rows, and in which order,
+        depends on the job's seed alone."""
+        generator = torch.Generator().manual_seed(seed_of("calibration", job.settings.seed))
+        order = torch.randperm(len(examples), generator=generator).tolist()
+        size = job.settings.batch_size
+        batches = [[examples[row] for row in order[start : start + size]] for start in range(0, len(order), size)]
+
+        def run(rows: Sequence[Example]) -> Tensor:
+            together = self.forward.batch(rows)
+            own = own_of(together.inputs.get("attention_mask"))
+            together = replace(together, context={**together.context, **own})
+            with autocast(self.device, job.settings.precision):
+                outputs = self.forward(together)
+            return self.task.score(outputs, together).sum() / sum(row.weight for row in rows)
+
+        self._mode(training=False)
+        self._routed([job.name])
+        with seeded(seed_of("calibrated", job.settings.seed), [self.device]):
+            adapter.method.calibrate(adapter, (partial(run, rows) for rows in batches))
 
     def _watched(self) -> list[Foreign]:
         """What a step that draws random numbers has to know of the model, and hooks where it needs them."""

@@ -1,0 +1,66 @@
+"""A look at rows before the first step, for methods that start from what the base does with data.
+
+Runs do it by themselves, with their training rows. Whoever has a training loop of his own calls
+:func:`tanzaku.calibrate` before he makes an optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tanzaku.core.attach import route
+from tanzaku.core.manager import manager_of
+from tanzaku.errors import TanzakuError
+
+OWN = "own_tokens"  # in the context of such rows: (rows, tokens) booleans, False at padding and where labels are -100
+
+
+def calibrate(
+    model: nn.Module,
+    name: str,
+    batches: Iterable[Mapping[str, Tensor]],
+    loss: Callable[[Any, Mapping[str, Tensor]], Tensor] | None = None,
+) -> None:
+    """Let adapter `name` see rows, if its method starts from what the base does with them (see its settings).
+
+    The model runs in evaluation mode, every batch routed to the adapter alone; a method takes as many batches as it
+    needs. Parameters may be others afterwards: make optimizers later.
+
+    Args:
+        batches: of inputs by the names of the model's `forward`, (rows, ...), on its device; with `labels` where the
+            method needs a loss.
+        loss: the mean loss of a batch, of the model's outputs and the batch; None takes the outputs' own.
+
+    Raises:
+        TanzakuError: no adapter of that name, one that starts from no rows, or too few of them.
+    """
+    adapter = manager_of(model).get(name)
+    if not adapter.method.calibrates:
+        raise TanzakuError(f"{name!r} ({adapter.method.name}) starts from no rows by its settings, so it needs none")
+
+    def run(batch: Mapping[str, Tensor]) -> Tensor:
+        rows = len(next(iter(batch.values())))
+        with route(model, [name] * rows, own_of(batch.get("attention_mask"), batch.get("labels"))):
+            outputs = model(**batch)
+        found = getattr(outputs, "loss", None) if loss is None else loss(outputs, batch)
+        return torch.zeros(()) if found is None else found
+
+    training = model.training
+    model.eval()
+    try:
+        adapter.method.calibrate(adapter, (partial(run, batch) for batch in batches))
+    finally:
+        model.train(training)
+
+
+def own_of(mask: Tensor | None, labels: Tensor | None = None) -> dict[str, Tensor]:
+    """The context of rows by which layers tell own tokens from padding."""
+    if mask is None or mask.dim() != 2:
+        return {}
+    own = mask.bool()
+    return {OWN: own & (labels != -100) if labels is not None and labels.shape == own.shape else own}
