@@ -68,6 +68,13 @@ class Adapter(nn.Module):
         flags = {id(p): wanted.get(name, False) for name, p in self._in_tree()}
         return [(name, p) for name, p in self.named_parameters() if flags[id(p)]]
 
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """What is trained, as an optimizer takes it: with the learning rates that the method makes of one."""
+        factors: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.trained():
+            factors.setdefault(self.method.rate_of(name), []).append(parameter)
+        return [{"params": params, "lr": learning_rate * factor} for factor, params in factors.items()]
+
     def _in_tree(self) -> Iterator[tuple[str, nn.Parameter]]:
         # By the path of their site two adapter layers may have parameters of one name.
         return super().named_parameters()

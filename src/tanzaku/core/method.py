@@ -237,6 +237,7 @@ class Method:
     file_prefix: ClassVar[str] = "base_model.model."
     combines_by: ClassVar[str | None] = None  # the usual way to make one of several adapters; see `combined`
     in_peft: ClassVar[bool] = True  # False: HF PEFT has the method under no name
+    not_in_peft: ClassVar[Mapping[str, Any]] = {}  # settings PEFT has not, by what needs no word in its files
     by_default: ClassVar[bool] = True  # a candidate of a comparison that names none
     learning_rate: ClassVar[float] = 1e-3  # where none is given; each method says where its own is from
     space: ClassVar[Spaces] = spaces(learning_rate=Range(1e-5, 1e-2, log=True))  # what a search draws; see open_space
@@ -313,6 +314,10 @@ class Method:
     def combined(self, parts: Sequence[Attached], by: Combining) -> Method:
         """The settings of what is made of several adapters of this method; sites and copies are noted elsewhere."""
         raise TypeError(f"{type(self).__name__} defines no combined()")
+
+    def rate_of(self, parameter: str) -> float:
+        """What the learning rate is multiplied by for a parameter, by its name in :meth:`Adapter.trained`."""
+        return 1.0
 
     @property
     def calibrates(self) -> bool:

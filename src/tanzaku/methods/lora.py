@@ -301,7 +301,9 @@ class _LowRank(torch.autograd.Function):
         ):
             hidden.append(torch.mm(down, own.t()).mul_(scaling))
             changed.addmm_(hidden[-1].t(), up.t())
-        ctx.save_for_backward(x, *weights, *hidden)
+        # Where every A is frozen, what they read is not needed again.
+        kept = x if any(ctx.needs_input_grad[4 : 4 + len(a)]) else None
+        ctx.save_for_backward(kept, *weights, *hidden)
         ctx.tokens, ctx.scaling = tokens, scaling
         return out
 
@@ -309,17 +311,19 @@ class _LowRank(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         n, (x, *kept) = len(ctx.tokens), ctx.saved_tensors
-        to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        to_a, to_b = [], []
         flat = gradient.reshape(-1, gradient.shape[-1])
-        for at, (own, g) in enumerate(zip(split(x, ctx.tokens), split(flat, ctx.tokens), strict=True)):
+        to_x = flat.new_empty(len(flat), kept[0].shape[1]) if ctx.needs_input_grad[0] else None
+        to_a: list[Tensor | None] = []
+        to_b = []
+        read = [None] * n if x is None else split(x, ctx.tokens)
+        for at, (own, g) in enumerate(zip(read, split(flat, ctx.tokens), strict=True)):
             down, up, hidden = kept[at], kept[n + at], kept[2 * n + at]
             inner = torch.mm(up.t(), g.t()).mul_(ctx.scaling)
-            to_a.append(torch.mm(inner, own))
+            to_a.append(None if own is None else torch.mm(inner, own))
             to_b.append(torch.mm(hidden, g).t())
             if to_x is not None:
                 start = sum(ctx.tokens[:at])
-                torch.mm(inner.t(), down, out=to_x[start : start + len(own)])
+                torch.mm(inner.t(), down, out=to_x[start : start + len(g)])
         to_x = None if to_x is None else to_x.view(*gradient.shape[:-1], -1)
         return to_x, gradient, None, None, *to_a, *to_b
 
@@ -425,6 +429,9 @@ def combine_factors(
     own_b.zero_()[:, : b.shape[1]] = b
 
 
+_B = re.compile(r"\.lora_B\b")
+
+
 @dataclass
 class LoRA(Method):
     """Low-rank adaptation.
@@ -453,6 +460,9 @@ class LoRA(Method):
         use_rslora: scale by lora_alpha / sqrt(r) instead.
         use_dora: give each output feature a trained magnitude, and let the change turn directions alone (DoRA, arXiv
             2402.09353). It reads the base's weights at every pass.
+        loraplus_lr_ratio: the learning rate of B is so many times that of A, in the paper 16 (LoRA+, arXiv 2402.12354).
+            `Adapter.groups` has the rates for other optimizers than a run's own.
+        freeze_a: train B alone: half the parameters, and what A reads need not be kept (LoRA-FA, arXiv 2308.03303).
         layers_to_transform, layers_pattern: only these layers, counted in the lists that layers_pattern names.
         fan_in_fan_out: kept for PEFT's files; the kind of module tells how its weight lies.
         rank_pattern, alpha_pattern: rank or alpha for paths that end with the key or match it.
@@ -471,6 +481,7 @@ class LoRA(Method):
     )
     mergeable = True
     combines_by: ClassVar[str | None] = "cat"  # exact
+    not_in_peft: ClassVar[Mapping[str, Any]] = {"loraplus_lr_ratio": 1.0, "freeze_a": False}
     learning_rate = 3e-4  # HF PEFT's method comparison (MetaMathQA), and the upper half of the papers' 1e-4 to 5e-4.
     # The paper: ranks from 1 up do nearly alike, at 2e-4 (GPT-2) to 5e-4 (RoBERTa); a decade lies on either side.
     space = spaces(r=Choice((1, 4, 8, 16, 32)), learning_rate=Range(5e-5, 5e-3, log=True))
@@ -494,6 +505,8 @@ class LoRA(Method):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
+    loraplus_lr_ratio: float = 1.0
+    freeze_a: bool = False
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -527,17 +540,22 @@ class LoRA(Method):
             alpha = pattern(self.alpha_pattern, path, self.lora_alpha)
             self.require(r > 0, f"r={r} for {path}", "a rank of 1 or more")
             scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
-            yield (
-                path,
-                (
-                    self._started(base, module, path, r, scaling)
-                    if self._starts()
-                    else self.layer(module, path, r, scaling)
-                ),
-            )
+            layer: LoraDelta | LoraEmbedding
+            if self._starts():
+                layer = self._started(base, module, path, r, scaling)
+            else:
+                layer = self.layer(module, path, r, scaling)
+            if self.freeze_a:
+                # Of an embedding, B is what starts at random and is held.
+                held = layer.lora_embedding_B if isinstance(layer, LoraEmbedding) else layer.lora_A.weight
+                held.requires_grad_(False)
+            yield path, layer
         yield from self.biases(base, [path for path, _ in found])
 
-    def layer(self, module: nn.Module, path: str, r: int, scaling: float) -> AdapterLayer:
+    def rate_of(self, parameter: str) -> float:
+        return self.loraplus_lr_ratio if _B.search(parameter) else 1.0
+
+    def layer(self, module: nn.Module, path: str, r: int, scaling: float) -> LoraDelta | LoraEmbedding:
         """The adapter layer that fits the kind of module."""
         if isinstance(module, nn.Embedding):
             if self.init_lora_weights == "eva":
@@ -803,6 +821,7 @@ class LoRA(Method):
         )
         known = init in (True, False, "gaussian", "orthogonal", "eva") or self._starts()
         self.require(known, f"init_lora_weights={init!r}", expected)
+        self.require(self.loraplus_lr_ratio > 0, f"loraplus_lr_ratio={self.loraplus_lr_ratio}", "a number above 0")
         self._check_loftq()
         self._check_rows()
         self.require(0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout}", "a probability below 1")

@@ -520,7 +520,7 @@ def config_of(manager: AdapterManager, adapter: Adapter) -> dict[str, Any]:
     task = method.task_type
     if task is None and isinstance(manager.model, PreTrainedModel):
         task = next((t for end, t in _TASKS.items() if own.endswith(end)), None)
-    settings = method.settings()
+    settings = {key: value for key, value in method.settings().items() if value != method.not_in_peft.get(key, ...)}
     # Whole paths: of a mere name PEFT takes all that ends with it, "norm" for "input_layernorm" too.
     copies = {path: s for path, s in adapter.at() if isinstance(s, WeightCopy)}
     whole = [path for path, s in copies.items() if path and s.trained]

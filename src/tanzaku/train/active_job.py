@@ -232,7 +232,7 @@ class ActiveJob:
         record = EpochRecord(
             epoch=self.epoch,
             train_loss=sum(loss * weight for loss, weight in self._losses) / sum(weight for _, weight in self._losses),
-            learning_rate=float(self.schedule.get_last_lr()[0]),
+            learning_rate=float(self.schedule.get_last_lr()[0]) / self.optimizer.param_groups[0]["factor"],
             valid=valid,
             seconds=self.seconds,
         )
@@ -354,14 +354,15 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _optimizer(adapter: Adapter, job: Job) -> torch.optim.AdamW:
     s = job.settings
-    named = adapter.trained()
-    groups: list[dict[str, Any]] = [
-        {"params": [p for n, p in named if not _NO_DECAY.search(n)], "weight_decay": s.weight_decay},
-        {"params": [p for n, p in named if _NO_DECAY.search(n)], "weight_decay": 0.0},
-    ]
+    rate = cast(float, s.learning_rate)  # a job has one
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in adapter.trained():
+        decay, factor = 0.0 if _NO_DECAY.search(name) else s.weight_decay, adapter.method.rate_of(name)
+        group = {"params": [], "weight_decay": decay, "lr": rate * factor, "factor": factor}
+        groups.setdefault((decay, factor), group)["params"].append(parameter)
     return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
-        lr=cast(float, s.learning_rate),  # a job has one
+        list(groups.values()),
+        lr=rate,
         betas=(s.adam_beta1, s.adam_beta2),
         eps=s.adam_epsilon,
         fused=True,

@@ -281,7 +281,8 @@ class PeftConfig(Method):
         if folder.exists() and not folder.is_dir():
             raise TanzakuError(f"{folder} is a file; expected a directory to save the configuration in")
         folder.mkdir(parents=True, exist_ok=True)
-        settings = {**self.settings(), "peft_type": self.peft_type, **({"auto_mapping": mapping} if mapping else {})}
+        own = {key: value for key, value in self.settings().items() if value != self.not_in_peft.get(key, ...)}
+        settings = {**own, "peft_type": self.peft_type, **({"auto_mapping": mapping} if mapping else {})}
         (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
