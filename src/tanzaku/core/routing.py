@@ -147,12 +147,21 @@ class Route:
         several times, as beams or as single tokens."""
         times = 0 if self.uniform else self._times(rows)
         own = [row for row in range(rows) if self.uniform or self.index[row // times] == number]
-        tokens = [self._tokens[row] for row in own] if len(self._tokens) == rows else []
-        if sum(tokens) != size:
+        tokens = self.single_tokens(number, rows, size)
+        if tokens is None:
             if not own or size % len(own):
                 raise TanzakuError(f"found {size} rows where {len(own)} have data; expected as many, or a multiple")
             tokens = [size // len(own)] * len(own)
         return [row for row, count in zip(own, tokens, strict=True) for _ in range(count)]
+
+    def single_tokens(self, number: int, rows: int, size: int) -> list[int] | None:
+        """Where the `size` rows that a layer of this stack has before it are single tokens: how many of each of its own
+        of the batch's `rows`."""
+        if len(self._tokens) != rows:
+            return None
+        times = 0 if self.uniform else self._times(rows)
+        tokens = [self._tokens[row] for row in range(rows) if self.uniform or self.index[row // times] == number]
+        return tokens if sum(tokens) == size else None
 
     def shares(self, counts: Sequence[int]) -> list[tuple[int, Rows]]:
         """(stack number, its parts) where each row of the batch has so many parts, one after another, maybe none."""

@@ -7,6 +7,7 @@ with the path "", and the layers that read it hold a `Ref` to it and ask for its
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any, ClassVar, NamedTuple
 
@@ -39,11 +40,16 @@ class Shared(AdapterLayer):
         """What the layers read: tensors, or what holds some."""
         raise TypeError(f"{type(self).__name__} defines no compute()")
 
-    def refresh(self) -> None:
+    def compute_of(self, given: Mapping[str, Any]) -> Any:
+        """As :meth:`compute`, for a pass whose entrance is given this by the names of its `forward`."""
+        return self.compute()
+
+    def refresh(self, given: Mapping[str, Any] | None = None) -> None:
         """Compute it for the pass that begins. Called before the first layer, outside of checkpointed ones: there it
         would be part of what is computed twice, and layers would not share its gradient."""
         others = tuple(each for each in _written.get() if each.by() not in (None, self))
-        _written.set((*others, _Written(weakref.ref(self), self._versions(), self.compute())))
+        value = self.compute() if given is None else self.compute_of(given)
+        _written.set((*others, _Written(weakref.ref(self), self._versions(), value)))
 
     def value(self) -> Any:
         """What was computed for this pass, or, outside of one, what it would be."""

@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from tanzaku.core.attention import ATTEND, AttentionSite, register
 from tanzaku.core.hooks import Entrance, ModuleSite, SplitSite, TokenSite, WeightSite
 from tanzaku.core.in_force import Current, InForce
+from tanzaku.core.positions import parameters
 from tanzaku.core.rows import Places
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models import tree
@@ -84,9 +85,9 @@ class Sites(Current):
             if force.places is not None:
                 fresh |= self._attach_splits(force.places)
             if (force.attention or force.shared) and ("entrance",) not in kept:
-                kept[("entrance",)] = [_register(self.base.entrance, "forward_pre", self._enter)]
+                kept[("entrance",)] = [_register(self.base.entrance, "forward_pre", self._enter, with_kwargs=True)]
             if force.shared and self.base.encoder_decoder and ("encoder",) not in kept:
-                kept[("encoder",)] = [_register(self.base.encoder, "forward_pre", self._refresh)]
+                kept[("encoder",)] = [_register(self.base.encoder, "forward_pre", self._refresh, with_kwargs=True)]
             if force.tokens is not None:
                 paths = {id(module): path for path, module in tree.named_modules(self.base.model)}
                 for module, kind, function in force.tokens.hooks():
@@ -164,7 +165,7 @@ class Sites(Current):
                     "share its gradients: activate it, then wrap the model again"
                 )
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """At the backbone's entrance: what a pass needs before its first layer."""
         force = self.in_force()
         if force is None:
@@ -176,13 +177,16 @@ class Sites(Current):
             register(own)
             if config._attn_implementation != PREFIX + own:
                 config._attn_implementation_internal = PREFIX + own
-        self._refresh(module, args)
+        self._refresh(module, args, kwargs)
 
-    def _refresh(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _refresh(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compute what layers of an adapter share, before the first of them."""
         force = self.in_force()
-        for layer in [] if force is None else force.shared:
-            layer.refresh()
+        if force is None or not force.shared:
+            return
+        given = {**dict(zip(parameters(module), args, strict=False)), **kwargs}
+        for layer in force.shared:
+            layer.refresh(given)
 
 
 def _register(module: nn.Module, kind: str, hook: Callable[..., Any], **options: Any) -> RemovableHandle:

@@ -30,6 +30,7 @@ from tanzaku.core.survey import biased, tensors
 from tanzaku.core.weights import BiasCopy, WeightCopy, with_tensors
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.files.patterns import groups_of
+from tanzaku.methods.activated import Invocation, in_force
 from tanzaku.methods.dora import Magnitude
 from tanzaku.methods.lora_starts import (
     DIRECTIONS,
@@ -50,6 +51,7 @@ from tanzaku.methods.lora_starts import (
 from tanzaku.models.families import Base, features, weight_of
 from tanzaku.models.quantize import quantised, stored_weight
 from tanzaku.support.autograd import once_differentiable
+from tanzaku.support.refs import Ref
 
 
 class Low(nn.Module):
@@ -207,6 +209,28 @@ def not_yet(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 _STARTED = ("lora_A", "lora_B", "start_A", "start_B")
+
+
+class ActivatedDelta(LoraDelta):
+    """LoRA from where it is invoked in each row."""
+
+    def __init__(self, module: nn.Module, invocation: Invocation, *settings: Any):
+        super().__init__(module, *settings)
+        self.invocation = Ref(invocation)
+
+    def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        invocation = self.invocation()
+        assert invocation is not None
+        return torch.where(in_force(invocation.value(), y), super().outputs(module, x, y), y)
+
+    def batch_key(self, module: nn.Module) -> None:
+        return None
+
+    def factors(self) -> Any:
+        return None  # it is no change of a weight: what a token gets depends on those before it
+
+    def merged(self, module: nn.Module) -> None:
+        return None
 
 
 class LoraConv2d(LoraDelta):
@@ -460,6 +484,10 @@ class LoRA(Method):
         use_rslora: scale by lora_alpha / sqrt(r) instead.
         use_dora: give each output feature a trained magnitude, and let the change turn directions alone (DoRA, arXiv
             2402.09353). It reads the base's weights at every pass.
+        alora_invocation_tokens: ids of the tokens that invoke the adapter: in each row it is in force from where they
+            begin for the last time, and a row without them is the base's. In decoders alone; it cannot be merged
+            (activated LoRA, arXiv 2504.12397). Rows are looked through before a cache is there, and after that what is
+            added to them.
         loraplus_lr_ratio: the learning rate of B is so many times that of A, in the paper 16 (LoRA+, arXiv 2402.12354).
             `Adapter.groups` has the rates for other optimizers than a run's own.
         freeze_a: train B alone: half the parameters, and what A reads need not be kept (LoRA-FA, arXiv 2308.03303).
@@ -505,6 +533,7 @@ class LoRA(Method):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
+    alora_invocation_tokens: list[int] | None = None
     loraplus_lr_ratio: float = 1.0
     freeze_a: bool = False
     layers_to_transform: list[int] | int | None = None
@@ -535,13 +564,20 @@ class LoRA(Method):
                 f"pattern {key!r} that matches no target",
                 "one that does",
             )
+        invocation = self._invocation(base)
+        if invocation is not None:
+            yield "", invocation
         for path, module in found:
             r = int(pattern(self.rank_pattern, path, self.r))
             alpha = pattern(self.alpha_pattern, path, self.lora_alpha)
             self.require(r > 0, f"r={r} for {path}", "a rank of 1 or more")
             scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
             layer: LoraDelta | LoraEmbedding
-            if self._starts():
+            if invocation is not None:
+                self._check_matrix(module, path, "alora_invocation_tokens")
+                init = None if self._to_fill else self.init_lora_weights
+                layer = ActivatedDelta(module, invocation, r, scaling, self.lora_dropout, init)
+            elif self._starts():
                 layer = self._started(base, module, path, r, scaling)
             else:
                 layer = self.layer(module, path, r, scaling)
@@ -576,10 +612,26 @@ class LoRA(Method):
         made.watch = not_yet if rows and not self._to_fill else None
         return made
 
-    def _check_matrix(self, module: nn.Module, path: str) -> None:
+    def _check_matrix(self, module: nn.Module, path: str, setting: str = "init_lora_weights") -> None:
         matrix = not isinstance(module, nn.Embedding | nn.Conv2d)
-        found = f"{path}, a {type(module).__name__}, with init_lora_weights={self.init_lora_weights!r}"
+        found = f"{path}, a {type(module).__name__}, with {setting}={getattr(self, setting)!r}"
         self.require(matrix, found, "a linear layer or Conv1D")
+
+    def _invocation(self, base: Base) -> Invocation | None:
+        """What finds the tokens that invoke the adapter, if some do."""
+        tokens = self.alora_invocation_tokens
+        if tokens is None:
+            return None
+        found = f"alora_invocation_tokens={tokens}"
+        ids = all(type(token) is int and 0 <= token < base.vocab_size for token in tokens)
+        self.require(bool(tokens) and ids, found, f"one id or more, from 0 to {base.vocab_size - 1}")
+        causal = not base.encoder_decoder and any(getattr(m, "is_causal", False) for _, m in base.attention())
+        self.require(causal, f"{found} on a {type(base.model).__name__}", "a decoder, where no token sees later ones")
+        self.require(not self.use_dora, f"{found} with use_dora", "one of them")
+        self.require(
+            not (self._starts() or self.calibrates), f"{found} with {self.init_lora_weights!r}", "another start"
+        )
+        return Invocation(tokens)
 
     def _starts(self) -> bool:
         """Whether A and B start at a product that is no zero and is counted from."""

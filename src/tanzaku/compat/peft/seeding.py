@@ -14,17 +14,27 @@ from torch import Tensor, nn
 
 from tanzaku.core.adapter import Adapter
 from tanzaku.core.weights import BiasCopy, WeightCopy
+from tanzaku.methods.activated import Invocation
 from tanzaku.methods.adalora import SvdDelta
 from tanzaku.methods.dora import Magnitude
 from tanzaku.methods.ia3 import ScaleLayer
-from tanzaku.methods.lora import DoraConv2d, DoraDelta, DoraEmbedding, LoraConv2d, LoraDelta, LoraEmbedding, initialise
+from tanzaku.methods.lora import (
+    ActivatedDelta,
+    DoraConv2d,
+    DoraDelta,
+    DoraEmbedding,
+    LoraConv2d,
+    LoraDelta,
+    LoraEmbedding,
+    initialise,
+)
 
 
 @torch.no_grad()
 def draw_as_peft(adapter: Adapter, before: Tensor) -> None:
     """Draw initial weights anew as PEFT does, from the generator's state `before`."""
-    lora = (LoraDelta, LoraConv2d, LoraEmbedding, DoraDelta, DoraConv2d, DoraEmbedding)
-    kinds = (*lora, SvdDelta, ScaleLayer, BiasCopy, WeightCopy)
+    lora = (LoraDelta, LoraConv2d, LoraEmbedding, DoraDelta, DoraConv2d, DoraEmbedding, ActivatedDelta)
+    kinds = (*lora, Invocation, SvdDelta, ScaleLayer, BiasCopy, WeightCopy)
     on_meta = any(p.device.type == "meta" for _, p in adapter.named_parameters())
     # Only what is known to begin as PEFT's own does; what is left draws alike, on one device.
     if on_meta or not all(type(layer) in kinds for _, layer in adapter.at()):
@@ -32,7 +42,7 @@ def draw_as_peft(adapter: Adapter, before: Tensor) -> None:
     torch.set_rng_state(before)
     init = getattr(adapter.method, "init_lora_weights", getattr(adapter.method, "init_ia3_weights", True))
     for path, layer in adapter.at():
-        if isinstance(layer, BiasCopy | WeightCopy):
+        if isinstance(layer, BiasCopy | WeightCopy | Invocation):
             continue
         fresh = copy.deepcopy(layer).cpu()
         if isinstance(fresh, ScaleLayer):
