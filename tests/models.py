@@ -145,7 +145,11 @@ def config_of(kind: str, **overrides: Any) -> Any:
 
 
 # What a method needs to fit tiny models, of which many have no bias, where its defaults do not.
-NEEDED: dict[str, dict[str, Any]] = {"llama_adapter": {"adapter_layers": 1}, "bitfit": {"bias_scope": "add"}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "llama_adapter": {"adapter_layers": 1},
+    "bitfit": {"bias_scope": "add"},
+    "trainable_tokens": {"token_indices": [*range(3, 100, 2)]},
+}
 
 
 def tiny(kind: str, head: str = "cls", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import tanzaku as tz
-from models import batch, tiny
+from models import VOCAB, batch, tiny
 
 CONFIGS: dict[str, type[peft.PeftConfig]] = {
     "lora": peft.LoraConfig,
@@ -23,6 +23,7 @@ CONFIGS: dict[str, type[peft.PeftConfig]] = {
     "ia3": peft.IA3Config,
     "llama_adapter": peft.AdaptionPromptConfig,
     "ln_tuning": peft.LNTuningConfig,
+    "trainable_tokens": peft.TrainableTokensConfig,
 }
 
 # One plain choice of settings a method; PEFT asks AdaLoRA for the number of steps, and LLaMA-Adapter for its sizes.
@@ -35,6 +36,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "ia3": {},
     "llama_adapter": {"adapter_layers": 1, "adapter_len": 4},
     "ln_tuning": {},
+    "trainable_tokens": {"token_indices": [*range(3, VOCAB, 2)]},
 }
 SOFT_PROMPTS = ("prompt_tuning", "p_tuning")
 PROMPT_LEARNING = (*SOFT_PROMPTS, "prefix_tuning")

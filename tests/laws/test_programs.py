@@ -211,6 +211,7 @@ def test_a_copy_of_a_part_leaves_the_whole_behind(name):
             "ia3",
             "bitfit",
             "ln_tuning",
+            "trainable_tokens",
             "head",
         ):  # others need what lies around the part
             with pytest.raises(tz.TanzakuError, match="copy of a part of a model"):

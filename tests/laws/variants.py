@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import tanzaku as tz
 from close import GRADIENT, assert_close
-from models import batch, tiny
+from models import VOCAB, batch, tiny
 from tanzaku.core.manager import manager_of
 from tanzaku.core.method import Method, TokenLayer
 from tanzaku.core.routing import Entry
@@ -63,6 +63,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "bitfit": {"default": {"bias_scope": "add"}, "all": {}, "query_up": {"bias_scope": "query_up"}},
     "ln_tuning": {"default": {}, "one": {"target_modules": ["post_attention_layernorm"]}},
+    "trainable_tokens": {"default": {"token_indices": [*range(3, VOCAB, 2)]}},
     "full": {"default": {}},
     "head": {"default": {}},
 }

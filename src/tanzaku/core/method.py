@@ -98,6 +98,7 @@ class ModuleLayer(AdapterLayer):
     edits_input: ClassVar[bool] = False
     edits_output: ClassVar[bool] = True
     reads_call: ClassVar[bool] = False  # it wants all that the module was given: `outputs_of` in place of `outputs`
+    ties: Sequence[str] = ()  # paths whose weights are tied to its module's and which the adapter changes alike
 
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
         """`x` as the module shall read it; same shape."""

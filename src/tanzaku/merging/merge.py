@@ -15,6 +15,7 @@ from tanzaku.core.adapter import Adapter
 from tanzaku.core.attach import activate, detach
 from tanzaku.core.manager import MERGED, manager_of
 from tanzaku.core.method import ModuleLayer
+from tanzaku.core.shared import Shared
 from tanzaku.core.weights import WeightCopy
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models import tree
@@ -178,7 +179,10 @@ def _changes(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None) -> I
     own = {_full(path, key): tensor for path, s in copies for key, tensor in s.tensors.items()}
     changed = {_full(path, "weight") for path, s in adapter.at() if isinstance(s, ModuleLayer)} | set(own)
     done: set[int] = set()
+    merged: set[str] = set()
     for path, layer in adapter.at():
+        if not path and isinstance(layer, Shared):
+            continue  # what layers compute with
         module = model.get_submodule(path)
         new: dict[str, Tensor] | None = None
         if any(p.is_meta for p in tree.parameters(module)):
@@ -201,7 +205,12 @@ def _changes(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None) -> I
             full = _full(path, key)
             whole = isinstance(layer, WeightCopy)
             # Tied weights stay one tensor only where the adapter's own copies of them are one, too.
+            alike = {_full(each, key) for each in getattr(layer, "ties", ())}
+            if alike and any(name in merged for name in tied.get(full, ())):
+                continue  # it was changed under another name
+            merged.add(full)
             others = [name for name in tied.get(full, ()) if name != full and not (whole and own.get(name) is value)]
+            others = [name for name in others if name not in alike]
             if others:
                 left = [name for name in others if name not in changed]
                 how = "leaves as it is" if left else "changes to other values"

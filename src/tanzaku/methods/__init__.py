@@ -15,6 +15,7 @@ from tanzaku.methods.lora import LoRA as LoRA
 from tanzaku.methods.p_tuning import PTuning as PTuning
 from tanzaku.methods.prefix_tuning import PrefixTuning as PrefixTuning
 from tanzaku.methods.prompt_tuning import PromptTuning as PromptTuning
+from tanzaku.methods.trainable_tokens import TrainableTokens as TrainableTokens
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
         LlamaAdapter,
         BitFit,
         LNTuning,
+        TrainableTokens,
         Full,
         Head,
     )

@@ -48,6 +48,7 @@ from tanzaku.methods.lora_starts import (
     product_of,
     shared_out,
 )
+from tanzaku.methods.trainable_tokens import indices_by_path, token_layers
 from tanzaku.models.families import Base, features, weight_of
 from tanzaku.models.quantize import quantised, stored_weight
 from tanzaku.support.autograd import once_differentiable
@@ -484,6 +485,8 @@ class LoRA(Method):
         use_rslora: scale by lora_alpha / sqrt(r) instead.
         use_dora: give each output feature a trained magnitude, and let the change turn directions alone (DoRA, arXiv
             2402.09353). It reads the base's weights at every pass.
+        trainable_token_indices: ids of tokens whose vectors are trained, too, in the model's embedding or in several by
+            name; see `TrainableTokens`.
         alora_invocation_tokens: ids of the tokens that invoke the adapter: in each row it is in force from where they
             begin for the last time, and a row without them is the base's. In decoders alone; it cannot be merged
             (activated LoRA, arXiv 2504.12397). Rows are looked through before a cache is there, and after that what is
@@ -533,6 +536,7 @@ class LoRA(Method):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     alora_invocation_tokens: list[int] | None = None
     loraplus_lr_ratio: float = 1.0
     freeze_a: bool = False
@@ -586,6 +590,11 @@ class LoRA(Method):
                 held = layer.lora_embedding_B if isinstance(layer, LoraEmbedding) else layer.lora_A.weight
                 held.requires_grad_(False)
             yield path, layer
+        if self.trainable_token_indices:
+            tokens = indices_by_path(self, base, self.trainable_token_indices)
+            for path, _ in found:
+                self.require(path not in tokens, f"{path} in target_modules and trainable_token_indices", "one of them")
+            yield from token_layers(self, base, tokens, inside=".token_adapter")
         yield from self.biases(base, [path for path, _ in found])
 
     def rate_of(self, parameter: str) -> float:
