@@ -20,6 +20,7 @@ CONFIGS: dict[str, type[peft.PeftConfig]] = {
     "prompt_tuning": peft.PromptTuningConfig,
     "p_tuning": peft.PromptEncoderConfig,
     "prefix_tuning": peft.PrefixTuningConfig,
+    "cartridge": peft.CartridgeConfig,
     "ia3": peft.IA3Config,
     "llama_adapter": peft.AdaptionPromptConfig,
     "ln_tuning": peft.LNTuningConfig,
@@ -33,13 +34,15 @@ PLAIN: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"num_virtual_tokens": 3},
     "p_tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 24},
     "prefix_tuning": {"num_virtual_tokens": 3},
+    "cartridge": {"num_virtual_tokens": 3},
     "ia3": {},
     "llama_adapter": {"adapter_layers": 1, "adapter_len": 4},
     "ln_tuning": {},
     "trainable_tokens": {"token_indices": [*range(3, VOCAB, 2)]},
 }
 SOFT_PROMPTS = ("prompt_tuning", "p_tuning")
-PROMPT_LEARNING = (*SOFT_PROMPTS, "prefix_tuning")
+PREFIXES = ("prefix_tuning", "cartridge")
+PROMPT_LEARNING = (*SOFT_PROMPTS, *PREFIXES)
 
 
 def task_of(model: PreTrainedModel) -> str | None:

@@ -17,6 +17,7 @@ from close import HALF, assert_close, tolerance
 from interop.oracle import (
     CONFIGS,
     PLAIN,
+    PREFIXES,
     PROMPT_LEARNING,
     SOFT_PROMPTS,
     both,
@@ -192,7 +193,7 @@ def test_a_file_of_pefts_loads_here(kind: str, head: str, name: str, settings: d
 def test_a_file_of_ours_loads_there(kind: str, head: str, name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     base = tiny(kind, head)
     given = inputs(base, name)
-    if name == "prefix_tuning" and base.config.is_encoder_decoder:
+    if name in PREFIXES and base.config.is_encoder_decoder:
         # The layout that PEFT reads, for which a file of PEFT's is asked.
         settings = {**settings, "num_transformer_submodules": 2}
     with torch.no_grad():

@@ -15,7 +15,7 @@ from transformers import AutoModelForTokenClassification, PreTrainedModel
 
 import tanzaku as tz
 from close import HALF, PASS, assert_close, tolerance
-from interop.oracle import CONFIGS, PLAIN, PROMPT_LEARNING, SOFT_PROMPTS, method, scatter
+from interop.oracle import CONFIGS, PLAIN, PREFIXES, PROMPT_LEARNING, SOFT_PROMPTS, method, scatter
 from models import NEEDED, batch, config_of, lively, tiny
 from tiers import in_families
 
@@ -57,7 +57,7 @@ def compared(kind: str, task: str, name: str) -> bool:
     if kind == "vit":
         return name not in PROMPT_LEARNING
     # T5's tagger is an encoder alone, where PEFT's soft prompts have no place; its prefix is the decoder's.
-    return kind != "t5" or not ((name in PROMPT_LEARNING and task == "TOKEN_CLS") or name == "prefix_tuning")
+    return kind != "t5" or not ((name in PROMPT_LEARNING and task == "TOKEN_CLS") or name in PREFIXES)
 
 
 def cases(tasks: dict[str, tuple[str, ...]]) -> list[Any]:

@@ -53,6 +53,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "projection": {"num_virtual_tokens": 5, "prefix_projection": True, "encoder_hidden_size": 16},
         "zero": {"num_virtual_tokens": 2, "init_weights": "zero"},
     },
+    "p_tuning_v2": {"default": {"num_virtual_tokens": 3}},
+    "cartridge": {"default": {"num_virtual_tokens": 3}},
+    "multitask_prompt_tuning": {"default": {"num_virtual_tokens": 3}},
     "ia3": {
         "default": {},
         "feedforward": {"target_modules": ["up_proj", "down_proj"], "feedforward_modules": ["up_proj", "down_proj"]},

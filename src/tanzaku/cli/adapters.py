@@ -126,7 +126,7 @@ def read_adapter(name: str, path: Path) -> Saved:
     return Saved(
         name=name,
         path=path,
-        method=method_of(config, path),
+        method=method_of(config, path, about.get("method")),
         base=named if isinstance(named, str) and named else None,
         kind=kind if isinstance(kind, str) else None,
         task=task,

@@ -178,6 +178,14 @@ class TokenLayer(AdapterLayer):
         """(num_virtual_tokens, width of the embedding) in the scale of the model's embedded tokens."""
         raise TypeError(f"{type(self).__name__} defines no vectors()")
 
+    def vectors_of(self, rows: Tensor) -> Tensor:
+        """As :meth:`vectors`, or (rows, num_virtual_tokens, width) where rows have vectors of their own.
+
+        Args:
+            rows: (rows routed to it,) by which a layer asks for their :func:`~tanzaku.core.context.context`.
+        """
+        return self.vectors()
+
 
 class Attached(Protocol):
     """An adapter, as its method is shown it."""
@@ -236,6 +244,7 @@ class Method:
     lengthens_rows: ClassVar[bool] = False  # by num_virtual_tokens, which go through every layer
     covers_head: ClassVar[bool] = False  # the method's own adapter layers say what of the head is trained
     file_prefix: ClassVar[str] = "base_model.model."
+    without_prefix: ClassVar[tuple[str, ...]] = ("prompt_embeddings",)  # names of tensors that stand bare in files
     combines_by: ClassVar[str | None] = None  # the usual way to make one of several adapters; see `combined`
     in_peft: ClassVar[bool] = True  # False: HF PEFT has the method under no name
     not_in_peft: ClassVar[Mapping[str, Any]] = {}  # settings PEFT has not, by what needs no word in its files

@@ -524,24 +524,32 @@ class VirtualTokens:
         not zero, since some divide by a vector's length."""
         least = max(1e-12, torch.finfo(like.dtype).tiny / 64)
         filler = torch.linspace(-least, least, like.shape[-1], dtype=like.dtype, device=like.device)
+        which = self.route.of_rows(range(len(self.tokens)), rows)
         stacks = []
         for number, layers in enumerate(self.tokens):
+            own = torch.empty(which.count(number), device=like.device)
             with self.route.running(number):
                 for layer in layers:
                     layer.check_here(like)
-                vectors = [s.vectors().to(like) for s in layers]
+                vectors = [s.vectors_of(own).to(like) for s in layers]
             for v in vectors:
-                if v.shape[1] != like.shape[-1]:
+                if v.shape[-1] != like.shape[-1]:
                     raise TanzakuError(
-                        f"virtual tokens have {v.shape[1]} numbers each, and the embedded tokens of "
+                        f"virtual tokens have {v.shape[-1]} numbers each, and the embedded tokens of "
                         f"{type(self.base.model).__name__} have {like.shape[-1]}"
                     )
-            fill = self.width - self.counts[number]
-            stacks.append(torch.cat([filler.expand(fill, -1), *vectors]))
+            each = [filler.expand(self.width - self.counts[number], -1), *vectors]
+            if any(v.dim() == 3 for v in vectors):
+                each = [v if v.dim() == 3 else v.expand(len(own), -1, -1) for v in each]
+            stacks.append(torch.cat(each, dim=-2))
         if len(stacks) == 1:
             return stacks[0].expand(rows, -1, -1)
-        which = torch.tensor(self.route.of_rows(range(len(stacks)), rows), device=like.device)
-        return torch.stack(stacks).index_select(0, which)
+        if all(stack.dim() == 2 for stack in stacks):
+            return torch.stack(stacks).index_select(0, torch.tensor(which, device=like.device))
+        # Rows as their stacks have them, one stack after another, and where each row of the batch is among them.
+        together = torch.cat([stack.expand(which.count(n), -1, -1) for n, stack in enumerate(stacks)])
+        order = sorted(range(rows), key=which.__getitem__)
+        return together.index_select(0, torch.tensor(order, device=like.device).argsort())
 
     # -- on the way out
 

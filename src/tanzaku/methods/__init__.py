@@ -6,13 +6,16 @@ from tanzaku.core.method import Method
 from tanzaku.errors import TanzakuError, nearest
 from tanzaku.methods.adalora import AdaLoRA as AdaLoRA
 from tanzaku.methods.bitfit import BitFit as BitFit
+from tanzaku.methods.cartridge import Cartridge as Cartridge
 from tanzaku.methods.full import Full as Full
 from tanzaku.methods.head import Head as Head
 from tanzaku.methods.ia3 import IA3 as IA3
 from tanzaku.methods.llama_adapter import LlamaAdapter as LlamaAdapter
 from tanzaku.methods.ln_tuning import LNTuning as LNTuning
 from tanzaku.methods.lora import LoRA as LoRA
+from tanzaku.methods.multitask_prompt_tuning import MultitaskPromptTuning as MultitaskPromptTuning
 from tanzaku.methods.p_tuning import PTuning as PTuning
+from tanzaku.methods.p_tuning_v2 import PTuningV2 as PTuningV2
 from tanzaku.methods.prefix_tuning import PrefixTuning as PrefixTuning
 from tanzaku.methods.prompt_tuning import PromptTuning as PromptTuning
 from tanzaku.methods.trainable_tokens import TrainableTokens as TrainableTokens
@@ -25,6 +28,9 @@ METHODS: dict[str, type[Method]] = {
         PromptTuning,
         PTuning,
         PrefixTuning,
+        PTuningV2,
+        Cartridge,
+        MultitaskPromptTuning,
         IA3,
         LlamaAdapter,
         BitFit,

@@ -38,6 +38,7 @@ class Prefix(Shared):
 
     def __init__(self, tokens: int, shapes: list[tuple[int, int]], hidden: int | None, width: int, zero: bool):
         super().__init__()
+        self.tokens = tokens
         self.shapes, size = shapes, sum(heads * dim for heads, dim in shapes)
         self.embedding = nn.Embedding(tokens, hidden or size)
         self.transform: nn.Sequential | None = None
@@ -78,7 +79,7 @@ class PrefixLayer(AttentionLayer):
 
     def __init__(self, prefix: Prefix, bias: nn.Module | None, slot: int):
         super().__init__()
-        self.position_offset, self.slot = prefix.embedding.num_embeddings, slot
+        self.position_offset, self.slot = prefix.tokens, slot
         self.prefix, self.bias = Ref(prefix), Ref(bias)
 
     def keys_values(self) -> tuple[Tensor, Tensor]:
@@ -192,18 +193,11 @@ class PrefixTuning(PromptLearning):
         self.token_dim = size // len(shapes)  # on average, where layers have keys and values of their own size
         self.encoder_hidden_size = self.token_dim if self.encoder_hidden_size is None else self.encoder_hidden_size
         self.require(self.encoder_hidden_size > 0, f"encoder_hidden_size={self.encoder_hidden_size}", "1 or more")
-        projected = self.prefix_projection and not self.inference_mode
         device = home(next(tree.parameters(base.model)))
         with torch.device(device):
-            prefix = Prefix(
-                self.num_virtual_tokens,
-                shapes,
-                self.token_dim if projected else None,
-                self.encoder_hidden_size,
-                self.init_weights == "zero",
-            )
+            prefix = self.prefix(shapes)
         if self.prefix_init_text and not self.inference_mode and device.type != "meta":
-            self.require(not projected, "prefix_init_text with prefix_projection", "one of the two")
+            self.require(prefix.transform is None, "prefix_init_text with prefix_projection", "one of the two")
             self._start_from_text(base, prefix, layers)
         bias = next((m for _, m in layers if getattr(m, "has_relative_attention_bias", False)), None)
         yield "", prefix
@@ -211,12 +205,22 @@ class PrefixTuning(PromptLearning):
             # In PEFT's files for encoder-decoders layer i reads slot 2 i, so two layers may share one.
             yield path, PrefixLayer(prefix, bias, slot=number * submodules % len(layers))
 
+    def prefix(self, shapes: list[tuple[int, int]]) -> Prefix:
+        """What all layers share, for keys and values of these shapes."""
+        projected = self.prefix_projection and not self.inference_mode
+        width, zero = cast(int, self.encoder_hidden_size), self.init_weights == "zero"
+        return Prefix(self.num_virtual_tokens, shapes, self.token_dim if projected else None, width, zero)
+
+    def initial_ids(self) -> list[int]:
+        """(num_virtual_tokens,) ids of the text that the prefix starts from, repeated or cut."""
+        ids = text_ids(self, self.prefix_init_text, self.tokenizer_name_or_path, None)
+        return (ids * math.ceil(self.num_virtual_tokens / len(ids)))[: self.num_virtual_tokens]
+
     @torch.no_grad()
     def _start_from_text(self, base: Base, prefix: Prefix, layers: list[tuple[str, nn.Module]]) -> None:
-        """Copy the keys and values that the base computes for the text, repeated or cut to the prefix's length."""
+        """Copy the keys and values that the base computes for the text."""
         self.require(not base.encoder_decoder, "prefix_init_text on an encoder-decoder", "a decoder-only model")
-        ids = text_ids(self, self.prefix_init_text, self.tokenizer_name_or_path, None)
-        ids = (ids * math.ceil(self.num_virtual_tokens / len(ids)))[: self.num_virtual_tokens]
+        ids = self.initial_ids()
         device = home(next(tree.parameters(base.model)))
         training = base.model.training
         base.model.eval()
@@ -226,4 +230,4 @@ class PrefixTuning(PromptLearning):
         self.require(cache is not None, "a model without a key-value cache", "a decoder")
         pairs = [(layer.keys[0], layer.values[0]) for layer in cache.layers]  # (heads, n, head_dim)
         flat = [x.transpose(0, 1).flatten(1) for pair in pairs for x in pair]
-        prefix.embedding.weight.copy_(torch.cat(flat, dim=1))
+        prefix.restore({"prompt_embeddings": torch.cat(flat, dim=1).to(prefix().dtype)})

@@ -87,6 +87,7 @@ def save(
             aside.submit(to_disk, beside / TENSORS)  # so that little is left to wait for at the end
             about = {
                 "format": FORMAT,
+                "method": adapter.method.name,
                 "base": describe(manager.base, adapter),
                 "copies": _recorded(adapter),
                 "meta": meta or {},
@@ -153,7 +154,8 @@ def _load(model: nn.Module, folder: Path, name: str, strict: bool, method: Metho
     with ThreadPoolExecutor(1) as aside:  # a checksum takes as long as all the rest, and needs no lock
         checksum = None if about is None else aside.submit(_sha256, folder / TENSORS)
         tensors = read_tensors(folder)
-        method = method_of(config, folder) if method is None else copy.deepcopy(method)
+        named = (about or {}).get("method")  # several may have files of one type
+        method = method_of(config, folder, named) if method is None else copy.deepcopy(method)
         if about is not None and checksum is not None:
             _check_base(model, about.get("base") or {}, folder, not any_base)
             if about.get("sha256") not in (None, checksum.result()):
@@ -219,7 +221,7 @@ def _entries(adapter: Adapter) -> Iterator[tuple[str, str, Tensor, AdapterLayer]
 
 
 def _key(method: Method, path: str, name: str) -> str:
-    if name == "prompt_embeddings":
+    if name in method.without_prefix:
         return name
     return f"{method.file_prefix}{path}.{name}" if path else method.file_prefix + name
 
@@ -479,12 +481,17 @@ def _not_trained(name: str, layer: AdapterLayer) -> bool:
     return isinstance(layer, WeightCopy) and (not layer.trained or name not in layer.own)
 
 
-def method_of(config: dict[str, Any], folder: Path) -> Method:
+def method_of(config: dict[str, Any], folder: Path, named: Any = None) -> Method:
     """The method that the adapter_config.json in a folder describes; settings that change the mathematics must be
-    known."""
+    known.
+
+    Args:
+        named: its name, where tanzaku.json has one.
+    """
     where = folder / CONFIG
     kind = config.get("peft_type")
-    cls = next((m for m in METHODS.values() if m.peft_type == str(kind).removeprefix(_OURS)), None)
+    fit = [m for m in METHODS.values() if m.peft_type == str(kind).removeprefix(_OURS)]
+    cls = next((m for m in fit if m.name == named), fit[0] if fit else None)
     if cls is None:
         known = ", ".join(m.peft_type for m in METHODS.values())
         raise TanzakuError(f"{where}: peft_type is {kind!r}; this version reads {known}")
