@@ -23,6 +23,7 @@ _HOME = {
     **dict.fromkeys(("load", "save"), "tanzaku.storage.store"),
     **dict.fromkeys(("merge", "rounding", "unmerge"), "tanzaku.merging.merge"),
     "combine": "tanzaku.merging.combine",
+    "convert": "tanzaku.merging.convert",
     **dict.fromkeys(("export_adapter", "export_model"), "tanzaku.export.gguf"),
     **dict.fromkeys(("METHODS", *_METHODS), "tanzaku.methods"),
     "Method": "tanzaku.core.method",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from tanzaku.export.gguf import export_adapter as export_adapter
     from tanzaku.export.gguf import export_model as export_model
     from tanzaku.merging.combine import combine as combine
+    from tanzaku.merging.convert import convert as convert
     from tanzaku.merging.merge import merge as merge
     from tanzaku.merging.merge import rounding as rounding
     from tanzaku.merging.merge import unmerge as unmerge

@@ -32,6 +32,7 @@ VERBS = {
     "compare": "Train many candidates at once, and say which is better.",
     "predict": "Say what trained adapters make of rows.",
     "merge": "Fold adapters into their base model.",
+    "convert": "Make an adapter one of another method.",
     "export": "Write an adapter as GGUF, for llama.cpp and Ollama.",
     "methods": "List the methods.",
 }

@@ -29,7 +29,12 @@ def base_matrix(module: nn.Module) -> Tensor:
     """The module's own weight in full precision, laid out as :meth:`WeightDelta.delta` is, wherever it is kept."""
     weight = cast(Tensor, module.weight)
     full = in_memory(module, "weight").detach().float() if weight.is_meta else full_weight(module)
-    return full.t() if isinstance(module, Conv1D | nn.Embedding) else full
+    return laid_out(module, full)
+
+
+def laid_out(module: nn.Module, weight: Tensor) -> Tensor:
+    """A weight as the module has it, as :meth:`WeightDelta.delta` is laid out, and back."""
+    return weight.t() if isinstance(module, Conv1D | nn.Embedding) else weight
 
 
 class WeightDelta(ModuleLayer):
@@ -73,4 +78,8 @@ class WeightDelta(ModuleLayer):
     def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
         weight = full_weight(module)
         delta = self.delta(module).to(weight.dtype)
-        return {"weight": weight + (delta.t() if isinstance(module, Conv1D | nn.Embedding) else delta)}
+        return {"weight": weight + laid_out(module, delta)}
+
+    def hold(self, module: nn.Module, change: Tensor) -> None:
+        """Become the nearest that there is to a change, laid out as :meth:`delta`, in place; see `tanzaku.convert`."""
+        raise TypeError(f"{type(self).__name__} defines no hold()")

@@ -246,6 +246,7 @@ class Method:
     file_prefix: ClassVar[str] = "base_model.model."
     without_prefix: ClassVar[tuple[str, ...]] = ("prompt_embeddings",)  # names of tensors that stand bare in files
     combines_by: ClassVar[str | None] = None  # the usual way to make one of several adapters; see `combined`
+    holds_changes: ClassVar[bool] = False  # its layers define `hold`, so that other adapters can be made ones of it
     in_peft: ClassVar[bool] = True  # False: HF PEFT has the method under no name
     not_in_peft: ClassVar[Mapping[str, Any]] = {}  # settings PEFT has not, by what needs no word in its files
     by_default: ClassVar[bool] = True  # a candidate of a comparison that names none

@@ -149,10 +149,10 @@ def combine(
     name_of_rule = "linear" if how in ("svd", "cat") else how.removesuffix("_svd")
     rule = _Rule(name_of_rule, 1.0 if density is None else density, majority_sign_method, generator)
     svd = _Svd(svd_clamp, svd_full_matrices, svd_driver) if how.endswith("svd") else None
-    by = Combining(how, rule, svd, svd_rank, partial(_targets, parts))
+    by = Combining(how, rule, svd, svd_rank, partial(targets_of, parts))
     new: Any = method.combined(parts, by)
     new = dataclasses.replace(new, target_modules=by.names(_sites(parts)), exclude_modules=None)
-    new.modules_to_save = _whole(parts)
+    new.modules_to_save = whole_copies(parts)
     adapter = attach(model, new, name, seed=0)  # the draws of its start are overwritten, and cost the caller none
     try:
         for path, layer in adapter.at():
@@ -163,7 +163,7 @@ def combine(
                     layer.combine(module, [s for s, _ in found], [w for _, w in found], by)
                 except TanzakuError as error:
                     raise TanzakuError(f"{error}, at {path}") from None
-        _fill_copies(adapter, parts, shares, copies)
+        fill_copies(adapter, parts, shares, copies)
     except BaseException:
         detach(model, name)
         raise
@@ -186,7 +186,7 @@ def _sites(parts: list[Adapter]) -> list[str]:
     return list(dict.fromkeys(p for part in parts for p, s in part.at() if not isinstance(s, WeightCopy)))
 
 
-def _targets(parts: list[Adapter], paths: Sequence[str]) -> list[str]:
+def targets_of(parts: list[Adapter], paths: Sequence[str]) -> list[str]:
     """The last names of the paths where they name these sites and no other; else the paths themselves."""
     names = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
     base = parts[0].base
@@ -199,7 +199,7 @@ def _targets(parts: list[Adapter], paths: Sequence[str]) -> list[str]:
     return names if reach == set(paths) else [*paths]
 
 
-def _whole(parts: list[Adapter]) -> list[str] | None:
+def whole_copies(parts: list[Adapter]) -> list[str] | None:
     """Modules that the result has whole copies of, beside a classifier's head."""
     heads = parts[0].base.head_names()
     found = {p for part in parts for p, s in part.at() if isinstance(s, WeightCopy) and p not in heads}
@@ -240,7 +240,7 @@ def _one(layers: list[WeightCopy]) -> bool:
     return all(torch.equal(t, other.tensors[key]) for other in others for key, t in first.tensors.items())
 
 
-def _fill_copies(adapter: Adapter, parts: list[Adapter], weights: list[float], copies: str | None) -> None:
+def fill_copies(adapter: Adapter, parts: list[Adapter], weights: list[float], copies: str | None) -> None:
     for path, layer in _copies(adapter).items():
         found = [
             (part.name, _copies(part)[path], w) for part, w in zip(parts, weights, strict=True) if path in _copies(part)

@@ -123,6 +123,7 @@ class AdaLoRA(LoRA):
         "nemotron_h": ("query", "key", "value", "out"),
     }
     combines_by = None  # singular values of several have no rule
+    holds_changes: ClassVar[bool] = False
     learning_rate = 1e-3  # The paper (arXiv 2303.10512, appendix): 5e-4 to 2e-3 on GLUE.
     # The paper: 5e-4 to 2.2e-3 over GLUE, and the budget at the end matters more than the one at first.
     space = spaces(target_r=Choice((1, 2, 4, 8)), learning_rate=Range(1e-4, 1e-2, log=True))

@@ -69,6 +69,10 @@ class Magnitude(WeightDelta):
         gain = self.gain(module).view(-1, *[1] * (base.dim() - 1))
         return (gain - 1) * base + gain * direction
 
+    def hold(self, module: nn.Module, change: Tensor) -> None:
+        super().hold(module, change)
+        self.measure(module)  # so that the magnitude is that of the changed weight
+
     def factors(self) -> Any:
         return None  # a rescaled weight is no product of two
 

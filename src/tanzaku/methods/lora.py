@@ -139,6 +139,9 @@ class LoraDelta(WeightDelta):
     def combine(self, module: nn.Module, given: Sequence[Any], weights: Sequence[float], by: Combining) -> None:
         combine_factors(self, module, given, weights, by)
 
+    def hold(self, module: nn.Module, change: Tensor) -> None:
+        hold_change((self.lora_A.weight, self.lora_B.weight), module, change / self.scaling)
+
 
 class StartedDelta(LoraDelta):
     """LoRA that starts at a product B0 A0 which is no zero, and adds what has come to it: (alpha / r) (B A - B0 A0) x.
@@ -185,6 +188,9 @@ class StartedDelta(LoraDelta):
         rest = {key: t for key, t in super().export().items() if key.partition(".")[0] not in _STARTED}
         return {"lora_A.weight": a.detach(), "lora_B.weight": b.detach(), **rest}
 
+    def hold(self, module: nn.Module, change: Tensor) -> None:
+        raise TanzakuError("convert: found a start that is counted from, expected init_lora_weights=true")
+
     def restore(self, tensors: dict[str, Tensor]) -> None:
         own = super().export()
         a, b = tensors["lora_A.weight"], tensors["lora_B.weight"]
@@ -226,6 +232,9 @@ class ActivatedDelta(LoraDelta):
 
     def batch_key(self, module: nn.Module) -> None:
         return None
+
+    def hold(self, module: nn.Module, change: Tensor) -> None:
+        raise TanzakuError("convert: found alora_invocation_tokens, expected none: a weight is always in force")
 
     def factors(self) -> Any:
         return None  # it is no change of a weight: what a token gets depends on those before it
@@ -398,6 +407,9 @@ class LoraEmbedding(WeightDelta):
     def combine(self, module: nn.Module, given: Sequence[Any], weights: Sequence[float], by: Combining) -> None:
         combine_factors(self, module, given, weights, by)
 
+    def hold(self, module: nn.Module, change: Tensor) -> None:
+        hold_change((self.lora_embedding_A, self.lora_embedding_B), module, change / self.scaling)
+
 
 class DoraDelta(Magnitude, LoraDelta):
     """LoRA with a magnitude, for matrices."""
@@ -413,6 +425,15 @@ class DoraConv2d(Magnitude, LoraConv2d):
 
 class DoraEmbedding(Magnitude, LoraEmbedding):
     """LoRA with a magnitude, for embeddings."""
+
+
+def hold_change(pair: tuple[Tensor, Tensor], module: nn.Module, change: Tensor) -> None:
+    """Give A and B in place the product that is nearest to a change. A grouped convolution's have no such."""
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        raise TanzakuError(f"convert: found a convolution in {module.groups} groups, which has no nearest product")
+    a, b = product_of(change.flatten(1), pair[0].shape[0])
+    pair[0].zero_()[: len(a)] = a.view(-1, *pair[0].shape[1:])
+    pair[1].zero_()[:, : len(a)] = b.view(len(b), -1, *pair[1].shape[2:])
 
 
 Factored = LoraDelta | LoraEmbedding
@@ -512,6 +533,7 @@ class LoRA(Method):
     )
     mergeable = True
     combines_by: ClassVar[str | None] = "cat"  # exact
+    holds_changes: ClassVar[bool] = True
     not_in_peft: ClassVar[Mapping[str, Any]] = {"loraplus_lr_ratio": 1.0, "freeze_a": False}
     learning_rate = 3e-4  # HF PEFT's method comparison (MetaMathQA), and the upper half of the papers' 1e-4 to 5e-4.
     # The paper: ranks from 1 up do nearly alike, at 2e-4 (GPT-2) to 5e-4 (RoBERTa); a decade lies on either side.
