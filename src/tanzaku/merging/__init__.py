@@ -1,1 +1,2 @@
-"""An adapter folded into the base's weights (`merge`), and one adapter of several (`combine`)."""
+"""An adapter folded into the base's weights (`merge`), one adapter of several (`combine`), and one as
+another method's (`convert`)."""
