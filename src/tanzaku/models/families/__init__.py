@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -21,15 +21,17 @@ from tanzaku.files.patterns import groups_of
 from tanzaku.models import tree
 from tanzaku.models.families.family import ROLES, Family
 from tanzaku.models.families.structure import Structure, block_of, names_for, structure_of
+from tanzaku.models.families.sublayers import Sublayer
 from tanzaku.models.families.trace import Attention, sizes_of, trace_of
 from tanzaku.models.heads import heads_of
 
-__all__ = ["Attention", "Base", "Family", "Targets", "features", "table", "weight_of"]
+__all__ = ["Attention", "Base", "Family", "Sublayer", "Targets", "features", "table", "weight_of"]
 
 Targets = list[str] | str | None
 
 
 _structures: WeakKeyDictionary[nn.Module, Structure] = WeakKeyDictionary()
+_sublayers: WeakKeyDictionary[nn.Module, list[Sublayer]] = WeakKeyDictionary()
 
 
 def table() -> dict[str, Family]:
@@ -398,6 +400,30 @@ class Base:
             f"model type {self.kind!r} has no attention layer; adapters at attention need one that goes through "
             "transformers' attention interface"
         )
+
+    def sublayers(self) -> list[Sublayer]:
+        """Attention and feed-forward in order of execution, with the residual stream around them; in a model with
+        towers those of its language model.
+
+        Raises:
+            TanzakuError: no pass of the model could be made, or none was seen in it.
+        """
+        if self.model not in _sublayers:
+            _sublayers[self.model] = structure_of(self.model, trace_of(self.model, modules=True)).sublayers
+        found = [each for each in _sublayers[self.model] if self.in_language_model(each.out)]
+        numbers = {number: at for at, number in enumerate(dict.fromkeys(each.number for each in found))}
+        found = [replace(each, number=numbers[each.number]) for each in found]
+        if not found:
+            why = (
+                "has no attention or feed-forward layer" if self.structure.ran else "could not be run on made-up inputs"
+            )
+            raise TanzakuError(f"model type {self.kind!r} {why}, so its residual stream is not known")
+        return found
+
+    def layer_paths(self) -> list[tuple[str, str]]:
+        """Of each layer, in order of execution: its path, and that of a linear layer inside that returns its width."""
+        found = {each.number: (block_of(each.out), each.out) for each in self.sublayers()}
+        return [found[number] for number in sorted(found)]
 
     def _named_attention(self) -> list[Attention]:
         """Attention by its family's name, with the shapes that the configuration tells."""

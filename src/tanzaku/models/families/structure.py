@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from tanzaku.models import tree
+from tanzaku.models.families.sublayers import Ends, Kind, Sublayer, sublayers_of
 from tanzaku.models.families.trace import Attention, Call, Trace, sizes_of
 
 _ASKING = re.compile(r"(^|_)q($|_|[^a-z])|query|^wq|^to_q", re.I)
@@ -50,12 +51,15 @@ class Structure:
     Args:
         roles: paths of modules by role (see `family.ROLES`), in order of first execution.
         attention: self-attention that goes through transformers' interface, in order of first execution.
+        sublayers: attention and feed-forward with the residual stream around them, in order of first execution; none
+            where the trace has no modules.
         inline: modules that compute attention themselves. remembers: modules that keep a state in themselves.
         ran: whether a pass was made; else all is by names and shapes.
     """
 
     roles: dict[str, list[str]] = field(default_factory=dict)
     attention: list[Attention] = field(default_factory=list)
+    sublayers: list[Sublayer] = field(default_factory=list)
     inline: list[str] = field(default_factory=list)
     remembers: list[str] = field(default_factory=list)
     ran: bool = False
@@ -80,6 +84,7 @@ class _Reader:
         self.by_result = {call.result: call for call in trace.calls}
         self.taken: set[str] = set()
         self.structure = Structure(attention=trace.attention, remembers=trace.remembers, ran=True)
+        self.ends: list[Ends] = []
         for attention in trace.attention:
             self._attention(attention)
         for call in self.calls:
@@ -87,6 +92,7 @@ class _Reader:
         for call in self.calls:
             self._feed_forward(call)
         self._mixers()
+        self.structure.sublayers = sublayers_of(trace, self.ends, block_of)
 
     def _add(self, role: str, calls: Iterable[Call]) -> None:
         paths = [call.path for call in calls]
@@ -110,6 +116,8 @@ class _Reader:
         after = (call for call in self.calls if attention.result in call.sources.straight)
         if (out := next(after, None)) is not None and block_of(out.path) == block and not out.sources.weighing:
             self._add("out", [out])
+            if query:
+                self.ends.append(Ends("cross" if attention.cross else "attention", query[0].path, out.path))
 
     def _inline(self, out: Call) -> None:
         """Attention in a model's own words: a layer whose input is weighed by a softmax of other layers' results."""
@@ -134,6 +142,9 @@ class _Reader:
         self._add("key", keys)
         self._add("value", fused or values)
         self._add("out", [out])
+        if queries:
+            kind: Kind = "attention" if any(call.reads == queries[0].reads for call in values) else "cross"
+            self.ends.append(Ends(kind, queries[0].path, out.path))
         self.structure.inline.append(_common(call.path for call in (*queries, *keys, *values)))
 
     def _feed_forward(self, down: Call) -> None:
@@ -161,6 +172,7 @@ class _Reader:
             self._add("gate", gates)
             self._add("up", [call for call in ups if call not in gates])
             self._add("down", [down])
+            self.ends.append(Ends("feed_forward", ups[0].path, down.path))
 
     def _mixers(self) -> None:
         """What reads the input of a block without attention, or of a state-space layer beside attention."""

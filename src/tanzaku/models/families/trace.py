@@ -14,11 +14,11 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,11 +94,25 @@ class Attention:
     of: str = ""
 
 
+class Passed(NamedTuple):
+    """The first time that a module ran: the nodes of autograd's graph that gave the first tensor that it read and the
+    first that it returned."""
+
+    path: str
+    module: nn.Module
+    read: Any
+    returned: Any
+
+
 @dataclass
 class Trace:
-    """What ran, in order: layers with weights, and calls of the attention interface; each path once."""
+    """What ran, in order: layers with weights, and calls of the attention interface; each path once.
+
+    `passed` are all modules, in the order in which they ended, where somebody asks for them.
+    """
 
     calls: list[Call] = field(default_factory=list)
+    passed: list[Passed] = field(default_factory=list)
     attention: list[Attention] = field(default_factory=list)
     experts: list[str] = field(default_factory=list)  # modules that hold the experts of a mixture in fused tensors
     convolves: set[str] = field(default_factory=set)  # modules that have a convolution over tokens
@@ -112,11 +126,21 @@ class _Recorder:
         self.leaves: dict[int, int] = {}  # id of the start of a graph -> number
         self.kept: list[Tensor] = []  # an id is a tensor's as long as it lives
         self.seen: set[str] = set()
+        self.ended: set[str] = set()
         self.keys: dict[int, Attention] = {}
         self.given: dict[int, tuple[Any, Any]] = {}  # what modules were called with last
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.given[id(module)] = (args, kwargs)
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        path = self.paths[id(module)]
+        if path not in self.ended and torch.is_grad_enabled():
+            self.ended.add(path)
+            read, returned = (next(_tensors_in(value), None) for value in ((args, kwargs), output))
+            if read is not None and returned is not None:
+                self.kept += [read, returned]  # a node is the same object as long as it lives
+                self.trace.passed.append(Passed(path, module, read.grad_fn, returned.grad_fn))
 
     def result(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, int]:
         start = torch.zeros(shape, dtype=dtype, requires_grad=True)
@@ -232,8 +256,12 @@ def _register() -> None:
     ALL_EXPERTS_FUNCTIONS.register(_NAME, _experts)
 
 
-def trace_of(model: nn.Module) -> Trace | None:
-    """One pass of a shadow of `model` over a few made-up inputs, or None where that is not possible."""
+def trace_of(model: nn.Module, modules: bool = False) -> Trace | None:
+    """One pass of a shadow of `model` over a few made-up inputs, or None where that is not possible.
+
+    Args:
+        modules: note all modules that pass, too, which takes as long again.
+    """
     _register()
     # Without numbers no operation takes time, but some code looks at them (whether a mask hides anything). Most of
     # it spares fake tensors, which are slow. A small model takes no time with numbers.
@@ -247,7 +275,7 @@ def trace_of(model: nn.Module) -> Trace | None:
                 torch.autocast("cpu", enabled=False),
             ):
                 shadow = shadow_of(model, partial(_zeros, place=place), attention=_NAME, experts=_NAME)
-                found = _pass_of(shadow)
+                found = _pass_of(shadow, modules)
         except Exception:  # another library's code on inputs that it was not written for
             continue
         if found.calls:
@@ -255,12 +283,14 @@ def trace_of(model: nn.Module) -> Trace | None:
     return None
 
 
-def _pass_of(shadow: Any) -> Trace:
+def _pass_of(shadow: Any, modules: bool) -> Trace:
     recorder = _Recorder(shadow)
     found = recorder.trace
     for path, module in shadow.named_modules():
         _stand_in(path, module)
         module.register_forward_pre_hook(recorder.before, with_kwargs=True)
+        if modules:
+            module.register_forward_hook(recorder.after, with_kwargs=True)
         if isinstance(module, nn.Conv1d):
             found.convolves.add(path.rpartition(".")[0])
     token = _recorder.set(recorder)
@@ -274,6 +304,16 @@ def _pass_of(shadow: Any) -> Trace:
     finally:
         _recorder.reset(token)
     return found
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Those with floating point numbers, in order."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(each)
 
 
 def _held(module: nn.Module) -> list[int]:
@@ -345,6 +385,8 @@ def _stand_in(path: str, module: nn.Module) -> None:
     sizes = sizes_of(module)
     if isinstance(module, nn.Embedding) and kind.forward is nn.Embedding.forward:
         module.__dict__["forward"] = partial(_embedded, module)
+    elif isinstance(module, nn.Embedding):
+        module.__dict__["forward"] = partial(_embedded_by_its_own_code, module)
     elif sizes is not None and plain and not isinstance(module, nn.Conv1d | nn.Conv2d):
         module.__dict__["forward"] = partial(_multiplied, path, module, sizes)
     elif sizes is not None:
@@ -353,6 +395,11 @@ def _stand_in(path: str, module: nn.Module) -> None:
 
 def _embedded(module: nn.Embedding, ids: Tensor) -> Tensor:
     return _recorder.get().result((*ids.shape, module.embedding_dim), module.weight.dtype)[0]
+
+
+def _embedded_by_its_own_code(module: nn.Embedding, *args: Any, **kwargs: Any) -> Any:
+    out = type(module).forward(module, *args, **kwargs)
+    return _recorder.get().result(tuple(out.shape), out.dtype)[0] if isinstance(out, Tensor) else out
 
 
 def _multiplied(path: str, module: nn.Module, sizes: tuple[int, int], x: Tensor, *_: Any, **__: Any) -> Tensor:
