@@ -36,6 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"r": 2, "rank_pattern": {"layers.1.self_attn.q_proj": 3}, "bias": "lora_only"},
     "adalora": {"init_r": 3, "target_r": 2},
     **NEEDED,
+    "bottleneck": {"reduction_factor": {"0": 8, "default": 16}, "style": "parallel"},
     "ln_tuning": {},
     "full": {},
 }

@@ -276,6 +276,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "p_tuning": {"num_virtual_tokens": 3},
     "prefix_tuning": {"num_virtual_tokens": 3},
     **NEEDED,
+    "bottleneck": {},
     "ln_tuning": {},
     "full": {},
     "head": {},

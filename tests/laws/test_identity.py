@@ -133,12 +133,14 @@ def test_an_error_inside_a_route_leaves_no_trace():
 
 @all_variants
 def test_hooks_only_where_the_adapter_has_sites(name, variant):
-    """A module that no adapter layer sits on has no hook; tokens and prefixes take the backbone's entrance besides."""
+    """A module that no adapter layer sits on has no hook; tokens, prefixes and what reads places take the backbone's
+    entrance besides."""
     model = bamboo()
     adapter = attached(model, name, variant)
     sites = {path for path, layer in adapter.at() if isinstance(layer, ModuleLayer | WeightCopy)}
     attention = any(not isinstance(s, ModuleLayer | WeightCopy | TokenLayer) for _, s in adapter.at())
     manager = manager_of(model)
+    attention |= any(isinstance(s, ModuleLayer) and s.reads_places for _, s in adapter.at())
     entrances = {manager.base.backbone} if attention or not keeps_shape(adapter) else set()
     if not keeps_shape(adapter):
         entrances.add(manager.base.embedding)

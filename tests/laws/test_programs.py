@@ -210,6 +210,7 @@ def test_a_copy_of_a_part_leaves_the_whole_behind(name):
             "adalora",
             "ia3",
             "bitfit",
+            "bottleneck",
             "ln_tuning",
             "trainable_tokens",
             "head",

@@ -65,6 +65,12 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "every-layer": {"adapter_len": 6, "adapter_layers": 2},
     },
     "bitfit": {"default": {"bias_scope": "add"}, "all": {}, "query_up": {"bias_scope": "query_up"}},
+    "bottleneck": {
+        "default": {"reduction_factor": 8},
+        "houlsby": {"reduction_factor": 8, "style": "houlsby"},
+        "gated": {"reduction_factor": 8, "use_gating": True, "ln_before": True, "scaling": "learned"},
+        "parallel": {"reduction_factor": 8, "style": "parallel", "mh_adapter": True},
+    },
     "ln_tuning": {"default": {}, "one": {"target_modules": ["post_attention_layernorm"]}},
     "trainable_tokens": {"default": {"token_indices": [*range(3, VOCAB, 2)]}},
     "full": {"default": {}},

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
-from tanzaku.core.method import AdapterLayer, AttentionLayer, Method, TokenLayer
+from tanzaku.core.method import AdapterLayer, AttentionLayer, Method, ModuleLayer, TokenLayer
 from tanzaku.core.shared import Shared
 from tanzaku.errors import TanzakuError
 from tanzaku.models import tree
@@ -103,6 +103,21 @@ class Adapter(nn.Module):
                     node = get_gradient_edge(parameter).node
                     self._guards.append(node.register_prehook(partial(_late, self.name)))
                 parameter.requires_grad_(False)
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a layer reads more of a row than one token."""
+        return any(layer.whole_rows for _, layer in self.at() if isinstance(layer, ModuleLayer))
+
+    @property
+    def reads_padding(self) -> bool:
+        """Whether rows depend on how they are padded."""
+        return any(layer.reads_padding for _, layer in self.at() if isinstance(layer, ModuleLayer))
+
+    @property
+    def untrimmed(self) -> bool:
+        """Whether a layer reads what two modules have."""
+        return any(layer.untrimmed for _, layer in self.at() if isinstance(layer, ModuleLayer))
 
     @property
     def virtual(self) -> int:

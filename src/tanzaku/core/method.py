@@ -61,6 +61,7 @@ class AdapterLayer(nn.Module):
     """Parameters and mathematics of one adapter at one site."""
 
     trained = True  # False for what is only kept, such as a head that is not to be trained
+    hub: ClassVar[str | None] = None  # where the Adapters library keeps such layers, by its own word
 
     def check_here(self, like: Tensor) -> None:
         """Raise a clear error where the layer's tensors were moved off with a base that was offloaded after it was
@@ -92,13 +93,18 @@ class AdapterLayer(nn.Module):
 class ModuleLayer(AdapterLayer):
     """Changes a submodule's input or output, for the rows routed to it. Rows are the first dimension.
 
-    In training a decoder's rows may come as single tokens, (tokens, 1, features): a layer treats each token by itself.
+    In training a decoder's rows may come as single tokens, (tokens, 1, features), or as the token alone that is read
+    at the end: a layer treats each token by itself, or says that it needs `whole_rows`, or both modules `untrimmed`.
     """
 
     edits_input: ClassVar[bool] = False
     edits_output: ClassVar[bool] = True
     reads_call: ClassVar[bool] = False  # it wants all that the module was given: `outputs_of` in place of `outputs`
     ties: Sequence[str] = ()  # paths whose weights are tied to its module's and which the adapter changes alike
+    reads_places: ClassVar[bool] = False  # it asks where tokens stand in their row's text: see `places.py`
+    whole_rows: ClassVar[bool] = False  # it reads more of a row than the token it changes: rows stay whole, and padded
+    reads_padding: ClassVar[bool] = False  # and of the padding, too: what shares a step is padded alike
+    untrimmed: ClassVar[bool] = False  # it reads what two modules have: neither has but one token of a row, then
 
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
         """`x` as the module shall read it; same shape."""
@@ -321,6 +327,16 @@ class Method:
     def to_peft(self, config: dict[str, Any]) -> dict[str, Any]:
         """The adapter_config.json of an adapter, from its settings, as HF PEFT can read it."""
         return config
+
+    @classmethod
+    def from_hub(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The settings of an adapter that the Adapters library stored, by the names that it has for them; those it has
+        left over are errors. None: the config is another method's."""
+        return None
+
+    def to_hub(self) -> dict[str, Any] | None:
+        """What the Adapters library calls these settings; None: it has no such adapter."""
+        return None
 
     def combined(self, parts: Sequence[Attached], by: Combining) -> Method:
         """The settings of what is made of several adapters of this method; sites and copies are noted elsewhere."""

@@ -25,6 +25,7 @@ from tanzaku.core.attention import ATTEND, AttentionSite, register
 from tanzaku.core.hooks import Entrance, ModuleSite, SplitSite, TokenSite, WeightSite
 from tanzaku.core.in_force import Current, InForce
 from tanzaku.core.positions import parameters
+from tanzaku.core.places import note
 from tanzaku.core.rows import Places
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models import tree
@@ -98,6 +99,8 @@ class Sites(Current):
                         # A pass that fails ends, too.
                         options = {"always_call": True} if kind == "forward" else {}
                         kept[place] = [_register(module, kind, TokenSite(self, *place), with_kwargs=True, **options)]
+            if force.reads_places:
+                fresh |= self._attach_places()
             if fresh:
                 forget_compiled()
 
@@ -126,6 +129,28 @@ class Sites(Current):
                     _register(module, "forward", site.leave, with_kwargs=True, always_call=True, prepend=True),
                 ]
         return fresh
+
+    def _attach_places(self) -> bool:
+        """Attach what notes where tokens stand, behind what puts virtual tokens there."""
+        place = ("places", str(sum(len(key) == 3 for key in self._kept)))
+        if place in self._kept:
+            return False
+        before = [key for key in self._kept if key[0] == place[0] and len(key) == 2]
+        entrances = [self.base.entrance, *([self.base.encoder] if self.base.encoder_decoder else [])]
+        self._kept[place] = [_register(m, "forward_pre", self._place, with_kwargs=True) for m in entrances]
+        for handle in (handle for key in before for handle in self._kept.pop(key)):
+            handle.remove()
+        return True
+
+    def _place(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Where a stack of layers is entered: what tells which tokens are a row's own."""
+        force = self.in_force()
+        if force is None or not force.reads_places:
+            return
+        self.base.check_whole()
+        # In an encoder-decoder virtual tokens are the encoder's.
+        none = self.base.encoder_decoder and module is self.base.entrance
+        note(module, args, kwargs, (0,) * len(force.virtual) if none else force.virtual)
 
     def off(self) -> None:
         """Remove every hook."""

@@ -107,12 +107,17 @@ class Accelerations:
         """
         inputs = next(iter(batch.inputs.values()))
         virtual = [0 if adapter is None else adapter.virtual for adapter in adapters]
-        packed = route is not None and self.packs
-        columns = pooled_columns(self.base, inputs)
+        # Where a layer reads more of a row than one token, nothing of any row is left out.
+        whole = any(adapter is not None and adapter.whole_rows for adapter in adapters)
+        packed = route is not None and self.packs and not whole
+        trims = packed or not any(adapter is not None and adapter.untrimmed for adapter in adapters)
+        columns = pooled_columns(self.base, inputs) if trims and not whole else None
+        width = max(virtual) + batch.width
+        own = [before + length for before, length in zip(virtual, batch.lengths, strict=True)]
         layout = Layout(
-            width=max(virtual) + batch.width,
+            width=width,
             starts=[0] * len(virtual),
-            lengths=[before + length for before, length in zip(virtual, batch.lengths, strict=True)],
+            lengths=[width] * len(virtual) if whole else own,
             lowest=[self.common.order.lowest(adapter) for adapter in adapters],
             device=inputs.device,
             packed=packed,

@@ -7,6 +7,7 @@ from tanzaku.errors import TanzakuError, nearest
 from tanzaku.methods.adalora import AdaLoRA as AdaLoRA
 from tanzaku.methods.bitfit import BitFit as BitFit
 from tanzaku.methods.cartridge import Cartridge as Cartridge
+from tanzaku.methods.bottleneck import BottleneckAdapter as BottleneckAdapter
 from tanzaku.methods.full import Full as Full
 from tanzaku.methods.head import Head as Head
 from tanzaku.methods.ia3 import IA3 as IA3
@@ -34,6 +35,7 @@ METHODS: dict[str, type[Method]] = {
         IA3,
         LlamaAdapter,
         BitFit,
+        BottleneckAdapter,
         LNTuning,
         TrainableTokens,
         Full,

@@ -430,7 +430,7 @@ class JobScheduler:
             return [first]
         length = first.virtual + first.length
         others = [active for active in ready if active is not first and _goes_with(active, first)]
-        if others and self.step.of_one_width:
+        if others and (self.step.of_one_width or any(each.adapter.reads_padding for each in (first, *others))):
             others = [active for active in others if (active.virtual, active.length) == (first.virtual, first.length)]
         picked, rows = [first], len(first.next_rows or ())
         for active in sorted(others, key=lambda active: abs(active.virtual + active.length - length)):
