@@ -13,8 +13,9 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -38,6 +39,7 @@ from tanzaku.methods import METHODS
 from tanzaku.models import tree
 from tanzaku.models.families import Base
 from tanzaku.models.heads import Part, heads_of, resized
+from tanzaku.storage import adapterhub
 from tanzaku.storage.card import CARD, card, digest_of, kept
 
 CONFIG, TENSORS, META = "adapter_config.json", "adapter_model.safetensors", "tanzaku.json"
@@ -61,48 +63,66 @@ def save(
     *,
     meta: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
+    format: Literal["peft", "adapterhub"] = "peft",
 ) -> Path:
     """Write adapter `name` into the directory `path`, whole or not at all. A model card (README.md) that somebody
     changed there stays as it is.
 
     Args:
+        format: "peft", with tanzaku.json and a card; or "adapterhub", as the Adapters library reads it, which has no
+            place for either, nor for a head.
         meta: what the adapter's user needs to know (labels, columns); goes to tanzaku.json.
         training: what the model card tells of the run; see :func:`tanzaku.storage.card.training_record`.
 
     Raises:
-        TanzakuError: `path` is a file, or cannot be written.
+        TanzakuError: `path` is a file, or cannot be written; or the format has no such adapter.
     """
     manager = manager_of(model)
     adapter = manager.get(name)
+    if format not in ("peft", "adapterhub"):
+        raise TanzakuError(f"save: found format={format!r}, expected 'peft' or 'adapterhub'")
+    hub = None if format == "peft" else (adapterhub.config_of(manager.base, adapter), adapterhub.tensors_of(adapter))
+    if hub is not None and (meta or training):
+        raise TanzakuError("save: AdapterHub's form has no place for meta or training; leave them out")
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise TanzakuError(f"{target} is a file; expected a directory to save the adapter in")
     # Where the path is a link, the directory that it names is replaced, not the link.
     target = target.resolve() if target.is_symlink() else target
+    if hub is not None:
+        with _writing(target), directory_beside(target) as beside:
+            save_file(apart(hub[1]), beside / adapterhub.TENSORS)
+            (beside / CONFIG).write_text(_json(hub[0]), encoding="utf-8")
+        return Path(path)
     tensors = apart({**_resized_embeddings(manager, adapter), **{k: t for k, (t, _) in entries(adapter).items()}})
+    with _writing(target), directory_beside(target) as beside, ThreadPoolExecutor(2) as aside:
+        save_file(tensors, beside / TENSORS, metadata={"format": "pt"})
+        checksum = aside.submit(_sha256, beside / TENSORS)
+        aside.submit(to_disk, beside / TENSORS)  # so that little is left to wait for at the end
+        about = {
+            "format": FORMAT,
+            "method": adapter.method.name,
+            "base": describe(manager.base, adapter),
+            "copies": _recorded(adapter),
+            "meta": meta or {},
+        }
+        config = config_of(manager, adapter)
+        known = hasattr(transformers, type(manager.model).__name__)
+        text = card(adapter.method, config, meta or {}, training or {}, tensors, known)
+        about |= {"card": digest_of(text), "sha256": checksum.result()}
+        (beside / CONFIG).write_text(_json(config), encoding="utf-8")
+        (beside / META).write_text(_json(about), encoding="utf-8")
+        (beside / CARD).write_text(kept(target) or text, encoding="utf-8")
+    return Path(path)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
     try:
-        with directory_beside(target) as beside, ThreadPoolExecutor(2) as aside:
-            save_file(tensors, beside / TENSORS, metadata={"format": "pt"})
-            checksum = aside.submit(_sha256, beside / TENSORS)
-            aside.submit(to_disk, beside / TENSORS)  # so that little is left to wait for at the end
-            about = {
-                "format": FORMAT,
-                "method": adapter.method.name,
-                "base": describe(manager.base, adapter),
-                "copies": _recorded(adapter),
-                "meta": meta or {},
-            }
-            config = config_of(manager, adapter)
-            known = hasattr(transformers, type(manager.model).__name__)
-            text = card(adapter.method, config, meta or {}, training or {}, tensors, known)
-            about |= {"card": digest_of(text), "sha256": checksum.result()}
-            (beside / CONFIG).write_text(_json(config), encoding="utf-8")
-            (beside / META).write_text(_json(about), encoding="utf-8")
-            (beside / CARD).write_text(kept(target) or text, encoding="utf-8")
+        yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise TanzakuError(f"cannot write {target}: {reason}; nothing there was changed") from None
-    return Path(path)
 
 
 write_adapters_by(save)
@@ -117,8 +137,8 @@ def load(
     method: Method | None = None,
     any_base: bool = False,
 ) -> Adapter:
-    """Attach the adapter saved in the directory `path`, by Tanzaku or by HF PEFT, or below it by `save_pretrained` of a
-    model in which it was active.
+    """Attach the adapter saved in the directory `path`, by Tanzaku, by HF PEFT or by the Adapters library (AdapterHub),
+    or below it by `save_pretrained` of a model in which it was active.
 
     Args:
         strict: missing, unexpected, mis-shaped or non-finite tensors and another base are errors; otherwise warnings,
@@ -149,6 +169,8 @@ def adapter_dir(folder: Path) -> Path:
 
 def _load(model: nn.Module, folder: Path, name: str, strict: bool, method: Method | None, any_base: bool) -> Adapter:
     config = read_config(folder)
+    if adapterhub.is_one(config):
+        return _load_from_hub(model, folder, config, name, strict, method, any_base)
     about = read_about(folder)
     _check_tensors(folder)
     with ThreadPoolExecutor(1) as aside:  # a checksum takes as long as all the rest, and needs no lock
@@ -166,6 +188,37 @@ def _load(model: nn.Module, folder: Path, name: str, strict: bool, method: Metho
         _drop_strangers(model, method)
     else:
         method._copies = _copies(model, about.get("copies"), method.modules_to_save or [], folder)
+    adapter = _attached(model, method, name, tensors, folder)
+    with _attached_or_not(model, name):
+        _own_embeddings(model, adapter, tensors)
+        _fill(model, adapter, tensors, folder, about, strict)
+    return adapter
+
+
+def _load_from_hub(
+    model: nn.Module,
+    folder: Path,
+    config: dict[str, Any],
+    name: str,
+    strict: bool,
+    method: Method | None,
+    any_base: bool,
+) -> Adapter:
+    tensors = read_tensors(folder, adapterhub.TENSORS)
+    method = adapterhub.method_of(config, folder / CONFIG) if method is None else copy.deepcopy(method)
+    if problem := adapterhub.check_base(Base.of(model), config):
+        if not any_base:
+            raise TanzakuError(f"{folder} was made for {problem}; load the base that it names")
+        warnings.warn(f"{folder} was made for {problem}", stacklevel=3)
+    adapter = _attached(model, method, name, tensors, folder)
+    with _attached_or_not(model, name):
+        tensors = adapterhub.ours(adapter, tensors, lambda path, each: _key(adapter.method, path, each))
+        _fill(model, adapter, tensors, folder, None, strict)
+    return adapter
+
+
+def _attached(model: nn.Module, method: Method, name: str, tensors: dict[str, Tensor], folder: Path) -> Adapter:
+    """An adapter to be filled with a file's tensors."""
     # What a file holds is past its beginning: no initial text is read, and an MLP that wrote the tensors is gone.
     method.inference_mode = True
     method._to_fill = True
@@ -177,13 +230,17 @@ def _load(model: nn.Module, folder: Path, name: str, strict: bool, method: Metho
     except TooLarge as error:
         raise TanzakuError(f"{folder / CONFIG}: {method.largest()}: {error}") from None
     adapter.method._to_fill = False
+    return adapter
+
+
+@contextmanager
+def _attached_or_not(model: nn.Module, name: str) -> Iterator[None]:
+    """Within the block an adapter is filled; one that cannot be is detached."""
     try:
-        _own_embeddings(model, adapter, tensors)
-        _fill(model, adapter, tensors, folder, about, strict)
+        yield
     except BaseException:
         detach(model, name)
         raise
-    return adapter
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:
@@ -712,8 +769,8 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    path = _check_tensors(folder)
+def read_tensors(folder: Path, name: str = TENSORS) -> dict[str, Tensor]:
+    path = _check_tensors(folder, name)
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, OverflowError) as error:
@@ -721,14 +778,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise TanzakuError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
 
 
-def _check_tensors(folder: Path) -> Path:
-    path = folder / TENSORS
+def _check_tensors(folder: Path, name: str = TENSORS) -> Path:
+    path = folder / name
     if not is_there(path):
-        pickled = folder / "adapter_model.bin"
-        hint = (
-            "; adapter_model.bin is a pickle, which is never read: save it as safetensors" if pickled.exists() else ""
-        )
-        raise TanzakuError(f"{folder} has no {TENSORS}{hint}")
+        pickled = next((p for p in ("adapter_model.bin", "pytorch_adapter.bin") if (folder / p).exists()), None)
+        hint = f"; {pickled} is a pickle, which is never read: save it as safetensors" if pickled else ""
+        raise TanzakuError(f"{folder} has no {name}{hint}")
     return path
 
 
