@@ -37,6 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "adalora": {"init_r": 3, "target_r": 2},
     **NEEDED,
     "bottleneck": {"reduction_factor": {"0": 8, "default": 16}, "style": "parallel"},
+    "compacter": {"reduction_factor": 4},
     "ln_tuning": {},
     "full": {},
 }

@@ -277,6 +277,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prefix_tuning": {"num_virtual_tokens": 3},
     **NEEDED,
     "bottleneck": {},
+    "compacter": {"reduction_factor": 4},
     "ln_tuning": {},
     "full": {},
     "head": {},

@@ -211,6 +211,7 @@ def test_a_copy_of_a_part_leaves_the_whole_behind(name):
             "ia3",
             "bitfit",
             "bottleneck",
+            "compacter",
             "ln_tuning",
             "trainable_tokens",
             "head",

@@ -71,6 +71,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "gated": {"reduction_factor": 8, "use_gating": True, "ln_before": True, "scaling": "learned"},
         "parallel": {"reduction_factor": 8, "style": "parallel", "mh_adapter": True},
     },
+    "compacter": {"default": {"reduction_factor": 4}},
     "ln_tuning": {"default": {}, "one": {"target_modules": ["post_attention_layernorm"]}},
     "trainable_tokens": {"default": {"token_indices": [*range(3, VOCAB, 2)]}},
     "full": {"default": {}},

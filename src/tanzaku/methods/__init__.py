@@ -8,6 +8,7 @@ from tanzaku.methods.adalora import AdaLoRA as AdaLoRA
 from tanzaku.methods.bitfit import BitFit as BitFit
 from tanzaku.methods.cartridge import Cartridge as Cartridge
 from tanzaku.methods.bottleneck import BottleneckAdapter as BottleneckAdapter
+from tanzaku.methods.compacter import Compacter as Compacter
 from tanzaku.methods.full import Full as Full
 from tanzaku.methods.head import Head as Head
 from tanzaku.methods.ia3 import IA3 as IA3
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Method]] = {
         LlamaAdapter,
         BitFit,
         BottleneckAdapter,
+        Compacter,
         LNTuning,
         TrainableTokens,
         Full,
