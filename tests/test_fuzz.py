@@ -38,6 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **NEEDED,
     "bottleneck": {"reduction_factor": {"0": 8, "default": 16}, "style": "parallel"},
     "compacter": {"reduction_factor": 4},
+    "reft": {"r": 2, "full_form": True},
     "ln_tuning": {},
     "full": {},
 }

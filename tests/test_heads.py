@@ -278,6 +278,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **NEEDED,
     "bottleneck": {},
     "compacter": {"reduction_factor": 4},
+    "reft": {"dropout": 0.0},
     "ln_tuning": {},
     "full": {},
     "head": {},

@@ -72,6 +72,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "parallel": {"reduction_factor": 8, "style": "parallel", "mh_adapter": True},
     },
     "compacter": {"default": {"reduction_factor": 4}},
+    "reft": {
+        "default": {"r": 2, "dropout": 0.0, "prefix_positions": 16},  # so that a classifier's last layer has some to do
+        "suffix": {"r": 2, "style": "direft", "prefix_positions": 0, "suffix_positions": 2},
+    },
     "ln_tuning": {"default": {}, "one": {"target_modules": ["post_attention_layernorm"]}},
     "trainable_tokens": {"default": {"token_indices": [*range(3, VOCAB, 2)]}},
     "full": {"default": {}},

@@ -21,6 +21,7 @@ from tanzaku.methods.p_tuning_v2 import PTuningV2 as PTuningV2
 from tanzaku.methods.prefix_tuning import PrefixTuning as PrefixTuning
 from tanzaku.methods.prompt_tuning import PromptTuning as PromptTuning
 from tanzaku.methods.trainable_tokens import TrainableTokens as TrainableTokens
+from tanzaku.methods.reft import ReFT as ReFT
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Method]] = {
         BitFit,
         BottleneckAdapter,
         Compacter,
+        ReFT,
         LNTuning,
         TrainableTokens,
         Full,
