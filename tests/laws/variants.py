@@ -69,6 +69,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "default": {"reduction_factor": 8},
         "houlsby": {"reduction_factor": 8, "style": "houlsby"},
         "gated": {"reduction_factor": 8, "use_gating": True, "ln_before": True, "scaling": "learned"},
+        "invertible": {"reduction_factor": 8, "inv_adapter": "nice"},
         "parallel": {"reduction_factor": 8, "style": "parallel", "mh_adapter": True},
     },
     "compacter": {"default": {"reduction_factor": 4}},

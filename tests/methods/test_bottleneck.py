@@ -14,6 +14,7 @@ from close import GRADIENT, assert_close, close
 from models import KINDS, batch, tiny
 from tanzaku.core.manager import manager_of
 from tanzaku.methods.bottleneck import STYLES, BottleneckLayer
+from tanzaku.methods.invertible import Coupling, Inverse
 
 TEXT = [kind for kind in KINDS if kind not in ("clip", "whisper")]
 
@@ -157,6 +158,43 @@ def _llama(block: Any, written: Written) -> Any:
     return forward
 
 
+# -- invertible adapters
+
+
+@pytest.mark.parametrize("kind", [k for k in TEXT if k not in ("vit", "deberta-v2")])
+def test_what_is_moved_on_the_way_in_is_moved_back_before_the_head(kind: str) -> None:
+    model = tiny(kind, "lm")
+    adapter = attached(model, inv_adapter="nice")
+    inputs = batch(model)
+    coupling = next(layer for _, layer in adapter.at() if isinstance(layer, Coupling))
+    x = torch.randn(2, 3, 32)
+    assert_close(coupling.back(coupling.there(x)), x)
+    assert not close(coupling.there(x), x)
+    with torch.no_grad():
+        alone, base = run(model, ["a"] * 4, **inputs), run(model, [None] * 4, **inputs)
+        mixed = run(model, ["a", None, "a", None], **inputs)
+    assert_close(mixed[[0, 2]], alone[[0, 2]])
+    assert_close(mixed[[1, 3]], base[[1, 3]])
+    paths = [path for path, layer in adapter.at() if isinstance(layer, Inverse)]
+    assert [model.get_submodule(path) for path in paths] == [model.get_output_embeddings()]
+
+
+def test_of_a_stack_the_last_is_undone_first() -> None:
+    """With nothing between the way in and the way back, a stack of two is no change."""
+    model = tiny("llama", "lm", num_hidden_layers=1)
+    options = {"output_adapter": False, "mh_adapter": True, "leave_out": [0], "inv_adapter": "nice"}
+    for seed, name in enumerate("ab"):
+        attached(model, name, seed, **options)
+    block, norm = model.model.layers[0], model.model.norm
+    block.forward = lambda hidden_states, **_: hidden_states
+    norm.forward = lambda hidden_states: hidden_states
+    inputs = batch(model)
+    with torch.no_grad():
+        base = run(model, [None] * 4, **inputs)
+        for stack in ("a", "b", ("a", "b"), ("b", "a")):
+            assert_close(run(model, [stack] * 4, **inputs), base, 2**10)
+
+
 # -- layers that are left out
 
 
@@ -267,6 +305,7 @@ def test_what_never_read_says_so() -> None:
         ({"residual_before_ln": "post"}, "found residual_before_ln='post'"),
         ({"init_weights": "zero"}, "found init_weights='zero'"),
         ({"dropout": 1.0}, "found dropout=1.0"),
+        ({"inv_adapter": "glow"}, "found inv_adapter='glow', expected 'nice', or None"),
         ({"output_adapter": False}, "found a LlamaModel without any adapter"),
         ({"output_adapter": False, "cross_adapter": True}, "found a LlamaModel without cross"),
     ],

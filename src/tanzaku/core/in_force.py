@@ -53,7 +53,8 @@ class InForce:
                     self.shared.append(layer)
                     continue
                 for plans in self._plans_of(layer):
-                    plans.setdefault(path, [[] for _ in stacks])[number].append(layer)
+                    plan = plans.setdefault(path, [[] for _ in stacks])[number]
+                    plan.insert(0 if isinstance(layer, ModuleLayer) and layer.undoes else len(plan), layer)
         if not route.uniform and "" in self.weights:
             names = dict.fromkeys(name for layers in self.weights[""] for layer in layers for name in layer.own)
             raise TanzakuError(

@@ -101,6 +101,7 @@ class ModuleLayer(AdapterLayer):
     edits_output: ClassVar[bool] = True
     reads_call: ClassVar[bool] = False  # it wants all that the module was given: `outputs_of` in place of `outputs`
     ties: Sequence[str] = ()  # paths whose weights are tied to its module's and which the adapter changes alike
+    undoes: ClassVar[bool] = False  # it undoes what its adapter did elsewhere: of a stack, the last one comes first
     reads_places: ClassVar[bool] = False  # it asks where tokens stand in their row's text: see `places.py`
     whole_rows: ClassVar[bool] = False  # it reads more of a row than the token it changes: rows stay whole, and padded
     reads_padding: ClassVar[bool] = False  # and of the padding, too: what shares a step is padded alike

@@ -13,6 +13,7 @@ the Adapters library (arXiv 2311.11077).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -22,7 +23,6 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from tanzaku.core.delta import in_full
 from tanzaku.core.method import About, AdapterLayer, Method, ModuleLayer, Place, trainable
@@ -31,32 +31,11 @@ from tanzaku.core.routing import in_equal_shares
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.core.taps import Tap
 from tanzaku.errors import TanzakuError, nearest
+from tanzaku.methods.invertible import Coupling, Inverse
+from tanzaku.methods.parts import Norm, Projection, activation, activations
+from tanzaku.models import tree
 from tanzaku.models.families import Sublayer, features, weight_of
 from tanzaku.support.refs import Ref
-
-
-class Projection(nn.Module):
-    """x W^T + b."""
-
-    def __init__(self, n_in: int, n_out: int, like: Tensor):
-        super().__init__()
-        self.weight = trainable(n_out, n_in, like=like)
-        self.bias = trainable(n_out, like=like)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-class Norm(nn.Module):
-    """A layer norm of the adapter's own."""
-
-    def __init__(self, size: int, like: Tensor):
-        super().__init__()
-        self.weight = trainable(size, like=like, fill=nn.init.ones_)
-        self.bias = trainable(size, like=like)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias)
 
 
 class BottleneckLayer(ModuleLayer):
@@ -224,16 +203,6 @@ def _halves(layers: Sequence[BottleneckLayer]) -> tuple[list[Projection], list[P
     return [cast(Projection, layer.down) for layer in layers], [cast(Projection, layer.up) for layer in layers]
 
 
-def activation(name: str) -> nn.Module:
-    """A function by its name in transformers."""
-    return nn.LeakyReLU() if name == "leakyrelu" else cast(nn.Module, ACT2FN[name])
-
-
-def activations() -> list[str]:
-    """Names of the functions that have no parameters."""
-    return ["leakyrelu", *(name for name in ACT2FN if name not in ("prelu", "xielu"))]
-
-
 INITS = ("mam_adapter", "bert", "houlsby")
 
 
@@ -257,8 +226,6 @@ _ELSE: dict[str, Any] = {"reduction_factor": 16, "is_parallel": False, "scaling"
 INERT: dict[str, Any] = {
     "init_weights_seed": None,
     "stochastic_depth": 0.0,
-    "inv_adapter": None,
-    "inv_adapter_reduction_factor": None,
 }
 # And those of matrices made of Kronecker products, which say nothing where `phm_layer` is false.
 PHM: dict[str, Any] = {
@@ -302,6 +269,8 @@ class BottleneckAdapter(Method):
         use_gating: b(x) times a learned gate in (0, 1), the mean over a row's own tokens of those at hand (UniPELT,
             arXiv 2110.07577). gate_padding: and over padding, as in the Adapters library, whose files are read so: such
             rows depend on how they are padded.
+        inv_adapter: "nice" adds an invertible adapter at the first layer's input, undone before the output embeddings
+            (MAD-X). inv_adapter_reduction_factor: of the width of its halves.
         dropout: of b(x).
         leave_out: numbers of layers without adapters, from 0, in order of execution (AdapterDrop).
         drop_layers: so many of the first layers' adapters are trained, and do nothing when predicting (AdapterDrop).
@@ -345,6 +314,8 @@ class BottleneckAdapter(Method):
     scaling: float | str | None = None
     use_gating: bool = False
     gate_padding: bool = False
+    inv_adapter: str | None = None
+    inv_adapter_reduction_factor: float | None = None
     dropout: float = 0.0
     leave_out: list[int] = field(default_factory=list)
     drop_layers: int = 0
@@ -413,9 +384,27 @@ class BottleneckAdapter(Method):
             f"a {type(base.model).__name__} without {' or '.join(k for k, v in kinds.items() if v) or 'any adapter'}",
             "one that a pass shows: linear layers whose result is added to the residual stream",
         )
+        if self.inv_adapter is not None:
+            yield from self._invertible(place)
         for site in wanted:
             if site.number not in self.leave_out:
                 yield from self._at(place, site)
+
+    def _invertible(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
+        base = place.base
+        path, inside = base.layer_paths()[0]
+        module = base.model.get_submodule(inside)
+        size, factor = features(module)[1], self.inv_adapter_reduction_factor or 2
+        self.require(factor > 0, f"inv_adapter_reduction_factor={factor}", "a positive number")
+        hidden = (max(1, int(size // 2 // factor)), max(1, int((size - size // 2) // factor)))
+        coupling = Coupling(size, hidden, str(self.non_linearity), weight_of(module))
+        yield path, coupling
+        head = None
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            head = base.model.get_output_embeddings()  # type: ignore[operator]
+        for where, each in tree.named_modules(base.model):
+            if each is head:
+                yield where, Inverse(coupling)
 
     def _at(self, place: Place, site: Sublayer) -> Iterator[tuple[str, AdapterLayer]]:
         """The layers for one sublayer: a tap, if r is needed, and the bottleneck."""
@@ -469,6 +458,7 @@ class BottleneckAdapter(Method):
             "one of transformers' activations",
         )
         self.non_linearity = name
+        self.require(self.inv_adapter in (None, "nice"), f"inv_adapter={self.inv_adapter!r}", "'nice', or None")
         self.require(0 <= self.dropout < 1, f"dropout={self.dropout}", "0 or more, below 1")
         self.require(self.drop_layers >= 0, f"drop_layers={self.drop_layers}", "0 or more")
         learned = ("learned", "channel")

@@ -23,7 +23,7 @@ from tanzaku.core.method import About, AdapterLayer, Method, ModuleLayer, Place,
 from tanzaku.core.places import places
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.errors import TanzakuError, nearest
-from tanzaku.methods.bottleneck import Projection, activation, activations
+from tanzaku.methods.parts import Projection, activation, activations
 from tanzaku.models.families import features, weight_of
 
 

@@ -32,7 +32,10 @@ _PARTS = {"up": "adapter_up", "norm_before": "adapter_norm_before", "norm_after"
 # Where it keeps adapters, in a layer of which it says nothing else.
 _TAILS = {"attention": "attention_adapters", "cross": "cross_attention_adapters", "feed_forward": "output_adapters"}
 _PARAMETRIZED = ".parametrizations.weight."  # torch's own name for what a parametrized weight is made of
-_KEY = re.compile(r"(?:(?P<at>.*)\.)?(?P<table>adapters|refts|shared_parameters)\.(?P<name>[^.]+)\.(?P<rest>.+)")
+_KEY = re.compile(
+    r"(?:(?P<at>.*)\.)?(?P<table>adapters|refts|shared_parameters|invertible_adapters)\.(?P<name>[^.]+)\.(?P<rest>.+)"
+)
+_OF_ALL = ("shared_parameters", "invertible_adapters")  # of no layer
 _TOWERS = ("decoder", "vision_model", "text_model")  # whose layers are counted by themselves
 
 
@@ -129,8 +132,9 @@ def ours(adapter: Adapter, tensors: Mapping[str, Tensor], key_of: Callable[[str,
 
 def _keys(adapter: Adapter, path: str, layer: AdapterLayer, name: str) -> Iterator[str]:
     """That library's keys for one tensor: one, or two of one tensor."""
-    if layer.hub == "shared_parameters":
-        yield f"{_stem(adapter.base)}{layer.hub}.{adapter.name}.{name}"
+    if layer.hub in _OF_ALL:
+        part_of = "encoder." if layer.hub == "invertible_adapters" and adapter.base.encoder_decoder else ""
+        yield f"{_stem(adapter.base)}{part_of}{layer.hub}.{adapter.name}.{name}"
         return
     part, _, rest = name.partition(".")
     rest = f".{rest}" if rest else ""
@@ -186,7 +190,7 @@ def _place(key: str) -> tuple[Any, ...] | None:
     if parts is None:
         return None
     at, table, rest = parts["at"] or "", parts["table"], parts["rest"]
-    if table == "shared_parameters":
+    if table in _OF_ALL:
         return (table, rest)
     tower = tuple(word for word in _TOWERS if word in at.split("."))
     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", at)
