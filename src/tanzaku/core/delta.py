@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,7 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from tanzaku.core.method import ModuleLayer
 from tanzaku.core.weights import in_memory
+from tanzaku.models.families import features
 from tanzaku.models.quantize import full_weight
+
+# How HF PEFT starts what is not zero: uniform, up to the root of 1 / the numbers that are summed up.
+kaiming = partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
 
 
 def in_full(change: Callable[[Tensor, Tensor], Tensor], weight: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -34,14 +41,20 @@ def base_matrix(module: nn.Module) -> Tensor:
 
 def laid_out(module: nn.Module, weight: Tensor) -> Tensor:
     """A weight as the module has it, as :meth:`WeightDelta.delta` is laid out, and back."""
-    return weight.t() if isinstance(module, Conv1D | nn.Embedding) else weight
+    return weight.t() if lies_turned(module) else weight
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A block in which what is computed beside x has the types that it is given: for functions that know no half."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 class WeightDelta(ModuleLayer):
     """y + f(x; delta), where f is what the module does with its weight: the same as a module with weight W + delta.
 
     The module's own weight is not read, so that it may be quantised or kept elsewhere. A method overrides
-    :meth:`delta`, and :meth:`outputs` if there is a cheaper way than by the whole matrix.
+    :meth:`delta`, and :meth:`added` (or :meth:`outputs`) if there is a cheaper way than by the whole matrix.
 
     Attributes:
         dropout: probability of dropping a number that the change reads, in training.
@@ -62,18 +75,25 @@ class WeightDelta(ModuleLayer):
         """What the change reads, in the type of its parameters."""
         return F.dropout(x.to(like.dtype), self.dropout, module.training)
 
-    def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        delta = self.delta(module)
+    def added(self, module: nn.Module, x: Tensor) -> Tensor:
+        """f(x; delta): what is added to the module's output. Overridden where there is a cheaper way than by the whole
+        matrix."""
+        delta = self.dropped_delta(module)
         if isinstance(module, nn.Embedding):
             # Some models scale embedded tokens inside of the module.
-            change = F.embedding(x, delta.t(), module.padding_idx) * getattr(module, "embed_scale", 1.0)
-        elif isinstance(module, nn.Conv2d):
-            x = self.dropped(module, x, delta)
+            return F.embedding(x, delta.t(), module.padding_idx) * getattr(module, "embed_scale", 1.0)
+        x = self.dropped(module, x, delta)
+        if isinstance(module, nn.Conv2d):
             padding = cast(Any, module.padding)
-            change = F.conv2d(x, delta, None, module.stride, padding, module.dilation, module.groups)
-        else:
-            change = F.linear(self.dropped(module, x, delta), delta)
-        return (y + change).to(y.dtype)
+            return F.conv2d(x, delta, None, module.stride, padding, module.dilation, module.groups)
+        return F.linear(x, delta)
+
+    def dropped_delta(self, module: nn.Module) -> Tensor:
+        """The change as a pass uses it: in training a method may leave out a part of it."""
+        return self.delta(module)
+
+    def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return (y + self.added(module, x)).to(y.dtype)
 
     def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
         weight = full_weight(module)
@@ -83,3 +103,24 @@ class WeightDelta(ModuleLayer):
     def hold(self, module: nn.Module, change: Tensor) -> None:
         """Become the nearest that there is to a change, laid out as :meth:`delta`, in place; see `tanzaku.convert`."""
         raise TypeError(f"{type(self).__name__} defines no hold()")
+
+
+def lies_turned(module: nn.Module) -> bool:
+    """Whether a module's weight is (in, out), and not (out, in) as a linear layer's."""
+    return isinstance(module, Conv1D | nn.Embedding)
+
+
+def shape_of(module: nn.Module, path: str = "") -> tuple[int, ...]:
+    """The shape of a change: see :meth:`WeightDelta.delta`."""
+    if isinstance(module, nn.Embedding):
+        return (module.embedding_dim, module.num_embeddings)
+    n_in, n_out = features(module, path)
+    if isinstance(module, nn.Conv2d):
+        return (n_out, n_in // module.groups, *module.kernel_size)
+    return (n_out, n_in)
+
+
+def weight_as_change(module: nn.Module) -> Tensor:
+    """The module's weight in full precision, as :meth:`WeightDelta.delta` lies: for methods that read it."""
+    weight = full_weight(module)
+    return weight.t() if lies_turned(module) else weight

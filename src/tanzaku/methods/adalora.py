@@ -128,6 +128,8 @@ class AdaLoRA(LoRA):
     # The paper: 5e-4 to 2.2e-3 over GLUE, and the budget at the end matters more than the one at first.
     space = spaces(target_r=Choice((1, 2, 4, 8)), learning_rate=Range(1e-4, 1e-2, log=True))
 
+    kinds = "a matrix"
+
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
         return not isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d)
@@ -164,13 +166,8 @@ class AdaLoRA(LoRA):
             self.require(not getattr(self, key), key, "LoRA, which has it")
         self.require(self.loraplus_lr_ratio == 1, "loraplus_lr_ratio", "LoRA, which has it")
         self.require(0 < self.beta1 < 1 and 0 < self.beta2 < 1, "beta1 or beta2 outside of (0, 1)", "one inside")
-        found = self.find(base)
+        found = self.find_fitting(base)
         for path, module in found:
-            self.require(
-                self.fits(module),
-                f"{path}, a {type(module).__name__}",
-                "a matrix",
-            )
             layer = SvdDelta(module, self.init_r, self.lora_alpha, self.lora_dropout, self.init_lora_weights)
             if self.rank_pattern and (keep := self.rank_pattern.get(f"{path}.lora_E")) is not None:
                 layer.mask = torch.tensor(keep, dtype=torch.bool)

@@ -20,6 +20,7 @@ from tanzaku.core.combining import Combining
 from tanzaku.core.method import About, AdapterLayer, Attached, Method, ModuleLayer, Place, trainable
 from tanzaku.core.routing import in_equal_shares
 from tanzaku.core.space import Range, spaces
+from tanzaku.core.targeted import Targeted
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models.families import features, weight_of
 from tanzaku.models.quantize import full_weight
@@ -88,7 +89,7 @@ class ScaleLayer(ModuleLayer):
 
 
 @dataclass
-class IA3(Method):
+class IA3(Targeted):
     """(IA)3: infused adapter by inhibiting and amplifying inner activations.
 
     Args:
@@ -123,11 +124,13 @@ class IA3(Method):
         "mt5": ("key", "value", "up"),
     }
 
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
     feedforward_modules: list[str] | str | None = None
     fan_in_fan_out: bool = False
     init_ia3_weights: bool = True
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return not isinstance(module, nn.Embedding)
 
     def combined(self, parts: Sequence[Attached], by: Combining) -> Method:
         if by.how != "linear":
@@ -142,13 +145,11 @@ class IA3(Method):
         return dataclasses.replace(self, feedforward_modules=by.names(sorted(set().union(*inner))))
 
     def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
-        base = place.base
-        if self.target_modules is None:
-            self.target_modules = base.defaults(self.name, self.targets, self.targets_by_kind)
-            if self.feedforward_modules is None:
-                self.feedforward_modules = base.feed_forward(self.target_modules)
-        skip = self.copied(base)
-        found = base.targets(self.target_modules, exclude=self.exclude_modules, skip=skip)
+        base, skip = place.base, self.copied(place.base)
+        by_default = self.target_modules is None
+        found = self.find(base)
+        if by_default and self.feedforward_modules is None:
+            self.feedforward_modules = base.feed_forward(self.target_modules)
         inner: set[str] = set()
         if self.feedforward_modules:
             inner = {path for path, _ in base.targets(self.feedforward_modules, skip=skip)}

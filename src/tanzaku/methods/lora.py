@@ -26,10 +26,10 @@ from tanzaku.core.delta import WeightDelta, base_matrix, in_full
 from tanzaku.core.method import About, AdapterLayer, Attached, Method, Place, trainable
 from tanzaku.core.routing import in_equal_shares, split
 from tanzaku.core.space import Choice, Range, ends, spaces
-from tanzaku.core.survey import biased, tensors
+from tanzaku.core.survey import tensors
+from tanzaku.core.targeted import TargetedWithBiases, pattern
 from tanzaku.core.weights import BiasCopy, WeightCopy, with_tensors
 from tanzaku.errors import TanzakuError, listed
-from tanzaku.files.patterns import groups_of
 from tanzaku.methods.activated import Invocation, in_force
 from tanzaku.methods.dora import Magnitude
 from tanzaku.methods.lora_starts import (
@@ -479,7 +479,7 @@ _B = re.compile(r"\.lora_B\b")
 
 
 @dataclass
-class LoRA(Method):
+class LoRA(TargetedWithBiases):
     """Low-rank adaptation.
 
     Args:
@@ -538,23 +538,12 @@ class LoRA(Method):
     learning_rate = 3e-4  # HF PEFT's method comparison (MetaMathQA), and the upper half of the papers' 1e-4 to 5e-4.
     # The paper: ranks from 1 up do nearly alike, at 2e-4 (GPT-2) to 5e-4 (RoBERTa); a decade lies on either side.
     space = spaces(r=Choice((1, 4, 8, 16, 32)), learning_rate=Range(5e-5, 5e-3, log=True))
-    targets: ClassVar[tuple[str, ...]] = ("query", "value", "mixer")  # roles, see families/family.py
-    targets_by_kind: ClassVar[Mapping[str, tuple[str, ...]]] = {  # of model types where HF PEFT's are others
-        "phi": ("query", "value", "up", "down"),
-        "nemotron_h": ("query", "key", "value", "out"),
-        "rwkv": (
-            *(f"{part}.{name}" for part in ("attention", "feed_forward") for name in ("key", "value", "receptance")),
-            "attention.output",
-        ),
-    }
+    own_biases = "lora_only"
 
     r: int = 8
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
-    bias: str = "none"
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
@@ -562,8 +551,6 @@ class LoRA(Method):
     alora_invocation_tokens: list[int] | None = None
     loraplus_lr_ratio: float = 1.0
     freeze_a: bool = False
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     loftq_config: dict[str, int] = field(default_factory=dict)
@@ -584,12 +571,7 @@ class LoRA(Method):
         if self._to_fill and self.init_lora_weights == "lora_ga":
             self.init_lora_weights = True  # as in PEFT, which looks for a base that was saved without its start
         found = self.find(base)
-        for key in (*self.rank_pattern, *self.alpha_pattern):
-            self.require(
-                any(matches(key, path) for path, _ in found),
-                f"pattern {key!r} that matches no target",
-                "one that does",
-            )
+        self.check_patterns(found, self.rank_pattern, self.alpha_pattern)
         invocation = self._invocation(base)
         if invocation is not None:
             yield "", invocation
@@ -720,20 +702,7 @@ class LoRA(Method):
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        """Whether the method can change such a module."""
         return not isinstance(module, nn.Conv1d)
-
-    def find(self, base: Base) -> list[tuple[str, nn.Module]]:
-        """Target modules with their paths; remembers the family's default names in the settings."""
-        if self.target_modules is None:
-            self.target_modules = base.defaults(self.name, self.targets, self.targets_by_kind, fits=self.fits)
-        return base.targets(
-            self.target_modules,
-            exclude=self.exclude_modules,
-            layers=self.layers_to_transform,
-            layers_pattern=self.layers_pattern,
-            skip=self.copied(base),
-        )
 
     def combined(self, parts: Sequence[Attached], by: Combining) -> Method:
         ranks = []
@@ -908,7 +877,7 @@ class LoRA(Method):
         self._check_loftq()
         self._check_rows()
         self.require(0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout}", "a probability below 1")
-        self.require(self.bias in ("none", "all", "lora_only"), f"bias={self.bias!r}", "'none', 'all' or 'lora_only'")
+        self.check_bias()
 
     def _loftq(self) -> tuple[int, int]:
         return self.loftq_config.get("loftq_bits", 4), self.loftq_config.get("loftq_iter", 1)
@@ -918,24 +887,6 @@ class LoRA(Method):
         known = self.loftq_config.keys() <= {"loftq_bits", "loftq_iter"} and bits in (4, 8)
         expected = "loftq_bits (4 or 8) and loftq_iter (1 or more)"
         self.require(known and type(rounds) is int and rounds > 0, f"loftq_config={self.loftq_config}", expected)
-
-    def biases(self, base: Base, targets: list[str]) -> Iterator[tuple[str, AdapterLayer]]:
-        """Copies of the biases that `bias` names. A module that is copied whole has its bias in the copy."""
-        if self.bias == "none":
-            return
-        copied = self.copied(base)
-        for path, module in biased(base, lambda p: copied(p) or (self.bias == "lora_only" and p not in targets)):
-            yield path, BiasCopy(module)
-
-
-def matches(key: str, path: str) -> bool:
-    """PEFT's rule for rank_pattern and alpha_pattern: a regular expression for the end of the path."""
-    return groups_of(key, path, r"(.*\.)?({})") is not None
-
-
-def pattern(values: dict[str, Any], path: str, default: Any) -> Any:
-    """The value of the first key that matches `path`."""
-    return next((value for key, value in values.items() if matches(key, path)), default)
 
 
 def initialise(layer: LoraDelta, module: nn.Module, init: Any) -> None:

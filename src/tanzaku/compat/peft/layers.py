@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from tanzaku.compat.peft.owner import Owner
 from tanzaku.core.adapter import Adapter
 from tanzaku.core.method import AdapterLayer
+from tanzaku.core.targeted import pattern
 from tanzaku.core.weights import BiasCopy, WeightCopy
 from tanzaku.errors import TanzakuError
 from tanzaku.methods.adalora import SvdDelta
 from tanzaku.methods.dora import Magnitude
 from tanzaku.methods.ia3 import ScaleLayer
 from tanzaku.methods.llama_adapter import GatedPrompt
-from tanzaku.methods.lora import LoraConv2d, LoraDelta, LoraEmbedding, pattern
+from tanzaku.methods.lora import LoraConv2d, LoraDelta, LoraEmbedding
 from tanzaku.methods.prompt_tuning import PromptLayer
 from tanzaku.models import tree
 from tanzaku.models.families import features

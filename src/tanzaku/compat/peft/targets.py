@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from tanzaku.compat.peft.config import PeftConfig
 from tanzaku.compat.peft.errors import NoMatchingPeftModuleError, PeftWarning
 from tanzaku.compat.peft.tuner import check_target_module_exists, named
+from tanzaku.core.targeted import matches
 from tanzaku.errors import listed, nearest
-from tanzaku.methods.lora import matches
 from tanzaku.models import tree
 from tanzaku.models.families import Base
 
