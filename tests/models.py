@@ -148,7 +148,14 @@ def config_of(kind: str, **overrides: Any) -> Any:
 NEEDED: dict[str, dict[str, Any]] = {
     "llama_adapter": {"adapter_layers": 1},
     "bitfit": {"bias_scope": "add"},
+    "c3a": {"block_size": 8},
+    "fourierft": {"n_frequency": 64},
+    "miss": {"r": 8},
     "trainable_tokens": {"token_indices": [*range(3, 100, 2)]},
+    "road": {"group_size": 8},
+    "shira": {"r": 2},
+    "vblora": {"vector_length": 8, "num_vectors": 16},
+    "waveft": {"n_frequency": 64},
 }
 
 

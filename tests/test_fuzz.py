@@ -139,7 +139,7 @@ def assert_as_the_file_says(found: dict[str, Tensor], folder: Path) -> None:
     said = tensors_of(folder / TENSORS)
     for key, tensor in found.items():
         if key in said and said[key].shape == tensor.shape:
-            assert said[key].is_floating_point()
+            assert said[key].is_floating_point() == tensor.is_floating_point()
             assert torch.equal(tensor.float(), said[key].float()), key
 
 

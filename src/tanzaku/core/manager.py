@@ -134,7 +134,7 @@ class AdapterManager:
         adapter.followed = here
         for path, layer in adapter.at():
             there = self.base.device(path)
-            for parameter in layer.parameters():
+            for parameter in (*layer.parameters(), *layer.buffers()):
                 if parameter.is_meta and there is not None and there.type != "meta":
                     raise TanzakuError(
                         f"the tensors of {adapter.name!r} were moved off with the base (offloaded); offload the base "

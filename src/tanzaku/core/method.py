@@ -254,6 +254,8 @@ class Method:
     without_prefix: ClassVar[tuple[str, ...]] = ("prompt_embeddings",)  # names of tensors that stand bare in files
     combines_by: ClassVar[str | None] = None  # the usual way to make one of several adapters; see `combined`
     holds_changes: ClassVar[bool] = False  # its layers define `hold`, so that other adapters can be made ones of it
+    starts_as_base: ClassVar[bool] = True  # False: what is drawn at first changes the model, even without new tokens
+    repeats: ClassVar[tuple[str, ...]] = ()  # names of tensors that PEFT's files hold at each site, too, for nothing
     in_peft: ClassVar[bool] = True  # False: HF PEFT has the method under no name
     not_in_peft: ClassVar[Mapping[str, Any]] = {}  # settings PEFT has not, by what needs no word in its files
     by_default: ClassVar[bool] = True  # a candidate of a comparison that names none

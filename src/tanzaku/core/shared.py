@@ -9,11 +9,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from tanzaku.core.method import AdapterLayer
+from tanzaku.errors import TanzakuError
+from tanzaku.support.refs import Ref
 
 
 class _Written(NamedTuple):
@@ -32,9 +35,11 @@ class Shared(AdapterLayer):
 
     Attributes:
         place: what it is called in the adapter's part of the tree.
+        file_prefix: what its tensors' names begin with in a file; HF PEFT keeps what layers share beside the model.
     """
 
     place: ClassVar[str] = "shared"
+    file_prefix: ClassVar[str] = "base_model."
 
     def compute(self) -> Any:
         """What the layers read: tensors, or what holds some."""
@@ -63,3 +68,34 @@ class Shared(AdapterLayer):
         if torch.compiler.is_compiling():
             return ()
         return (torch.is_grad_enabled(), *(p._version for p in self.parameters() if not p.is_inference()))
+
+
+class Frozen(Shared):
+    """Tensors that all layers read and nobody trains, such as random projections.
+
+    Args:
+        saved: whether files hold them. If not, they must come out the same when the method is built again.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], saved: bool):
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=saved)
+
+    def compute(self) -> dict[str, Tensor]:
+        return dict(self.named_buffers())
+
+
+S = TypeVar("S", bound=Shared)
+
+
+def reached(ref: Ref[S]) -> S:
+    """What a layer's reference leads to.
+
+    Raises:
+        TanzakuError: the layer was copied without it.
+    """
+    found = ref()
+    if found is None:
+        raise TanzakuError("this layer was copied without what all layers of its adapter share: copy the whole adapter")
+    return found

@@ -181,8 +181,8 @@ def _changes(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None) -> I
     done: set[int] = set()
     merged: set[str] = set()
     for path, layer in adapter.at():
-        if not path and isinstance(layer, Shared):
-            continue  # what layers compute with
+        if isinstance(layer, Shared):  # what others read is in what they change
+            continue
         module = model.get_submodule(path)
         new: dict[str, Tensor] | None = None
         if any(p.is_meta for p in tree.parameters(module)):

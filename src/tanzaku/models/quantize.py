@@ -12,6 +12,7 @@ import importlib
 import json
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,7 +49,7 @@ def quantised(module: nn.Module) -> bool:
 
 
 def full_weight(module: nn.Module, path: str = "") -> Tensor:
-    """The module's weight, in its own layout, in fp32 (fp64 stays).
+    """The module's weight, in its own layout, in fp32 (fp64 stays), also where it is offloaded just now.
 
     Reads nn.Linear, Conv1D, nn.Embedding and nn.Conv2d of any floating-point type, bitsandbytes' Linear4bit and
     Linear8bitLt, and torchao's tensors in any of them. What is read from a quantised weight is what the base computes
@@ -57,6 +58,19 @@ def full_weight(module: nn.Module, path: str = "") -> Tensor:
     Raises:
         TanzakuError: a format that is none of these; the message names it.
     """
+    with _in_memory(module):
+        return _full_weight(module, path)
+
+
+def _in_memory(module: nn.Module) -> AbstractContextManager[Any]:
+    """A block in which a weight that accelerate has offloaded between passes is there."""
+    weight = module._parameters.get("weight")
+    if weight is None or not weight.is_meta or not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    return cast("AbstractContextManager[Any]", importlib.import_module("accelerate.utils").align_module_device(module))
+
+
+def _full_weight(module: nn.Module, path: str) -> Tensor:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         raise TanzakuError(

@@ -29,6 +29,7 @@ from tanzaku.core.attach import attach, detach
 from tanzaku.core.manager import AdapterManager, manager_of
 from tanzaku.core.method import AdapterLayer, Copy, Method
 from tanzaku.core.programs import write_adapters_by
+from tanzaku.core.shared import Shared
 from tanzaku.core.survey import may_not_run, survey
 from tanzaku.core.weights import BiasCopy, WeightCopy, copied_in, copy_of, elsewhere
 from tanzaku.errors import TanzakuError, TooLarge, listed
@@ -274,7 +275,10 @@ def _entries(adapter: Adapter) -> Iterator[tuple[str, str, Tensor, AdapterLayer]
         # Where PEFT keeps what it wrapped.
         wrapped = "base_layer." if path and path in targets and isinstance(layer, BiasCopy | WeightCopy) else ""
         for name, tensor in layer.export().items():
-            yield _key(adapter.method, path, wrapped + name), name, tensor, layer
+            key = _key(adapter.method, path, wrapped + name)
+            if isinstance(layer, Shared) and key != name:
+                key = layer.file_prefix + name
+            yield key, name, tensor, layer
 
 
 def _key(method: Method, path: str, name: str) -> str:
@@ -464,7 +468,8 @@ def _strange(model: nn.Module, method: Method, keys: list[str], tensors: dict[st
     base = dict(tree.named_parameters(model, remove_duplicate=False)) if keys else {}
     unexpected = []
     for key in keys:
-        if _beside(method, key, tensors, base) or _at_what_never_runs(model, method, key):
+        spare = key.rpartition(".")[2] in method.repeats
+        if spare or _beside(method, key, tensors, base) or _at_what_never_runs(model, method, key):
             continue
         own = base.get(_base_name(method, key))
         if own is None:
