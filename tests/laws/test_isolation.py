@@ -1,9 +1,5 @@
 """Law 1: outputs, losses and gradients of a row are what they are without the other rows."""
 
-from collections.abc import Sequence
-from itertools import product
-from typing import Any
-
 import pytest
 import torch
 from variants import (
@@ -17,9 +13,9 @@ from variants import (
     logits,
     losses,
     opened,
+    pairs,
     rows_of,
     sharing,
-    unlike,
 )
 
 import tanzaku as tz
@@ -27,18 +23,11 @@ from close import GRADIENT, assert_close
 from models import batch
 from tanzaku.core.manager import manager_of
 from tanzaku.methods import METHODS
-from tiers import costly
 
-SHARING = [name for name in unlike() if name in sharing()]
-
-
-def pairs(some: Sequence[Any], each: Sequence[Any]) -> list[Any]:
-    """Each beside each, of which `make test` has those of which one is of `some`, or both are alike."""
-    near = [(a, b) for a in each for b in each if a == b or b in some]
-    return costly(near, [pair for pair in product(each, each) if pair not in near])
+ENTRIES = [*METHODS, None]
 
 
-@pytest.mark.parametrize(("a", "b"), pairs([*unlike(), None], [*METHODS, None]), ids=str)
+@pytest.mark.parametrize(("a", "b"), pairs(ENTRIES))
 def test_rows_of_a_beside_rows_of_b(a, b):
     """Rows of any method beside rows of any other equal the same rows alone; who cannot share says so."""
     model = full_bamboo()
@@ -63,7 +52,7 @@ def test_rows_of_one_adapter(name):
         assert_close(together[row : row + 1], logits(model, [name], rows_of(inputs, [row])))
 
 
-@pytest.mark.parametrize(("first", "second"), pairs(SHARING, sharing()))
+@pytest.mark.parametrize(("first", "second"), pairs(sharing()))
 def test_stacks(first, second):
     """A tuple stacks: its rows beside its parts, another order and bare rows equal its rows alone."""
     model = full_bamboo()

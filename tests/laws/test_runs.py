@@ -1,15 +1,18 @@
 """Law 1 for whole runs: a job trained among others ends with the weights that it has when it is trained alone."""
 
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from bench import zoo
 from safetensors.torch import load_file
-from variants import CASES, VARIANTS, all_kinds, all_variants, bamboo, method, sharing, unlike
+from variants import CASES, VARIANTS, all_kinds, all_variants, bamboo, method, sharing
 
 from close import RUN, assert_close
 from models import tiny
+from tanzaku.core.method import Method
 from tanzaku.core.survey import sees_padding
 from tanzaku.methods import METHODS
 from tanzaku.models.families import Base
@@ -27,64 +30,101 @@ def settings(**changes):
 
 
 def company(variant: int = -1) -> list[Job]:
-    """A job of every kind of method that shares a batch, each with another pace, order and length of its own; of the
-    method's last variant, or of its first, which fits every family."""
+    """A job of each of a comparison's own methods that shares a batch, each with another pace, order and length of its
+    own; of the method's last variant, or of its first, which fits every family."""
+    names = [name for name in sharing() if METHODS[name].by_default]
     return [
-        Job(
-            f"other-{number}",
-            method(name, list(VARIANTS[name])[variant]),
-            settings(batch_size=1 + number % 3, epochs=1 + number % 4, seed=number, accumulation=1 + number % 2),
-        )
-        for number, name in enumerate(n for n in unlike() if n in sharing())
+        paced(f"other-{number}", method(name, list(VARIANTS[name])[variant]), number)
+        for number, name in enumerate(names)
     ]
 
 
-def weights(model, jobs: list[Job], out: Path, **options) -> dict[str, torch.Tensor]:
-    """The first job's, after all have been trained."""
+def paced(name: str, of: Method, number: int, **changes) -> Job:
+    """A job with a pace, an order and a length of its own."""
+    own = {"batch_size": 1 + number % 3, "epochs": 1 + number % 4, "seed": number, "accumulation": 1 + number % 2}
+    return Job(name, of, settings(**{**own, **changes}))
+
+
+def all_weights(model, jobs: list[Job], out: Path, **options) -> dict[str, dict[str, torch.Tensor]]:
+    """Those of every job, after all have been trained."""
     config = model.config
     end = config.eos_token_id if config.is_encoder_decoder else None
     data = task((4, 9, 3, 7, 12), train=11, end=end, pad=config.pad_token_id or 0)
     results = train_jobs(model, data, jobs, out=out, **options)
     assert [(r.status, r.error) for r in results] == [("done", None)] * len(jobs)
-    return load_file(out / "adapters" / jobs[0].name / "adapter_model.safetensors")
+    return {job.name: load_file(out / "adapters" / job.name / "adapter_model.safetensors") for job in jobs}
 
 
-def assert_same_run(model_of, job: Job, tmp_path: Path, **options) -> None:
-    alone = weights(model_of(), [job], tmp_path / "alone")
-    variant = -1 if model_of().config.model_type == "llama" else 0
-    among = weights(model_of(), [job, *company(variant)], tmp_path / "among", **options)
+def weights(model, jobs: list[Job], out: Path, **options) -> dict[str, torch.Tensor]:
+    """The first job's."""
+    return all_weights(model, jobs, out, **options)[jobs[0].name]
+
+
+def assert_same_weights(among: dict[str, torch.Tensor], alone: dict[str, torch.Tensor]) -> None:
     assert alone.keys() == among.keys()
     for key, value in alone.items():
         assert_close(among[key], value, 4 * RUN, at=key)
 
 
+def assert_same_run(model_of, job: Job, tmp_path: Path, **options) -> None:
+    alone = weights(model_of(), [job], tmp_path / "alone")
+    variant = -1 if model_of().config.model_type == "llama" else 0
+    assert_same_weights(weights(model_of(), [job, *company(variant)], tmp_path / "among", **options), alone)
+
+
+# One run of all methods, whose jobs are then trained one by one.
+
+
+@cache
+def among_all_others(workers: int) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights of every case's job from one run of them all."""
+    with TemporaryDirectory() as folder:
+        return all_weights(bamboo(num_labels=2), list(EVERY.values()), Path(folder), workers=workers)
+
+
+EVERY = {
+    (name, variant): paced(f"{name}-{variant}", method(name, variant), number)
+    for number, (name, variant) in enumerate(CASES)
+}
+
+
 @all_variants
 def test_every_method_among_all_others(name, variant, tmp_path):
-    job = Job("this", method(name, variant), settings())
-    assert_same_run(lambda: bamboo(num_labels=2), job, tmp_path)
+    job = EVERY[name, variant]
+    assert_same_weights(among_all_others(1)[job.name], weights(bamboo(num_labels=2), [job], tmp_path))
 
 
 @all_kinds
 def test_every_method_in_a_worker_process(name, tmp_path):
-    assert_same_run(lambda: bamboo(num_labels=2), Job("this", method(name), settings()), tmp_path, workers=2)
+    job = EVERY[name, next(iter(VARIANTS[name]))]
+    assert_same_weights(among_all_others(2)[job.name], weights(bamboo(num_labels=2), [job], tmp_path))
 
 
-@all_kinds
-@in_families(
-    ("kind", "drop"),
-    [
-        ("bert", {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}),
-        ("gpt2", {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}),
-        ("opt", {"dropout": 0.3, "attention_dropout": 0.3}),
-        ("t5", {"dropout_rate": 0.3}),
-        ("bart", {"dropout": 0.3, "attention_dropout": 0.3, "activation_dropout": 0.3, "classifier_dropout": 0.3}),
-    ],
-)
-def test_a_base_with_dropout(kind, drop, name, tmp_path):
+DROPS = {
+    "bert": {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3},
+    "gpt2": {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3},
+    "opt": {"dropout": 0.3, "attention_dropout": 0.3},
+    "t5": {"dropout_rate": 0.3},
+    "bart": {"dropout": 0.3, "attention_dropout": 0.3, "activation_dropout": 0.3, "classifier_dropout": 0.3},
+}
+# A bias of keys that are not rotated changes no attention: its gradient is rounding, which Adam would blow up.
+DROPPED = {name: paced(name, method(name), number, epochs=1, adam_epsilon=1e-5) for number, name in enumerate(METHODS)}
+
+
+@cache
+def among_all_that_drop(kind: str) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights of every method's job from one run of them all, on a base with dropout."""
+    model = tiny(kind, "cls", num_labels=2, **DROPS[kind])
+    with TemporaryDirectory() as folder:
+        return all_weights(model, list(DROPPED.values()), Path(folder))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@in_families("kind", DROPS)
+def test_a_base_with_dropout(kind, name, tmp_path):
     """The base draws dropout masks too, for hidden states and attention: each job's are its own."""
-    # A bias of keys that are not rotated changes no attention: its gradient is rounding, which Adam would blow up.
-    job = Job("this", method(name), settings(epochs=1, adam_epsilon=1e-5))
-    assert_same_run(lambda: tiny(kind, "cls", num_labels=2, **drop), job, tmp_path)
+    model = tiny(kind, "cls", num_labels=2, **DROPS[kind])
+    assert_same_weights(among_all_that_drop(kind)[name], weights(model, [DROPPED[name]], tmp_path))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -181,6 +181,16 @@ def full_bamboo(kind: str = "llama", head: str = "cls", attention: str = "sdpa")
     return model
 
 
+# One method of every kind of site: outputs, inputs, tokens, keys and values, weights of its own.
+OF_EACH_KIND = ("lora", "ia3", "prompt_tuning", "prefix_tuning", "head", "full", None)
+
+
+def pairs(names: Sequence[str | None]) -> list[Any]:
+    """Every method beside one of each kind and beside itself; all other pairs stand in the tier of all."""
+    near = [(a, b) for a in names for b in names if a == b or b in OF_EACH_KIND]
+    return costly(near, [(a, b) for a in names for b in names if (a, b) not in near])
+
+
 def sharing() -> list[str]:
     """Methods whose rows may share a batch."""
     return [name for name, m in METHODS.items() if m.shares_batch]
@@ -193,6 +203,8 @@ def keeps_shape(adapter: tz.Adapter) -> bool:
 
 def starts_as_identity(adapter: tz.Adapter) -> bool:
     """Whether the adapter is made to change nothing at first: it adds neither tokens nor positions."""
+    if not adapter.method.starts_as_base:
+        return False
     return keeps_shape(adapter) and not any(getattr(layer, "position_offset", 0) for _, layer in adapter.at())
 
 

@@ -24,8 +24,8 @@ from torch.utils.hooks import RemovableHandle
 from tanzaku.core.attention import ATTEND, AttentionSite, register
 from tanzaku.core.hooks import Entrance, ModuleSite, SplitSite, TokenSite, WeightSite
 from tanzaku.core.in_force import Current, InForce
-from tanzaku.core.positions import parameters
 from tanzaku.core.places import note
+from tanzaku.core.positions import parameters
 from tanzaku.core.rows import Places
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models import tree

@@ -6,8 +6,8 @@ from tanzaku.core.method import Method
 from tanzaku.errors import TanzakuError, nearest
 from tanzaku.methods.adalora import AdaLoRA as AdaLoRA
 from tanzaku.methods.bitfit import BitFit as BitFit
-from tanzaku.methods.cartridge import Cartridge as Cartridge
 from tanzaku.methods.bottleneck import BottleneckAdapter as BottleneckAdapter
+from tanzaku.methods.cartridge import Cartridge as Cartridge
 from tanzaku.methods.compacter import Compacter as Compacter
 from tanzaku.methods.full import Full as Full
 from tanzaku.methods.head import Head as Head
@@ -20,8 +20,8 @@ from tanzaku.methods.p_tuning import PTuning as PTuning
 from tanzaku.methods.p_tuning_v2 import PTuningV2 as PTuningV2
 from tanzaku.methods.prefix_tuning import PrefixTuning as PrefixTuning
 from tanzaku.methods.prompt_tuning import PromptTuning as PromptTuning
-from tanzaku.methods.trainable_tokens import TrainableTokens as TrainableTokens
 from tanzaku.methods.reft import ReFT as ReFT
+from tanzaku.methods.trainable_tokens import TrainableTokens as TrainableTokens
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
