@@ -25,6 +25,8 @@ CONFIGS: dict[str, type[peft.PeftConfig]] = {
     "llama_adapter": peft.AdaptionPromptConfig,
     "ln_tuning": peft.LNTuningConfig,
     "trainable_tokens": peft.TrainableTokensConfig,
+    "loha": peft.LoHaConfig,
+    "lokr": peft.LoKrConfig,
 }
 
 # One plain choice of settings a method; PEFT asks AdaLoRA for the number of steps, and LLaMA-Adapter for its sizes.
@@ -39,10 +41,21 @@ PLAIN: dict[str, dict[str, Any]] = {
     "llama_adapter": {"adapter_layers": 1, "adapter_len": 4},
     "ln_tuning": {},
     "trainable_tokens": {"token_indices": [*range(3, VOCAB, 2)]},
+    "loha": {"r": 2},
+    "lokr": {"r": 2},
 }
 SOFT_PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "cartridge")
 PROMPT_LEARNING = (*SOFT_PROMPTS, *PREFIXES)
+NO_CONV1D = ("loha", "lokr", "oft", "hra", "c3a", "boft", "miss", "shira", "road", "delora")
+PROMPT_LEARNING = (*SOFT_PROMPTS, "prefix_tuning")
+
+
+def in_reach(kind: str, name: str) -> bool:
+    """Whether PEFT has the method on a family: some know no Conv1D, and LLaMA-Adapter only some attention."""
+    if name == "llama_adapter":
+        return kind in ("llama", "mistral", "gpt2")
+    return kind != "gpt2" or name not in NO_CONV1D
 
 
 def task_of(model: PreTrainedModel) -> str | None:
@@ -149,7 +162,10 @@ def our_name(name: str) -> str:
     """A parameter's name in Tanzaku, from its name in a PEFT model."""
     for piece in ("base_model.model.", "base_model.", "prompt_encoder.default.", "modules_to_save.default."):
         name = name.replace(piece, "")
-    return name.replace(".default", "")
+    name = name.replace(".default", "")
+    # What layers share has there the name of the first of them.
+    shared = next((each for each in ("vblora_vector_bank", "tinylora_v") if f".{each}" in name), None)
+    return name if shared is None else name[name.index(shared) :]
 
 
 def trained_in_peft(model: peft.PeftModel) -> dict[str, nn.Parameter]:

@@ -22,6 +22,7 @@ from interop.oracle import (
     SOFT_PROMPTS,
     both,
     in_peft,
+    in_reach,
     inputs,
     logits,
     loss_of,
@@ -45,9 +46,10 @@ BASES = {
     "t5": ("lm",),
     "bart": ("lm",),
 }
-PEFT_LLAMA_ADAPTER = ("llama", "mistral", "gpt2")
 # What PEFT has no default for.
-NEEDED: dict[tuple[str, str], dict[str, Any]] = {("mistral", "adalora"): {"target_modules": ["q_proj", "v_proj"]}}
+NEEDED: dict[tuple[str, str], dict[str, Any]] = {
+    ("mistral", name): {"target_modules": ["q_proj", "v_proj"]} for name in ("adalora", "vblora")
+}
 
 
 def plain_cases() -> list[Any]:
@@ -57,7 +59,7 @@ def plain_cases() -> list[Any]:
         for kind, heads in BASES.items()
         for head in heads
         for name in CONFIGS
-        if name != "llama_adapter" or kind in PEFT_LLAMA_ADAPTER
+        if in_reach(kind, name)
     ]
 
 

@@ -25,7 +25,7 @@ from interop.oracle import (
 from models import tiny
 
 CASES = {
-    **{name: (name, PLAIN[name]) for name in CONFIGS},
+    **{name: (name, PLAIN[name]) for name in CONFIGS if name != "c3a"},  # see test_differences.py
     "lora-wide": ("lora", {"r": 3, "lora_alpha": 7, "use_rslora": True, "target_modules": "all-linear"}),
     "lora-embedding": ("lora", {"r": 2, "target_modules": ["embed_tokens", "o_proj"]}),
     "lora-norm": ("lora", {"r": 2, "modules_to_save": ["input_layernorm", "score"]}),

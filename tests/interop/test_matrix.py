@@ -15,7 +15,7 @@ from transformers import AutoModelForTokenClassification, PreTrainedModel
 
 import tanzaku as tz
 from close import HALF, PASS, assert_close, tolerance
-from interop.oracle import CONFIGS, PLAIN, PREFIXES, PROMPT_LEARNING, SOFT_PROMPTS, method, scatter
+from interop.oracle import CONFIGS, PLAIN, PREFIXES, PROMPT_LEARNING, SOFT_PROMPTS, in_reach, method, scatter
 from models import NEEDED, batch, config_of, lively, tiny
 from tiers import in_families
 
@@ -42,8 +42,8 @@ HEADS = {"SEQ_CLS": "cls", "CAUSAL_LM": "lm", "SEQ_2_SEQ_LM": "lm", "FEATURE_EXT
 HEAD_NAMES = {"llama": "score", "gemma3": "score", "qwen2": "score"}
 # PEFT has no default targets for these.
 VIT = {
-    "lora": {"target_modules": ["q_proj", "v_proj"]},
-    "adalora": {"target_modules": ["q_proj", "v_proj"]},
+    **{name: {"target_modules": ["q_proj", "v_proj"]} for name in CONFIGS},
+    "ln_tuning": {"target_modules": ["layernorm_before"]},
     "ia3": {"target_modules": ["k_proj", "fc2"], "feedforward_modules": ["fc2"]},
 }
 
@@ -56,6 +56,8 @@ def compared(kind: str, task: str, name: str) -> bool:
         return kind != "vit" and task != "TOKEN_CLS"  # where PEFT's own fails
     if kind == "vit":
         return name not in PROMPT_LEARNING
+    if not in_reach(kind, name):
+        return False
     # T5's tagger is an encoder alone, where PEFT's soft prompts have no place; its prefix is the decoder's.
     return kind != "t5" or not ((name in PROMPT_LEARNING and task == "TOKEN_CLS") or name in PREFIXES)
 
@@ -127,10 +129,12 @@ def differ(changed: Tensor, bare: Tensor) -> None:
 
 @torch.no_grad()
 def widen_gates(adapted: nn.Module) -> None:
-    """So that what a gated prompt changes is beyond the roundings of half precision."""
+    """So that what is changed by gates, and by factors of what is small, is beyond the roundings of half precision."""
     for key, parameter in adapted.named_parameters():
         if key.endswith("adaption_gate"):
             parameter.mul_(4)
+        elif any(name in key for name in ("c3a_kernel", "hira_B", "tinylora_v", "vera_lambda_b")):
+            parameter.mul_(10)
 
 
 @torch.no_grad()

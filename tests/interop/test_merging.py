@@ -9,7 +9,8 @@ import pytest
 
 import tanzaku as tz
 from close import assert_close
-from interop.oracle import PLAIN, both
+from interop.oracle import CONFIGS, PLAIN, both
+from tanzaku.methods import METHODS
 
 HEAD = {"modules_to_save": ["classifier"]}
 CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
@@ -18,6 +19,8 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         for kind, head in (("llama", "cls"), ("gpt2", "lm"), ("bart", "lm"), ("bert", "cls"))
         for name in ("lora", "adalora", "ia3")
     },
+    # Each with PEFT's own default targets; what it merges at odds with its own forward pass is in test_differences.
+    **{f"llama-{name}": ("llama", "cls", name, {}) for name in CONFIGS if METHODS[name].mergeable},
     "rslora": ("llama", "lm", "lora", {"use_rslora": True, "r": 4}),
     "bias": ("bert", "cls", "lora", {"bias": "all"}),
     "embedding": ("llama", "lm", "lora", {"target_modules": ["embed_tokens"]}),

@@ -79,6 +79,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "ln_tuning": {"default": {}, "one": {"target_modules": ["post_attention_layernorm"]}},
     "trainable_tokens": {"default": {"token_indices": [*range(3, VOCAB, 2)]}},
+    "loha": {"default": {"r": 2}},
+    "lokr": {"default": {"r": 2}},
     "full": {"default": {}},
     "head": {"default": {}},
 }

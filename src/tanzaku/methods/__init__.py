@@ -14,6 +14,8 @@ from tanzaku.methods.head import Head as Head
 from tanzaku.methods.ia3 import IA3 as IA3
 from tanzaku.methods.llama_adapter import LlamaAdapter as LlamaAdapter
 from tanzaku.methods.ln_tuning import LNTuning as LNTuning
+from tanzaku.methods.loha import LoHa as LoHa
+from tanzaku.methods.lokr import LoKr as LoKr
 from tanzaku.methods.lora import LoRA as LoRA
 from tanzaku.methods.multitask_prompt_tuning import MultitaskPromptTuning as MultitaskPromptTuning
 from tanzaku.methods.p_tuning import PTuning as PTuning
@@ -42,6 +44,8 @@ METHODS: dict[str, type[Method]] = {
         ReFT,
         LNTuning,
         TrainableTokens,
+        LoHa,
+        LoKr,
         Full,
         Head,
     )
