@@ -27,6 +27,8 @@ CONFIGS: dict[str, type[peft.PeftConfig]] = {
     "trainable_tokens": peft.TrainableTokensConfig,
     "loha": peft.LoHaConfig,
     "lokr": peft.LoKrConfig,
+    "vera": peft.VeraConfig,
+    "randlora": peft.RandLoraConfig,
 }
 
 # One plain choice of settings a method; PEFT asks AdaLoRA for the number of steps, and LLaMA-Adapter for its sizes.
@@ -43,6 +45,8 @@ PLAIN: dict[str, dict[str, Any]] = {
     "trainable_tokens": {"token_indices": [*range(3, VOCAB, 2)]},
     "loha": {"r": 2},
     "lokr": {"r": 2},
+    "vera": {"r": 6},
+    "randlora": {"r": 8, "randlora_alpha": 8},
 }
 SOFT_PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "cartridge")

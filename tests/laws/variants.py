@@ -81,6 +81,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "trainable_tokens": {"default": {"token_indices": [*range(3, VOCAB, 2)]}},
     "loha": {"default": {"r": 2}},
     "lokr": {"default": {"r": 2}},
+    "vera": {"default": {"r": 6}},
+    "randlora": {"default": {"r": 8, "randlora_alpha": 8}},
     "full": {"default": {}},
     "head": {"default": {}},
 }

@@ -24,6 +24,8 @@ from tanzaku.methods.prefix_tuning import PrefixTuning as PrefixTuning
 from tanzaku.methods.prompt_tuning import PromptTuning as PromptTuning
 from tanzaku.methods.reft import ReFT as ReFT
 from tanzaku.methods.trainable_tokens import TrainableTokens as TrainableTokens
+from tanzaku.methods.randlora import RandLoRA as RandLoRA
+from tanzaku.methods.vera import VeRA as VeRA
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -46,6 +48,8 @@ METHODS: dict[str, type[Method]] = {
         TrainableTokens,
         LoHa,
         LoKr,
+        VeRA,
+        RandLoRA,
         Full,
         Head,
     )
