@@ -28,6 +28,9 @@ CONFIGS: dict[str, type[peft.PeftConfig]] = {
     "loha": peft.LoHaConfig,
     "lokr": peft.LoKrConfig,
     "vera": peft.VeraConfig,
+    "oft": peft.OFTConfig,
+    "hra": peft.HRAConfig,
+    "boft": peft.BOFTConfig,
     "randlora": peft.RandLoraConfig,
 }
 
@@ -46,6 +49,9 @@ PLAIN: dict[str, dict[str, Any]] = {
     "loha": {"r": 2},
     "lokr": {"r": 2},
     "vera": {"r": 6},
+    "oft": {"oft_block_size": 8},
+    "hra": {"r": 4},
+    "boft": {},
     "randlora": {"r": 8, "randlora_alpha": 8},
 }
 SOFT_PROMPTS = ("prompt_tuning", "p_tuning")

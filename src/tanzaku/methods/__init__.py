@@ -9,8 +9,10 @@ from tanzaku.methods.bitfit import BitFit as BitFit
 from tanzaku.methods.bottleneck import BottleneckAdapter as BottleneckAdapter
 from tanzaku.methods.cartridge import Cartridge as Cartridge
 from tanzaku.methods.compacter import Compacter as Compacter
+from tanzaku.methods.boft import BOFT as BOFT
 from tanzaku.methods.full import Full as Full
 from tanzaku.methods.head import Head as Head
+from tanzaku.methods.hra import HRA as HRA
 from tanzaku.methods.ia3 import IA3 as IA3
 from tanzaku.methods.llama_adapter import LlamaAdapter as LlamaAdapter
 from tanzaku.methods.ln_tuning import LNTuning as LNTuning
@@ -18,6 +20,7 @@ from tanzaku.methods.loha import LoHa as LoHa
 from tanzaku.methods.lokr import LoKr as LoKr
 from tanzaku.methods.lora import LoRA as LoRA
 from tanzaku.methods.multitask_prompt_tuning import MultitaskPromptTuning as MultitaskPromptTuning
+from tanzaku.methods.oft import OFT as OFT
 from tanzaku.methods.p_tuning import PTuning as PTuning
 from tanzaku.methods.p_tuning_v2 import PTuningV2 as PTuningV2
 from tanzaku.methods.prefix_tuning import PrefixTuning as PrefixTuning
@@ -49,6 +52,9 @@ METHODS: dict[str, type[Method]] = {
         LoHa,
         LoKr,
         VeRA,
+        OFT,
+        HRA,
+        BOFT,
         RandLoRA,
         Full,
         Head,
