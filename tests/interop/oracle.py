@@ -30,8 +30,10 @@ CONFIGS: dict[str, type[peft.PeftConfig]] = {
     "vera": peft.VeraConfig,
     "oft": peft.OFTConfig,
     "hra": peft.HRAConfig,
+    "fourierft": peft.FourierFTConfig,
     "boft": peft.BOFTConfig,
     "randlora": peft.RandLoraConfig,
+    "waveft": peft.WaveFTConfig,
 }
 
 # One plain choice of settings a method; PEFT asks AdaLoRA for the number of steps, and LLaMA-Adapter for its sizes.
@@ -51,8 +53,10 @@ PLAIN: dict[str, dict[str, Any]] = {
     "vera": {"r": 6},
     "oft": {"oft_block_size": 8},
     "hra": {"r": 4},
+    "fourierft": {"n_frequency": 40},
     "boft": {},
     "randlora": {"r": 8, "randlora_alpha": 8},
+    "waveft": {"n_frequency": 40},
 }
 SOFT_PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "cartridge")

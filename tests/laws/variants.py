@@ -84,8 +84,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "vera": {"default": {"r": 6}},
     "oft": {"default": {"oft_block_size": 8}, "cayley": {"oft_block_size": 8, "use_cayley_neumann": False}},
     "hra": {"default": {"r": 4}},
+    "fourierft": {"default": {"n_frequency": 40, "init_weights": True}},
     "boft": {"default": {}, "butterfly": {"boft_n_butterfly_factor": 3}},
     "randlora": {"default": {"r": 8, "randlora_alpha": 8}},
+    "waveft": {"default": {"n_frequency": 40}},
     "full": {"default": {}},
     "head": {"default": {}},
 }

@@ -10,6 +10,7 @@ from tanzaku.methods.bottleneck import BottleneckAdapter as BottleneckAdapter
 from tanzaku.methods.cartridge import Cartridge as Cartridge
 from tanzaku.methods.compacter import Compacter as Compacter
 from tanzaku.methods.boft import BOFT as BOFT
+from tanzaku.methods.fourierft import FourierFT as FourierFT
 from tanzaku.methods.full import Full as Full
 from tanzaku.methods.head import Head as Head
 from tanzaku.methods.hra import HRA as HRA
@@ -29,6 +30,7 @@ from tanzaku.methods.reft import ReFT as ReFT
 from tanzaku.methods.trainable_tokens import TrainableTokens as TrainableTokens
 from tanzaku.methods.randlora import RandLoRA as RandLoRA
 from tanzaku.methods.vera import VeRA as VeRA
+from tanzaku.methods.waveft import WaveFT as WaveFT
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -54,8 +56,10 @@ METHODS: dict[str, type[Method]] = {
         VeRA,
         OFT,
         HRA,
+        FourierFT,
         BOFT,
         RandLoRA,
+        WaveFT,
         Full,
         Head,
     )
