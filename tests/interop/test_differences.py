@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.c3a.utils import BlockCircularConvolution
 from torch import Tensor, nn
 
 import tanzaku as tz
-from close import close
+from close import assert_close, close
 from interop.oracle import (
     PLAIN,
     PROMPT_LEARNING,
@@ -204,3 +205,17 @@ def test_a_soft_prompt_can_share_a_batch_with_the_bare_base(tmp_path: Path) -> N
     bare = theirs.get_base_model()(**given).logits
     assert close(mixed[0], theirs(**given).logits[0, VIRTUAL:])
     assert close(mixed[1], bare[1])
+
+
+def test_a_circular_convolution_has_a_gradient_for_its_input() -> None:
+    """PEFT's backward pass of C3A gives another one, so that all below a C3A layer learns something else."""
+    module = nn.Linear(16, 16)
+    model, x = nn.Sequential(module), torch.randn(3, 16)
+    adapter = tz.attach(model, tz.C3A(block_size=8, target_modules=["0"]), "a", seed=0)
+    kernel = dict(adapter.trained())["0.c3a_kernel"].detach()
+    expected = module.weight + next(layer for _, layer in adapter.at()).delta(module)
+    with tz.route(model, ["a"]):
+        ours = torch.autograd.functional.jacobian(model, x[0])
+    assert_close(ours, expected)
+    theirs = torch.autograd.functional.jacobian(lambda x: BlockCircularConvolution.apply(x, kernel) / 16, x[0])
+    assert not torch.allclose(theirs, ours - module.weight, atol=1e-3)

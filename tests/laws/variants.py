@@ -85,6 +85,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "oft": {"default": {"oft_block_size": 8}, "cayley": {"oft_block_size": 8, "use_cayley_neumann": False}},
     "hra": {"default": {"r": 4}},
     "fourierft": {"default": {"n_frequency": 40, "init_weights": True}},
+    "c3a": {"default": {"block_size": 8, "init_weights": True}},
     "boft": {"default": {}, "butterfly": {"boft_n_butterfly_factor": 3}},
     "randlora": {"default": {"r": 8, "randlora_alpha": 8}},
     "waveft": {"default": {"n_frequency": 40}},

@@ -10,6 +10,7 @@ from tanzaku.methods.bottleneck import BottleneckAdapter as BottleneckAdapter
 from tanzaku.methods.cartridge import Cartridge as Cartridge
 from tanzaku.methods.compacter import Compacter as Compacter
 from tanzaku.methods.boft import BOFT as BOFT
+from tanzaku.methods.c3a import C3A as C3A
 from tanzaku.methods.fourierft import FourierFT as FourierFT
 from tanzaku.methods.full import Full as Full
 from tanzaku.methods.head import Head as Head
@@ -57,6 +58,7 @@ METHODS: dict[str, type[Method]] = {
         OFT,
         HRA,
         FourierFT,
+        C3A,
         BOFT,
         RandLoRA,
         WaveFT,
