@@ -33,6 +33,7 @@ CONFIGS: dict[str, type[peft.PeftConfig]] = {
     "fourierft": peft.FourierFTConfig,
     "c3a": peft.C3AConfig,
     "boft": peft.BOFTConfig,
+    "miss": peft.MissConfig,
     "randlora": peft.RandLoraConfig,
     "waveft": peft.WaveFTConfig,
 }
@@ -57,6 +58,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "fourierft": {"n_frequency": 40},
     "c3a": {"block_size": 8},
     "boft": {},
+    "miss": {"r": 4},
     "randlora": {"r": 8, "randlora_alpha": 8},
     "waveft": {"n_frequency": 40},
 }

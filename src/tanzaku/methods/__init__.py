@@ -22,6 +22,7 @@ from tanzaku.methods.loha import LoHa as LoHa
 from tanzaku.methods.lokr import LoKr as LoKr
 from tanzaku.methods.lora import LoRA as LoRA
 from tanzaku.methods.multitask_prompt_tuning import MultitaskPromptTuning as MultitaskPromptTuning
+from tanzaku.methods.miss import MiSS as MiSS
 from tanzaku.methods.oft import OFT as OFT
 from tanzaku.methods.p_tuning import PTuning as PTuning
 from tanzaku.methods.p_tuning_v2 import PTuningV2 as PTuningV2
@@ -60,6 +61,7 @@ METHODS: dict[str, type[Method]] = {
         FourierFT,
         C3A,
         BOFT,
+        MiSS,
         RandLoRA,
         WaveFT,
         Full,
