@@ -34,6 +34,7 @@ CONFIGS: dict[str, type[peft.PeftConfig]] = {
     "c3a": peft.C3AConfig,
     "boft": peft.BOFTConfig,
     "miss": peft.MissConfig,
+    "shira": peft.ShiraConfig,
     "randlora": peft.RandLoraConfig,
     "waveft": peft.WaveFTConfig,
 }
@@ -59,6 +60,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "c3a": {"block_size": 8},
     "boft": {},
     "miss": {"r": 4},
+    "shira": {"r": 2},
     "randlora": {"r": 8, "randlora_alpha": 8},
     "waveft": {"n_frequency": 40},
 }

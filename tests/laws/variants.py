@@ -88,6 +88,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "c3a": {"default": {"block_size": 8, "init_weights": True}},
     "boft": {"default": {}, "butterfly": {"boft_n_butterfly_factor": 3}},
     "miss": {"default": {"r": 4}, "bat": {"r": 8, "init_weights": "bat"}},
+    "shira": {"default": {"r": 2}},
     "randlora": {"default": {"r": 8, "randlora_alpha": 8}},
     "waveft": {"default": {"n_frequency": 40}},
     "full": {"default": {}},
