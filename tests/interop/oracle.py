@@ -35,6 +35,7 @@ CONFIGS: dict[str, type[peft.PeftConfig]] = {
     "boft": peft.BOFTConfig,
     "miss": peft.MissConfig,
     "shira": peft.ShiraConfig,
+    "hira": peft.HiraConfig,
     "randlora": peft.RandLoraConfig,
     "waveft": peft.WaveFTConfig,
 }
@@ -61,6 +62,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "boft": {},
     "miss": {"r": 4},
     "shira": {"r": 2},
+    "hira": {"r": 2},
     "randlora": {"r": 8, "randlora_alpha": 8},
     "waveft": {"n_frequency": 40},
 }

@@ -89,6 +89,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "boft": {"default": {}, "butterfly": {"boft_n_butterfly_factor": 3}},
     "miss": {"default": {"r": 4}, "bat": {"r": 8, "init_weights": "bat"}},
     "shira": {"default": {"r": 2}},
+    "hira": {"default": {"r": 2}, "embedding": {"r": 2, "target_modules": ["embed_tokens", "v_proj"]}},
     "randlora": {"default": {"r": 8, "randlora_alpha": 8}},
     "waveft": {"default": {"n_frequency": 40}},
     "full": {"default": {}},

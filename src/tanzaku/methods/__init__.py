@@ -14,6 +14,7 @@ from tanzaku.methods.c3a import C3A as C3A
 from tanzaku.methods.fourierft import FourierFT as FourierFT
 from tanzaku.methods.full import Full as Full
 from tanzaku.methods.head import Head as Head
+from tanzaku.methods.hira import HiRA as HiRA
 from tanzaku.methods.hra import HRA as HRA
 from tanzaku.methods.ia3 import IA3 as IA3
 from tanzaku.methods.llama_adapter import LlamaAdapter as LlamaAdapter
@@ -64,6 +65,7 @@ METHODS: dict[str, type[Method]] = {
         BOFT,
         MiSS,
         SHiRA,
+        HiRA,
         RandLoRA,
         WaveFT,
         Full,
