@@ -37,6 +37,7 @@ CONFIGS: dict[str, type[peft.PeftConfig]] = {
     "shira": peft.ShiraConfig,
     "hira": peft.HiraConfig,
     "randlora": peft.RandLoraConfig,
+    "road": peft.RoadConfig,
     "waveft": peft.WaveFTConfig,
 }
 
@@ -64,6 +65,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "shira": {"r": 2},
     "hira": {"r": 2},
     "randlora": {"r": 8, "randlora_alpha": 8},
+    "road": {"group_size": 8},
     "waveft": {"n_frequency": 40},
 }
 SOFT_PROMPTS = ("prompt_tuning", "p_tuning")

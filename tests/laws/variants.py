@@ -91,6 +91,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "shira": {"default": {"r": 2}},
     "hira": {"default": {"r": 2}, "embedding": {"r": 2, "target_modules": ["embed_tokens", "v_proj"]}},
     "randlora": {"default": {"r": 8, "randlora_alpha": 8}},
+    "road": {"default": {"group_size": 8}, "road_4": {"group_size": 8, "variant": "road_4"}},
     "waveft": {"default": {"n_frequency": 40}},
     "full": {"default": {}},
     "head": {"default": {}},

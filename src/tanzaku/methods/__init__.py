@@ -32,6 +32,7 @@ from tanzaku.methods.prompt_tuning import PromptTuning as PromptTuning
 from tanzaku.methods.reft import ReFT as ReFT
 from tanzaku.methods.trainable_tokens import TrainableTokens as TrainableTokens
 from tanzaku.methods.randlora import RandLoRA as RandLoRA
+from tanzaku.methods.road import RoAd as RoAd
 from tanzaku.methods.shira import SHiRA as SHiRA
 from tanzaku.methods.vera import VeRA as VeRA
 from tanzaku.methods.waveft import WaveFT as WaveFT
@@ -67,6 +68,7 @@ METHODS: dict[str, type[Method]] = {
         SHiRA,
         HiRA,
         RandLoRA,
+        RoAd,
         WaveFT,
         Full,
         Head,
