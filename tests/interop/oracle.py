@@ -39,6 +39,7 @@ CONFIGS: dict[str, type[peft.PeftConfig]] = {
     "randlora": peft.RandLoraConfig,
     "road": peft.RoadConfig,
     "waveft": peft.WaveFTConfig,
+    "gralora": peft.GraloraConfig,
 }
 
 # One plain choice of settings a method; PEFT asks AdaLoRA for the number of steps, and LLaMA-Adapter for its sizes.
@@ -67,6 +68,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "randlora": {"r": 8, "randlora_alpha": 8},
     "road": {"group_size": 8},
     "waveft": {"n_frequency": 40},
+    "gralora": {"r": 4, "alpha": 4},
 }
 SOFT_PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "cartridge")

@@ -93,6 +93,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "randlora": {"default": {"r": 8, "randlora_alpha": 8}},
     "road": {"default": {"group_size": 8}, "road_4": {"group_size": 8, "variant": "road_4"}},
     "waveft": {"default": {"n_frequency": 40}},
+    "gralora": {"default": {"r": 4, "alpha": 4}, "hybrid": {"r": 4, "hybrid_r": 2, "alpha": 4}},
     "full": {"default": {}},
     "head": {"default": {}},
 }

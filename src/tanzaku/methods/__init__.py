@@ -13,6 +13,7 @@ from tanzaku.methods.boft import BOFT as BOFT
 from tanzaku.methods.c3a import C3A as C3A
 from tanzaku.methods.fourierft import FourierFT as FourierFT
 from tanzaku.methods.full import Full as Full
+from tanzaku.methods.gralora import GraLoRA as GraLoRA
 from tanzaku.methods.head import Head as Head
 from tanzaku.methods.hira import HiRA as HiRA
 from tanzaku.methods.hra import HRA as HRA
@@ -70,6 +71,7 @@ METHODS: dict[str, type[Method]] = {
         RandLoRA,
         RoAd,
         WaveFT,
+        GraLoRA,
         Full,
         Head,
     )
