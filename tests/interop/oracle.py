@@ -40,6 +40,7 @@ CONFIGS: dict[str, type[peft.PeftConfig]] = {
     "road": peft.RoadConfig,
     "waveft": peft.WaveFTConfig,
     "gralora": peft.GraloraConfig,
+    "delora": peft.DeloraConfig,
 }
 
 # One plain choice of settings a method; PEFT asks AdaLoRA for the number of steps, and LLaMA-Adapter for its sizes.
@@ -69,6 +70,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "road": {"group_size": 8},
     "waveft": {"n_frequency": 40},
     "gralora": {"r": 4, "alpha": 4},
+    "delora": {"r": 2},
 }
 SOFT_PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "cartridge")

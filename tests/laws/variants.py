@@ -94,6 +94,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "road": {"default": {"group_size": 8}, "road_4": {"group_size": 8, "variant": "road_4"}},
     "waveft": {"default": {"n_frequency": 40}},
     "gralora": {"default": {"r": 4, "alpha": 4}, "hybrid": {"r": 4, "hybrid_r": 2, "alpha": 4}},
+    "delora": {"default": {"r": 2}},
     "full": {"default": {}},
     "head": {"default": {}},
 }

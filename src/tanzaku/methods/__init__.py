@@ -11,6 +11,7 @@ from tanzaku.methods.cartridge import Cartridge as Cartridge
 from tanzaku.methods.compacter import Compacter as Compacter
 from tanzaku.methods.boft import BOFT as BOFT
 from tanzaku.methods.c3a import C3A as C3A
+from tanzaku.methods.delora import DeLoRA as DeLoRA
 from tanzaku.methods.fourierft import FourierFT as FourierFT
 from tanzaku.methods.full import Full as Full
 from tanzaku.methods.gralora import GraLoRA as GraLoRA
@@ -72,6 +73,7 @@ METHODS: dict[str, type[Method]] = {
         RoAd,
         WaveFT,
         GraLoRA,
+        DeLoRA,
         Full,
         Head,
     )
