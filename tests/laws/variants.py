@@ -95,6 +95,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "waveft": {"default": {"n_frequency": 40}},
     "gralora": {"default": {"r": 4, "alpha": 4}, "hybrid": {"r": 4, "hybrid_r": 2, "alpha": 4}},
     "delora": {"default": {"r": 2}},
+    "vblora": {"default": {"r": 2, "vector_length": 8, "num_vectors": 6, "init_vector_bank_bound": 1.0}},
     "full": {"default": {}},
     "head": {"default": {}},
 }

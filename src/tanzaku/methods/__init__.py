@@ -36,6 +36,7 @@ from tanzaku.methods.trainable_tokens import TrainableTokens as TrainableTokens
 from tanzaku.methods.randlora import RandLoRA as RandLoRA
 from tanzaku.methods.road import RoAd as RoAd
 from tanzaku.methods.shira import SHiRA as SHiRA
+from tanzaku.methods.vblora import VBLoRA as VBLoRA
 from tanzaku.methods.vera import VeRA as VeRA
 from tanzaku.methods.waveft import WaveFT as WaveFT
 
@@ -74,6 +75,7 @@ METHODS: dict[str, type[Method]] = {
         WaveFT,
         GraLoRA,
         DeLoRA,
+        VBLoRA,
         Full,
         Head,
     )
