@@ -42,6 +42,7 @@ CONFIGS: dict[str, type[peft.PeftConfig]] = {
     "gralora": peft.GraloraConfig,
     "delora": peft.DeloraConfig,
     "vblora": peft.VBLoRAConfig,
+    "tinylora": peft.TinyLoraConfig,
 }
 
 # One plain choice of settings a method; PEFT asks AdaLoRA for the number of steps, and LLaMA-Adapter for its sizes.
@@ -73,6 +74,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "gralora": {"r": 4, "alpha": 4},
     "delora": {"r": 2},
     "vblora": {"r": 2, "vector_length": 8, "num_vectors": 6, "init_vector_bank_bound": 1.0},
+    "tinylora": {"u": 3},
 }
 SOFT_PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "cartridge")

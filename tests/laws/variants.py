@@ -96,6 +96,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "gralora": {"default": {"r": 4, "alpha": 4}, "hybrid": {"r": 4, "hybrid_r": 2, "alpha": 4}},
     "delora": {"default": {"r": 2}},
     "vblora": {"default": {"r": 2, "vector_length": 8, "num_vectors": 6, "init_vector_bank_bound": 1.0}},
+    "lora_xs": {"default": {"r": 4}},
+    "tinylora": {
+        "default": {"u": 3},
+        "embedding": {"u": 3, "weight_tying": 0.5, "target_modules": ["embed_tokens", "v_proj"]},
+    },
     "full": {"default": {}},
     "head": {"default": {}},
 }

@@ -25,6 +25,7 @@ from tanzaku.methods.loha import LoHa as LoHa
 from tanzaku.methods.lokr import LoKr as LoKr
 from tanzaku.methods.lora import LoRA as LoRA
 from tanzaku.methods.multitask_prompt_tuning import MultitaskPromptTuning as MultitaskPromptTuning
+from tanzaku.methods.lora_xs import LoRAXS as LoRAXS
 from tanzaku.methods.miss import MiSS as MiSS
 from tanzaku.methods.oft import OFT as OFT
 from tanzaku.methods.p_tuning import PTuning as PTuning
@@ -36,6 +37,7 @@ from tanzaku.methods.trainable_tokens import TrainableTokens as TrainableTokens
 from tanzaku.methods.randlora import RandLoRA as RandLoRA
 from tanzaku.methods.road import RoAd as RoAd
 from tanzaku.methods.shira import SHiRA as SHiRA
+from tanzaku.methods.tinylora import TinyLoRA as TinyLoRA
 from tanzaku.methods.vblora import VBLoRA as VBLoRA
 from tanzaku.methods.vera import VeRA as VeRA
 from tanzaku.methods.waveft import WaveFT as WaveFT
@@ -76,6 +78,8 @@ METHODS: dict[str, type[Method]] = {
         GraLoRA,
         DeLoRA,
         VBLoRA,
+        LoRAXS,
+        TinyLoRA,
         Full,
         Head,
     )
