@@ -35,7 +35,9 @@ class Targeted(Method):
         ),
     }
     kinds: ClassVar[str] = "a linear layer or Conv1D"  # what `fits` lets pass, for errors
-    not_in_peft: ClassVar[tuple[str, ...]] = ()  # settings here that choose modules, and that PEFT's method has not
+    chosen_only_here: ClassVar[
+        tuple[str, ...]
+    ] = ()  # settings here that choose modules, and that PEFT's method has not
 
     _paths = cast("list[str]", ())  # of the modules found
 
@@ -86,7 +88,7 @@ class Targeted(Method):
             self.require(known, f"pattern {key!r} that matches no target", "one that does")
 
     def to_peft(self, config: dict[str, Any]) -> dict[str, Any]:
-        chosen = [config.pop(name) is not None for name in self.not_in_peft]
+        chosen = [config.pop(name) is not None for name in self.chosen_only_here]
         # What PEFT has no setting for, whole paths say.
         return {**config, "target_modules": self._paths} if any(chosen) else config
 

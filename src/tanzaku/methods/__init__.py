@@ -6,11 +6,11 @@ from tanzaku.core.method import Method
 from tanzaku.errors import TanzakuError, nearest
 from tanzaku.methods.adalora import AdaLoRA as AdaLoRA
 from tanzaku.methods.bitfit import BitFit as BitFit
+from tanzaku.methods.boft import BOFT as BOFT
 from tanzaku.methods.bottleneck import BottleneckAdapter as BottleneckAdapter
+from tanzaku.methods.c3a import C3A as C3A
 from tanzaku.methods.cartridge import Cartridge as Cartridge
 from tanzaku.methods.compacter import Compacter as Compacter
-from tanzaku.methods.boft import BOFT as BOFT
-from tanzaku.methods.c3a import C3A as C3A
 from tanzaku.methods.delora import DeLoRA as DeLoRA
 from tanzaku.methods.fourierft import FourierFT as FourierFT
 from tanzaku.methods.full import Full as Full
@@ -24,20 +24,20 @@ from tanzaku.methods.ln_tuning import LNTuning as LNTuning
 from tanzaku.methods.loha import LoHa as LoHa
 from tanzaku.methods.lokr import LoKr as LoKr
 from tanzaku.methods.lora import LoRA as LoRA
-from tanzaku.methods.multitask_prompt_tuning import MultitaskPromptTuning as MultitaskPromptTuning
 from tanzaku.methods.lora_xs import LoRAXS as LoRAXS
 from tanzaku.methods.miss import MiSS as MiSS
+from tanzaku.methods.multitask_prompt_tuning import MultitaskPromptTuning as MultitaskPromptTuning
 from tanzaku.methods.oft import OFT as OFT
 from tanzaku.methods.p_tuning import PTuning as PTuning
 from tanzaku.methods.p_tuning_v2 import PTuningV2 as PTuningV2
 from tanzaku.methods.prefix_tuning import PrefixTuning as PrefixTuning
 from tanzaku.methods.prompt_tuning import PromptTuning as PromptTuning
-from tanzaku.methods.reft import ReFT as ReFT
-from tanzaku.methods.trainable_tokens import TrainableTokens as TrainableTokens
 from tanzaku.methods.randlora import RandLoRA as RandLoRA
+from tanzaku.methods.reft import ReFT as ReFT
 from tanzaku.methods.road import RoAd as RoAd
 from tanzaku.methods.shira import SHiRA as SHiRA
 from tanzaku.methods.tinylora import TinyLoRA as TinyLoRA
+from tanzaku.methods.trainable_tokens import TrainableTokens as TrainableTokens
 from tanzaku.methods.vblora import VBLoRA as VBLoRA
 from tanzaku.methods.vera import VeRA as VeRA
 from tanzaku.methods.waveft import WaveFT as WaveFT

@@ -80,7 +80,7 @@ class C3A(TargetedWithBiases):
     )
     by_default = False
     mergeable = True
-    not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
+    chosen_only_here: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     targets_by_kind: ClassVar[Any] = {
         **TargetedWithBiases.targets_by_kind,
         **dict.fromkeys(("gpt2", "gpt_bigcode"), ("down",)),

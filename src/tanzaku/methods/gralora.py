@@ -91,7 +91,7 @@ class GraLoRA(TargetedWithBiases):
     )
     by_default = False
     mergeable = True
-    not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
+    chosen_only_here: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     own_biases = "gralora_only"
     learning_rate = 2e-4  # HF PEFT's method comparison (MetaMathQA, rank 32).
     # As for LoRA, whose form it has in each block; ranks that two blocks divide.

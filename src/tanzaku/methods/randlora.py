@@ -101,7 +101,7 @@ class RandLoRA(TargetedWithBiases):
     )
     by_default = False
     mergeable = True
-    not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
+    chosen_only_here: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     repeats = ("randlora_A", "randlora_B")
     own_biases = "randlora_only"
     learning_rate = 1e-4  # HF PEFT's method comparison (MetaMathQA, rank 32), whose default it takes.

@@ -110,7 +110,7 @@ class RoAd(TargetedInLayers):
     )
     by_default = False
     mergeable = True
-    not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    chosen_only_here: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
     learning_rate = 1e-3  # HF PEFT's method comparison (MetaMathQA, road_2), and its notes.
     # A decade above PEFT's rate; how many numbers a pair has.
     space = spaces(variant=Choice(("road_1", "road_2", "road_4")), learning_rate=Range(5e-4, 2e-2, log=True))

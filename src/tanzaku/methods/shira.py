@@ -79,7 +79,7 @@ class SHiRA(TargetedInLayers):
     )
     by_default = False
     mergeable = True
-    not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    chosen_only_here: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
     targets_by_kind: ClassVar[Any] = {**TargetedInLayers.targets_by_kind, "phi": ("query", "value")}
     learning_rate = 3e-4  # HF PEFT's method comparison (MetaMathQA, rank 32).
     # As for LoRA, whose numbers it has; small ranks fit every matrix.

@@ -123,7 +123,7 @@ class TinyLoRA(TargetedWithBiases):
     by_default = False
     mergeable = True
     kinds = "a linear layer, Conv1D or an embedding"
-    not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
+    chosen_only_here: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     own_biases = "tinylora_only"
     learning_rate = 1e-3  # HF PEFT's method comparison (MetaMathQA, u 64).
     # A decade around PEFT's rate; so few numbers bear high ones.

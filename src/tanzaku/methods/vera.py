@@ -88,7 +88,7 @@ class VeRA(TargetedWithBiases):
     )
     by_default = False
     mergeable = True
-    not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
+    chosen_only_here: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     targets_by_kind: ClassVar[Any] = {**TargetedWithBiases.targets_by_kind, "phi": ("query", "value")}
     own_biases = "vera_only"
     learning_rate = 1e-3  # HF PEFT's method comparison (MetaMathQA, rank 256).
