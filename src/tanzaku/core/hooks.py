@@ -19,7 +19,7 @@ from tanzaku.core.quiet import quiet
 from tanzaku.core.routing import Cut, Route, Rows, take
 from tanzaku.core.rows import Batch, under_way
 from tanzaku.core.survey import Axis, Key, is_plain, replaced, see, tensors
-from tanzaku.core.weights import WeightCopy, rows_in, rows_put
+from tanzaku.core.weights import WeightCopy, rows_in, rows_put, stacked
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models import tree
 from tanzaku.support.context import Local
@@ -165,7 +165,7 @@ class WeightSite:
         if force.route.uniform:
             self.sites.base.check_whole()
             whole = self.sites.base.model.get_submodule(self.path)
-            self._open = plan[0][-1].swapped(whole)
+            self._open = stacked(plan[0], whole)
             self._open.__enter__()
         else:
             self._marks.append(dropout.mark())
@@ -206,12 +206,12 @@ class WeightSite:
         if force.places is not None:
             force.places.check(self.path, args, kwargs)
         for number, layers in enumerate(plan):
-            if layers and layers[-1].below(part):
+            if any(layer.below(part) for layer in layers):
                 at = partial(_rows_of_stack, force.route, number)
                 picked, named = rows_in((args, kwargs), at, self.path)
                 dropout.rewind(mark, number)
                 whole = self.sites.base.model.get_submodule(self.path)
-                with layers[-1].swapped(whole, part), quiet(), force.route.running(number, base=True):
+                with stacked(layers, whole, part), quiet(), force.route.running(number, base=True):
                     result = module(*picked, **named)
                 output = rows_put(output, result, at, self.path)
         return output

@@ -18,7 +18,7 @@ from tanzaku.core.routing import Route, Rows, put, take
 from tanzaku.core.rows import Places, rows_at
 from tanzaku.core.shared import Shared
 from tanzaku.core.tokens import VirtualTokens
-from tanzaku.core.weights import WeightCopy
+from tanzaku.core.weights import OwnWeights, WeightCopy
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models.families import Base
 
@@ -99,7 +99,7 @@ class InForce:
             if layer.edits_output:
                 yield self.after
         else:
-            yield self.weights if isinstance(layer, WeightCopy) else self.attention
+            yield self.weights if isinstance(layer, OwnWeights) else self.attention
 
     @property
     def whole(self) -> WeightCopy | None:

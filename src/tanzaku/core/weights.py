@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -24,7 +24,37 @@ from tanzaku.models.families import features, weight_of
 from tanzaku.models.quantize import plain
 
 
-class WeightCopy(AdapterLayer):
+class OwnWeights(AdapterLayer):
+    """Weights that stand in place of a module's while it runs."""
+
+    @property
+    def own(self) -> dict[str, nn.Parameter]:
+        """The layer's parameters by names for people."""
+        raise TypeError(f"{type(self).__name__} defines no own")
+
+    def below(self, part: str) -> Any:
+        """Whether some weight below a part of the module is another."""
+        raise TypeError(f"{type(self).__name__} defines no below()")
+
+    def swapped(self, module: nn.Module, part: str = "") -> AbstractContextManager[None]:
+        """The module with these weights in place of its own, or those of a part of it."""
+        raise TypeError(f"{type(self).__name__} defines no swapped()")
+
+    def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
+        """The module's tensors with this adapter layer folded in, in full precision."""
+        return None
+
+
+@contextmanager
+def stacked(layers: Sequence[OwnWeights], module: nn.Module, part: str = "") -> Iterator[None]:
+    """The module with the weights of several adapters, one upon the other."""
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.swapped(module, part))
+        yield
+
+
+class WeightCopy(OwnWeights):
     """The adapter's own copy of a module's weights, used in their place while the module runs.
 
     `own` maps the names of the module's tensors to the adapter's: parameters, and what is kept beside them, such as

@@ -16,7 +16,7 @@ from tanzaku.core.attach import activate, detach
 from tanzaku.core.manager import MERGED, manager_of
 from tanzaku.core.method import ModuleLayer
 from tanzaku.core.shared import Shared
-from tanzaku.core.weights import WeightCopy
+from tanzaku.core.weights import OwnWeights, WeightCopy
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models import tree
 from tanzaku.models.quantize import check_readable, drop_traces, full_weight, plain, plain_module, quantised
@@ -192,7 +192,7 @@ def _changes(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None) -> I
             )
         if isinstance(layer, WeightCopy):
             new = layer.tensors
-        elif isinstance(layer, ModuleLayer):
+        elif isinstance(layer, ModuleLayer | OwnWeights):
             new = layer.merged(module)
         if not new:
             raise TanzakuError(f"{adapter.method.name}: {path} ({type(module).__name__}) cannot be merged")

@@ -162,7 +162,7 @@ class AdaLoRA(LoRA):
         self.require(
             not self._starts() and not self.calibrates, init, "true or false: B, E and A start at a product of zero"
         )
-        for key in ("use_dora", "freeze_a", "alora_invocation_tokens", "trainable_token_indices"):
+        for key in ("use_dora", "freeze_a", "alora_invocation_tokens", "trainable_token_indices", "target_parameters"):
             self.require(not getattr(self, key), key, "LoRA, which has it")
         self.require(self.loraplus_lr_ratio == 1, "loraplus_lr_ratio", "LoRA, which has it")
         self.require(0 < self.beta1 < 1 and 0 < self.beta2 < 1, "beta1 or beta2 outside of (0, 1)", "one inside")

@@ -32,6 +32,7 @@ from tanzaku.core.weights import BiasCopy, WeightCopy, with_tensors
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.methods.activated import Invocation, in_force
 from tanzaku.methods.dora import Magnitude
+from tanzaku.methods.lora_parameters import Factors, ParameterDelta, parameters_at
 from tanzaku.methods.lora_starts import (
     DIRECTIONS,
     PISSA,
@@ -506,6 +507,8 @@ class LoRA(TargetedWithBiases):
         use_rslora: scale by lora_alpha / sqrt(r) instead.
         use_dora: give each output feature a trained magnitude, and let the change turn directions alone (DoRA, arXiv
             2402.09353). It reads the base's weights at every pass.
+        target_parameters: paths of parameters, or the ends of such, of modules that multiply by themselves, as stacked
+            experts' ("mlp.experts.gate_up_proj"); then target_modules=None is no module.
         trainable_token_indices: ids of tokens whose vectors are trained, too, in the model's embedding or in several by
             name; see `TrainableTokens`.
         alora_invocation_tokens: ids of the tokens that invoke the adapter: in each row it is in force from where they
@@ -547,6 +550,7 @@ class LoRA(TargetedWithBiases):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
+    target_parameters: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     alora_invocation_tokens: list[int] | None = None
     loraplus_lr_ratio: float = 1.0
@@ -570,16 +574,15 @@ class LoRA(TargetedWithBiases):
         self.check()
         if self._to_fill and self.init_lora_weights == "lora_ga":
             self.init_lora_weights = True  # as in PEFT, which looks for a base that was saved without its start
-        found = self.find(base)
-        self.check_patterns(found, self.rank_pattern, self.alpha_pattern)
+        named = parameters_at(base, self.target_parameters or ())
+        found = [] if self.target_parameters and not self.target_modules else self.find(base)
+        stacked = [(f"{path}.{name}", base.model.get_submodule(path)) for path, each in named.items() for name in each]
+        self.check_patterns([*found, *stacked], self.rank_pattern, self.alpha_pattern)
         invocation = self._invocation(base)
         if invocation is not None:
             yield "", invocation
         for path, module in found:
-            r = int(pattern(self.rank_pattern, path, self.r))
-            alpha = pattern(self.alpha_pattern, path, self.lora_alpha)
-            self.require(r > 0, f"r={r} for {path}", "a rank of 1 or more")
-            scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
+            r, scaling = self._size(path)
             layer: LoraDelta | LoraEmbedding
             if invocation is not None:
                 self._check_matrix(module, path, "alora_invocation_tokens")
@@ -594,12 +597,46 @@ class LoRA(TargetedWithBiases):
                 held = layer.lora_embedding_B if isinstance(layer, LoraEmbedding) else layer.lora_A.weight
                 held.requires_grad_(False)
             yield path, layer
+        yield from self._parameters(base, named)
         if self.trainable_token_indices:
             tokens = indices_by_path(self, base, self.trainable_token_indices)
             for path, _ in found:
                 self.require(path not in tokens, f"{path} in target_modules and trainable_token_indices", "one of them")
             yield from token_layers(self, base, tokens, inside=".token_adapter")
         yield from self.biases(base, [path for path, _ in found])
+
+    def _size(self, path: str) -> tuple[int, float]:
+        """(rank, scaling) of what is at a path."""
+        r = int(pattern(self.rank_pattern, path, self.r))
+        alpha = pattern(self.alpha_pattern, path, self.lora_alpha)
+        self.require(r > 0, f"r={r} for {path}", "a rank of 1 or more")
+        return r, alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+    def _parameters(
+        self, base: Base, named: Mapping[str, Mapping[str, nn.Parameter]]
+    ) -> Iterator[tuple[str, AdapterLayer]]:
+        """Changes of the parameters that `target_parameters` names."""
+        names = self.target_parameters or ()
+        paths = [f"{path}.{name}" for path, each in named.items() for name in each]
+        for name in names:
+            some = any(path == name or path.endswith(f".{name}") for path in paths)
+            self.require(some, f"target_parameters: {name!r}, which ends no parameter's path", "one that does")
+        if names:
+            plain = self.init_lora_weights in (True, False) and not self.lora_dropout and not self.use_dora
+            plain = plain and not self.freeze_a and self.alora_invocation_tokens is None
+            found = "target_parameters with dropout, DoRA, a frozen A, an invocation or another start"
+            self.require(plain, found, "them alone, with init_lora_weights true or false")
+        for path, each in named.items():
+            module = base.model.get_submodule(path)
+            factors = {}
+            for name, weight in each.items():
+                fits = weight.dim() in (2, 3) and weight.is_floating_point()
+                shape = f"{path}.{name} of {tuple(weight.shape)}"
+                self.require(fits, shape, "a matrix, or matrices of several experts")
+                turned = bool(getattr(module, "is_transposed", False))
+                factors[name] = Factors(weight, turned, *self._size(f"{path}.{name}"))
+                factors[name].draw(zero=self.init_lora_weights is True)
+            yield path, ParameterDelta(factors)
 
     def rate_of(self, parameter: str) -> float:
         return self.loraplus_lr_ratio if _B.search(parameter) else 1.0

@@ -419,11 +419,12 @@ def _check_layers(config: LoraConfig | AdaLoraConfig) -> None:
             f"{type(config).__name__}: found init_lora_weights={config.init_lora_weights!r}, which is not supported; "
             "expected True, False, 'gaussian' or 'orthogonal'"
         )
-    if config.trainable_token_indices:
-        raise TanzakuError(
-            f"{type(config).__name__}: found trainable_token_indices, which is not supported under PEFT's names; use "
-            "tanzaku.LoRA, or HF PEFT itself"
-        )
+    for key in ("trainable_token_indices", "target_parameters"):
+        if getattr(config, key):
+            raise TanzakuError(
+                f"{type(config).__name__}: found {key}, which is not supported under PEFT's names; use tanzaku.LoRA "
+                "or HF PEFT itself"
+            )
     if isinstance(config.target_modules, str):
         for key in ("layers_to_transform", "layers_pattern"):
             if getattr(config, key) is not None:
