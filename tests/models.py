@@ -154,6 +154,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "trainable_tokens": {"token_indices": [*range(3, 100, 2)]},
     "road": {"group_size": 8},
     "shira": {"r": 2},
+    "psoft": {"r": 8},
     "vblora": {"vector_length": 8, "num_vectors": 16},
     "waveft": {"n_frequency": 64},
 }

@@ -43,6 +43,7 @@ CONFIGS: dict[str, type[peft.PeftConfig]] = {
     "delora": peft.DeloraConfig,
     "vblora": peft.VBLoRAConfig,
     "tinylora": peft.TinyLoraConfig,
+    "psoft": peft.PsoftConfig,
 }
 
 # One plain choice of settings a method; PEFT asks AdaLoRA for the number of steps, and LLaMA-Adapter for its sizes.
@@ -75,11 +76,17 @@ PLAIN: dict[str, dict[str, Any]] = {
     "delora": {"r": 2},
     "vblora": {"r": 2, "vector_length": 8, "num_vectors": 6, "init_vector_bank_bound": 1.0},
     "tinylora": {"u": 3},
+    "psoft": {"r": 4},
 }
 SOFT_PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "cartridge")
 PROMPT_LEARNING = (*SOFT_PROMPTS, *PREFIXES)
 NO_CONV1D = ("loha", "lokr", "oft", "hra", "c3a", "boft", "miss", "shira", "road", "delora")
+NO_CONV1D = (
+    *("loha", "lokr", "oft", "hra", "c3a", "boft", "miss", "shira", "road", "delora"),
+    *("psoft", "supertuning", "peanut"),
+)
+SHARED = ("vblora_vector_bank", "tinylora_v", "unilora_theta_d")
 PROMPT_LEARNING = (*SOFT_PROMPTS, "prefix_tuning")
 
 
@@ -196,7 +203,9 @@ def our_name(name: str) -> str:
         name = name.replace(piece, "")
     name = name.replace(".default", "")
     # What layers share has there the name of the first of them.
-    shared = next((each for each in ("vblora_vector_bank", "tinylora_v") if f".{each}" in name), None)
+    shared = next(
+        (each for each in ("vblora_vector_bank", "tinylora_v", "unilora_theta_d") if f".{each}" in name), None
+    )
     return name if shared is None else name[name.index(shared) :]
 
 

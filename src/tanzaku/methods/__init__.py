@@ -32,6 +32,7 @@ from tanzaku.methods.p_tuning import PTuning as PTuning
 from tanzaku.methods.p_tuning_v2 import PTuningV2 as PTuningV2
 from tanzaku.methods.prefix_tuning import PrefixTuning as PrefixTuning
 from tanzaku.methods.prompt_tuning import PromptTuning as PromptTuning
+from tanzaku.methods.psoft import PSOFT as PSOFT
 from tanzaku.methods.randlora import RandLoRA as RandLoRA
 from tanzaku.methods.reft import ReFT as ReFT
 from tanzaku.methods.road import RoAd as RoAd
@@ -80,6 +81,7 @@ METHODS: dict[str, type[Method]] = {
         VBLoRA,
         LoRAXS,
         TinyLoRA,
+        PSOFT,
         Full,
         Head,
     )
