@@ -44,6 +44,7 @@ CONFIGS: dict[str, type[peft.PeftConfig]] = {
     "vblora": peft.VBLoRAConfig,
     "tinylora": peft.TinyLoraConfig,
     "psoft": peft.PsoftConfig,
+    "unilora": peft.UniLoraConfig,
 }
 
 # One plain choice of settings a method; PEFT asks AdaLoRA for the number of steps, and LLaMA-Adapter for its sizes.
@@ -77,6 +78,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "vblora": {"r": 2, "vector_length": 8, "num_vectors": 6, "init_vector_bank_bound": 1.0},
     "tinylora": {"u": 3},
     "psoft": {"r": 4},
+    "unilora": {"r": 2, "theta_d_length": 16, "init_weights": False},
 }
 SOFT_PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "cartridge")

@@ -102,6 +102,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "embedding": {"u": 3, "weight_tying": 0.5, "target_modules": ["embed_tokens", "v_proj"]},
     },
     "psoft": {"default": {"r": 4}, "series": {"r": 4, "use_cayley_neumann": True, "cayley_neumann_eps": 0.5}},
+    "unilora": {"default": {"r": 2, "theta_d_length": 16, "init_weights": False}},
     "full": {"default": {}},
     "head": {"default": {}},
 }

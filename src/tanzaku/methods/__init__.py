@@ -39,6 +39,7 @@ from tanzaku.methods.road import RoAd as RoAd
 from tanzaku.methods.shira import SHiRA as SHiRA
 from tanzaku.methods.tinylora import TinyLoRA as TinyLoRA
 from tanzaku.methods.trainable_tokens import TrainableTokens as TrainableTokens
+from tanzaku.methods.unilora import UniLoRA as UniLoRA
 from tanzaku.methods.vblora import VBLoRA as VBLoRA
 from tanzaku.methods.vera import VeRA as VeRA
 from tanzaku.methods.waveft import WaveFT as WaveFT
@@ -82,6 +83,7 @@ METHODS: dict[str, type[Method]] = {
         LoRAXS,
         TinyLoRA,
         PSOFT,
+        UniLoRA,
         Full,
         Head,
     )
