@@ -155,6 +155,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "road": {"group_size": 8},
     "shira": {"r": 2},
     "psoft": {"r": 8},
+    "supertuning": {"sparsity": 0.9},
     "vblora": {"vector_length": 8, "num_vectors": 16},
     "waveft": {"n_frequency": 64},
 }

@@ -45,6 +45,7 @@ CONFIGS: dict[str, type[peft.PeftConfig]] = {
     "tinylora": peft.TinyLoraConfig,
     "psoft": peft.PsoftConfig,
     "unilora": peft.UniLoraConfig,
+    "supertuning": peft.SupertuningConfig,
 }
 
 # One plain choice of settings a method; PEFT asks AdaLoRA for the number of steps, and LLaMA-Adapter for its sizes.
@@ -79,6 +80,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "tinylora": {"u": 3},
     "psoft": {"r": 4},
     "unilora": {"r": 2, "theta_d_length": 16, "init_weights": False},
+    "supertuning": {"sparsity": 0.9},
 }
 SOFT_PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "cartridge")

@@ -37,6 +37,7 @@ from tanzaku.methods.randlora import RandLoRA as RandLoRA
 from tanzaku.methods.reft import ReFT as ReFT
 from tanzaku.methods.road import RoAd as RoAd
 from tanzaku.methods.shira import SHiRA as SHiRA
+from tanzaku.methods.supertuning import Supertuning as Supertuning
 from tanzaku.methods.tinylora import TinyLoRA as TinyLoRA
 from tanzaku.methods.trainable_tokens import TrainableTokens as TrainableTokens
 from tanzaku.methods.unilora import UniLoRA as UniLoRA
@@ -84,6 +85,7 @@ METHODS: dict[str, type[Method]] = {
         TinyLoRA,
         PSOFT,
         UniLoRA,
+        Supertuning,
         Full,
         Head,
     )
