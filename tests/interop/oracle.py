@@ -46,6 +46,7 @@ CONFIGS: dict[str, type[peft.PeftConfig]] = {
     "psoft": peft.PsoftConfig,
     "unilora": peft.UniLoraConfig,
     "supertuning": peft.SupertuningConfig,
+    "peanut": peft.PeanutConfig,
 }
 
 # One plain choice of settings a method; PEFT asks AdaLoRA for the number of steps, and LLaMA-Adapter for its sizes.
@@ -81,6 +82,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "psoft": {"r": 4},
     "unilora": {"r": 2, "theta_d_length": 16, "init_weights": False},
     "supertuning": {"sparsity": 0.9},
+    "peanut": {"r": 4},
 }
 SOFT_PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "cartridge")

@@ -104,6 +104,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "psoft": {"default": {"r": 4}, "series": {"r": 4, "use_cayley_neumann": True, "cayley_neumann_eps": 0.5}},
     "unilora": {"default": {"r": 2, "theta_d_length": 16, "init_weights": False}},
     "supertuning": {"default": {"sparsity": 0.9}, "lora": {"sparsity": 0.9, "r": 2, "lora_alpha": 4}},
+    "peanut": {"default": {"r": 4}, "deep": {"r": 4, "depth": 1, "act_fn": "gelu"}},
     "full": {"default": {}},
     "head": {"default": {}},
 }
