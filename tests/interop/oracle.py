@@ -47,6 +47,7 @@ CONFIGS: dict[str, type[peft.PeftConfig]] = {
     "unilora": peft.UniLoraConfig,
     "supertuning": peft.SupertuningConfig,
     "peanut": peft.PeanutConfig,
+    "deft": peft.DeftConfig,
 }
 
 # One plain choice of settings a method; PEFT asks AdaLoRA for the number of steps, and LLaMA-Adapter for its sizes.
@@ -83,6 +84,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "unilora": {"r": 2, "theta_d_length": 16, "init_weights": False},
     "supertuning": {"sparsity": 0.9},
     "peanut": {"r": 4},
+    "deft": {"r": 2},
 }
 SOFT_PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "cartridge")

@@ -105,6 +105,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "unilora": {"default": {"r": 2, "theta_d_length": 16, "init_weights": False}},
     "supertuning": {"default": {"sparsity": 0.9}, "lora": {"sparsity": 0.9, "r": 2, "lora_alpha": 4}},
     "peanut": {"default": {"r": 4}, "deep": {"r": 4, "depth": 1, "act_fn": "gelu"}},
+    "deft": {"default": {"r": 2}, "qr": {"r": 2, "decomposition_method": "qr", "alpha": 3}},
     "full": {"default": {}},
     "head": {"default": {}},
 }

@@ -11,6 +11,7 @@ from tanzaku.methods.bottleneck import BottleneckAdapter as BottleneckAdapter
 from tanzaku.methods.c3a import C3A as C3A
 from tanzaku.methods.cartridge import Cartridge as Cartridge
 from tanzaku.methods.compacter import Compacter as Compacter
+from tanzaku.methods.deft import DEFT as DEFT
 from tanzaku.methods.delora import DeLoRA as DeLoRA
 from tanzaku.methods.fourierft import FourierFT as FourierFT
 from tanzaku.methods.full import Full as Full
@@ -88,6 +89,7 @@ METHODS: dict[str, type[Method]] = {
         UniLoRA,
         Supertuning,
         PEANuT,
+        DEFT,
         Full,
         Head,
     )
