@@ -100,7 +100,7 @@ class Supertuning(TargetedInLayers):
     )
     by_default = False
     mergeable = True
-    not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    chosen_only_here: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
     learning_rate = 1e-4  # HF PEFT's method comparison (MetaMathQA), whose default it takes.
     # As for SHiRA, from PEFT's rate up.
     space = spaces(sparsity=Range(0.9, 0.99), learning_rate=Range(5e-5, 5e-3, log=True))

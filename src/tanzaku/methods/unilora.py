@@ -116,7 +116,7 @@ class UniLoRA(TargetedWithBiases):
     starts_as_base = False
     by_default = False
     mergeable = True
-    not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
+    chosen_only_here: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     own_biases = "unilora_only"
     learning_rate = 1e-3  # Ten times HF PEFT's default in its method comparison, since each number stands for many.
     # From PEFT's 1e-4 up: each number stands for many.

@@ -15,7 +15,155 @@ from tanzaku.methods import METHODS
 
 # PEFT's name of the method -> how its classes' names begin, and its parameters' names; its settings in order.
 _KINDS: dict[str, tuple[str, str, str]] = {
+    "BOFT": (
+        "BOFT",
+        "boft_",
+        "boft_block_size boft_block_num boft_n_butterfly_factor target_modules exclude_modules boft_dropout "
+        "fan_in_fan_out bias modules_to_save init_weights layers_to_transform layers_pattern",
+    ),
+    "C3A": (
+        "C3A",
+        "c3a_",
+        "block_size target_modules bias modules_to_save layers_to_transform layers_pattern block_size_pattern "
+        "init_weights",
+    ),
+    "CARTRIDGE": (
+        "Cartridge",
+        "",
+        "num_virtual_tokens token_dim num_transformer_submodules num_attention_heads num_layers "
+        "modules_to_save num_frozen_tokens",
+    ),
+    "DEFT": (
+        "Deft",
+        "deft_",
+        "r target_modules exclude_modules decomposition_method init_scale alpha para fan_in_fan_out "
+        "deft_dropout init_weights layers_to_transform layers_pattern bias modules_to_save",
+    ),
+    "DELORA": (
+        "Delora",
+        "delora_",
+        "r delora_lambda module_dropout target_modules exclude_modules bias init_weights layers_to_transform "
+        "layers_pattern rank_pattern lambda_pattern modules_to_save",
+    ),
+    "FOURIERFT": (
+        "FourierFT",
+        "fourierft_",
+        "n_frequency scaling random_loc_seed fan_in_fan_out target_modules exclude_modules bias "
+        "modules_to_save layers_to_transform layers_pattern n_frequency_pattern init_weights",
+    ),
+    "GRALORA": (
+        "Gralora",
+        "gralora_",
+        "r hybrid_r target_modules alpha gralora_dropout gralora_k fan_in_fan_out bias modules_to_save "
+        "init_weights layers_to_transform layers_pattern",
+    ),
+    "HIRA": (
+        "Hira",
+        "hira_",
+        "r target_modules exclude_modules hira_dropout fan_in_fan_out modules_to_save init_weights "
+        "layers_to_transform layers_pattern rank_pattern",
+    ),
+    "HRA": (
+        "HRA",
+        "hra_",
+        "r apply_GS target_modules exclude_modules init_weights layers_to_transform layers_pattern bias "
+        "modules_to_save",
+    ),
     "LN_TUNING": ("LNTuning", "ln_tuning_", "target_modules exclude_modules modules_to_save"),
+    "LOHA": (
+        "LoHa",
+        "hada_",
+        "rank_pattern alpha_pattern r alpha rank_dropout module_dropout use_effective_conv2d target_modules "
+        "exclude_modules init_weights layers_to_transform layers_pattern modules_to_save",
+    ),
+    "LOKR": (
+        "LoKr",
+        "lokr_",
+        "rank_pattern alpha_pattern r alpha rank_dropout module_dropout use_effective_conv2d decompose_both "
+        "decompose_factor rank_dropout_scale target_modules exclude_modules init_weights layers_to_transform "
+        "layers_pattern modules_to_save",
+    ),
+    "MISS": (
+        "Miss",
+        "miss_",
+        "r miss_dropout mini_r target_modules exclude_modules init_weights layers_to_transform layers_pattern "
+        "bias modules_to_save",
+    ),
+    "MULTITASK_PROMPT_TUNING": (
+        "MultitaskPromptTuning",
+        "",
+        "num_virtual_tokens token_dim num_transformer_submodules num_attention_heads num_layers "
+        "modules_to_save prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs "
+        "prompt_tuning_init_state_dict_path prompt_tuning_init_task num_ranks num_tasks",
+    ),
+    "OFT": (
+        "OFT",
+        "oft_",
+        "r oft_block_size module_dropout target_modules fan_in_fan_out bias exclude_modules init_weights "
+        "layers_to_transform layers_pattern modules_to_save coft eps block_share use_cayley_neumann "
+        "num_cayley_neumann_terms",
+    ),
+    "PEANUT": (
+        "Peanut",
+        "peanut_",
+        "r depth act_fn scaling target_modules exclude_modules modules_to_save layers_to_transform "
+        "layers_pattern init_weights",
+    ),
+    "PSOFT": (
+        "Psoft",
+        "psoft_",
+        "r target_modules exclude_modules psoft_alpha psoft_dropout fan_in_fan_out ab_svd_init psoft_svd "
+        "psoft_svd_lowrank_niter random_seed psoft_orth psoft_mag_b psoft_mag_a use_cayley_neumann "
+        "num_cayley_neumann_terms cayley_neumann_eps modules_to_save init_weights layers_to_transform "
+        "layers_pattern",
+    ),
+    "RANDLORA": (
+        "RandLora",
+        "randlora_",
+        "r target_modules projection_prng_key save_projection sparse very_sparse randlora_dropout "
+        "fan_in_fan_out randlora_alpha bias modules_to_save init_weights layers_to_transform layers_pattern",
+    ),
+    "ROAD": ("Road", "road_", "variant group_size init_weights target_modules modules_to_save"),
+    "SHIRA": ("Shira", "shira_", "r mask_type random_seed target_modules fan_in_fan_out init_weights modules_to_save"),
+    "SUPERTUNING": (
+        "Supertuning",
+        "supertuning_",
+        "target_modules modules_to_save sparsity select_top r lora_alpha lora_dropout init_weights "
+        "save_precomputed_indices",
+    ),
+    "TINYLORA": (
+        "TinyLora",
+        "tinylora_",
+        "r u weight_tying projection_seed save_projection init_v_bound target_modules tinylora_dropout "
+        "fan_in_fan_out bias modules_to_save init_weights layers_to_transform layers_pattern",
+    ),
+    "TRAINABLE_TOKENS": ("TrainableTokens", "trainable_tokens_", "token_indices target_modules init_weights"),
+    "UNILORA": (
+        "UniLora",
+        "unilora_",
+        "r proj_seed theta_d_length target_modules unilora_dropout fan_in_fan_out bias modules_to_save "
+        "init_theta_d_bound init_weights save_indices layers_to_transform layers_pattern",
+    ),
+    "VBLORA": (
+        "VBLoRA",
+        "vblora_",
+        "r num_vectors vector_length topk target_modules exclude_modules save_only_topk_weights "
+        "vblora_dropout fan_in_fan_out bias modules_to_save init_vector_bank_bound init_logits_std "
+        "layers_to_transform layers_pattern",
+    ),
+    "VERA": (
+        "Vera",
+        "vera_lambda_",
+        "r target_modules projection_prng_key save_projection vera_dropout d_initial fan_in_fan_out bias "
+        "modules_to_save init_weights layers_to_transform layers_pattern",
+    ),
+    "WAVEFT": (
+        "WaveFT",
+        "waveft_",
+        "n_frequency scaling wavelet_family use_idwt random_loc_seed fan_in_fan_out target_modules "
+        "exclude_modules bias modules_to_save layers_to_transform layers_pattern n_frequency_pattern "
+        "proportional_parameters init_weights",
+    ),
 }
 
 
@@ -29,7 +177,7 @@ def _config(method: type[Method], name: str, order: tuple[str, ...]) -> type[Pef
         "order": order,
         "elsewhere": dict.fromkeys(key for key in order if key not in own),
     }
-    first = PromptLearningConfig if method.lengthens_rows else PeftConfig
+    first = PromptLearningConfig if "num_virtual_tokens" in own else PeftConfig
     return dataclasses.dataclass(init=False)(type(name, (first, method), parts))
 
 
