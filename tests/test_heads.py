@@ -24,6 +24,7 @@ from tanzaku.methods import METHODS
 from tanzaku.models import tree
 from tanzaku.models.heads import heads_of
 from tanzaku.storage.store import META
+from tiers import costly
 
 TEXT = {
     "vocab_size": 120,
@@ -288,8 +289,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("task", ["bert", "bert-tokens", "llama-questions", "llama"])
+# A head is the same to all methods that do not train it by themselves: these have each, and the others one.
+EACH = [(task, name) for task in ("bert", "bert-tokens", "llama-questions", "llama") for name in METHODS]
+NEAR = [(task, name) for task, name in EACH if task == "bert" or METHODS[name].by_default]
+
+
+@pytest.mark.parametrize(("task", "name"), costly(NEAR, [each for each in EACH if each not in NEAR]))
 def test_with_every_method(task, name, tmp_path):
     assert_comes_back(TASKS[task], METHODS[name].from_settings(SETTINGS.get(name, {})), tmp_path)
 

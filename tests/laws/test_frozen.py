@@ -1,7 +1,7 @@
 """Law 3: the base stays what it was, tensor by tensor and bit by bit."""
 
 import torch
-from variants import all_methods, all_variants, attached, bamboo, losses, plain_logits
+from variants import all_kinds, all_methods, all_variants, attached, bamboo, losses, plain_logits
 
 import tanzaku as tz
 from close import assert_close
@@ -72,7 +72,7 @@ def test_other_families(name, kind, head):
     assert_close(plain_logits(model, batch(model)), expected)
 
 
-@all_methods
+@all_kinds
 def test_attach_freezes_and_detach_restores_the_flags(name):
     """With an adapter nothing of the base asks for a gradient; without the last one each tensor asks as before."""
     model = bamboo()
@@ -89,7 +89,7 @@ def test_attach_freezes_and_detach_restores_the_flags(name):
     assert tz.adapters(model) == []
 
 
-@all_methods
+@all_kinds
 def test_no_gradient_reaches_the_base(name):
     """A backward pass leaves no gradient on a tensor of the base."""
     model = bamboo()

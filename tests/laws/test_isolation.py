@@ -23,6 +23,7 @@ from close import GRADIENT, assert_close
 from models import batch
 from tanzaku.core.manager import manager_of
 from tanzaku.methods import METHODS
+from tiers import costly
 
 ENTRIES = [*METHODS, None]
 
@@ -69,8 +70,11 @@ def test_stacks(first, second):
         assert not torch.allclose(out[1], out[2], atol=1e-3)
 
 
-@pytest.mark.parametrize(("kind", "head"), KINDS_BESIDE_LLAMA)
-@pytest.mark.parametrize("padding", ["right", "left"])
+ELSEWHERE = [(*family, padding) for family in KINDS_BESIDE_LLAMA for padding in ("right", "left")]
+SOME = [("bert", "cls", "right"), ("gpt2", "lm", "left"), ("t5", "lm", "right"), ("gemma3", "cls", "right")]
+
+
+@pytest.mark.parametrize(("kind", "head", "padding"), costly(SOME, [each for each in ELSEWHERE if each not in SOME]))
 def test_every_method_in_one_batch(kind, head, padding):
     """One batch with a row or two of every method, in other families and heads."""
     model = full_bamboo(kind, head)
@@ -79,8 +83,12 @@ def test_every_method_in_one_batch(kind, head, padding):
     assert_isolated(model, entries, batch(model, rows=len(entries), padding=padding))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("padding", ["right", "left", None])
+@pytest.mark.parametrize(
+    ("attention", "padding"),
+    costly(
+        [("sdpa", "left"), ("eager", "right")], [("sdpa", "right"), ("eager", "left"), ("sdpa", None), ("eager", None)]
+    ),
+)
 def test_attention_implementations_and_padding(attention, padding):
     """The same on LLaMA for each attention function, and without a mask."""
     model = full_bamboo(attention=attention)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from variants import (
     KINDS_BESIDE_LLAMA,
+    all_kinds,
     all_methods,
     all_variants,
     assert_equal_gradients,
@@ -54,7 +55,7 @@ def test_a_closed_adapter_begins_to_learn(name, variant):
     assert any(g.any() for g in gradients(loss_under(model, "fresh"), adapter).values())
 
 
-@all_methods
+@all_kinds
 def test_gradients_after_a_forward_without_them(name):
     """A no_grad forward before, under the same route or another, leaves no stale tensor behind."""
     model = bamboo()
@@ -71,7 +72,7 @@ def test_gradients_after_a_forward_without_them(name):
     assert_equal_gradients(gradients(loss_under(model, name), adapter), expected)
 
 
-@all_methods
+@all_kinds
 def test_gradients_survive_a_forward_before_backward(name):
     """Another forward pass between a loss and its backward pass does not change the gradient."""
     model = bamboo()
@@ -83,7 +84,7 @@ def test_gradients_survive_a_forward_before_backward(name):
     assert_equal_gradients(gradients(loss, adapter), expected)
 
 
-@all_methods
+@all_kinds
 def test_two_steps_without_retaining_graphs(name):
     """Nothing computed in one step is reused in the next: no tensor of a freed graph, no value of old weights."""
     model = bamboo()

@@ -114,19 +114,17 @@ CASES = [(name, variant) for name in METHODS for variant in VARIANTS.get(name, (
 all_variants = pytest.mark.parametrize(("name", "variant"), CASES, ids=["-".join(case) for case in CASES])
 all_methods = pytest.mark.parametrize("name", METHODS)
 
-_PARTS = ("inputs", "outputs", "outputs_of", "batched_inputs", "batched_outputs", "attend", "vectors", "compute")
-_TRAINING = ("prepare", "penalty", "after_step", "training_state")
+_TRAINING = ("penalty", "after_step")
 
 
 @cache
 def _acts(name: str) -> Hashable:
-    """What a method does in a pass and in training: which layers it attaches, and what of these it has written."""
+    """What a method does in a pass and in training: which kinds of layers it attaches, and what they ask for."""
     layers = set()
     for _, layer in tz.attach(bamboo(), method(name), name).at():
         kind = next(each for each in type(layer).__mro__ if each.__module__.startswith("tanzaku.core."))
-        own = [part for part in _PARTS if getattr(type(layer), part, None) is not getattr(kind, part, None)]
-        flags = [getattr(layer, flag, False) for flag in ("edits_input", "edits_output", "reads_call")]
-        layers.add((kind, *own, *flags))
+        flags = ("edits_input", "edits_output", "reads_call", "reads_places", "whole_rows", "untrimmed")
+        layers.add((kind, *(getattr(layer, flag, False) for flag in flags)))
     kind = METHODS[name]
     own = [part for part in _TRAINING if getattr(kind, part) is not getattr(Method, part)]
     return frozenset(layers), kind.shares_batch, *own

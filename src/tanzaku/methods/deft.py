@@ -2,7 +2,7 @@
 
     y = W x - Q P^T W x + (alpha / r) Q R x,  Q (out, r), P = relu(Q) or Q orthonormal,  R = P^T W at first
 
-DEFT, NeurIPS 2025; without R: PaRa, ICLR 2025.
+Kumar et al. 2025, arXiv 2509.22793; without R: PaRa, ICLR 2025.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class DEFT(TargetedWithBiases):
 
     name = "deft"
     peft_type = "DEFT"
-    paper = "NeurIPS 2025 (DEFT)"
+    paper = "arXiv 2509.22793"
     summary = "directions of a module's output taken away and written anew"
     about = About(
         where="query and value projections: y - Q P^T W x + (alpha / r) Q R x",
