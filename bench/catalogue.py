@@ -21,7 +21,8 @@ HEAD = """# Methods
 
 Made by `python -m bench catalogue --write` of what each method's file says; a test holds it current. Parameters are
 those of one adapter without a head. "By default" is what `tanzaku compare` trains where a recipe names no methods. All
-of them train side by side in one batch on one frozen model, but for full fine-tuning.
+of them train side by side in one batch on one frozen model, but for full fine-tuning. Where HF PEFT has the method,
+tests hold it to PEFT's logits from the same weights, and to files that either reads (tests/interop).
 
 | method | what it is | merges | in HF PEFT | by default | learning rate | paper |
 |---|---|---|---|---|---|---|

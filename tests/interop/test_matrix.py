@@ -302,6 +302,13 @@ def test_new_tokens_of_an_adapter_made_here(tmp_path: Path) -> None:
     assert not [key for key in load_file(tmp_path / "plain" / "adapter_model.safetensors") if "embed_tokens" in key]
 
 
+def test_every_method_that_peft_has_is_compared() -> None:
+    """The two others have tests of their own: PEFT wants a task with each row of multitask prompts, and P-tuning v2 is
+    its prefix."""
+    compared = {name for name, m in tz.METHODS.items() if m.in_peft} - {"multitask_prompt_tuning", "p_tuning_v2"}
+    assert compared == CONFIGS.keys()
+
+
 ONLY_HERE = [name for name, m in tz.METHODS.items() if m.peft_type not in set(peft.PeftType)]
 
 
