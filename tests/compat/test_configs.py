@@ -80,8 +80,8 @@ def test_a_type_may_be_named(kind: str) -> None:
         warnings.simplefilter("error")
         again = getattr(compat, kind)(peft_type=config.peft_type.value, **NEEDED.get(kind, {}))
     assert again == config and again.peft_type is config.peft_type
-    with pytest.warns(UserWarning, match="peft_type='LOHA' has no effect"):
-        getattr(compat, kind)(peft_type="LOHA", **NEEDED.get(kind, {}))
+    with pytest.warns(UserWarning, match="peft_type='OSF' has no effect"):
+        getattr(compat, kind)(peft_type="OSF", **NEEDED.get(kind, {}))
     assert compat.get_peft_config({"peft_type": config.peft_type, **NEEDED.get(kind, {})}) == config
 
 

@@ -94,8 +94,8 @@ def test_bad_input_is_one_clear_line(name: str, tmp_path: Path, monkeypatch: pyt
 
 
 def test_what_is_not_there_is_named() -> None:
-    with pytest.raises(ImportError, match=r"no 'LoHaConfig' \(did you mean 'LoraConfig'\?\); it has AdaLoraConfig"):
-        from tanzaku.compat.peft import LoHaConfig  # noqa: F401
+    with pytest.raises(ImportError, match=r"no 'OSFConfig'.*; it has AdaLoraConfig"):
+        from tanzaku.compat.peft import OSFConfig  # noqa: F401
     with pytest.raises(ImportError, match="no 'inject_adapter_in_model'"):
         getattr(compat, "inject_adapter_in_model")  # noqa: B009
     with pytest.raises(AttributeError, match=r"add_weighed_adapter.*did you mean 'add_weighted_adapter'"):

@@ -102,6 +102,8 @@ def in_reach(kind: str, name: str) -> bool:
     """Whether PEFT has the method on a family: some know no Conv1D, and LLaMA-Adapter only some attention."""
     if name == "llama_adapter":
         return kind in ("llama", "mistral", "gpt2")
+    if name == "ln_tuning" and kind in ("bert", "opt", "roberta"):
+        return False  # PEFT has no default targets there
     return kind != "gpt2" or name not in NO_CONV1D
 
 

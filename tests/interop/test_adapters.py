@@ -158,7 +158,7 @@ def test_directories_come_back_bit_for_bit(folder: Path, made: Path, tmp_path: P
 @pytest.mark.parametrize("folder", [each for each in HELD if each not in WHOLE], ids=lambda folder: folder.name)
 def test_a_compacter_of_a_bare_backbone_was_stored_without_its_rule(folder: Path, made: Path) -> None:
     """That library looks for a dot before the rule's key, which a bare backbone's has not."""
-    with pytest.raises(tz.TanzakuError, match=r"missing base_model\.model\.phm_rule"):
+    with pytest.raises(tz.TanzakuError, match=r"missing base_model\.phm_rule"):
         tz.load(base_of(folder, made), folder, "a")
 
 

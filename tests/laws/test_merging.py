@@ -7,7 +7,7 @@ from torch.nn.utils import parametrize
 from variants import CASES, attached, bamboo, logits, method, opened, plain_logits
 
 import tanzaku as tz
-from close import assert_close
+from close import GRADIENT, assert_close
 from models import batch
 from tanzaku.core.manager import manager_of
 from tanzaku.methods import METHODS
@@ -190,3 +190,26 @@ def test_what_is_not_in_memory_is_not_merged_into(name, tmp_path):
     tz.attach(empty, method(name), name)
     with pytest.raises(tz.TanzakuError, match="not in memory"):
         tz.merge(empty, name)
+
+
+@pytest.mark.parametrize(("first", "second"), [("oft", "lora"), ("hra", "oft"), ("lora", "hira"), ("lora", "peanut")])
+def test_a_stack_whose_order_would_count_is_not_merged(first, second):
+    """A pass turns what a module reads before all else, and shows each adapter the base's own weight."""
+    model = bamboo()
+    attached(model, first)
+    attached(model, second)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(tz.TanzakuError, match=f"'{first}' and '{second}' both change"):
+        tz.merge(model, (first, second))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("first", "second"), [("lora", "oft"), ("loha", "vera"), ("ia3", "lora"), ("hira", "lora")])
+def test_a_stack_that_adds_up_is_merged(first, second):
+    model = bamboo()
+    attached(model, first)
+    attached(model, second)
+    inputs = batch(model, rows=2)
+    expected = logits(model, [(first, second)] * 2, inputs)
+    tz.merge(model, (first, second))
+    assert_close(plain_logits(model, inputs), expected, GRADIENT)

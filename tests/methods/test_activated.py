@@ -11,6 +11,7 @@ import tanzaku as tz
 from close import RUN, assert_close
 from interop.oracle import logits, reopened, scatter
 from models import VOCAB, batch, tiny
+from tanzaku.core import caches
 from tanzaku.train.results import Job
 from tanzaku.train.scheduler import train_jobs
 from tanzaku.train.settings import TrainSettings
@@ -195,3 +196,31 @@ def test_it_is_no_change_of_weights(tmp_path):
 def test_where_it_is_refused(kind, head, settings, match):
     with pytest.raises(tz.TanzakuError, match=match):
         tz.attach(tiny(kind, head), tz.LoRA(**{**ALORA, **settings}), "a")
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_beside_a_prompt_it_begins_where_it_begins_alone(use_cache):
+    """Virtual tokens of another row, and what fills this one up beside them, are no tokens of its text."""
+    model = tiny("llama", "lm")
+    opened(model)
+    tz.attach(model, tz.PromptTuning(num_virtual_tokens=5), "p", seed=1)
+    ids = torch.tensor([[3, *CALL, 8, 4], [5, 6, 9, 4, 3]])
+    with torch.no_grad():
+        with tz.route(model, ["a", "p"]):
+            beside = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=use_cache).logits
+        with tz.route(model, ["a"]):
+            alone = model(input_ids=ids[:1], attention_mask=torch.ones_like(ids[:1]), use_cache=use_cache).logits
+    assert_close(beside[0], alone[0])
+
+
+def test_a_cache_keeps_it_with_rows_that_are_reordered():
+    """Beam search and its like change the order of a cache's rows; what is cut off a cache does not count."""
+    cache, values = DynamicCache(), torch.tensor([3, 5])
+    cache.update(torch.zeros(2, 1, 4, 2), torch.zeros(2, 1, 4, 2), 0)
+    caches.note(cache, "_begins", values)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert caches.noted(cache, "_begins").tolist() == [5, 3]
+    cache.batch_repeat_interleave(2)
+    assert caches.noted(cache, "_begins").tolist() == [5, 5, 3, 3]
+    cache.batch_select_indices(torch.tensor([0, 3]))
+    assert caches.noted(cache, "_begins").tolist() == [5, 3]

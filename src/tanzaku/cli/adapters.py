@@ -115,10 +115,16 @@ def _numbered(name: str, number: int) -> str:
 
 
 def read_adapter(name: str, path: Path) -> Saved:
+    from tanzaku.storage import adapterhub
     from tanzaku.storage.store import META, TENSORS, adapter_dir, method_of, read_about, read_config
 
     path = adapter_dir(path)
     config, about = read_config(path), read_about(path) or {}
+    if adapterhub.is_one(config):
+        raise TanzakuError(
+            f"{path} is an adapter in AdapterHub's form, which says nothing of a task or a base; expected one of a "
+            "run, or of HF PEFT. tz.load reads it in Python, and tz.save writes it anew"
+        )
     meta, base = (found if isinstance(found := about.get(key), dict) else {} for key in ("meta", "base"))
     task = task_in(meta, f"{path / META}: meta.")
     kind = base.get("architecture") or AUTO_CLASSES.get(str(config.get("task_type")))

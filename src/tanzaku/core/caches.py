@@ -11,8 +11,9 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+from torch import Tensor
 from transformers import Cache
 
 from tanzaku.errors import TanzakuError
@@ -73,6 +74,33 @@ def whole(cache: Any) -> Any:
     return view
 
 
+def note(cache: Any, name: str, values: Tensor) -> None:
+    """Keep a number of each row, (rows,), with a cache: it follows its rows where these are reordered or repeated."""
+    kept = vars(cache)
+    kept[name] = values
+    for method in _REORDERS:
+        if method not in kept and hasattr(cache, method):
+            kept[method] = partial(_reordered, cache, method)
+    kept[_NOTED] = {*kept.get(_NOTED, ()), name}
+
+
+def noted(cache: Any, name: str) -> Tensor | None:
+    """What :func:`note` kept."""
+    return cast("Tensor | None", vars(cache).get(name))
+
+
+def _reordered(cache: Any, method: str, by: Any) -> None:
+    getattr(type(cache), method)(cache, by)
+    for name in vars(cache)[_NOTED]:
+        values = vars(cache)[name]
+        if method == "batch_repeat_interleave":
+            vars(cache)[name] = values.repeat_interleave(by)
+        else:
+            vars(cache)[name] = values[by.to(values.device) if isinstance(by, Tensor) else by]
+
+
+_NOTED = "_tanzaku_noted"
+_REORDERS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
 _UPDATES = ("update", "update_conv_state", "update_recurrent_state")
 
 

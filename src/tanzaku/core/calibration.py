@@ -44,18 +44,21 @@ def calibrate(
         raise TanzakuError(f"{name!r} ({adapter.method.name}) starts from no rows by its settings, so it needs none")
 
     def run(batch: Mapping[str, Tensor]) -> Tensor:
+        if not batch:
+            raise TanzakuError("calibrate: found a batch without inputs, expected tensors by the names of forward()")
         rows = len(next(iter(batch.values())))
         with route(model, [name] * rows, own_of(batch.get("attention_mask"), batch.get("labels"))):
             outputs = model(**batch)
         found = getattr(outputs, "loss", None) if loss is None else loss(outputs, batch)
         return torch.zeros(()) if found is None else found
 
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         adapter.method.calibrate(adapter, (partial(run, batch) for batch in batches))
     finally:
-        model.train(training)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def own_of(mask: Tensor | None, labels: Tensor | None = None) -> dict[str, Tensor]:

@@ -84,8 +84,7 @@ class WeightDelta(ModuleLayer):
             return F.embedding(x, delta.t(), module.padding_idx) * getattr(module, "embed_scale", 1.0)
         x = self.dropped(module, x, delta)
         if isinstance(module, nn.Conv2d):
-            padding = cast(Any, module.padding)
-            return F.conv2d(x, delta, None, module.stride, padding, module.dilation, module.groups)
+            return cast(Tensor, module._conv_forward(x, delta, None))  # with its kind of padding
         return F.linear(x, delta)
 
     def dropped_delta(self, module: nn.Module) -> Tensor:
@@ -118,9 +117,3 @@ def shape_of(module: nn.Module, path: str = "") -> tuple[int, ...]:
     if isinstance(module, nn.Conv2d):
         return (n_out, n_in // module.groups, *module.kernel_size)
     return (n_out, n_in)
-
-
-def weight_as_change(module: nn.Module) -> Tensor:
-    """The module's weight in full precision, as :meth:`WeightDelta.delta` lies: for methods that read it."""
-    weight = full_weight(module)
-    return weight.t() if lies_turned(module) else weight

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from tanzaku.core import dropout
+from tanzaku.core import dropout, taps
 from tanzaku.core.in_force import Current, InForce, Plan
 from tanzaku.core.quiet import quiet
 from tanzaku.core.routing import Cut, Route, Rows, take
@@ -168,7 +168,7 @@ class WeightSite:
             self._open = stacked(plan[0], whole)
             self._open.__enter__()
         else:
-            self._marks.append(dropout.mark())
+            self._marks.append((dropout.mark(), taps.mark()))
 
     def leave(self, part: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not (self._lock.owned() and self._depth):  # the module failed before it was entered
@@ -183,7 +183,7 @@ class WeightSite:
             plan = None if force is None else force.weights.get(self.path)
             if force is None or plan is None or force.route.uniform:
                 return None
-            mark = self._marks.pop() if self._marks else None
+            mark = self._marks.pop() if self._marks else (None, None)
             return self._rerun(force, plan, part, module, args, kwargs, output, mark)
         finally:
             self._depth -= 1
@@ -198,7 +198,7 @@ class WeightSite:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         output: Any,
-        mark: Any,
+        mark: tuple[Any, Any],
     ) -> Any:
         """The output, with the rows of each stack computed once more with its weights."""
         if output is None:  # the module failed
@@ -209,10 +209,16 @@ class WeightSite:
             if any(layer.below(part) for layer in layers):
                 at = partial(_rows_of_stack, force.route, number)
                 picked, named = rows_in((args, kwargs), at, self.path)
-                dropout.rewind(mark, number)
+                dropout.rewind(mark[0], number)
+                taps.rewind(mark[1])
                 whole = self.sites.base.model.get_submodule(self.path)
-                with stacked(layers, whole, part), quiet(), force.route.running(number, base=True):
-                    result = module(*picked, **named)
+                before = self.sites.here()
+                self.sites.put((force.alone(number),))
+                try:
+                    with stacked(layers, whole, part), force.route.running(number, base=True):
+                        result = module.forward(*picked, **named)
+                finally:
+                    self.sites.put(before)
                 output = rows_put(output, result, at, self.path)
         return output
 

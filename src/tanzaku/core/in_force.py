@@ -50,7 +50,8 @@ class InForce:
                     tokens[number].append(layer)
                     continue
                 if isinstance(layer, Shared):
-                    self.shared.append(layer)
+                    if all(layer is not each for each in self.shared):  # an adapter may be in several stacks
+                        self.shared.append(layer)
                     continue
                 for plans in self._plans_of(layer):
                     plan = plans.setdefault(path, [[] for _ in stacks])[number]

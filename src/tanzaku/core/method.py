@@ -99,6 +99,7 @@ class ModuleLayer(AdapterLayer):
 
     edits_input: ClassVar[bool] = False
     edits_output: ClassVar[bool] = True
+    reads_weight: ClassVar[bool] = False  # what it computes depends on the module's own weight
     reads_call: ClassVar[bool] = False  # it wants all that the module was given: `outputs_of` in place of `outputs`
     ties: Sequence[str] = ()  # paths whose weights are tied to its module's and which the adapter changes alike
     undoes: ClassVar[bool] = False  # it undoes what its adapter did elsewhere: of a stack, the last one comes first

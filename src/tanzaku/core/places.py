@@ -20,11 +20,12 @@ from tanzaku.support.context import Local
 
 class _Given(NamedTuple):
     """What a stack of layers was given: a mask (rows, columns), tokens in its cache; and, for each stack of the route,
-    virtual tokens."""
+    virtual tokens. `unread`: what else tells where tokens stand, which is not read here."""
 
     mask: Tensor | None
     past: int
     virtual: tuple[int, ...]
+    unread: str = ""
 
 
 _given: Local[_Given] = Local("tanzaku_given")
@@ -35,7 +36,13 @@ def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], virtu
     given = {**dict(zip(parameters(module), args, strict=False)), **kwargs}
     mask, cache = given.get("attention_mask"), given.get("past_key_values")
     past = cast(Any, cache).get_seq_length() if hasattr(cache, "get_seq_length") else 0
-    _given.set(_Given(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None, past, virtual))
+    plain = isinstance(mask, Tensor) and mask.dim() == 2
+    unread = "" if mask is None or plain else "a mask of another form than (rows, columns)"
+    at = given.get("position_ids")
+    if mask is None and isinstance(at, Tensor) and at.dim() == 2 and not torch.compiler.is_compiling():
+        # Without a mask positions that start again are further texts in the same row.
+        unread = "several texts in one row" if at.shape[1] > 1 and bool((at.diff(dim=1) < 0).any()) else ""
+    _given.set(_Given(mask if plain else None, past, virtual, unread))
 
 
 class Places(NamedTuple):
@@ -55,6 +62,11 @@ def places(x: Tensor) -> Places:
     """
     route, number, _ = running_route()
     given = _given.get() or _Given(None, 0, (0,) * len(route.stacks))
+    if given.unread:
+        raise TanzakuError(
+            f"an adapter acts at places in a text, and found {given.unread}; expected a mask (rows, columns) and one "
+            "text a row"
+        )
     if x.dim() != 3:
         raise _refused(x, "(rows, tokens, features)")
     rows, tokens, virtual = x.shape[0], x.shape[1], given.virtual[number]

@@ -86,7 +86,9 @@ class Sites(Current):
             if force.places is not None:
                 fresh |= self._attach_splits(force.places)
             if (force.attention or force.shared) and ("entrance",) not in kept:
-                kept[("entrance",)] = [_register(self.base.entrance, "forward_pre", self._enter, with_kwargs=True)]
+                # Before virtual tokens are put there: what layers share may look at the ids and at the cache itself.
+                options = {"with_kwargs": True, "prepend": True}
+                kept[("entrance",)] = [_register(self.base.entrance, "forward_pre", self._enter, **options)]
             if force.shared and self.base.encoder_decoder and ("encoder",) not in kept:
                 kept[("encoder",)] = [_register(self.base.encoder, "forward_pre", self._refresh, with_kwargs=True)]
             if force.tokens is not None:

@@ -22,11 +22,22 @@ class _Note(NamedTuple):
     number: int  # of the stack whose rows they are: an adapter may be in several
     at: nn.Module
     value: Tensor
+    times: int = 1  # that a stack has the adapter
 
 
 # Of this thread and task, like the route. What is noted at one module is taken before another one notes: so what nobody
 # took, as where a checkpointed layer runs again only as far as it must, goes with the next.
 _notes: Local[tuple[_Note, ...]] = Local("tanzaku_notes")
+
+
+def mark() -> tuple[_Note, ...] | None:
+    """What is noted now: what runs again shall find it again."""
+    return _notes.get()
+
+
+def rewind(noted: tuple[_Note, ...] | None) -> None:
+    """Go back to what :func:`mark` gave."""
+    _notes.set(noted)
 
 
 class Tap(ModuleLayer):
@@ -37,8 +48,10 @@ class Tap(ModuleLayer):
 
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
         number = running_route()[1]
-        kept = [n for n in _notes.get() or () if n.at is module and not (n.by is self and n.number == number)]
-        _notes.set((*kept, _Note(self, number, module, x)))
+        notes = [n for n in _notes.get() or () if n.at is module]
+        again = sum(n.times for n in notes if n.by is self and n.number == number and n.value is x)
+        kept = [n for n in notes if not (n.by is self and n.number == number)]
+        _notes.set((*kept, _Note(self, number, module, x, again + 1)))
         return x
 
     def take(self) -> Tensor:
@@ -51,5 +64,6 @@ class Tap(ModuleLayer):
                 "an adapter adds to what it read before, and read nothing in this pass: the module where it reads "
                 "did not run before"
             )
-        _notes.set(tuple(note for note in notes if note is not found) or None)
+        left = [found._replace(times=found.times - 1)] if found.times > 1 else []
+        _notes.set((*(note for note in notes if note is not found), *left) or None)
         return found.value

@@ -108,9 +108,10 @@ class Accelerations:
         inputs = next(iter(batch.inputs.values()))
         virtual = [0 if adapter is None else adapter.virtual for adapter in adapters]
         # Where a layer reads more of a row than one token, nothing of any row is left out.
-        whole = any(adapter is not None and adapter.whole_rows for adapter in adapters)
+        each = {id(adapter): adapter for adapter in adapters if adapter is not None}.values()
+        whole = any(adapter.whole_rows for adapter in each)
         packed = route is not None and self.packs and not whole
-        trims = packed or not any(adapter is not None and adapter.untrimmed for adapter in adapters)
+        trims = packed or not any(adapter.untrimmed for adapter in each)
         columns = pooled_columns(self.base, inputs) if trims and not whole else None
         width = max(virtual) + batch.width
         own = [before + length for before, length in zip(virtual, batch.lengths, strict=True)]

@@ -19,6 +19,7 @@ from tanzaku.core.shared import Shared
 from tanzaku.core.weights import WeightCopy
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.merging.combine import fill_copies, targets_of, whole_copies
+from tanzaku.merging.merge import before_merging
 from tanzaku.methods import METHODS, method_named
 from tanzaku.models.families import features
 
@@ -67,11 +68,16 @@ def convert(model: nn.Module, name: str, to: str, new: str | None = None, **sett
         raise TanzakuError(
             f"convert: {source.method.name} is no change of weights, so {name!r} is nothing that {to} could do"
         )
+    if before_merging(model):
+        raise TanzakuError("convert: found a merged adapter in the base's weights; unmerge it first")
+    if strange := sorted(_SITES & settings.keys()):
+        raise TanzakuError(f"convert: found {strange[0]}; the sites are those of {name!r}, so leave it out")
     changes, lost = _changes(source)
     if not changes:
         raise TanzakuError(f"convert: {name!r} ({source.method.name}) changes no matrix, which {to} could change")
     kept = whole_copies([source])
     method = kind.from_settings({**settings, "target_modules": targets_of([source], list(changes))})
+    method.require(not method.calibrates, "a start from rows", "another: what it draws is overwritten")
     method.modules_to_save = [path for path in kept if path] or None if kept else kept
     adapter = attach(model, method, new or f"{name}-{to}", seed=0)  # what it draws is overwritten
     try:
@@ -80,12 +86,16 @@ def convert(model: nn.Module, name: str, to: str, new: str | None = None, **sett
                 module = model.get_submodule(path)
                 change = changes[path]()
                 layer.hold(module, change)
-                lost[f"{path}.weight"] = float((layer.delta(module) - change).norm() / change.norm())
+                norm = change.norm()
+                lost[f"{path}.weight"] = float((layer.delta(module) - change).norm() / norm) if norm else 0.0
         _take_over(adapter, source)
     except BaseException:
         detach(model, adapter.name)
         raise
     return Conversion(adapter, lost)
+
+
+_SITES = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
 
 
 def _changes(source: Adapter) -> tuple[dict[str, Callable[[], Tensor]], dict[str, float]]:
@@ -113,6 +123,11 @@ def _changes(source: Adapter) -> tuple[dict[str, Callable[[], Tensor]], dict[str
             raise TanzakuError(f"convert: {source.method.name} at {path} ({type(module).__name__}) cannot be merged")
         for key, value in merged.items():
             if key == "weight" and _matrix(module):
+                if path in changes:
+                    raise TanzakuError(
+                        f"convert: {source.name!r} changes {path} in two ways, of which LoRA would hold one; expected "
+                        "an adapter with one layer a module"
+                    )
                 changes[path] = partial(_merged, layer, module)
             elif not torch.equal(value, cast(Tensor, getattr(module, key)).to(value)):
                 lost[f"{path}.{key}"] = 1.0

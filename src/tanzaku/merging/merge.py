@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
@@ -84,6 +84,7 @@ def merge(
                 f"{adapter.method.name} is no change of weights, so {adapter.name!r} cannot be merged; keep it as an "
                 "adapter (tanzaku predict, tz.load)"
             )
+    _check_order(stack)
     if (record := _record(model)) is not None and record.undo is not None:
         raise TanzakuError(f"{', '.join(record.names)!r} is merged already; unmerge it first")
     if manager.route is not None:
@@ -137,6 +138,21 @@ def merge(
     for each in () if keep else names:
         detach(model, each)
     return model
+
+
+def _check_order(stack: Sequence[Adapter]) -> None:
+    """Raise an error where merging one adapter after another is not what their stack computes: a pass changes what a
+    module reads before anything else, and shows every adapter the base's own weight."""
+    below: dict[str, tuple[Adapter, ModuleLayer]] = {}
+    for adapter in stack:
+        here = {path: layer for path, layer in adapter.at() if isinstance(layer, ModuleLayer)}
+        for path, layer in here.items():
+            if path in below and (below[path][1].edits_input or layer.reads_weight):
+                raise TanzakuError(
+                    f"merge: {below[path][0].name!r} and {adapter.name!r} both change {path}, and one after the other "
+                    "they would not be what rows of both compute; merge one of them, or keep both in a route"
+                )
+        below |= {path: (adapter, layer) for path, layer in here.items()}
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
     y_t = W x_t + (alpha / r) B A x_t  from where the last invocation begins, and W x_t before it
 
-What stands before is the base's own, keys and values too, so that a cache of it serves every such adapter.
+What stands before is the base's own, keys and values too. Where rows go on from a cache that holds an invocation, the
+adapter stays in force, also before a further one.
 
 Greenewald et al. 2025, arXiv 2504.12397.
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tanzaku.core import caches
+from tanzaku.core.places import places
 from tanzaku.core.routing import running_route
 from tanzaku.core.shared import Shared
 from tanzaku.errors import TanzakuError
@@ -61,12 +63,15 @@ class Invocation(Shared):
         start = self._last(ids)
         _, cache = caches.held(dict(given))
         if cache is not None:
-            invoked = start < length
-            if (caches.length(cache) or 0) > 0:
+            virtual = caches.mark_of(cache)
+            held = (caches.length(cache) or 0) - (0 if virtual is None else virtual.width)
+            # Where each row's invocation begins among all of its tokens; what was cut off a cache does not count.
+            begins = torch.where(start < length, start + held, _NEVER)
+            if held:
                 before = self._before(cache, rows)
-                invoked = invoked | before
-                start = start.masked_fill(before, 0)
-            vars(cache)[self._note] = invoked
+                begins = torch.where((begins == _NEVER) & (before < held), before, begins)
+                start = torch.where(before < held, 0, start)
+            caches.note(cache, self._note, begins)
         tokens = length - start
         mask = given.get("attention_mask")
         ends = torch.full_like(start, length)
@@ -86,14 +91,17 @@ class Invocation(Shared):
         return torch.where(last > 0, last - 1, none)
 
     def _before(self, cache: Any, rows: int) -> Tensor:
-        """Whether each row's invocation is among what the cache holds."""
-        noted = vars(cache).get(self._note)
+        """Where each row's invocation begins among what the cache holds."""
+        noted = caches.noted(cache, self._note)
         if noted is None or rows % len(noted):
             raise TanzakuError(
                 "a cache does not tell where an adapter with alora_invocation_tokens was invoked: give it to the first "
                 "pass already, under the same route (past_key_values=DynamicCache())"
             )
-        return torch.as_tensor(noted).repeat_interleave(rows // len(noted))  # beams of one text
+        return noted.repeat_interleave(rows // len(noted))  # beams of one text
+
+
+_NEVER = 2**62  # where an invocation begins that there is none of
 
 
 def in_force(invoked: Invoked, y: Tensor) -> Tensor:
@@ -113,10 +121,14 @@ def in_force(invoked: Invoked, y: Tensor) -> Tensor:
             "batch's rows in its first dimension, as experts have not; expected target_modules outside of it"
         )
     device, length = invoked.tokens.device, 1 if single is not None or y.dim() == 2 else y.shape[1]
-    own = (invoked.tokens if single is None else invoked.own)[torch.tensor(rows, device=device)]
+    own = invoked.own[torch.tensor(rows, device=device)]
     if single is not None:
         back = torch.tensor([at for count in single for at in range(count, 0, -1)], device=device)
         found = back[:, None] <= own[:, None]
     else:
-        found = torch.arange(length, 0, -1, device=device)[None] <= own[:, None]
+        if length == 1:  # the last token of a row, be it that which is new, or that which is pooled
+            found = own[:, None] > 0
+        else:
+            at, lengths, _ = places(y)
+            found = (at >= 0) & (at >= lengths - own[:, None])
     return found if y.dim() == 2 else found[..., None]

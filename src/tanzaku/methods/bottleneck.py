@@ -76,7 +76,7 @@ class BottleneckLayer(ModuleLayer):
         if isinstance(how.scaling, str):
             self.scaling = trainable(size if how.scaling == "channel" else 1, like=like, fill=nn.init.ones_)
         else:
-            self.scaling = float(how.scaling or 1)
+            self.scaling = 1.0 if how.scaling is None else float(how.scaling)
         if self.like.device.type != "meta":
             how.draw(self)
 
@@ -378,6 +378,7 @@ class BottleneckAdapter(Method):
         layers = 1 + max(site.number for site in sublayers)
         strange = [number for number in self.leave_out if not 0 <= number < layers]
         self.require(not strange, f"leave_out={self.leave_out}", f"numbers of layers, 0 to {layers - 1}")
+        self.require(self.drop_layers < layers, f"drop_layers={self.drop_layers}", f"fewer than {layers} layers")
         wanted = [site for site in sublayers if kinds[site.kind] and not copied(site.out)]
         self.require(
             bool(wanted),
@@ -394,7 +395,8 @@ class BottleneckAdapter(Method):
         base = place.base
         path, inside = base.layer_paths()[0]
         module = base.model.get_submodule(inside)
-        size, factor = features(module)[1], self.inv_adapter_reduction_factor or 2
+        size, factor = features(module)[1], self.inv_adapter_reduction_factor
+        factor = 2 if factor is None else factor
         self.require(factor > 0, f"inv_adapter_reduction_factor={factor}", "a positive number")
         hidden = (max(1, int(size // 2 // factor)), max(1, int((size - size // 2) // factor)))
         coupling = Coupling(size, hidden, str(self.non_linearity), weight_of(module))

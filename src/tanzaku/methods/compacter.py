@@ -137,6 +137,7 @@ class Compacter(BottleneckAdapter):
 
     def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
         self.require(self.phm_dim > 0, f"phm_dim={self.phm_dim}", "1 or more")
+        self.require(self.phm_init_range > 0, f"phm_init_range={self.phm_init_range}", "above 0")
         self.require(self.phm_rank > 0, f"phm_rank={self.phm_rank}", "1 or more")
         self.require(self.phm_c_init in _RULES, f"phm_c_init={self.phm_c_init!r}", " or ".join(map(repr, _RULES)))
         drawn = self.hypercomplex_nonlinearity

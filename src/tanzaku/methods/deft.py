@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanzaku.core.delta import WeightDelta, weight_as_change, without_autocast
+from tanzaku.core.delta import WeightDelta, base_matrix, without_autocast
 from tanzaku.core.method import About, AdapterLayer, Place, trainable
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.core.targeted import TargetedWithBiases
@@ -24,6 +24,8 @@ from tanzaku.models.families import features, weight_of
 
 class ReplacedDirections(WeightDelta):
     """`deft_P` (out, r), and `deft_R` (r, in) unless directions are only taken away."""
+
+    reads_weight = True
 
     def __init__(self, module: nn.Module, r: int, method: DEFT):
         super().__init__()
@@ -38,7 +40,7 @@ class ReplacedDirections(WeightDelta):
             self.deft_R = trainable(r, n_in, like=weight, fill=None if method.init_weights else random)
             if method.init_weights and not (method._to_fill or self.deft_R.is_meta):
                 with torch.no_grad():
-                    self.deft_R.copy_(self.directions()[1].t() @ weight_as_change(module) / self.scaling)
+                    self.deft_R.copy_(self.directions()[1].t() @ base_matrix(module) / self.scaling)
 
     def directions(self) -> tuple[Tensor, Tensor]:
         """Q and P, (out, r), in full precision."""
@@ -61,7 +63,7 @@ class ReplacedDirections(WeightDelta):
 
     def delta(self, module: nn.Module) -> Tensor:
         q, p = self.directions()
-        hidden = -(p.t() @ weight_as_change(module))
+        hidden = -(p.t() @ base_matrix(module))
         return q @ (hidden + self.deft_R * self.scaling if self.writes else hidden)
 
 

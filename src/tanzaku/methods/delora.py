@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from tanzaku.core.delta import kaiming, weight_as_change
+from tanzaku.core.delta import base_matrix, kaiming
 from tanzaku.core.method import About, AdapterLayer, Place, trainable
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.core.targeted import TargetedWithBiases, pattern
@@ -38,7 +38,7 @@ class BoundedDelta(LowRankDelta):
         self.delora_lambda = trainable(1, like=weight, fill=lambda t: t.fill_(size))
         norms = torch.ones_like(self.delora_A[0]).detach()
         if not norms.is_meta:
-            norms.copy_(weight_as_change(module).norm(dim=0))
+            norms.copy_(base_matrix(module).norm(dim=0))
         self.register_buffer("delora_w_norm", norms)
 
     def matrices(self, module: nn.Module) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,8 @@ class Magnitude(WeightDelta):
         lora_magnitude_vector: holds the `weight`, (out,); of a convolution (1, out, 1, 1).
     """
 
+    reads_weight = True
+
     def __init__(self, module: nn.Module, *settings: Any):
         super().__init__(module, *settings)
         width = module.embedding_dim if isinstance(module, nn.Embedding) else features(module)[1]
@@ -58,7 +60,8 @@ class Magnitude(WeightDelta):
     def _norm(self, module: nn.Module) -> Tensor:
         with torch.autocast(self.magnitude.device.type, enabled=False):
             norm: Tensor = (base_matrix(module) + super().delta(module)).flatten(1).norm(dim=1)
-        return norm.view_as(self.magnitude)
+        # Of a feature whose weights are all zero, as in pruned models, nothing is left to divide.
+        return norm.clamp_min(torch.finfo(norm.dtype).tiny).view_as(self.magnitude)
 
     def gain(self, module: nn.Module) -> Tensor:
         """What the changed weight is multiplied by, in the shape of the magnitude."""

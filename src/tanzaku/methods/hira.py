@@ -15,7 +15,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanzaku.core.delta import WeightDelta, kaiming, shape_of, weight_as_change
+from tanzaku.core.delta import WeightDelta, base_matrix, kaiming, shape_of
 from tanzaku.core.method import About, AdapterLayer, Place, trainable
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.core.targeted import TargetedInLayers, pattern
@@ -25,6 +25,8 @@ from tanzaku.models.quantize import full_weight
 
 class ModulatedDelta(WeightDelta):
     """`hira_A` (r, in, *kernel) and `hira_B` (out, r), with a kernel of one where a convolution has one."""
+
+    reads_weight = True
 
     def __init__(self, module: nn.Module, r: int, dropout: float, init: Any):
         super().__init__()
@@ -42,11 +44,13 @@ class ModulatedDelta(WeightDelta):
 
     def delta(self, module: nn.Module) -> Tensor:
         low = (self.hira_B.flatten(1) @ self.hira_A.flatten(1)).view(len(self.hira_B), *self.hira_A.shape[1:])
-        return weight_as_change(module) * low
+        return base_matrix(module) * low
 
 
 class ModulatedEmbedding(WeightDelta):
     """`hira_embedding_A` (r, tokens), zero at first, and `hira_embedding_B` (width, r)."""
+
+    reads_weight = True
 
     def __init__(self, module: nn.Embedding, r: int, init: Any):
         super().__init__()

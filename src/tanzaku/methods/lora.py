@@ -222,6 +222,8 @@ _STARTED = ("lora_A", "lora_B", "start_A", "start_B")
 class ActivatedDelta(LoraDelta):
     """LoRA from where it is invoked in each row."""
 
+    reads_places = True
+
     def __init__(self, module: nn.Module, invocation: Invocation, *settings: Any):
         super().__init__(module, *settings)
         self.invocation = Ref(invocation)
@@ -261,7 +263,7 @@ class LoraConv2d(LoraDelta):
         conv = cast(nn.Conv2d, module)
         a, b = self.lora_A.weight, self.lora_B.weight
         x = self.dropped(module, x, a)
-        h = F.conv2d(x, a, None, conv.stride, cast(Any, conv.padding), conv.dilation, conv.groups)
+        h = conv._conv_forward(x, a, None)  # with its kind of padding
         return (y + F.conv2d(h, b, groups=conv.groups) * self.scaling).to(y.dtype)
 
     def delta(self, module: nn.Module) -> Tensor:
@@ -512,9 +514,9 @@ class LoRA(TargetedWithBiases):
         trainable_token_indices: ids of tokens whose vectors are trained, too, in the model's embedding or in several by
             name; see `TrainableTokens`.
         alora_invocation_tokens: ids of the tokens that invoke the adapter: in each row it is in force from where they
-            begin for the last time, and a row without them is the base's. In decoders alone; it cannot be merged
-            (activated LoRA, arXiv 2504.12397). Rows are looked through before a cache is there, and after that what is
-            added to them.
+            begin for the last time, and a row without them is the base's, but for a head and what `modules_to_save`
+            names, which are in force everywhere. In decoders alone; it cannot be merged (activated LoRA, arXiv
+            2504.12397). Rows are looked through before a cache is there, and after that what is added to them.
         loraplus_lr_ratio: the learning rate of B is so many times that of A, in the paper 16 (LoRA+, arXiv 2402.12354).
             `Adapter.groups` has the rates for other optimizers than a run's own.
         freeze_a: train B alone: half the parameters, and what A reads need not be kept (LoRA-FA, arXiv 2308.03303).
@@ -610,6 +612,10 @@ class LoRA(TargetedWithBiases):
         r = int(pattern(self.rank_pattern, path, self.r))
         alpha = pattern(self.alpha_pattern, path, self.lora_alpha)
         self.require(r > 0, f"r={r} for {path}", "a rank of 1 or more")
+        started = self._starts() or self.calibrates
+        self.require(
+            alpha > 0 or not started, f"lora_alpha={alpha} for {path}", f"above 0 for {self.init_lora_weights!r}"
+        )
         return r, alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
     def _parameters(
@@ -678,6 +684,8 @@ class LoRA(TargetedWithBiases):
         causal = not base.encoder_decoder and any(getattr(m, "is_causal", False) for _, m in base.attention())
         self.require(causal, f"{found} on a {type(base.model).__name__}", "a decoder, where no token sees later ones")
         self.require(not self.use_dora, f"{found} with use_dora", "one of them")
+        alone = self.bias == "none" and not self.trainable_token_indices
+        self.require(alone, f"{found} with biases or tokens", "it alone: those are in force everywhere")
         self.require(
             not (self._starts() or self.calibrates), f"{found} with {self.init_lora_weights!r}", "another start"
         )
@@ -878,8 +886,10 @@ class LoRA(TargetedWithBiases):
 
     def _check_rows(self) -> None:
         eva, (direction, scale, gamma) = self._eva(), self._lora_ga()
-        known = {*self._eva(), "use_label_mask", "label_mask_value"}
-        right = eva.keys() <= known and eva["rho"] >= 1 and 0 <= eva["tau"] <= 1
+        numbers = all(isinstance(eva[key], int | float) for key in ("rho", "tau"))
+        flags = all(isinstance(eva[key], bool) for key in ("whiten", "adjust_scaling_factors"))
+        known = eva.keys() <= {"rho", "tau", "whiten", "adjust_scaling_factors", "use_label_mask", "label_mask_value"}
+        right = known and flags and numbers and eva["rho"] >= 1 and 0 <= eva["tau"] <= 1
         self.require(right, f"eva_config={self.eva_config}", "rho of 1 or more, tau in [0, 1], whiten")
         self.require(self._corda() in ("ipm", "kpm"), f"corda_config={self.corda_config}", "corda_method ipm or kpm")
         right = direction in DIRECTIONS and scale in SCALES and gamma > 0

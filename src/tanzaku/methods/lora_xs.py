@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tanzaku.core.delta import weight_as_change
+from tanzaku.core.delta import base_matrix
 from tanzaku.core.method import About, AdapterLayer, Place, trainable
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.core.targeted import TargetedInLayers
@@ -36,7 +36,7 @@ class CoreDelta(LowRankDelta):
         self.lora_xs_R = trainable(r, r, like=weight)
         down, up = self.lora_xs_R.detach().new_zeros(r, n_in), self.lora_xs_R.detach().new_zeros(n_out, r)
         if not (to_fill or down.is_meta):
-            u, s, v = largest_singular(weight_as_change(module), r)
+            u, s, v = largest_singular(base_matrix(module), r)
             down.copy_(v)
             up.copy_(u * s)
         self.register_buffer("lora_xs_A", down)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanzaku.core.delta import WeightDelta, in_full, kaiming, weight_as_change
+from tanzaku.core.delta import WeightDelta, base_matrix, in_full, kaiming
 from tanzaku.core.method import About, AdapterLayer, Place, trainable
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.core.targeted import TargetedWithBiases
@@ -53,13 +53,15 @@ class ShardDelta(WeightDelta):
 class BlockAffineDelta(WeightDelta):
     """`miss_block` (out / r, r, r): what each block of the weight, r x r, is multiplied by and added."""
 
+    reads_weight = True
+
     def __init__(self, module: nn.Module, r: int, fill: Any):
         super().__init__()
         n_out = features(module)[1]
         self.miss_block = trainable(n_out // r, r, r, like=weight_of(module), fill=fill)
 
     def delta(self, module: nn.Module) -> Tensor:
-        weight, r = weight_as_change(module), self.miss_block.shape[-1]
+        weight, r = base_matrix(module), self.miss_block.shape[-1]
         n_out, n_in = weight.shape
         kind = torch.promote_types(self.miss_block.dtype, torch.float32)
         # (in / r, out / r, r, r): a row of blocks of the output has one matrix.

@@ -50,7 +50,7 @@ class TaskPrompt(PromptLayer):
         if len(self.prefix_task_cols) == 1:
             return self.vectors()
         task = context("task_ids", rows).to(rows.device)
-        if task.dim() != 1 or task.is_floating_point():
+        if task.dim() != 1 or task.is_floating_point() or task.dtype == torch.bool:
             raise TanzakuError(
                 f"task_ids: found {tuple(task.shape)} of {task.dtype}, expected a whole number for each row"
             )

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from tanzaku.core.delta import WeightDelta, kaiming, weight_as_change
+from tanzaku.core.delta import WeightDelta, base_matrix, kaiming
 from tanzaku.core.method import About, AdapterLayer, Place, trainable
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.core.targeted import TargetedInLayers
@@ -24,6 +24,8 @@ from tanzaku.models.families import features, weight_of
 
 class NetworkDelta(WeightDelta):
     """`peanut_A` (r, out) and `peanut_B` (out, r) with `peanut_encoders` and `peanut_decoders` (r, r) between them."""
+
+    reads_weight = True
 
     def __init__(self, module: nn.Module, method: PEANuT):
         super().__init__()
@@ -38,7 +40,7 @@ class NetworkDelta(WeightDelta):
     def delta(self, module: nn.Module) -> Tensor:
         act = ACT2FN[self.activation]
         a, encoders, decoders = self.peanut_A.weight, self.peanut_encoders, self.peanut_decoders
-        hidden: Tensor = act(F.linear(weight_as_change(module).t().to(a.dtype), a))
+        hidden: Tensor = act(F.linear(base_matrix(module).t().to(a.dtype), a))
         before = []
         for encoder in encoders:  # type: ignore[union-attr]
             before.append(hidden)

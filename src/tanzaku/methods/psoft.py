@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tanzaku.core.delta import weight_as_change, without_autocast
+from tanzaku.core.delta import base_matrix, without_autocast
 from tanzaku.core.method import About, AdapterLayer, Place, trainable
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.core.targeted import TargetedInLayers
@@ -58,7 +58,7 @@ class PlaneRotation(LowRankDelta):
         self.psoft_R = Core(weight, method)
         down, up = (self.psoft_R.weight.detach().new_zeros(size) for size in ((r, n_in), (n_out, r)))
         if not down.is_meta:
-            whole = weight_as_change(module)
+            whole = base_matrix(module)
             u, s, v = largest_singular(whole, r) if method.psoft_svd == "full" else _roughly(whole, method)
             s = s / self.scaling
             root = s.sqrt() if method.ab_svd_init == "pissa_init" else torch.ones_like(s)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanzaku.core.delta import WeightDelta, kaiming, shape_of, weight_as_change
+from tanzaku.core.delta import WeightDelta, base_matrix, kaiming, shape_of
 from tanzaku.core.method import About, AdapterLayer, Place, trainable
 from tanzaku.core.space import Range, spaces
 from tanzaku.core.targeted import TargetedInLayers
@@ -38,7 +38,7 @@ class LargestDelta(WeightDelta):
         self.supertuning_values = trainable(number, like=weight, fill=None if init else nn.init.normal_)
         indices = torch.zeros(number, dtype=torch.int32, device=self.supertuning_values.device)
         if not indices.is_meta:
-            sizes = weight_as_change(module).abs().flatten()
+            sizes = base_matrix(module).abs().flatten()
             indices.copy_(sizes.topk(number, largest=method.select_top).indices)
         self.register_buffer("supertuning_indices", indices, persistent=method.save_precomputed_indices)
         self.scaling = 0.0

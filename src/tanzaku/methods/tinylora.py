@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanzaku.core.delta import shape_of, weight_as_change
+from tanzaku.core.delta import base_matrix, shape_of
 from tanzaku.core.method import About, AdapterLayer, Place, home, trainable
 from tanzaku.core.shared import Shared, reached
 from tanzaku.core.space import Choice, Range, spaces
@@ -58,7 +58,7 @@ class TinyDelta(LowRankDelta):
         device = home(weight)
         down, up = like.new_zeros(r, sizes[1], device=device), like.new_zeros(sizes[0], r, device=device)
         if not (method._to_fill or down.is_meta):
-            whole = weight_as_change(module)
+            whole = base_matrix(module)
             u, s, v = largest_singular(whole.t() if turned else whole, r)
             down.copy_(s.sqrt()[:, None] * v)
             up.copy_(u * s.sqrt())

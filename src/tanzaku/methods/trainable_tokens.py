@@ -35,6 +35,7 @@ class Vectors(Shared):
     """
 
     place = "tokens"
+    file_prefix = "base_model.model."  # HF PEFT has each with its embedding
     name = "trainable_tokens_delta"
 
     def __init__(self, inside: str = ""):

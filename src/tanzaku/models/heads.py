@@ -77,12 +77,6 @@ def task_head(model: nn.Module) -> list[Part]:
     return list(_parts(model, "", {name for name in _task_head(model, named) if plain(named[name])}))
 
 
-def heads_above(model: nn.Module) -> list[str]:
-    """Paths of the heads that read what the layers have computed, and none lies below a layer."""
-    outside = _outside(model, parameters_of(model))
-    return [p.path for p in heads_of(model) if outside.issuperset(p.parameters) or p.path.endswith(".pooler")]
-
-
 def named_heads(model: nn.Module) -> list[Part]:
     """The head of a classifier by the names that PEFT knows, which leaves everything else as it is."""
     if not type(model).__name__.endswith(_NAMED_CLASSES):

@@ -13,12 +13,13 @@ import json
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tanzaku.errors import TanzakuError
@@ -103,25 +104,30 @@ def stored_weight(model: nn.Module, path: str) -> Tensor:
         TanzakuError: no safetensors of a checkpoint on this machine has it.
     """
     name, prefix = getattr(getattr(model, "config", None), "_name_or_path", ""), getattr(model, "base_model_prefix", "")
-    files = (_cached(name, "model.safetensors"), _cached(name, "model.safetensors.index.json"))
+    revision = getattr(getattr(model, "config", None), "_commit_hash", None)
+    cached = partial(_cached, name, revision)
+    files = (cached("model.safetensors"), cached("model.safetensors.index.json"))
     wanted = [f"{path}.weight", f"{prefix}.{path}.weight", f"{path}.weight".removeprefix(f"{prefix}.")]
-    if files[0] is None and files[1] is not None:
-        where = json.loads(files[1].read_bytes())["weight_map"]
-        file = next((_cached(name, where[key]) for key in wanted if key in where), None)
-    else:
-        file = files[0]
-    if file is not None:
-        with safe_open(file, "pt") as tensors:
-            found = next((key for key in wanted if key in tensors.keys()), None)  # noqa: SIM118 (it is no mapping)
-            if found is not None:
-                return cast(Tensor, tensors.get_tensor(found)).float()
+    try:
+        if files[0] is None and files[1] is not None:
+            where = json.loads(files[1].read_bytes())["weight_map"]
+            file = next((cached(where[key]) for key in wanted if key in where), None)
+        else:
+            file = files[0]
+        if file is not None:
+            with safe_open(file, "pt") as tensors:
+                found = next((key for key in wanted if key in tensors.keys()), None)  # noqa: SIM118 (it is no mapping)
+                if found is not None:
+                    return cast(Tensor, tensors.get_tensor(found)).float()
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise TanzakuError(f"the checkpoint of {name} is damaged: {str(error).splitlines()[0]}") from None
     raise TanzakuError(
         f"the weight of {path} before quantisation was found in no safetensors of {name or 'a model without a name'}; "
         "expected its checkpoint on this machine"
     )
 
 
-def _cached(name: str, file: str) -> Path | None:
+def _cached(name: str, revision: str | None, file: str) -> Path | None:
     """A file of a checkpoint, in its directory or in the Hub's cache."""
     if not name:
         return None
@@ -129,7 +135,7 @@ def _cached(name: str, file: str) -> Path | None:
         return Path(name, file) if Path(name, file).is_file() else None
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         return None  # a directory that is gone, and no name on the Hub
-    found = try_to_load_from_cache(name, file)
+    found = try_to_load_from_cache(name, file, revision=revision)
     return Path(found) if isinstance(found, str) else None
 
 

@@ -108,16 +108,20 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
                 )
             continue
         for name, tensor in layer.export().items():
-            for key in _keys(adapter, path, layer, name):
-                out[key] = tensor
+            keys = [*_keys(adapter, path, layer, name)]
+            if not keys:
+                raise TanzakuError(f"save: AdapterHub's form has no place for {path}.{name}; expected format='peft'")
+            out.update(dict.fromkeys(keys, tensor))
     return out
 
 
-def ours(adapter: Adapter, tensors: Mapping[str, Tensor], key_of: Callable[[str, str], str]) -> dict[str, Tensor]:
+def ours(
+    adapter: Adapter, tensors: Mapping[str, Tensor], key_of: Callable[[AdapterLayer, str], str]
+) -> dict[str, Tensor]:
     """Tensors of that library's file by our keys; what the adapter has no place for keeps its own.
 
     Args:
-        key_of: gives our key for a path and a name in the layer there.
+        key_of: gives our key for a layer and the name of a tensor in it.
     """
     left = dict(tensors)
     found = {place: key for key in tensors if (place := _place(key)) is not None}
@@ -126,7 +130,7 @@ def ours(adapter: Adapter, tensors: Mapping[str, Tensor], key_of: Callable[[str,
         for name in {} if isinstance(layer, WeightCopy) else layer.export():
             for place in map(_place, _keys(adapter, path, layer, name)):
                 if place in found and found[place] in left:
-                    out[key_of(path, name)] = left.pop(found[place])
+                    out[key_of(layer, name)] = left.pop(found[place])
     return {**out, **left}
 
 
@@ -193,10 +197,8 @@ def _place(key: str) -> tuple[Any, ...] | None:
     if table in _OF_ALL:
         return (table, rest)
     tower = tuple(word for word in _TOWERS if word in at.split("."))
-    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", at)
-    if number is None:
-        return None
-    return (table, tower, int(number[1]), _kind(at), rest)
+    numbers = tuple(int(word) for word in at.split(".") if word.isdecimal())
+    return (table, tower, numbers, _kind(at), rest) if numbers else None
 
 
 def _kind(at: str) -> str:

@@ -94,6 +94,8 @@ def save(
         with _writing(target), directory_beside(target) as beside:
             save_file(apart(hub[1]), beside / adapterhub.TENSORS)
             (beside / CONFIG).write_text(_json(hub[0]), encoding="utf-8")
+            if (text := kept(target)) is not None:
+                (beside / CARD).write_text(text, encoding="utf-8")
         return Path(path)
     tensors = apart({**_resized_embeddings(manager, adapter), **{k: t for k, (t, _) in entries(adapter).items()}})
     with _writing(target), directory_beside(target) as beside, ThreadPoolExecutor(2) as aside:
@@ -213,7 +215,8 @@ def _load_from_hub(
         warnings.warn(f"{folder} was made for {problem}", stacklevel=3)
     adapter = _attached(model, method, name, tensors, folder)
     with _attached_or_not(model, name):
-        tensors = adapterhub.ours(adapter, tensors, lambda path, each: _key(adapter.method, path, each))
+        keys = {(id(layer), each): key for key, each, _, layer in _entries(adapter)}
+        tensors = adapterhub.ours(adapter, tensors, lambda layer, each: keys[id(layer), each])
         _fill(model, adapter, tensors, folder, None, strict)
     return adapter
 
@@ -555,7 +558,7 @@ def method_of(config: dict[str, Any], folder: Path, named: Any = None) -> Method
     fit = [m for m in METHODS.values() if m.peft_type == str(kind).removeprefix(_OURS)]
     cls = next((m for m in fit if m.name == named), fit[0] if fit else None)
     if cls is None:
-        known = ", ".join(m.peft_type for m in METHODS.values())
+        known = ", ".join(dict.fromkeys(m.peft_type for m in METHODS.values()))
         raise TanzakuError(f"{where}: peft_type is {kind!r}; this version reads {known}")
     fields = {f.name for f in dataclasses.fields(cls)}
     harmless = {"peft_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", *_INERT}
@@ -576,9 +579,6 @@ _INERT = {
     "megatron_core",
     "qalora_group_size",
     "runtime_config",
-    "eva_config",
-    "corda_config",
-    "loftq_config",
 }
 
 

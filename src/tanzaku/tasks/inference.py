@@ -215,7 +215,7 @@ def _records(
 
 
 def _passes(model: PreTrainedModel, lengths: Mapping[str, list[int]]) -> Iterator[list[str]]:
-    """Which adapters go through the base together, all that share a batch and have room for one.
+    """Which adapters go through the base together, all that share a batch, have room for one and read no padding.
 
     Rows that are cut at different lengths are padded to the longest, and beside another adapter's virtual tokens these
     may be more than the model has positions for, though each adapter alone has room. Then only adapters with rows of
@@ -223,7 +223,7 @@ def _passes(model: PreTrainedModel, lengths: Mapping[str, list[int]]) -> Iterato
     """
     manager = manager_of(model)
     limit = room(manager.base)
-    shared = [name for name in lengths if manager.get(name).method.shares_batch]
+    shared = [name for name in lengths if manager.get(name).method.shares_batch and not manager.get(name).reads_padding]
     alike: dict[tuple[int, ...], list[str]] = {}
     for name in shared:
         alike.setdefault(tuple(lengths[name]), []).append(name)

@@ -136,7 +136,7 @@ class Base:
         """The module that turns token ids into vectors."""
         try:
             module = self.model.get_input_embeddings()  # type: ignore[operator]
-        except NotImplementedError:
+        except (NotImplementedError, AttributeError):
             module = None
         if not isinstance(module, nn.Embedding):
             raise TanzakuError(f"model type {self.kind!r} reads no token ids, so virtual tokens have no place in it")

@@ -48,6 +48,8 @@ def in_peft(adapter: Adapter, path: str, layer: AdapterLayer, name: str) -> str:
         targeted = any(p == path and not isinstance(s, BiasCopy | WeightCopy) for p, s in adapter.at())
         return f"{root}{path}.{'base_layer.' if targeted else ''}{name}"
     first, _, rest = name.partition(".")
+    if not path:  # what layers share: each layer has it there, and it stands here once
+        return f"base_model.{first}.{adapter.name}" + (f".{rest}" if rest else "")
     return f"{root}{path}.{first}.{adapter.name}" + (f".{rest}" if rest else "")
 
 
