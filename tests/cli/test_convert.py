@@ -10,7 +10,7 @@ from cli_kit import Tanzaku, assert_refused
 from transformers import AutoTokenizer
 
 import tanzaku as tz
-from close import assert_close
+from close import GRADIENT, assert_close
 from tanzaku.models.loading import load_classifier
 
 LABELS = ["mild", "harsh"]
@@ -20,8 +20,9 @@ LABELS = ["mild", "harsh"]
 def trained(model_dir: Path, out: Path, method: tz.Method) -> Path:
     model = load_classifier(str(model_dir), 2, id2label=dict(enumerate(LABELS)), dtype=torch.float32)
     adapter = tz.attach(model, method, "mine", seed=0)
+    generator = torch.Generator().manual_seed(0)
     for _, parameter in adapter.trained():
-        parameter.add_(torch.randn(parameter.shape) * 0.2)
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
     meta = {"model": str(model_dir), "labels": LABELS, "text": "text", "max_length": 8, "text_pair": None}
     return tz.save(model, "mine", out, meta=meta)
 
@@ -41,11 +42,13 @@ def test_an_adapter_becomes_lora(model_dir: Path, work: Path, tanzaku: Tanzaku) 
     said = tanzaku("convert", adapter, "--out", "lora", "--r", 16)
     assert said.code == 0, said.err
     assert json.loads(Path("lora/adapter_config.json").read_text())["peft_type"] == "LORA"
-    assert_close(said_by(model_dir, Path("lora")), said_by(model_dir, adapter))
+    # Through factors of a singular value decomposition.
+    assert_close(said_by(model_dir, Path("lora")), said_by(model_dir, adapter), GRADIENT)
     assert tanzaku("predict", "lora", "--data", "test.tsv").code == 0
     said = tanzaku("convert", adapter, "--out", "less", "--r", 1)
     lines = [line for line in said.err.splitlines() if "%" in line and line.endswith(".weight")]
-    assert len(lines) == 6 and "self_attn" in lines[0]
+    shares = [float(line.partition("%")[0]) for line in lines]
+    assert len(lines) == 6 and shares == sorted(shares, reverse=True)
     assert "of a tensor's change was lost (at most" in said.err
 
 
