@@ -72,3 +72,11 @@ def test_biases_are_trained_along(word: str) -> None:
 def test_mistakes(method: Any, match: str) -> None:
     with pytest.raises(tz.TanzakuError, match=match):
         tz.attach(tiny("llama"), method, "x")
+
+
+@pytest.mark.parametrize("kind", [tz.HiRA, tz.TinyLoRA])
+def test_an_embedding_that_finds_out_what_to_look_up_is_refused(kind: type[tz.Method]) -> None:
+    """Positions are counted from a mask inside of it: what it reads is no index into the change."""
+    with pytest.raises(tz.TanzakuError, match=r"embed_positions, a .*finds out by itself.*lora changes"):
+        tz.attach(tiny("opt", "lm"), kind(target_modules=["embed_positions"]), "a")
+    tz.attach(tiny("opt", "lm"), kind(target_modules=["embed_tokens"]), "a")

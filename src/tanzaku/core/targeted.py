@@ -64,6 +64,10 @@ class Targeted(Method):
         found = self.find(base)
         for path, module in found:
             self.require(self.fits(module), f"{path}, a {type(module).__name__}", self.kinds)
+            plain = not isinstance(module, nn.Embedding) or hasattr(module, "embed_scale")
+            itself = not plain and type(module).forward is not nn.Embedding.forward
+            found_at = f"{path}, a {type(module).__name__}, which finds out by itself what to look up"
+            self.require(not itself, found_at, "an embedding that is given ids; lora changes such a one, too")
             shape_of(module, path)
         return found
 
