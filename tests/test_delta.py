@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from close import assert_close
 from tanzaku.core.delta import WeightDelta
-from tanzaku.methods.lora import LoraConv2d, LoraDelta, LoraEmbedding
+from tanzaku.methods.lora_layers import LoraConv2d, LoraDelta, LoraEmbedding
 
 
 class Plain(WeightDelta):

@@ -10,7 +10,7 @@ import torch
 from bench import families, zoo
 
 from tanzaku.errors import TanzakuError
-from tanzaku.methods.lora import LoraDelta
+from tanzaku.methods.lora_layers import LoraDelta
 from tanzaku.methods.prompt_tuning import PromptTuning
 from tiers import in_families
 

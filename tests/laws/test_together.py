@@ -12,7 +12,7 @@ from tanzaku.core.manager import manager_of
 from tanzaku.core.method import ModuleLayer
 from tanzaku.methods.adalora import SvdDelta
 from tanzaku.methods.ia3 import ScaleLayer
-from tanzaku.methods.lora import LoraDelta
+from tanzaku.methods.lora_layers import LoraDelta
 from tiers import in_families
 
 LAYERS = {"lora": LoraDelta, "adalora": SvdDelta, "ia3": ScaleLayer}

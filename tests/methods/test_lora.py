@@ -13,7 +13,7 @@ import tanzaku as tz
 from close import GRADIENT, HALF, assert_close, close
 from models import VOCAB, batch, tiny
 from tanzaku.core.weights import BiasCopy
-from tanzaku.methods.lora import low_rank
+from tanzaku.methods.low_rank import low_rank
 
 
 @torch.no_grad()

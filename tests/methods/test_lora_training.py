@@ -9,7 +9,7 @@ from close import RUN, assert_close
 from interop.oracle import reopened
 from models import batch, tiny
 from tanzaku.core.adapter import Adapter
-from tanzaku.methods.lora import low_rank
+from tanzaku.methods.low_rank import low_rank
 from tanzaku.train.results import Job
 from tanzaku.train.scheduler import train_jobs
 from tanzaku.train.settings import TrainSettings

@@ -25,7 +25,7 @@ from tanzaku.core import dropout as module
 from tanzaku.core.dropout import JobDropout, JobSlice, mark, replayed, rewind
 from tanzaku.core.method import Method
 from tanzaku.core.routing import Route
-from tanzaku.methods.lora import LoraDelta
+from tanzaku.methods.lora_layers import LoraDelta
 from tanzaku.train.active_job import ActiveJob
 from tanzaku.train.results import Job
 from tanzaku.train.scheduler import JobScheduler

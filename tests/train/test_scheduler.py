@@ -19,7 +19,7 @@ from models import tiny
 from tanzaku.core.adapter import Adapter
 from tanzaku.core.method import Method
 from tanzaku.engine.onednn import PrepackedWeights
-from tanzaku.methods.lora import LoraDelta
+from tanzaku.methods.lora_layers import LoraDelta
 from tanzaku.tasks.classification import Classification
 from tanzaku.tasks.task import TaskData
 from tanzaku.train.active_job import ActiveJob

@@ -17,7 +17,7 @@ from tanzaku.engine.attention import _Rows, row_attention
 from tanzaku.engine.gates import _SILU, _Gated
 from tanzaku.engine.norms import _Norm
 from tanzaku.engine.products import Directions, _Product, _TrainedProduct
-from tanzaku.methods.lora import _LowRank
+from tanzaku.methods.low_rank import _LowRank
 
 for module in pkgutil.walk_packages(tanzaku.__path__, "tanzaku."):
     if not module.name.endswith("__main__"):

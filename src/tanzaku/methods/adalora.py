@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from tanzaku.core.delta import WeightDelta, in_full
 from tanzaku.core.method import About, AdapterLayer, Attached, Place, trainable
 from tanzaku.core.space import Choice, Range, ends, spaces
-from tanzaku.methods.lora import LoRA, low_rank
+from tanzaku.methods.lora import LoRA
+from tanzaku.methods.low_rank import low_rank
 from tanzaku.models.families import features, weight_of
 
 

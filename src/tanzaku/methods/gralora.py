@@ -20,7 +20,7 @@ from tanzaku.core.delta import WeightDelta, kaiming
 from tanzaku.core.method import About, AdapterLayer, Place, trainable
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.core.targeted import TargetedWithBiases
-from tanzaku.methods.lora import Low
+from tanzaku.methods.low_rank import Low
 from tanzaku.models.families import features, weight_of
 
 

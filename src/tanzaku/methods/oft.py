@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tanzaku.core.method import About, AdapterLayer, Attached, Place, trainable
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.core.targeted import TargetedWithBiases
-from tanzaku.methods.lora import Low
+from tanzaku.methods.low_rank import Low
 from tanzaku.methods.turning import TurnedInput, blockwise, cayley, some_left_out, unit
 from tanzaku.models.families import features, weight_of
 

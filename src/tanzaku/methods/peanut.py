@@ -18,7 +18,7 @@ from tanzaku.core.delta import WeightDelta, base_matrix, kaiming
 from tanzaku.core.method import About, AdapterLayer, Place, trainable
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.core.targeted import TargetedInLayers
-from tanzaku.methods.lora import Low
+from tanzaku.methods.low_rank import Low
 from tanzaku.models.families import features, weight_of
 
 

@@ -21,7 +21,7 @@ from tanzaku.core.method import About, AdapterLayer, Place, trainable
 from tanzaku.core.space import Range, spaces
 from tanzaku.core.targeted import TargetedInLayers
 from tanzaku.errors import TanzakuError
-from tanzaku.methods.lora import Low
+from tanzaku.methods.low_rank import Low
 from tanzaku.models.families import weight_of
 
 

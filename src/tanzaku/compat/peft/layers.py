@@ -27,7 +27,7 @@ from tanzaku.methods.adalora import SvdDelta
 from tanzaku.methods.dora import Magnitude
 from tanzaku.methods.ia3 import ScaleLayer
 from tanzaku.methods.llama_adapter import GatedPrompt
-from tanzaku.methods.lora import LoraConv2d, LoraDelta, LoraEmbedding
+from tanzaku.methods.lora_layers import LoraConv2d, LoraDelta, LoraEmbedding
 from tanzaku.methods.prompt_tuning import PromptLayer
 from tanzaku.models import tree
 from tanzaku.models.families import features

@@ -18,7 +18,7 @@ from tanzaku.methods.activated import Invocation
 from tanzaku.methods.adalora import SvdDelta
 from tanzaku.methods.dora import Magnitude
 from tanzaku.methods.ia3 import ScaleLayer
-from tanzaku.methods.lora import (
+from tanzaku.methods.lora_layers import (
     ActivatedDelta,
     DoraConv2d,
     DoraDelta,
