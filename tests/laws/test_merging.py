@@ -192,7 +192,9 @@ def test_what_is_not_in_memory_is_not_merged_into(name, tmp_path):
         tz.merge(empty, name)
 
 
-@pytest.mark.parametrize(("first", "second"), [("oft", "lora"), ("hra", "oft"), ("lora", "hira"), ("lora", "peanut")])
+@pytest.mark.parametrize(
+    ("first", "second"), [("oft", "lora"), ("hra", "oft"), ("lora", "hira"), ("lora", "peanut"), ("lora", "full")]
+)
 def test_a_stack_whose_order_would_count_is_not_merged(first, second):
     """A pass turns what a module reads before all else, and shows each adapter the base's own weight."""
     model = bamboo()
@@ -204,7 +206,9 @@ def test_a_stack_whose_order_would_count_is_not_merged(first, second):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("first", "second"), [("lora", "oft"), ("loha", "vera"), ("ia3", "lora"), ("hira", "lora")])
+@pytest.mark.parametrize(
+    ("first", "second"), [("lora", "oft"), ("loha", "vera"), ("ia3", "lora"), ("hira", "lora"), ("full", "lora")]
+)
 def test_a_stack_that_adds_up_is_merged(first, second):
     model = bamboo()
     attached(model, first)

@@ -142,15 +142,20 @@ def merge(
 
 def _check_order(stack: Sequence[Adapter]) -> None:
     """Raise an error where merging one adapter after another is not what their stack computes: a pass changes what a
-    module reads before anything else, and shows every adapter the base's own weight."""
+    module reads before anything else, shows every adapter the base's own weight, and adds to copies of it."""
     below: dict[str, tuple[Adapter, ModuleLayer]] = {}
     for adapter in stack:
         here = {path: layer for path, layer in adapter.at() if isinstance(layer, ModuleLayer)}
-        for path, layer in here.items():
-            if path in below and (below[path][1].edits_input or layer.reads_weight):
+        copied = {
+            _full(path, key) for path, layer in adapter.at() if isinstance(layer, WeightCopy) for key in layer.own
+        }
+        for path, (other, layer) in below.items():
+            again = here.get(path)
+            turned = again is not None and (layer.edits_input or again.reads_weight)
+            if turned or _full(path, "weight") in copied:
                 raise TanzakuError(
-                    f"merge: {below[path][0].name!r} and {adapter.name!r} both change {path}, and one after the other "
-                    "they would not be what rows of both compute; merge one of them, or keep both in a route"
+                    f"merge: {other.name!r} and {adapter.name!r} both change {path}, and one after the other they would "
+                    "not be what rows of both compute; merge one of them, or keep both in a route"
                 )
         below |= {path: (adapter, layer) for path, layer in here.items()}
 
