@@ -60,7 +60,7 @@ def attach(model: nn.Module, method: Method, name: str = "default", *, seed: int
         raise TanzakuError(f"an adapter named {name!r} is attached already; detach it first or choose another name")
     # Building notes the family's defaults in the settings: the caller's own object may go to another model yet.
     method = copy.deepcopy(method)
-    method.check_finite()
+    method.check_values()
     with _at_home(manager.base), seeded(seed, (p.device for p in model.parameters())):
         place = Place(manager.base, {each: manager.get(each) for each in method.uses()})
         layers = [*method.build(place)]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -61,6 +62,7 @@ class AdapterLayer(nn.Module):
     """Parameters and mathematics of one adapter at one site."""
 
     trained = True  # False for what is only kept, such as a head that is not to be trained
+    found_again: ClassVar[tuple[str, ...]] = ()  # tensors that HF PEFT computes of the base, and its files lack
     hub: ClassVar[str | None] = None  # where the Adapters library keeps such layers, by its own word
 
     def check_here(self, like: Tensor) -> None:
@@ -255,7 +257,8 @@ class Method:
     without_prefix: ClassVar[tuple[str, ...]] = ("prompt_embeddings",)  # names of tensors that stand bare in files
     combines_by: ClassVar[str | None] = None  # the usual way to make one of several adapters; see `combined`
     holds_changes: ClassVar[bool] = False  # its layers define `hold`, so that other adapters can be made ones of it
-    starts_as_base: ClassVar[bool] = True  # False: what is drawn at first changes the model, even without new tokens
+    starts_as_base: ClassVar[bool] = True  # False: by no setting does it start without changing the model
+    nonzero: ClassVar[tuple[str, ...]] = ()  # settings that, at zero, leave nothing that could ever be learnt
     repeats: ClassVar[tuple[str, ...]] = ()  # names of tensors that PEFT's files hold at each site, too, for nothing
     in_peft: ClassVar[bool] = True  # False: HF PEFT has the method under no name
     not_in_peft: ClassVar[Mapping[str, Any]] = {}  # settings PEFT has not, by what needs no word in its files
@@ -393,14 +396,19 @@ class Method:
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Method:
         """Build from plain settings; an unknown name or a value of a wrong type is an error that says what fits."""
-        known = cls.check_names(settings)
+        cls.check_names(settings)
+        cls._check_types(settings)
+        return cls(**settings)
+
+    @classmethod
+    def _check_types(cls, settings: Mapping[str, Any]) -> None:
+        known = {f.name: f.type for f in dataclasses.fields(cls)}
         checks = _checks(cls)  # type: ignore[arg-type]  # a class can be hashed, though its instances cannot
         for key, value in settings.items():
             try:
                 checks[key].validate_python(value, strict=True)
             except ValidationError:
                 raise TanzakuError(f"method {cls.name!r}: {key} is {value!r}, expected {known[key]}") from None
-        return cls(**settings)
 
     @classmethod
     def check_names(cls, settings: Iterable[str]) -> dict[str, Any]:
@@ -418,9 +426,14 @@ class Method:
         """Plain settings, as :meth:`from_settings` reads them."""
         return dataclasses.asdict(self)
 
-    def check_finite(self) -> None:
-        """Raise a clear error where a setting is nan or infinite: whatever depends on it would be, too."""
-        for key, value in self.settings().items():
+    def check_values(self) -> None:
+        """Raise a clear error where a setting is of another type than its own, nan or infinite, which whatever depends
+        on it would be, too, or zero where nothing could be learnt then."""
+        settings = self.settings()
+        self._check_types({key: _plain(value) for key, value in settings.items()})
+        for key in () if self._to_fill else self.nonzero:
+            self.require(settings[key] != 0, f"{key}={settings[key]}", "another number: at zero nothing is ever learnt")
+        for key, value in settings.items():
             for number in value.values() if isinstance(value, dict) else [value]:
                 finite = not isinstance(number, float) or math.isfinite(number)
                 self.require(finite, f"{key}={value}", "a finite number")
@@ -440,6 +453,15 @@ class Method:
         """Raise a clear error unless `ok`."""
         if not ok:
             raise TanzakuError(f"{self.name}: found {found}, expected {expected}")
+
+
+def _plain(value: Any) -> Any:
+    """A value as recipes have it: also numbers of other libraries, and other collections than lists."""
+    if isinstance(value, tuple | set | frozenset):
+        return list(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 @cache

@@ -284,7 +284,7 @@ class BottleneckAdapter(Method):
     summary = "small networks between the layers, which add to the residual stream"
     about = About(
         where="what the feed-forward of each layer, and attention if wanted, adds to the residual stream",
-        parameters="adapters a layer * (2 * width * bottleneck + width + bottleneck)",
+        parameters="adapters a layer * (2 * width * bottleneck + width + bottleneck), and an invertible one's",
         cost="two small products a layer, one after the other, between the layers",
         choose="for tasks that need new functions of a text and not other weights; it was the first of its kind",
         limits="is not linear, so it cannot be merged",

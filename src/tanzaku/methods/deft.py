@@ -87,7 +87,7 @@ class DEFT(TargetedWithBiases):
     summary = "directions of a module's output taken away and written anew"
     about = About(
         where="query and value projections: y - Q P^T W x + (alpha / r) Q R x",
-        parameters="r (in + out) a matrix",
+        parameters="r (in + out) a matrix; r out with para",
         cost="three products of rank r a matrix",
         choose="for new concepts that should replace what the model had there, as in image models",
         limits="trains with what it takes away, which may be what the model knew",

@@ -73,6 +73,7 @@ class DeLoRA(TargetedWithBiases):
     by_default = False
     mergeable = True
     own_biases = "delora_only"
+    nonzero = ("delora_lambda",)
     learning_rate = 1e-3  # HF PEFT's method comparison (MetaMathQA, rank 32).
     # PEFT's notes: 1e-3 to 1e-2, and beyond.
     space = spaces(r=Choice((4, 8, 16, 32)), learning_rate=Range(5e-4, 5e-2, log=True))

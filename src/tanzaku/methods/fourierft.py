@@ -117,6 +117,7 @@ class FourierFT(SpectrumTuning):
     by_default = False
     mergeable = True
     own_biases = "fourier_only"
+    nonzero = ("scaling",)
     learning_rate = 1e-4  # HF PEFT's method comparison (MetaMathQA), whose default it takes.
     # Three decades above PEFT's rate: a coefficient is spread over the whole matrix, and has far to go.
     space = spaces(learning_rate=Range(1e-4, 1e-1, log=True))

@@ -93,6 +93,7 @@ class GraLoRA(TargetedWithBiases):
     mergeable = True
     chosen_only_here: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     own_biases = "gralora_only"
+    nonzero = ("alpha",)
     learning_rate = 2e-4  # HF PEFT's method comparison (MetaMathQA, rank 32).
     # As for LoRA, whose form it has in each block; ranks that two blocks divide.
     space = spaces(r=Choice((4, 8, 16, 32)), learning_rate=Range(5e-5, 5e-3, log=True))

@@ -71,6 +71,7 @@ class LoHa(Lycoris):
     )
     by_default = False
     mergeable = True
+    nonzero = ("alpha",)
     learning_rate = 1e-4  # HF PEFT's method comparison (MetaMathQA, rank 32).
     # As for LoRA's ranks, around PEFT's rate: a product of four factors moves slower than one of two.
     space = spaces(r=Choice((2, 4, 8, 16, 32)), learning_rate=Range(5e-5, 5e-3, log=True))

@@ -113,6 +113,7 @@ class LoKr(Lycoris):
     )
     by_default = False
     mergeable = True
+    nonzero = ("alpha",)
     learning_rate = 3e-3  # HF PEFT's method comparison (MetaMathQA, rank 32, factor 4).
     # A decade around PEFT's rate; the rank of the larger factor.
     space = spaces(r=Choice((2, 4, 8, 16, 32)), learning_rate=Range(3e-4, 3e-2, log=True))

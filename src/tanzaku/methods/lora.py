@@ -122,6 +122,7 @@ class LoRA(TargetedWithBiases):
     combines_by: ClassVar[str | None] = "cat"  # exact
     holds_changes: ClassVar[bool] = True
     not_in_peft: ClassVar[Mapping[str, Any]] = {"loraplus_lr_ratio": 1.0, "freeze_a": False}
+    nonzero = ("lora_alpha",)
     learning_rate = 3e-4  # HF PEFT's method comparison (MetaMathQA), and the upper half of the papers' 1e-4 to 5e-4.
     # The paper: ranks from 1 up do nearly alike, at 2e-4 (GPT-2) to 5e-4 (RoBERTa); a decade lies on either side.
     space = spaces(r=Choice((1, 4, 8, 16, 32)), learning_rate=Range(5e-5, 5e-3, log=True))
@@ -380,6 +381,8 @@ class LoRA(TargetedWithBiases):
 
     def calibrate(self, adapter: Attached, passes: Iterable[Callable[[], Tensor]]) -> None:
         layers = {path: layer for path, layer in adapter.at() if isinstance(layer, LoraDelta)}
+        fresh = all(layer.watch is not None for layer in layers.values())
+        self.require(fresh, "an adapter that has started already", "one that has seen no rows: attach another")
         looks = {path: self._look(layer) for path, layer in layers.items()}
         try:
             for path, layer in layers.items():

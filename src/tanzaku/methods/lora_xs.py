@@ -77,6 +77,7 @@ class LoRAXS(TargetedInLayers):
     in_peft = False
     by_default = False
     mergeable = True
+    nonzero = ("lora_alpha",)
     learning_rate = 1e-3  # HF PEFT's for TinyLoRA in its method comparison, which has the same frame.
     # A decade and more around it; more singular values not every matrix has.
     space = spaces(r=Choice((4, 8, 16)), learning_rate=Range(1e-4, 4e-2, log=True))

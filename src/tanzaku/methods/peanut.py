@@ -1,6 +1,6 @@
 """PEANuT: a small network reads the weight and writes its change.
 
-    y = W x + scaling D(W)^T x,  D(W) = B f(... f(W^T A^T)), with layers between that mirror each other,  B = 0 at first
+    y = W x + scaling D(W)^T x,  D(W) = f(... f(W^T A^T)) B^T, with layers between that mirror each other;  B = 0 first
 
 Zhong et al. 2024, arXiv 2410.01870.
 """
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from tanzaku.core.delta import WeightDelta, base_matrix, kaiming
 from tanzaku.core.method import About, AdapterLayer, Place, trainable
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.core.targeted import TargetedInLayers
 from tanzaku.methods.low_rank import Low
+from tanzaku.methods.parts import activation, activations
 from tanzaku.models.families import features, weight_of
 
 
@@ -38,7 +38,7 @@ class NetworkDelta(WeightDelta):
             self.add_module(name, nn.ModuleList(layers))
 
     def delta(self, module: nn.Module) -> Tensor:
-        act = ACT2FN[self.activation]
+        act = activation(self.activation)
         a, encoders, decoders = self.peanut_A.weight, self.peanut_encoders, self.peanut_decoders
         hidden: Tensor = act(F.linear(base_matrix(module).t().to(a.dtype), a))
         before = []
@@ -73,6 +73,7 @@ class PEANuT(TargetedInLayers):
     )
     by_default = False
     mergeable = True
+    nonzero = ("scaling",)
     learning_rate = 1e-4  # HF PEFT's method comparison (MetaMathQA, rank 32), whose default it takes.
     # From PEFT's rate up, as LoRA's.
     space = spaces(r=Choice((4, 8, 16, 32)), learning_rate=Range(5e-5, 5e-3, log=True))
@@ -86,6 +87,8 @@ class PEANuT(TargetedInLayers):
     def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
         self.require(self.r > 0, f"r={self.r}", "a width of 1 or more")
         self.require(0 <= self.depth <= 100, f"depth={self.depth}", "0 to 100")
-        self.require(self.act_fn in ACT2FN, f"act_fn={self.act_fn!r}", "one of transformers', such as 'relu' or 'gelu'")
+        self.require(
+            self.act_fn in activations(), f"act_fn={self.act_fn!r}", "one of transformers', such as 'relu' or 'gelu'"
+        )
         for path, module in self.find_fitting(place.base):
             yield path, NetworkDelta(module, self)

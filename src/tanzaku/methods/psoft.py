@@ -42,11 +42,13 @@ class Core(nn.Module):
 
 
 class PlaneRotation(LowRankDelta):
-    """`psoft_R`, between the frozen factors (r, in) and (out, r) of the weight, which its file does not hold: they are
-    computed of the base's weight again."""
+    """`psoft_R`, between the frozen factors `psoft_down` (r, in) and `psoft_up` (out, r) of the weight. HF PEFT's files
+    lack these: of such a file they are computed of the base's weight again, where singular vectors may have other signs
+    on another machine, or over a base of another type."""
 
-    down: Tensor
-    up: Tensor
+    found_again = ("psoft_down", "psoft_up")
+    psoft_down: Tensor
+    psoft_up: Tensor
 
     def __init__(self, module: nn.Module, method: PSOFT):
         super().__init__()
@@ -64,8 +66,8 @@ class PlaneRotation(LowRankDelta):
             root = s.sqrt() if method.ab_svd_init == "pissa_init" else torch.ones_like(s)
             down.copy_(root[:, None] * v)
             up.copy_(u * (s / root))
-        self.register_buffer("down", down, persistent=False)
-        self.register_buffer("up", up, persistent=False)
+        self.register_buffer("psoft_down", down)
+        self.register_buffer("psoft_up", up)
 
     def core(self) -> Tensor:
         """diag(b) R diag(a), (r, r), in full precision."""
@@ -93,7 +95,7 @@ class PlaneRotation(LowRankDelta):
 
     def matrices(self, module: nn.Module) -> tuple[Tensor, Tensor]:
         core = self.core()
-        return (core - unit(core)) @ self.down.to(core), self.up.to(core)
+        return (core - unit(core)) @ self.psoft_down.to(core), self.psoft_up.to(core)
 
 
 def _roughly(weight: Tensor, method: PSOFT) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,7 +134,8 @@ class PSOFT(TargetedInLayers):
         parameters="r (r - 1) / 2 + 2 r a matrix, whatever its size",
         cost="as LoRA; a singular value decomposition of each matrix whenever it is attached",
         choose="for few trained numbers that keep what the model knows",
-        limits="changes only what W's largest directions read and write; takes long to attach to large models",
+        limits="changes only what W's largest directions read and write; takes long to attach to large models; its "
+        "file holds r (in + out) numbers a matrix beside the trained ones",
     )
     by_default = False
     mergeable = True
@@ -170,7 +173,7 @@ class PSOFT(TargetedInLayers):
             self.require(getattr(self, name) in known, f"{name}={getattr(self, name)!r}", " or ".join(map(repr, known)))
         self.require(self.psoft_alpha > 0, f"psoft_alpha={self.psoft_alpha}", "a number above 0")
         self.require(0 <= self.psoft_svd_lowrank_niter <= 1000, "psoft_svd_lowrank_niter", "0 to 1000")
-        self.require(self.num_cayley_neumann_terms > 0, f"{self.num_cayley_neumann_terms} terms", "1 or more")
+        self.require(1 < self.num_cayley_neumann_terms <= 100, f"{self.num_cayley_neumann_terms} terms", "2 to 100")
         eps = self.cayley_neumann_eps
         self.require(eps is None or eps > 0, f"cayley_neumann_eps={eps}", "a number above 0")
         self.check_chance("psoft_dropout")

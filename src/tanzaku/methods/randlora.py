@@ -94,7 +94,7 @@ class RandLoRA(TargetedWithBiases):
     summary = "scales of random low-rank matrices that add up to full rank"
     about = About(
         where="query and value projections: y + (alpha / r) sum_j B_j diag(lambda_j) A diag(gamma_j) x",
-        parameters="min(in, out) + min(in, out)^2 / r a matrix",
+        parameters="n (r + min(in, out)) a matrix, n = min(in, out) / r, rounded up",
         cost="two products of the matrix's smaller side",
         choose="where LoRA's rank is too low, at LoRA's number of parameters",
         limits="slower than LoRA; files hold the random matrices unless save_projection=False",
@@ -104,6 +104,7 @@ class RandLoRA(TargetedWithBiases):
     chosen_only_here: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     repeats = ("randlora_A", "randlora_B")
     own_biases = "randlora_only"
+    nonzero = ("randlora_alpha",)
     learning_rate = 1e-4  # HF PEFT's method comparison (MetaMathQA, rank 32), whose default it takes.
     # Two decades above PEFT's rate; ranks up to its default, of which smaller ones have more numbers.
     space = spaces(r=Choice((8, 16, 32)), learning_rate=Range(5e-5, 1e-2, log=True))

@@ -83,7 +83,8 @@ class Supertuning(TargetedInLayers):
         select_top: True trains the largest, False the smallest.
         r, lora_alpha: rank of a LoRA beside them, and its scale lora_alpha / r; None for none.
         lora_dropout: probability of dropping an input of A in training.
-        save_precomputed_indices: keep in files which numbers are trained; without, they are found again.
+        save_precomputed_indices: keep in files which numbers are trained; without, they are found again, and over a
+            base of another type may be others.
         init_weights: True starts with a change of zero, False at random.
     """
 
@@ -93,7 +94,7 @@ class Supertuning(TargetedInLayers):
     summary = "the largest numbers of each matrix"
     about = About(
         where="query and value projections: y + S x, S where W's numbers are largest",
-        parameters="(1 - sparsity) in out a matrix",
+        parameters="(1 - sparsity) in out a matrix, and r (in + out) where r is given",
         cost="a product with the whole change of each matrix",
         choose="where adapters are merged and swapped: few numbers of the base change",
         limits="as slow as training full matrices; files hold the places, too",

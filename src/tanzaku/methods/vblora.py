@@ -125,6 +125,7 @@ class VBLoRA(TargetedWithBiases):
         "deberta-v2": ("query", "key", "value", "dense"),
     }
     own_biases = "vblora_only"
+    nonzero = ("init_vector_bank_bound",)
     learning_rate = 5e-4  # HF PEFT's method comparison (MetaMathQA, 1024 vectors); its notes: 1e-3 to 1e-2.
     # PEFT's notes: 1e-2 for logits, 1e-3 for the bank; one rate is for both.
     space = spaces(topk=Choice((2, 3, 6)), learning_rate=Range(3e-4, 3e-2, log=True))

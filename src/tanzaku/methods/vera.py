@@ -91,6 +91,7 @@ class VeRA(TargetedWithBiases):
     chosen_only_here: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     targets_by_kind: ClassVar[Any] = {**TargetedWithBiases.targets_by_kind, "phi": ("query", "value")}
     own_biases = "vera_only"
+    nonzero = ("d_initial",)
     learning_rate = 1e-3  # HF PEFT's method comparison (MetaMathQA, rank 256).
     # From PEFT's rate up, as its factors are few; ranks around the paper's 256 and 1024.
     space = spaces(r=Choice((64, 256, 1024)), learning_rate=Range(1e-3, 1e-1, log=True))

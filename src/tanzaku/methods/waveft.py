@@ -104,6 +104,7 @@ class WaveFT(SpectrumTuning):
     by_default = False
     mergeable = True
     own_biases = "waveft_only"
+    nonzero = ("scaling",)
     learning_rate = 1e-4  # HF PEFT's method comparison (MetaMathQA, 5000 coefficients), whose default it takes.
     # Two decades above PEFT's rate: a coefficient stands for several numbers, scaled by 25.
     space = spaces(learning_rate=Range(5e-5, 1e-2, log=True))

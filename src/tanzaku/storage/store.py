@@ -499,7 +499,8 @@ def _fill(
     expected = list(_entries(adapter))
     keys = {key for key, *_ in expected}
     problems = []
-    missing = [(key, _not_trained(name, layer)) for key, name, _, layer in expected if key not in tensors]
+    absent = [(key, name, layer) for key, name, _, layer in expected if key not in tensors]
+    missing = [(key, _not_trained(name, layer)) for key, name, layer in absent if name not in layer.found_again]
     if kept := [key for key, spare in missing if spare]:
         warnings.warn(f"{folder} holds no {listed(kept)}: the model's own is used", stacklevel=3)
     if lost := [key for key, spare in missing if not spare]:
