@@ -154,8 +154,8 @@ def _check_order(stack: Sequence[Adapter]) -> None:
             turned = again is not None and (layer.edits_input or again.reads_weight)
             if turned or _full(path, "weight") in copied:
                 raise TanzakuError(
-                    f"merge: {other.name!r} and {adapter.name!r} both change {path}, and one after the other they would "
-                    "not be what rows of both compute; merge one of them, or keep both in a route"
+                    f"merge: {other.name!r} and {adapter.name!r} both change {path}, and one after the other they "
+                    "would not be what rows of both compute; merge one of them, or keep both in a route"
                 )
         below |= {path: (adapter, layer) for path, layer in here.items()}
 
