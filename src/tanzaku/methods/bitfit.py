@@ -17,6 +17,11 @@ from tanzaku.core.space import Range, spaces
 from tanzaku.core.survey import biased
 from tanzaku.core.weights import AddedBias, BiasCopy
 
+_ROLES = {  # Nothing is added where tokens are mixed without attention: padding is zero there only without biases.
+    "query_up": ("query", "up"),
+    "add": ("query", "key", "value", "out", "gate", "up", "down"),
+}
+
 
 @dataclass
 class BitFit(Method):
@@ -42,37 +47,24 @@ class BitFit(Method):
     in_peft = False
     by_default = False  # many models have no bias
     mergeable = True
-    learning_rate = 1e-3  # The authors' own example; the paper searches from 1e-4 up for BERT.
-    # A decade below the authors' 1e-3, and one above: what is added starts at zero.
-    space = spaces(learning_rate=Range(1e-4, 1e-2, log=True))
+    learning_rate = 1e-3  # the authors' own example; their search begins at 1e-4
+    space = spaces(learning_rate=Range(1e-4, 1e-2, log=True))  # and added biases start at zero: a decade above, too
 
     bias_scope: str = "all"
 
     def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
-        base, scopes = place.base, ("all", "query_up", "add")
-        self.require(self.bias_scope in scopes, f"bias_scope={self.bias_scope!r}", "'all', 'query_up' or 'add'")
-        copied = self.copied(base)
-
-        def skip(path: str) -> bool:
-            return copied(path) or not base.in_language_model(path)
-
-        own = dict(biased(base, skip))
-        instead = "use bias_scope='all', for the biases that there are" if own else "use another method"
-        added: dict[str, nn.Module] = {}
-        if self.bias_scope == "query_up":
-            wanted = base.targets(base.defaults(self.name, ("query", "up"), instead=instead), skip=skip)
-            own = {path: own[path] for path, _ in wanted if path in own}
-        if self.bias_scope == "add":
-            # Not where tokens are mixed without attention: there padding is zero only as long as nothing is added.
-            roles = ("query", "key", "value", "out", "gate", "up", "down")
-            found = base.targets(base.defaults(self.name, roles, instead=instead), skip=skip)
-            added = {path: module for path, module in found if module._parameters.get("bias") is None}
+        base, copied, scope = place.base, self.copied(place.base), self.bias_scope
+        self.require(scope in ("all", *_ROLES), f"bias_scope={scope!r}", "'all', 'query_up' or 'add'")
+        own = dict(biased(base, skip := lambda path: copied(path) or not base.in_language_model(path)))
+        there: dict[str, nn.Module] = own
+        if scope != "all":
+            instead = "use bias_scope='all', for the biases that there are" if own else "use another method"
+            there = dict(base.targets(base.defaults(self.name, _ROLES[scope], instead=instead), skip=skip))
+        chosen = {path: BiasCopy(m) for path, m in own.items() if path in there or scope == "add"}
+        bare = {path: m for path, m in there.items() if scope == "add" and m._parameters.get("bias") is None}
+        what = f"a {type(base.model).__name__} without a bias" + (" there" if scope == "query_up" else "")
         self.require(
-            bool(own or added),
-            f"a {type(base.model).__name__} without a bias" + (" there" if self.bias_scope == "query_up" else ""),
-            "one that has some, or bias_scope='add', which gives some to attention and feed-forward",
+            bool(chosen or bare), what, "one that has some, or bias_scope='add', which gives linear layers some"
         )
-        for path, module in own.items():
-            yield path, BiasCopy(module)
-        for path, module in added.items():
-            yield path, AddedBias(module, path)
+        yield from chosen.items()
+        yield from ((path, AddedBias(module, path)) for path, module in bare.items())
