@@ -35,7 +35,8 @@ _ENCODER = {**_DECODER, "type_vocab_size": 2}
 _ROBERTA_IDS = {"pad_token_id": 1, "bos_token_id": 0}
 _TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
-# Kind -> (model_type, settings beside the common ones).
+# Kind -> (model_type, settings beside the common ones). Activations are smooth: a gradient jumps where a ReLU's input
+# is zero but for rounding, which is another number on another processor and in another batch.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _GROUPED),
     "mistral": ("mistral", {**_GROUPED, "sliding_window": 64}),
@@ -66,6 +67,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "max_position_embeddings": 128,
+            "activation_function": "gelu",
         },
     ),
     "bert": ("bert", _ENCODER),
@@ -76,7 +78,15 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "t5": (
         "t5",
-        {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+        {
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+            "decoder_start_token_id": 0,
+            "feed_forward_proj": "gelu",
+        },
     ),
     "bart": (
         "bart",

@@ -201,7 +201,7 @@ def test_accelerate_keeps_the_state(name, tmp_path):
 
 
 def test_lightning_trains_it_and_its_checkpoints_hold_it(tmp_path):
-    import pytorch_lightning as lightning  # seconds, for this test alone
+    lightning = pytest.importorskip("pytorch_lightning")  # seconds, for this test alone
 
     class Program(lightning.LightningModule):
         def __init__(self):

@@ -25,6 +25,7 @@ from tanzaku.methods import METHODS
 from tiers import costly
 
 # Method -> variant -> settings. The first variant fits every family; the others are made for the LLaMA classifier.
+# Activations are smooth: see models.py.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "lora": {
         "default": {"r": 2},
@@ -66,11 +67,17 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "bitfit": {"default": {"bias_scope": "add"}, "all": {}, "query_up": {"bias_scope": "query_up"}},
     "bottleneck": {
-        "default": {"reduction_factor": 8},
+        "default": {"reduction_factor": 8, "non_linearity": "gelu"},
         "houlsby": {"reduction_factor": 8, "style": "houlsby"},
-        "gated": {"reduction_factor": 8, "use_gating": True, "ln_before": True, "scaling": "learned"},
-        "invertible": {"reduction_factor": 8, "inv_adapter": "nice"},
-        "parallel": {"reduction_factor": 8, "style": "parallel", "mh_adapter": True},
+        "gated": {
+            "reduction_factor": 8,
+            "non_linearity": "gelu",
+            "use_gating": True,
+            "ln_before": True,
+            "scaling": "learned",
+        },
+        "invertible": {"reduction_factor": 8, "non_linearity": "gelu", "inv_adapter": "nice"},
+        "parallel": {"reduction_factor": 8, "non_linearity": "gelu", "style": "parallel", "mh_adapter": True},
     },
     "compacter": {"default": {"reduction_factor": 4}},
     "reft": {
@@ -92,7 +99,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "hira": {"default": {"r": 2}, "embedding": {"r": 2, "target_modules": ["embed_tokens", "v_proj"]}},
     "randlora": {"default": {"r": 8, "randlora_alpha": 8}},
     "road": {"default": {"group_size": 8}, "road_4": {"group_size": 8, "variant": "road_4"}},
-    "waveft": {"default": {"n_frequency": 40}},
+    "waveft": {"default": {"n_frequency": 40, "scaling": 5.0}},
     "gralora": {"default": {"r": 4, "alpha": 4}, "hybrid": {"r": 4, "hybrid_r": 2, "alpha": 4}},
     "delora": {"default": {"r": 2}},
     "vblora": {"default": {"r": 2, "vector_length": 8, "num_vectors": 6, "init_vector_bank_bound": 1.0}},
@@ -104,7 +111,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "psoft": {"default": {"r": 4}, "series": {"r": 4, "use_cayley_neumann": True, "cayley_neumann_eps": 0.5}},
     "unilora": {"default": {"r": 2, "theta_d_length": 16, "init_weights": False}},
     "supertuning": {"default": {"sparsity": 0.9}, "lora": {"sparsity": 0.9, "r": 2, "lora_alpha": 4}},
-    "peanut": {"default": {"r": 4}, "deep": {"r": 4, "depth": 1, "act_fn": "gelu"}},
+    "peanut": {"default": {"r": 4, "act_fn": "silu"}, "deep": {"r": 4, "depth": 1, "act_fn": "gelu"}},
     "deft": {"default": {"r": 2}, "qr": {"r": 2, "decomposition_method": "qr", "alpha": 3}},
     "full": {"default": {}},
     "head": {"default": {}},
