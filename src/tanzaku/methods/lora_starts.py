@@ -36,7 +36,15 @@ def pissa(weight: Tensor, r: int, scaling: float, steps: int | None = None) -> t
         u, s, v = torch.svd_lowrank(weight, r, niter=steps)
         vh = v.t()
     root = (s[:r] / scaling).sqrt()
-    return root[:, None] * vh[:r], u[:, :r] * root
+    return signed(root[:, None] * vh[:r], u[:, :r] * root)
+
+
+def signed(a: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A and B with the same product, the largest number of each of A's rows positive: of singular vectors either sign
+    is right, and which of them a library gives depends on roundings."""
+    largest = a.gather(1, a.abs().argmax(dim=1, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0).to(a)
+    return a * sign, a if b is None else b * sign.t()
 
 
 def olora(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
@@ -68,7 +76,7 @@ def product_of(matrix: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """A (r, in) and B (out, r), whose product is the best approximation of a matrix by its rank."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     root = s[:r].sqrt()
-    return root[:, None] * vh[:r], u[:, :r] * root
+    return signed(root[:, None] * vh[:r], u[:, :r] * root)
 
 
 # Quantiles of the normal distribution, as QLoRA (Dettmers et al. 2023, arXiv 2305.14314, appendix E) has them.
@@ -173,7 +181,7 @@ def corda(weight: Tensor, covariance: Tensor, r: int, scaling: float, how: str) 
     u, s, vh = torch.linalg.svd(weight @ damped, full_matrices=False)
     at = slice(r) if how == "ipm" else slice(len(s) - r, len(s))
     root = (s[at] / scaling).sqrt()
-    return root[:, None] * (vh[at] @ inverse), u[:, at] * root
+    return signed(root[:, None] * (vh[at] @ inverse), u[:, at] * root)
 
 
 class Gradient(Look):
@@ -226,7 +234,8 @@ def lora_ga(
         "ArB2r": (first, second),
         "random": (torch.randperm(2 * r)[:r],) * 2,
     }[direction]
-    a, b = v.t()[at[0]], u[:, at[1]] * s[at[1]]
+    rows, columns = signed(v.t(), u)
+    a, b = rows[at[0]], columns[:, at[1]] * s[at[1]]
     if scale == "stable":
         b = b * (len(weight) ** 0.25 / gamma**0.5)
     elif scale == "weight_svd" and s[at[1]][0] > 0:
@@ -276,7 +285,7 @@ class Components(Look):
         self.scatter += float(added.square().sum())
         known = added[:0] if self.basis is None else self.basis * self.values[:, None]
         _, values, basis = torch.linalg.svd(torch.cat([known, added]), full_matrices=False)
-        before, self.basis, self.values = self.basis, basis[: self.number], values[: self.number]
+        before, self.basis, self.values = self.basis, signed(basis[: self.number])[0], values[: self.number]
         if before is not None:
             self.settled = (F.cosine_similarity(self.basis, before).abs() >= self.tau).cpu()
         self.mean = mean if n == 0 else (n * self.mean + m * mean) / (n + m)
