@@ -123,7 +123,8 @@ class Products:
             x = x.to(kind)
         if layout is None or weight.dtype != x.dtype:
             return F.linear(x, weight, bias)
-        onednn = self.onednn if fits(x) else Directions()
+        # What is faster was measured with the type that most weights have, and the processor may not know another.
+        onednn = self.onednn if fits(x) and x.dtype == self.kind else Directions()
         if trained:
             if onednn:
                 return cast(Tensor, _TrainedProduct.apply(x, weight, bias, onednn))  # type: ignore[no-untyped-call]
