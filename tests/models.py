@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from transformers import (
     CLIPVisionConfig,
     PreTrainedModel,
 )
+
+import tanzaku as tz
+from tanzaku.methods import METHODS
 
 VOCAB = 128
 _COMMON = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -168,7 +172,40 @@ NEEDED: dict[str, dict[str, Any]] = {
     "supertuning": {"sparsity": 0.9},
     "vblora": {"vector_length": 8, "num_vectors": 16},
     "waveft": {"n_frequency": 64},
+    "fusion": {"adapters": ["lora-a", "miss-a"]},
+    "average": {"adapters": ["lora-a", "miss-a"]},
 }
+
+# What methods that are made of others are made of, up to the number or letter at the end of its name.
+_PARTS: dict[str, dict[str, Any]] = {
+    "lora": {"r": 2},
+    "miss": {"r": 4},
+    "ia3": {},
+    "bottleneck": {"reduction_factor": 8, "non_linearity": "gelu"},
+}
+
+
+def attach(model: nn.Module, method: tz.Method, name: str = "default", *, seed: int | None = None) -> tz.Adapter:
+    """`tz.attach`, after the adapters that the method uses, away from where they start: `lora-a` is a LoRA."""
+    for number, each in enumerate(method.uses()):
+        if each not in tz.adapters(model):
+            kind = each.rpartition("-")[0]
+            part = tz.attach(model, METHODS[kind].from_settings(_PARTS[kind]), each, seed=number)
+            generator = torch.Generator().manual_seed(number)
+            with torch.no_grad():
+                for _, parameter in part.trained():
+                    parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.2)
+    return tz.attach(model, method, name, seed=seed)
+
+
+def saved_parts(model: nn.Module, method: tz.Method, into: Path) -> dict[str, Path]:
+    """Directories of the adapters that a method uses, as :func:`attach` makes them."""
+    if method.uses():
+        attach(model, method, "whole")
+        for each in method.uses():
+            tz.save(model, each, into / each)
+        tz.detach(model)
+    return {each: into / each for each in method.uses()}
 
 
 def tiny(kind: str, head: str = "cls", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:

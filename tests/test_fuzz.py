@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import tanzaku as tz
-from models import NEEDED, tiny
+from models import NEEDED, attach, tiny
 from tanzaku.methods import METHODS
 from tanzaku.storage.store import entries, read_meta
 from tiers import costly
@@ -80,19 +80,20 @@ def saved(model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
     """The files of every method."""
     out = {}
     for name, method in METHODS.items():
-        adapter = tz.attach(model, method.from_settings(SETTINGS.get(name, {})), name, seed=0)
+        adapter = attach(model, method.from_settings(SETTINGS.get(name, {})), name, seed=0)
         with torch.no_grad():
             for _, parameter in adapter.trained():
                 parameter.add_(0.1)
         path = tz.save(model, name, tmp_path_factory.mktemp(name) / "a", meta={"labels": ["a", "b"]})
-        out[name] = {each.name: each.read_bytes() for each in path.iterdir()}
-        tz.detach(model, name)
+        out[name] = {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
+        tz.detach(model)
     return out
 
 
 def load(model: Any, folder: Path, files: dict[str, bytes], strict: bool = True) -> dict[str, Tensor] | None:
     """The tensors that are in force after loading, by their keys; None where it is refused."""
     for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     for name in {CONFIG, TENSORS, META} - files.keys():
         (folder / name).unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 import tanzaku as tz
 from close import assert_close, close
-from models import NEEDED, config_of, lively
+from models import NEEDED, attach, config_of, lively
 from tanzaku.core.weights import copied_in
 from tanzaku.methods import METHODS
 from tanzaku.models import tree
@@ -219,7 +219,7 @@ def assert_comes_back(task: Task, method: tz.Method, tmp_path: Path) -> None:
     assert random, "both loads are alike, so nothing is tested"
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        adapter = stirred(tz.attach(first, method, "a", seed=0))
+        adapter = stirred(attach(first, method, "a", seed=0))
     assert random <= copied_in(adapter.at())
     with tz.route(first, ["a"]):
         expected = numbers(first, inputs)
@@ -310,7 +310,7 @@ def test_what_is_not_trained_is_saved_all_the_same(task, name, tmp_path):
     method = METHODS[name].from_settings({**settings, "modules_to_save": []})
     assert_comes_back(task, method, tmp_path)
     model = task.load(tmp_path / "base", 1)
-    adapter = tz.attach(model, method, "a", seed=0)
+    adapter = attach(model, method, "a", seed=0)
     assert not [n for n, _ in adapter.trained() for p in task.parts if n.startswith(f"{p}.")]
 
 

@@ -49,9 +49,18 @@ def test_the_python_block_runs(readme: str, tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("readme", READMES)
-def test_the_recipes(readme: str, tmp_path: Path) -> None:
-    """One compares grids and a search, and names candidates that can be trained; the other is the example."""
-    comparison, shown = blocks(readme, "yaml")
+def test_the_recipes(readme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One compares grids and a search, and names candidates that can be trained; one is the example; and methods that
+    are made of others go into any."""
+    comparison, shown, composed = blocks(readme, "yaml")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/poems/adapters/lora", "my-adapter"):
+        (tmp_path / folder).mkdir(parents=True)
+    made = "model: embedded\ndata: {train: train.tsv}\n" + composed
+    (tmp_path / "composed.yaml").write_text(made, encoding="utf-8")
+    recipe = build_recipe(tmp_path / "composed.yaml", {})
+    candidates, _ = expand(recipe.methods, recipe.train, recipe.compare)
+    assert [[*c.uses] for c in candidates] == [[], [], ["lora", "miss"], ["one", "other"]]
     (tmp_path / "recipe.yaml").write_text(comparison, encoding="utf-8")
     recipe = build_recipe(tmp_path / "recipe.yaml", {})
     candidates, searched = expand(recipe.methods, recipe.train, recipe.compare)

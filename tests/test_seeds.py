@@ -13,6 +13,7 @@ import torch
 
 import tanzaku as tz
 from models import NEEDED, tiny
+from models import attach as attach_one
 from tanzaku.methods import METHODS
 from tanzaku.models.loading import load_base
 from tanzaku.support.seeds import seeded
@@ -27,7 +28,7 @@ ENCODER = {"encoder_reparameterization_type": "LSTM", "encoder_num_layers": 2, "
 
 def attach(model: Any, folder: Path) -> None:
     for name, method in METHODS.items():
-        tz.attach(model, method.from_settings(SETTINGS.get(name, {})), name, seed=3)
+        attach_one(model, method.from_settings(SETTINGS.get(name, {})), name, seed=3)
 
 
 def save_and_load(model: Any, folder: Path) -> None:

@@ -319,7 +319,10 @@ def test_candidates_can_be_built_in_python() -> None:
 
 def test_each_method_has_a_learning_rate_of_its_own() -> None:
     """One for all compares learning rates; the recipe's, and a candidate's, go before it."""
-    entries = [MethodEntry.model_validate(name) for name in METHODS]
+    entries = [
+        MethodEntry.model_validate({name: {}, "uses": ["lora", "ia3"]} if method.uses_others else name)
+        for name, method in METHODS.items()
+    ]
     candidates, _ = expand(entries, TrainSettings(), CompareSettings())
     rates = {c.name: c.settings.learning_rate for c in candidates}
     assert rates == {name: method.learning_rate for name, method in METHODS.items()}

@@ -288,7 +288,8 @@ def test_a_default_space_names_settings(name: str) -> None:
     for key, space in method.space.items():
         assert isinstance(space, Choice | Range)
         text = {"low": 1, "high": 2} if isinstance(space, Range) else {"grid": list(space.values)}
-        entry = {name: {key: text}} if key in own else {name: {}, "train": {key: text}}
+        entry: dict[str, Any] = {name: {key: text}} if key in own else {name: {}, "train": {key: text}}
+        entry |= {"uses": {"a": ".", "b": "."}} if method.uses_others else {}
         expand([MethodEntry.model_validate(entry)], TrainSettings(), CompareSettings())
 
 
@@ -299,7 +300,7 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 
 # Settings beside which the default space must be valid at every corner.
-BESIDE = [(name, NEEDED.get(name, {})) for name in METHODS]
+BESIDE = [(name, NEEDED.get(name, {})) for name, method in METHODS.items() if not method.uses_others]
 BESIDE += [("adalora", {"init_r": init_r}) for init_r in (1, 2, 8, 20, {"choice": [4, 2]}, {"low": 3, "high": 8})]
 BESIDE += [("adalora", {"init_r": 2, "target_r": 0.5}), ("lora", {"init_lora_weights": "orthogonal"})]
 BESIDE += [("lora", {"init_lora_weights": {"choice": ["orthogonal", True]}}), ("lora", {"use_rslora": True})]

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 import tanzaku as tz
 from close import assert_close, close
 from tanzaku.methods import METHODS
+from tanzaku.methods.composed import ComposedLayer
+from tanzaku.methods.fusion import FusionLayer
+from tanzaku.models.families import Base
 
 DATA = Path(__file__).parents[1] / "data"
 FOLDER = Path(os.environ.get("TANZAKU_ORACLE") or DATA / "adapters")
@@ -114,6 +118,70 @@ def test_same_hidden_states(case: dict[str, Any], made: Path, tmp_path: Path) ->
     assert (found - tensors["output.with"]).abs().max() < TOLERANCE
     assert not close(found, bare)
     assert_close(mixed, torch.stack([found[0], bare[1]]))
+
+
+COMPOSED = {kind: [case for case in CASES if case["case"] == kind] for kind in ("fusion", "average")}
+
+
+def in_order(keys: Iterable[str]) -> list[str]:
+    """Places of that library's tensors, as they are run."""
+    return sorted(keys, key=lambda key: ("decoder." in key, [int(n) for n in re.findall(r"\.(\d+)\.", key)]))
+
+
+@pytest.mark.parametrize("case", COMPOSED["fusion"], ids=lambda case: case["base"])
+def test_a_fusion_has_its_hidden_states(case: dict[str, Any], made: Path, tmp_path: Path) -> None:
+    """Its keys have a bias there, which adds the same to all scores and says nothing."""
+    model, tensors = model_of(case["base"], made), load_file(FOLDER / case["file"])
+    given = {key.removeprefix("input."): x for key, x in tensors.items() if key.startswith("input.")}
+    attach_all(model, case, tensors, tmp_path)
+    adapter = tz.attach(model, tz.AdapterFusion(adapters=[*parts(case)]), "fusion")
+    places: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if found := re.fullmatch(r"(.*)\.adapter_fusion_layer\.[^.]+\.(.*)", key):
+            places.setdefault(found[1] + ".", {})[found[2]] = tensor
+    layers = [layer for _, layer in adapter.at() if isinstance(layer, FusionLayer)]
+    for place, layer in zip(in_order(places), layers, strict=True):
+        named = {name: tensor for name, tensor in places[place].items() if name != "key.bias"}
+        layer.attention.load_state_dict(named)
+    with torch.no_grad(), tz.route(model, ["fusion"]):
+        found = model(**given).last_hidden_state
+    with torch.no_grad(), tz.route(model, ["fusion", None]):
+        mixed = model(**given).last_hidden_state
+    assert (found - tensors["output.with"]).abs().max() < TOLERANCE
+    assert_close(mixed, torch.stack([found[0], tensors["output.without"][1]]), 2**10)
+
+
+@pytest.mark.parametrize("case", COMPOSED["average"], ids=lambda case: case["base"])
+def test_its_averages_are_divided_once_more(
+    case: dict[str, Any], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That library takes the mean of weighted results, of which the weights add up to one already, so what a sublayer
+    and its adapters add to the residual stream is halved. Ours is the weighted sum; its half is theirs."""
+    model, tensors = model_of(case["base"], made), load_file(FOLDER / case["file"])
+    given = {key.removeprefix("input."): x for key, x in tensors.items() if key.startswith("input.")}
+    attach_all(model, case, tensors, tmp_path)
+    names = [*parts(case)]
+    tz.attach(model, tz.Average(adapters=names, weights=[0.3, 0.7]), "average")
+    assert not close(hidden(model, "average", given), tensors["output.with"])
+    added: list[Tensor] = []
+    sums = ComposedLayer._composed
+
+    def halved(layer: Any, module: Any, args: Any, kwargs: Any, y: Tensor) -> Tensor:
+        return y - added.pop() / 2 + (sums(layer, module, args, kwargs, y) - y) / 2
+
+    for sublayer in Base.of(model).sublayers():
+        if sublayer.kind == "feed_forward":
+            out = model.get_submodule(sublayer.out)
+            out.register_forward_hook(lambda _module, _args, output: added.append(output))
+    monkeypatch.setattr(ComposedLayer, "_composed", halved)
+    assert (hidden(model, "average", given) - tensors["output.with"]).abs().max() < TOLERANCE
+
+
+def hidden(model: PreTrainedModel, name: str, given: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad(), tz.route(model, [name]):
+        found = model(**given).last_hidden_state
+    assert isinstance(found, Tensor)
+    return found
 
 
 # -- directories

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AlbertConfig, AlbertForSequenceClassification, PreTrainedModel
-from variants import opened
+from variants import attach, opened
 
 import tanzaku as tz
 from close import GRADIENT, assert_close
@@ -72,7 +72,7 @@ class Mixed:
     def __init__(self, model: PreTrainedModel):
         self.model, self.base = model, Base.of(model)
         self.adapters = {
-            name: opened(tz.attach(model, make(), name, seed=seed), seed)
+            name: opened(attach(model, make(), name, seed=seed), seed)
             for seed, (name, make) in enumerate(METHODS.items())
         }
         inputs = batch(model, rows=len(ENTRIES), length=11)
@@ -224,7 +224,7 @@ def test_an_encoder_needs_no_gradient_for_what_the_decoder_trains() -> None:
     model = tiny("t5", "cls")
     base = Base.of(model)
     methods = {side: tz.LoRA(r=2, target_modules=rf".*{side}\.block\.1.*\.q") for side in ("encoder", "decoder")}
-    adapters = [opened(tz.attach(model, method, side, seed=0)) for side, method in methods.items()]
+    adapters = [opened(attach(model, method, side, seed=0)) for side, method in methods.items()]
     inputs = batch(model, rows=2)
     trained = [p for adapter in adapters for _, p in adapter.trained()]
 
@@ -256,7 +256,7 @@ def test_a_layer_that_runs_again_may_lie_below_whatever_is_trained() -> None:
     model = AlbertForSequenceClassification(config).eval()
     late = tz.LoRA(r=2, target_modules=["ffn_output"])
     adapters = [
-        opened(tz.attach(model, method, name, seed=0)) for name, method in {"late": late, "head": tz.Head()}.items()
+        opened(attach(model, method, name, seed=0)) for name, method in {"late": late, "head": tz.Head()}.items()
     ]
     inputs = batch(model, rows=2)
     trained = [p for _, p in adapters[0].trained()]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from variants import attached, bamboo, gradients, logits, losses, method, sharing, unlike
+from variants import attach, attached, bamboo, gradients, logits, losses, method, sharing, unlike
 
 import tanzaku as tz
 from close import GRADIENT, RUN, assert_close
@@ -54,7 +54,7 @@ def test_a_batch_of_all_methods(device):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_file_of_one_device_is_one_of_the_other(name, device, tmp_path):
     there, here = bamboo().to(device), bamboo()
-    tz.attach(there, method(name), name, seed=1)
+    attach(there, method(name), name, seed=1)
     tz.save(there, name, tmp_path / "adapter")
     tz.load(here, tmp_path / "adapter", name=name)
     inputs = batch(here, rows=2)

@@ -6,6 +6,7 @@ from variants import (
     KINDS_BESIDE_LLAMA,
     all_methods,
     all_variants,
+    attach,
     attached,
     bamboo,
     full_bamboo,
@@ -51,7 +52,7 @@ def base_logits(kind="llama", head="cls", rows=4, **options):
 def test_a_fresh_adapter_changes_no_logit(name, variant):
     """Adapters that add neither tokens nor positions start as identity, also beside bare rows."""
     model = bamboo()
-    adapter = tz.attach(model, method(name, variant), "fresh", seed=0)
+    adapter = attach(model, method(name, variant), "fresh", seed=0)
     inputs, expected = batch(model), base_logits()
     found = logits(model, ["fresh"] * 4, inputs)
     if starts_as_identity(adapter):
@@ -68,7 +69,7 @@ def test_a_fresh_adapter_changes_no_logit(name, variant):
 def test_a_fresh_adapter_changes_no_logit_in_other_families(name, kind, head):
     """The same in other families; a LoRA of a head's neighbour must not touch the head, a copy must copy all of it."""
     model = bamboo(kind, head, attn_implementation="sdpa")
-    adapter = tz.attach(model, method(name), "fresh", seed=0)
+    adapter = attach(model, method(name), "fresh", seed=0)
     found, expected = logits(model, ["fresh"] * 4, batch(model)), base_logits(kind, head)
     if starts_as_identity(adapter):
         assert_close(found, expected)

@@ -8,6 +8,7 @@ from variants import (
     all_methods,
     all_variants,
     assert_equal_gradients,
+    attach,
     attached,
     bamboo,
     gradients,
@@ -51,7 +52,7 @@ def test_every_trained_parameter_gets_a_gradient_in_other_families(name, kind, h
 def test_a_closed_adapter_begins_to_learn(name, variant):
     """As it is first attached, some parameter has a gradient: zero matrices and gates do open."""
     model = bamboo()
-    adapter = tz.attach(model, method(name, variant), "fresh", seed=0)
+    adapter = attach(model, method(name, variant), "fresh", seed=0)
     assert any(g.any() for g in gradients(loss_under(model, "fresh"), adapter).values())
 
 
@@ -104,7 +105,7 @@ def test_two_steps_without_retaining_graphs(name):
 def test_the_loss_of_a_tiny_task_falls(name, variant):
     """A method as it is attached fits six rows better than the base does, with AdamW."""
     model = bamboo()
-    adapter = tz.attach(model, method(name, variant), "fresh", seed=0)
+    adapter = attach(model, method(name, variant), "fresh", seed=0)
     inputs, labels = batch(model, rows=6), torch.arange(6) % 3
     tz.activate(model, "fresh")
     model.train()

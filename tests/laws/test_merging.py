@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from torch.nn.utils import parametrize
-from variants import CASES, attached, bamboo, logits, method, opened, plain_logits
+from variants import CASES, attach, attached, bamboo, logits, method, opened, plain_logits
 
 import tanzaku as tz
 from close import GRADIENT, assert_close
@@ -187,7 +187,7 @@ def test_what_is_not_in_memory_is_not_merged_into(name, tmp_path):
         tz.merge(model, name)
     with torch.device("meta"):
         empty = type(model)(model.config)
-    tz.attach(empty, method(name), name)
+    attach(empty, method(name), name)
     with pytest.raises(tz.TanzakuError, match="not in memory"):
         tz.merge(empty, name)
 

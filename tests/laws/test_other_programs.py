@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator, cpu_offload, disk_offload, dispatch_model
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
-from variants import all_kinds, by_kind, method
+from variants import all_kinds, attach, by_kind, method
 
 import tanzaku as tz
 from close import RUN, assert_close, close
@@ -22,7 +22,7 @@ DATA = [
 
 def model_with(name, seed=1):
     model = tiny("llama")
-    tz.attach(model, method(name), name, seed=seed)
+    attach(model, method(name), name, seed=seed)
     tz.activate(model, name)
     return model
 
@@ -233,7 +233,7 @@ def test_lightning_trains_it_and_its_checkpoints_hold_it(tmp_path):
 @pytest.fixture
 def plain(request):
     model = tiny("llama", "lm")
-    tz.attach(model, method(request.param), "a", seed=1)
+    attach(model, method(request.param), "a", seed=1)
     with torch.no_grad():
         for _, parameter in manager_of(model).get("a").trained():
             parameter.add_(0.1)

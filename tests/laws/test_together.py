@@ -3,7 +3,7 @@ are one by one; and who is not like the others is not taken for it."""
 
 import pytest
 import torch
-from variants import attached, bamboo, batch, gradients, losses, opened
+from variants import attach, attached, bamboo, batch, gradients, losses, opened
 
 import tanzaku as tz
 from close import GRADIENT, HALF, assert_close
@@ -53,7 +53,7 @@ def method(name, **changes):
 
 def several(model, methods):
     """Adapters `a`, `b`, ... with weights of their own."""
-    return {name: opened(tz.attach(model, m, name, seed=n), n) for n, (name, m) in enumerate(methods.items())}
+    return {name: opened(attach(model, m, name, seed=n), n) for n, (name, m) in enumerate(methods.items())}
 
 
 def run(model, adapters, entries, inputs):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import tanzaku as tz
 from close import GRADIENT, assert_close
-from models import VOCAB, batch, tiny
+from models import VOCAB, attach, batch, tiny
 from tanzaku.core.manager import manager_of
 from tanzaku.core.method import Method, TokenLayer
 from tanzaku.core.routing import Entry
@@ -113,6 +113,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "supertuning": {"default": {"sparsity": 0.9}, "lora": {"sparsity": 0.9, "r": 2, "lora_alpha": 4}},
     "peanut": {"default": {"r": 4, "act_fn": "silu"}, "deep": {"r": 4, "depth": 1, "act_fn": "gelu"}},
     "deft": {"default": {"r": 2}, "qr": {"r": 2, "decomposition_method": "qr", "alpha": 3}},
+    "fusion": {
+        "default": {"adapters": ["lora-a", "miss-a"]},
+        "bottleneck": {"adapters": ["bottleneck-a", "bottleneck-b", "bottleneck-c"], "value": False},
+    },
+    "average": {
+        "default": {"adapters": ["lora-a", "miss-a"]},
+        "ia3": {"adapters": ["ia3-a", "ia3-b"], "weights": [2.0, 1.0]},
+    },
     "full": {"default": {}},
     "head": {"default": {}},
 }
@@ -128,7 +136,7 @@ _TRAINING = ("penalty", "after_step")
 def _acts(name: str) -> Hashable:
     """What a method does in a pass and in training: which kinds of layers it attaches, and what they ask for."""
     layers = set()
-    for _, layer in tz.attach(bamboo(), method(name), name).at():
+    for _, layer in attach(bamboo(), method(name), name).at():
         kind = next(each for each in type(layer).__mro__ if each.__module__.startswith("tanzaku.core."))
         flags = ("edits_input", "edits_output", "reads_call", "reads_places", "whole_rows", "untrimmed")
         layers.add((kind, *(getattr(layer, flag, False) for flag in flags)))
@@ -197,7 +205,7 @@ def opened(adapter: tz.Adapter, seed: int = 0, noise: float = 0.2) -> tz.Adapter
 def attached(model: PreTrainedModel, name: str, variant: str = "default", as_: str | None = None) -> tz.Adapter:
     """Attach a method under its own name and open it."""
     seed = sum(map(ord, as_ or name))
-    return opened(tz.attach(model, method(name, variant), as_ or name, seed=seed), seed)
+    return opened(attach(model, method(name, variant), as_ or name, seed=seed), seed)
 
 
 @cache

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import tanzaku as tz
 from close import assert_close, close
-from models import NEEDED, VOCAB, tiny
+from models import NEEDED, VOCAB, attach, tiny
 from tanzaku.core.manager import manager_of
 from tanzaku.engine.trim import last_layer_modules
 from tanzaku.methods import METHODS
@@ -27,14 +27,16 @@ from tanzaku.train.scheduler import train_jobs
 from tanzaku.train.settings import TrainSettings
 from task_data import task
 
-# Where the defaults are not small enough.
+# Where the defaults are not small enough, or so strong that a tiny model makes much of a rounding.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "randlora": {"randlora_alpha": 32},
     "lora": {"r": 2},
     "adalora": {"init_r": 3, "target_r": 2},
     "prompt_tuning": {"num_virtual_tokens": 3},
     "p_tuning": {"num_virtual_tokens": 2},
     "prefix_tuning": {"num_virtual_tokens": 4},
     **NEEDED,
+    "waveft": {"n_frequency": 64, "scaling": 5.0},
 }
 SHARING = [name for name, method in METHODS.items() if method.shares_batch]
 LENGTHS = (5, 1, 9, 2, 9, 3, 7)
@@ -43,7 +45,7 @@ TASK = Classification(("a", "b", "c"))
 
 def attached(model: PreTrainedModel, name: str, method: tz.Method) -> str:
     """Attach, and move every parameter away from where it starts."""
-    adapter = tz.attach(model, method, name, seed=0)
+    adapter = attach(model, method, name, seed=0)
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     with torch.no_grad():
         for _, parameter in adapter.trained():

@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from tanzaku.cli.run import Sitting
     from tanzaku.compare.candidates import Candidate, Searched
     from tanzaku.compare.comparison import Comparison
-    from tanzaku.core.method import Method
     from tanzaku.train.events import Event
-    from tanzaku.train.settings import TrainSettings
 
 REPORT, EPOCHS = "report.html", "epochs.parquet"
 _APART = 10.0  # seconds at least between two reports of what is not finished
@@ -116,14 +114,14 @@ class Unfinished:
             self._next = now + max(_APART, _REST * (now - began))
 
 
-def _every(recipe: Recipe) -> tuple[list[Candidate], list[Searched], list[tuple[str, Method, TrainSettings]]]:
-    """Candidates, searches, and the methods of both, a search's at the ends of its space."""
+def _every(recipe: Recipe) -> tuple[list[Candidate], list[Searched], list[Candidate]]:
+    """Candidates, searches, and the candidates of both, a search's at the ends of its space."""
     from tanzaku.compare.candidates import check_settled, expand
 
     candidates, searched = expand(recipe.methods, recipe.train, recipe.compare)
     every = [*candidates, *(corner for search in searched for corner in search.corners())]
     check_settled(every)
-    return candidates, searched, [(each.name, each.method, each.settings) for each in every]
+    return candidates, searched, every
 
 
 def _write(run: Sitting, about: dict[str, Any], comparison: Comparison, status: str) -> dict[str, Any]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tanzaku.errors import TanzakuError, listed, nearest
 
@@ -24,6 +25,24 @@ if TYPE_CHECKING:
     from tanzaku.tasks.prepare import Tables
     from tanzaku.tasks.task import TaskData
     from tanzaku.train.settings import TrainSettings
+
+
+class Tried(Protocol):
+    """What a run is to train: a candidate, or a job."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def method(self) -> Method: ...
+
+    @property
+    def settings(self) -> TrainSettings: ...
+
+    @property
+    def uses(self) -> Mapping[str, str | Path]:
+        """Candidates, or directories of adapters, that the method uses by its names for them."""
+        ...
 
 
 _MANY = 100  # settings of methods whose check takes seconds
@@ -46,9 +65,7 @@ class Sitting:
     clock: float = field(default_factory=time.monotonic)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
 
-    def load(
-        self, display: Display, methods: Sequence[tuple[str, Method, TrainSettings]]
-    ) -> tuple[PreTrainedModel, TaskData]:
+    def load(self, display: Display, methods: Sequence[Tried]) -> tuple[PreTrainedModel, TaskData]:
         """The model on its device, and the rows; each method is attached to a model without weights first.
 
         Raises:
@@ -64,11 +81,11 @@ class Sitting:
         display.data(data, recipe.train.max_length)
         if self.command != "train":  # a class that is too rare for the folds is told before the model is loaded
             resamples(data, recipe.compare.design(data.valid is not None), recipe.train.seed)
-        kind = _dtype([settings for _, _, settings in methods])
+        kind = _dtype([each.settings for each in methods])
         model, _ = load_for(recipe.model, data.task, dtype=kind, seed=recipe.train.seed)
         if len(distinct := _distinct(methods)) > _MANY:
             display.say(f"checking {len(distinct):,} settings of methods against the model")
-        _check_fit(model, distinct, data, recipe.train.max_length, self.device)
+        _check_fit(model, methods, data, recipe.train.max_length, self.device)
         model.to(self.device)
         display.say(f"model: {recipe.model.name}, {model.num_parameters():,} parameters, on {self.device}")
         return model, data
@@ -104,7 +121,7 @@ class Sitting:
         }
 
 
-def rehearse(command: str, recipe: Recipe, methods: Sequence[tuple[str, Method, TrainSettings]]) -> None:
+def rehearse(command: str, recipe: Recipe, methods: Sequence[Tried]) -> None:
     """Check what a run checks of its settings, its rows and the model, without weights, and print what `tanzaku check`
     prints.
 
@@ -123,18 +140,16 @@ def rehearse(command: str, recipe: Recipe, methods: Sequence[tuple[str, Method, 
     data = encode(tables, tokenizer, recipe.train.max_length)
     if command != "train":
         resamples(data, recipe.compare.design(data.valid is not None), recipe.train.seed)
-    _check_fit(model, _distinct(methods), data, recipe.train.max_length, device)
+    _check_fit(model, methods, data, recipe.train.max_length, device)
 
 
-def _check_settings(
-    command: str, recipe: Recipe, methods: Sequence[tuple[str, Method, TrainSettings]]
-) -> tuple[str, bool]:
+def _check_settings(command: str, recipe: Recipe, methods: Sequence[Tried]) -> tuple[str, bool]:
     """What takes no look at rows or model; the device, and whether rows are cut into folds."""
     from tanzaku.cli.machine import device_named, quieten
 
-    for name, _, settings in methods:
-        _check_sense(recipe, name, settings)
-    for tracker in dict.fromkeys(settings.tracker for _, _, settings in methods):
+    for each in methods:
+        _check_sense(recipe, each.name, each.settings)
+    for tracker in dict.fromkeys(each.settings.tracker for each in methods):
         _check_tracker(tracker)
     quieten()
     folded = command != "train" and recipe.compare.design(recipe.data.valid is not None).folds is not None
@@ -142,9 +157,7 @@ def _check_settings(
 
 
 @contextmanager
-def sitting(
-    command: str, recipe: Recipe, methods: Sequence[tuple[str, Method, TrainSettings]], overwrite: bool, resume: bool
-) -> Iterator[Sitting]:
+def sitting(command: str, recipe: Recipe, methods: Sequence[Tried], overwrite: bool, resume: bool) -> Iterator[Sitting]:
     """Check all that is cheap to check, and make the run's directory. One that stays empty goes again.
 
     Raises:
@@ -234,17 +247,17 @@ def _check_sense(recipe: Recipe, name: str, settings: TrainSettings) -> None:
         raise TanzakuError(f"candidate {name!r}: {key} needs validation rows; give --valid, or leave it out")
 
 
-def _distinct(methods: Sequence[tuple[str, Method, TrainSettings]]) -> list[tuple[str, Method]]:
+def _distinct(methods: Sequence[Tried]) -> list[Tried]:
     """The first candidate of each settings of a method: how it is trained is nothing to the model."""
-    first: dict[str, tuple[str, Method]] = {}
-    for name, method, _ in methods:
-        first.setdefault(repr(method), (name, method))
+    first: dict[str, Tried] = {}
+    for each in methods:
+        first.setdefault(repr((each.method, each.uses)), each)
     return list(first.values())
 
 
 def _check_fit(
     model: PreTrainedModel,
-    methods: Sequence[tuple[str, Method]],
+    methods: Sequence[Tried],
     data: TaskData,
     max_length: int,
     device: str,
@@ -255,20 +268,29 @@ def _check_fit(
     from tanzaku.core.attach import attach, detach
     from tanzaku.errors import TooLarge
     from tanzaku.models.families import Base
+    from tanzaku.storage.store import method_in
     from tanzaku.tasks.inference import check_rows
 
     for split in data.splits():
         check_rows(Base.of(model), split, max_length)
     with torch.device("meta"):
         twin = type(model)(model.config)
-    for name, method in methods:
+    others = {each.name: each.method for each in methods}
+    for each in _distinct(methods):
+        name, method = each.name, each.method
         if method.task_type not in (None, "SEQ_CLS"):
             raise TanzakuError(
                 f"candidate {name!r}: task_type is {method.task_type!r}, and what is trained is a classifier; "
                 "expected 'SEQ_CLS', or leave it out"
             )
         try:
+            method, brought = copy.copy(method), {}
+            for label, used in each.uses.items():
+                brought[label] = f"{name}-{label}"
+                attach(twin, others[used] if isinstance(used, str) else method_in(used), brought[label])
+            method._under = brought
             adapter = attach(twin, method, name)
+            adapter.brought = [*brought.values()]
             _check_memory(sum(parameter.numel() for _, parameter in adapter.trained()), method.largest(), device)
             for split in data.splits() if adapter.before else ():
                 check_rows(Base.of(model), split, max_length, adapter.before)

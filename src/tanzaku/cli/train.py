@@ -27,10 +27,9 @@ def train(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: boo
         raise TanzakuError(f"train takes one method, found {found}; name one with --method, or use tanzaku compare")
     recipe = settled(recipe)
     [job] = jobs_of(recipe)
-    methods = [(job.name, job.method, job.settings)]
     if dry_run:
-        return rehearse("train", recipe, methods)
-    with sitting("train", recipe, methods, overwrite, resume) as run:
+        return rehearse("train", recipe, [job])
+    with sitting("train", recipe, [job], overwrite, resume) as run:
         from tanzaku.cli.display import Display
         from tanzaku.cli.record import Record, clear
         from tanzaku.compare.journal import Journal
@@ -38,7 +37,7 @@ def train(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: boo
         from tanzaku.train.scheduler import train_jobs
 
         display = Display(recipe.kind.metrics)
-        model, data = run.load(display, methods)
+        model, data = run.load(display, [job])
         journal = Journal(run.out)
         record = Record(run.out, begin(run, journal, model, data, resume), run.clock)
         record.write()

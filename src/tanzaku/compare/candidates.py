@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from itertools import chain, count, islice, product
 from math import prod
+from pathlib import Path
 from typing import Any, Literal
 
 from tanzaku.core.method import Method
 from tanzaku.core.space import Choice, Grid, Range, Space, Spaces, ends
 from tanzaku.errors import TanzakuError
 from tanzaku.recipe.comparison import CompareSettings
-from tanzaku.recipe.schema import MethodEntry, checked, named, spaces_of
+from tanzaku.recipe.schema import MethodEntry, checked, named, spaces_of, used_by
 from tanzaku.train.settings import TrainSettings
 
 Rate = Literal["default", "own", "shared"]
@@ -38,6 +39,7 @@ class Candidate:
     entry: str = ""
     drawn: Mapping[str, Any] = field(default_factory=dict)
     rate: Rate = "default"  # whose its learning rate is: the method's, its own, or that of all methods
+    uses: Mapping[str, str | Path] = field(default_factory=dict)  # candidates, or directories of adapters
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,11 @@ class Searched:
     train: TrainSettings
     space: Spaces
     trials: int
+    uses: Mapping[str, str | Path] = field(default_factory=dict)
 
     def candidate(self, drawn: Mapping[str, Any], name: str) -> Candidate:
         """The candidate at one point of the space."""
-        return _candidate(self.name, self.method, self.train, drawn, name, "search")
+        return replace(_candidate(self.name, self.method, self.train, drawn, name, "search"), uses=self.uses)
 
     def corners(self) -> list[Candidate]:
         """Candidates at the extremes of the space, 64 at most: what a model refuses anywhere, it refuses there."""
@@ -82,7 +85,7 @@ def expand(
     entries = named(entries)
     taken = {str(entry.name) for entry in entries}
     for entry in entries:
-        found = spaces_of(entry)
+        uses, found = used_by(entry, entries), spaces_of(entry)
         method, run = checked(_without(entry, found), train)
         own = {key: _typed(entry, found, key, train) for key in found}
         fixed = {key: getattr(method, key) for key in entry.settings} | {key: getattr(run, key) for key in entry.train}
@@ -90,13 +93,15 @@ def expand(
         name = str(entry.name)
         if rest or any(not isinstance(space, Grid) for space in own.values()):
             drawn = {key: Choice(space.values) if isinstance(space, Grid) else space for key, space in own.items()}
-            searched.append(Searched(name, method, run, {**drawn, **rest}, settings.trials or TRIALS))
+            searched.append(Searched(name, method, run, {**drawn, **rest}, settings.trials or TRIALS, uses))
         elif own:
             grids = {key: ends(space) for key, space in own.items()}
-            candidates += _product(name, method, run, grids, taken, _rate(entry, train))
+            product_of = _product(name, method, run, grids, taken, _rate(entry, train))
+            candidates += [replace(each, uses=uses) for each in product_of]
         else:
             rate = _rate(entry, train)
-            candidates.append(Candidate(name, method, run, entry=name, rate=rate))
+            candidates.append(Candidate(name, method, run, entry=name, rate=rate, uses=uses))
+    _check_used(candidates, searched)
     _check_different(candidates, searched)
     _check_names(taken | {candidate.name for candidate in candidates}, searched)
     return candidates, searched
@@ -178,10 +183,23 @@ def check_settled(candidates: Sequence[Candidate]) -> None:
             )
 
 
+def _check_used(candidates: Sequence[Candidate], searched: Sequence[Searched]) -> None:
+    """A TanzakuError where what a candidate uses is no candidate by itself."""
+    plain = {each.name for each in candidates if each.entry == each.name}
+    every: list[Candidate | Searched] = [*candidates, *searched]
+    for each in every:
+        for used in each.uses.values():
+            if isinstance(used, str) and used not in plain:
+                raise TanzakuError(
+                    f"candidate {each.name!r} uses {used!r}, which stands for several candidates: give that one value "
+                    "for each setting, or use the directory of an adapter that is trained"
+                )
+
+
 def _check_different(candidates: Sequence[Candidate], searched: Sequence[Searched]) -> None:
     seen: dict[str, str] = {}
-    whole = [(c.name, c.method, c.settings, "") for c in candidates]
-    drawn = [(s.name, s.method, s.train, repr(sorted(s.space.items()))) for s in searched]
+    whole = [(c.name, c.method, c.settings, repr(c.uses)) for c in candidates]
+    drawn = [(s.name, s.method, s.train, repr((sorted(s.space.items()), s.uses))) for s in searched]
     for name, method, train, space in [*whole, *drawn]:
         same = repr((method.name, sorted(method.settings().items()), train, space))
         if same in seen:

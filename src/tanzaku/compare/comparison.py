@@ -10,7 +10,7 @@ import math
 import shutil
 import statistics as plain
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +113,10 @@ class Comparison:
         if not waves:
             return False
         groups, jobs = [], []
-        for _search, trials in waves:
-            group = [_Job(_name(t.name, "search"), t.candidate, "search", self._trial_run()) for t in trials]
+        for search, trials in waves:
+            group = [self._job(t.candidate, "search", "search", self._trial_run()) for t in trials]
             groups.append([each.name for each in group])
-            jobs += group
+            jobs += group + [p for p in self._parts(search.searched.uses) if p not in jobs]
         self._train("search", jobs, groups)
         for (search, trials), names in zip(waves, groups, strict=True):
             search.tell({t.name: self._outcome(name) for t, name in zip(trials, names, strict=True)})
@@ -134,7 +134,21 @@ class Comparison:
     def _measure(self, candidate: Candidate, at: Resample) -> _Job:
         # On one split, the run of the first seed gives the adapter; folds leave rows out, so their runs give none.
         save = self.design.folds is None and at.seed == self.seed
-        return _Job(_name(candidate.name, at.name), candidate, "measure", at, save)
+        used = any(candidate.name in other.uses.values() for other in self.measured)
+        return self._job(candidate, at.name, "measure", at, save or used)
+
+    def _job(self, candidate: Candidate, what: str, stage: str, at: Resample, save: bool = False) -> _Job:
+        """A job of a candidate, with where what it uses is: of other candidates, what they became on the same rows."""
+        uses = {
+            label: self.journal.folder / ADAPTERS / _name(used, what) if isinstance(used, str) else used
+            for label, used in candidate.uses.items()
+        }
+        return _Job(_name(candidate.name, what), candidate, stage, at, save, uses)
+
+    def _parts(self, uses: Mapping[str, str | Path]) -> list[_Job]:
+        """Jobs of the candidates that trials use."""
+        used = [each for each in self.candidates if each.name in uses.values()]
+        return [self._job(each, "search", "search", self._trial_run(), save=True) for each in used]
 
     def judge(self) -> None:
         """Rank the candidates all of whose runs are done, and choose the finalists."""
@@ -154,7 +168,8 @@ class Comparison:
         by_name = {candidate.name: candidate for candidate in self.measured}
         best = [by_name[name] for name in self.finalists]
         if self.design.folds is not None:
-            self._train("final", [self._final(candidate) for candidate in best])
+            used = {used for candidate in best for used in candidate.uses.values()}
+            self._train("final", [self._final(each) for each in self.measured if each in best or each.name in used])
         for candidate in best:
             self._publish(candidate)
         self.tested = self.journal.kept("tested") or {}
@@ -174,7 +189,7 @@ class Comparison:
         changes = {"epochs": max(1, epochs), "patience": None, "restore_best": False}
         candidate = replace(candidate, settings=candidate.settings.model_copy(update=changes))
         data = replace(self.data, train=pooled(self.data), valid=None, test=None)
-        return _Job(_name(candidate.name, "final"), candidate, "final", Resample(0, 0, self.seed, data), save=True)
+        return self._job(candidate, "final", "final", Resample(0, 0, self.seed, data), save=True)
 
     def _publish(self, candidate: Candidate) -> None:
         """Move a finalist's adapter out of the journal, under the candidate's own name."""
@@ -201,8 +216,9 @@ class Comparison:
                 fast = Accelerations(Base.of(self.model), group[0].settings.accelerations)  # of all candidates alike
                 found = records_of(self.model, self.task, splits, self.data.pad_token_id, 8, fast)
             activate(self.model, None)
-            for candidate in group:
+            for candidate in reversed(group):  # a later one may use an earlier one
                 detach(self.model, candidate.name)
+            for candidate in group:
                 records = found[candidate.name]
                 out["predictions"][candidate.name] = self.task.predictions(records)
                 figures: dict[str, Any] = {"confusion": self.task.confusion(records)}
@@ -234,14 +250,19 @@ class Comparison:
             states=self.journal.states,
         ) as scheduler:
             self.rows_per_step = scheduler.rows_per_step
-            scheduler.add([job.job(self.settings.reduction) for job in missing])
-            while True:
-                scheduler.run()
-                if scheduler.interrupted:
-                    raise Interrupted
-                if not scheduler.waiting:
-                    return
-                scheduler.proceed(*self._halved(scheduler, groups))
+            # What uses others comes when these are done.
+            for level in ([j for j in missing if not j.uses], [j for j in missing if j.uses]):
+                scheduler.add([job.job(self.settings.reduction) for job in level])
+                self._run(scheduler, groups)
+
+    def _run(self, scheduler: JobScheduler, groups: Sequence[Sequence[str]]) -> None:
+        while True:
+            scheduler.run()
+            if scheduler.interrupted:
+                raise Interrupted
+            if not scheduler.waiting:
+                return
+            scheduler.proceed(*self._halved(scheduler, groups))
 
     def _keep(self, event: Event) -> None:
         """Write a job that has ended into the journal."""
@@ -480,13 +501,14 @@ class _Job:
     stage: str
     at: Resample
     save: bool = False
+    uses: Mapping[str, Path] = field(default_factory=dict)
 
     def job(self, reduction: int) -> Job:
         settings = self.candidate.settings.model_copy(update={"seed": self.at.seed})
         # A full copy of the model waiting at a rung would keep its memory, so what runs alone is never stopped.
-        halved = self.stage == "search" and self.candidate.method.shares_batch
+        halved = self.stage == "search" and self.candidate.method.shares_batch and not self.save
         stops = tuple(rungs(settings.epochs, reduction)) if halved else ()
-        return Job(self.name, self.candidate.method, settings, self.at.data, stops, self.save)
+        return Job(self.name, self.candidate.method, settings, self.at.data, stops, self.save, self.uses)
 
 
 def _name(candidate: str, what: str) -> str:

@@ -62,7 +62,7 @@ def attach(model: nn.Module, method: Method, name: str = "default", *, seed: int
     method = copy.deepcopy(method)
     method.check_values()
     with _at_home(manager.base), seeded(seed, (p.device for p in model.parameters())):
-        place = Place(manager.base, {each: manager.get(each) for each in method.uses()})
+        place = Place(manager.base, {each: manager.get(there) for each, there in method.used().items()})
         layers = [*method.build(place)]
         layers += _extra(manager.base, method, layers)
     if not layers:
@@ -156,12 +156,21 @@ def activate(model: nn.Module, name: Entry) -> None:
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
-    """Take an adapter off (all without a name). With the last one the base is unfrozen and has no hook left."""
+    """Take an adapter off (all without a name), and with it what was attached for it alone, such as the parts of a
+    fusion that a file brought along. With the last one the base is unfrozen and has no hook left.
+
+    Raises:
+        TanzakuError: another adapter uses it.
+    """
     manager = manager_of(model)
-    names = list(manager.adapters) if name is None else [manager.get(name).name]
-    for each, adapter in manager.adapters.items():
-        if each not in names and (used := [other for other in adapter.method.uses() if other in names]):
-            raise TanzakuError(f"{listed(used)} cannot be detached while {each!r} uses it: detach {each!r} first")
+    names = list(manager.adapters) if name is None else [name, *manager.get(name).brought]
+    used = {
+        there: each for each, a in manager.adapters.items() if each not in names for there in a.method.used().values()
+    }
+    if name in used:
+        by = used[name]
+        raise TanzakuError(f"{name!r} cannot be detached while {by!r} uses it: detach {by!r} first")
+    names = [each for each in names if each not in used]
     manager.mend()
     manager.end(names)
     for each in names:

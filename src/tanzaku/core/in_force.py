@@ -41,6 +41,7 @@ class InForce:
         self.weights: dict[str, Plan] = {}
         self.attention: dict[str, Plan] = {}
         self.shared: list[Shared] = []  # computed before a pass
+        self.read: list[AdapterLayer] = []  # layers of others that these read, which a copy of them needs, too
         self.reads_places = any(isinstance(s, ModuleLayer) and s.reads_places for stack in stacks for _, s in stack)
         self.virtual = tuple(sum(s.num_virtual_tokens for _, s in st if isinstance(s, TokenLayer)) for st in stacks)
         tokens: Plan = [[] for _ in stacks]

@@ -69,8 +69,9 @@ class AdapterManager:
     def _plan(self, route: Route) -> InForce:
         """What a route does, with the hooks that it needs. Nothing is in force by that yet."""
         adapters = {name: self.get(name) for name in route.adapters}
+        used = {there: self.get(there) for each in adapters.values() for there in each.method.used().values()}
         merged = getattr(self.model.__dict__.get(MERGED), "names", ())
-        if twice := [name for name in adapters if name in merged]:
+        if twice := [name for name in {**adapters, **used} if name in merged]:
             raise TanzakuError(
                 f"{listed(twice)} is merged into the base's weights and would count twice: unmerge it first, or route "
                 "to None, which has it"
@@ -82,10 +83,11 @@ class AdapterManager:
                         f"{name!r} ({adapter.method.name}) changes every weight: its rows cannot share a batch with "
                         "others; route it alone"
                     )
-        for adapter in adapters.values():
+        for adapter in {**adapters, **used}.values():
             self._follow_device(adapter)
         stacks = [[at for name in stack for at in adapters[name].at()] for stack in route.stacks]
         force = InForce(self.base, route, stacks)
+        force.read = [layer for each in used.values() for _, layer in each.at()]
         self.sites.ensure(force)
         self._made.add(force)
         for adapter in adapters.values():

@@ -108,6 +108,7 @@ class ModuleLayer(AdapterLayer):
     reads_places: ClassVar[bool] = False  # it asks where tokens stand in their row's text: see `places.py`
     whole_rows: ClassVar[bool] = False  # it reads more of a row than the token it changes: rows stay whole, and padded
     reads_padding: ClassVar[bool] = False  # and of the padding, too: what shares a step is padded alike
+    width: int | None = None  # features of what it changes, where its module's weight does not tell
     untrimmed: ClassVar[bool] = False  # it reads what two modules have: neither has but one token of a row, then
 
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
@@ -121,6 +122,10 @@ class ModuleLayer(AdapterLayer):
     def outputs_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
         """`y` as the module shall return it, of all that it was given."""
         raise TypeError(f"{type(self).__name__} defines no outputs_of()")
+
+    def reads(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """What it looks at as it changes `y`, in the size of `y`: by this attention over several adapters asks."""
+        return y
 
     def batch_key(self, module: nn.Module) -> Hashable | None:
         """Layers of one kind at one module with equal answers are computed together; None: this one by itself."""
@@ -262,12 +267,14 @@ class Method:
     repeats: ClassVar[tuple[str, ...]] = ()  # names of tensors that PEFT's files hold at each site, too, for nothing
     in_peft: ClassVar[bool] = True  # False: HF PEFT has the method under no name
     not_in_peft: ClassVar[Mapping[str, Any]] = {}  # settings PEFT has not, by what needs no word in its files
+    uses_others: ClassVar[bool] = False  # it is made of other adapters: see `uses`
     by_default: ClassVar[bool] = True  # a candidate of a comparison that names none
     learning_rate: ClassVar[float] = 1e-3  # where none is given; each method says where its own is from
     space: ClassVar[Spaces] = spaces(learning_rate=Range(1e-5, 1e-2, log=True))  # what a search draws; see open_space
 
     _to_fill = False  # True on one that is built for a file: its weights need not be drawn
     _as_peft = False  # True where PEFT's rules say what is a head: the rest is left as it is
+    _under = cast("Mapping[str, str]", {})  # what adapters that it uses are attached as, where not by their own names
     _copies = cast("list[Copy] | None", None)  # what a file says the adapter has copies of; None: what the settings say
 
     modules_to_save: list[str] | None = field(default=None, kw_only=True)
@@ -281,6 +288,10 @@ class Method:
     def uses(self) -> Sequence[str]:
         """Names of attached adapters that this one reads, and that stay attached as long as it is."""
         return ()
+
+    def used(self) -> dict[str, str]:
+        """Of each of :meth:`uses`, under which name it is attached."""
+        return {name: self._under.get(name, name) for name in self.uses()}
 
     def heads(self, base: Base) -> list[Part]:
         """The parts of the model that the adapter has its own copy of, whatever `modules_to_save` names."""

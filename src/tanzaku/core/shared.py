@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from tanzaku.core.frozen import as_read
 from tanzaku.core.method import AdapterLayer
 from tanzaku.errors import TanzakuError
 from tanzaku.support.refs import Ref
@@ -60,8 +61,8 @@ class Shared(AdapterLayer):
         """What was computed for this pass, or, outside of one, what it would be."""
         found = next((each for each in _written.get() if each.by() is self), None)
         if found is None or (found.versions != self._versions() and not torch.compiler.is_compiling()):
-            return self.compute()
-        return found.value
+            return as_read(self.compute())
+        return as_read(found.value)
 
     def _versions(self) -> tuple[int, ...]:
         # Another pass, another optimizer step: what was written before it is old.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tanzaku.core.method import Method
 from tanzaku.errors import TanzakuError, nearest
 from tanzaku.methods.adalora import AdaLoRA as AdaLoRA
+from tanzaku.methods.average import Average as Average
 from tanzaku.methods.bitfit import BitFit as BitFit
 from tanzaku.methods.boft import BOFT as BOFT
 from tanzaku.methods.bottleneck import BottleneckAdapter as BottleneckAdapter
@@ -15,6 +16,7 @@ from tanzaku.methods.deft import DEFT as DEFT
 from tanzaku.methods.delora import DeLoRA as DeLoRA
 from tanzaku.methods.fourierft import FourierFT as FourierFT
 from tanzaku.methods.full import Full as Full
+from tanzaku.methods.fusion import AdapterFusion as AdapterFusion
 from tanzaku.methods.gralora import GraLoRA as GraLoRA
 from tanzaku.methods.head import Head as Head
 from tanzaku.methods.hira import HiRA as HiRA
@@ -90,6 +92,8 @@ METHODS: dict[str, type[Method]] = {
         Supertuning,
         PEANuT,
         DEFT,
+        AdapterFusion,
+        Average,
         Full,
         Head,
     )

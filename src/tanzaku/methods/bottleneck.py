@@ -52,6 +52,7 @@ class BottleneckLayer(ModuleLayer):
     def __init__(self, how: BottleneckAdapter, site: Sublayer, size: int, like: Tensor, at_sum: bool, tap: Tap | None):
         super().__init__()
         self.site = site
+        self.width = size
         self.at_sum, self.normed, self.tap = at_sum, at_sum and site.norm is not None, Ref(tap)
         self.before, self.after, self.parallel = how.original_ln_before, how.original_ln_after, how.is_parallel
         self.residual, self.within = how.residual_before_ln, how.within
@@ -152,6 +153,9 @@ class BottleneckLayer(ModuleLayer):
             return z if plus is None else z + y
 
         return in_full(change, self.like, x, here if plus is None else plus).to(here.dtype)
+
+    def reads(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return self._parts(module, x if self.normed else y)[0]
 
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
         return self._edited(module, x, x)

@@ -103,6 +103,7 @@ class ReftLayer(ModuleLayer):
 
     def __init__(self, how: ReFT, size: int, like: Tensor):
         super().__init__()
+        self.width = size
         self.prefix, self.suffix, self.tied = how.prefix_positions, how.suffix_positions, how.tied_weights
         self.subtracts, self.dropout = bool(how.subtract_projection), how.dropout
         self.act = nn.Identity() if how.non_linearity is None else activation(how.non_linearity)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import chain, count
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 
 
 class MethodEntry(BaseModel):
-    """One candidate: `lora` or `{lora: {r: 1}}`, with a `name` and `train` settings of its own if it has them.
+    """One candidate: `lora` or `{lora: {r: 1}}`, with a `name` and `train` settings of its own if it has them, and, of
+    a method that is made of other adapters, what it `uses`: candidates, or directories of adapters.
 
     For `tanzaku compare` a setting may be a space (:mod:`tanzaku.core.space`), and the entry then stands for several
     candidates. It is kept as it is written.
@@ -50,6 +52,7 @@ class MethodEntry(BaseModel):
     settings: dict[str, Any] = {}
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]+$")
     train: dict[str, Any] = {}
+    uses: dict[str, str] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -59,10 +62,10 @@ class MethodEntry(BaseModel):
         item = {item: None} if isinstance(item, str) else item
         if not isinstance(item, Mapping):
             raise TanzakuError(f"found {item!r}, expected a method such as lora or lora: {{r: 8}}")
-        methods = [str(key) for key in item if key not in ("name", "train")]
+        methods = [str(key) for key in item if key not in ("name", "train", "uses")]
         if len(methods) != 1:
             found = listed(methods) or "no method"
-            raise TanzakuError(f"found {found}, expected one method, with name and train beside it if need be")
+            raise TanzakuError(f"found {found}, expected one method, with name, train and uses beside it if need be")
         settings = _mapping(item.get(methods[0]), f"settings of {methods[0]}", "{r: 8}")
         train = _mapping(item.get("train"), "train", "{epochs: 3}")
         for key in train:
@@ -72,7 +75,8 @@ class MethodEntry(BaseModel):
             raise TanzakuError("all candidates read the same tokens: max_length goes into the recipe's train section")
         if "accelerations" in train:
             raise TanzakuError("all candidates share one model: accelerations go into the recipe's train section")
-        return {"method": methods[0], "settings": settings, "name": item.get("name"), "train": train}
+        uses = _uses(item.get("uses"))
+        return {"method": methods[0], "settings": settings, "name": item.get("name"), "train": train, "uses": uses}
 
     @model_serializer
     def _to_item(self) -> dict[str, Any]:
@@ -80,7 +84,25 @@ class MethodEntry(BaseModel):
         item: dict[str, Any] = {self.method: self.settings}
         if self.name not in (None, self.method):
             item["name"] = self.name
-        return item | ({"train": self.train} if self.train else {})
+        return item | ({"train": self.train} if self.train else {}) | ({"uses": self.uses} if self.uses else {})
+
+
+def _uses(value: Any) -> dict[str, str]:
+    """What an entry uses, by the name that its method has for it: the candidate's, or the last of a directory's."""
+    if isinstance(value, Mapping) and all(isinstance(each, str) for each in value.values()):
+        found = {str(key): str(each) for key, each in value.items()}
+    elif isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(each, str) for each in value):
+        found = {Path(each).name: each for each in value}
+        if len(found) < len(value):
+            raise TanzakuError(f"uses: found {listed(value)}, two of one name; write {{a: DIR, b: DIR}}")
+    elif value is None:
+        return {}
+    else:
+        raise TanzakuError(f"uses: found {value!r}, expected names of candidates or directories, such as [a, b]")
+    for name in found:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise TanzakuError(f"uses: found the name {name!r}, expected letters, digits, _ and -; write {{a: DIR}}")
+    return found
 
 
 def _mapping(value: Any, what: str, example: str) -> dict[str, Any]:
@@ -155,6 +177,9 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     folder = Path(path).parent
     raw = read_yaml(Path(path))
     data, model = raw.get("data"), as_block(raw.get("model"))
+    for entry in methods if isinstance(methods := raw.get("methods"), list) else ():
+        if isinstance(entry, dict) and isinstance(uses := entry.get("uses"), list | dict):
+            entry["uses"] = _beside_each(folder, uses)
     if isinstance(data, dict):
         raw["data"] = {
             key: _beside(folder, value) if key in ("train", "valid", "test") and isinstance(value, str) else value
@@ -164,6 +189,13 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     if isinstance(name, str) and (name.startswith(".") or (folder / name / "config.json").is_file()):
         raw["model"] = {**model, "name": str(folder / name)}
     return raw
+
+
+def _beside_each(folder: Path, uses: Any) -> Any:
+    def beside(each: Any) -> Any:
+        return str(folder / each) if isinstance(each, str) and (folder / each).is_dir() else each
+
+    return {key: beside(each) for key, each in uses.items()} if isinstance(uses, dict) else [*map(beside, uses)]
 
 
 def _beside(folder: Path, source: str) -> str:
@@ -273,7 +305,11 @@ def _assigned(entries: list[MethodEntry], assignment: str) -> list[MethodEntry]:
         )
     value = parse_yaml(text, f"--set {assignment}")
     return [
-        entry.model_copy(update={"settings": {**entry.settings, key: value}}) if entry in meant else entry
+        entry.model_copy(
+            update={"uses": _uses(value)} if key == "uses" else {"settings": {**entry.settings, key: value}}
+        )
+        if entry in meant
+        else entry
         for entry in entries
     ]
 
@@ -293,8 +329,41 @@ def jobs_of(recipe: Recipe) -> list[Job]:
                 f"candidate {entry.name!r}: {key} has a {space.kind}, and train takes one setting; "
                 f"give {key} one value, or use tanzaku compare"
             )
-        jobs.append(Job(str(entry.name), *checked(entry, recipe.train)))
+        uses = {label: Path(used) for label, used in used_by(entry, []).items()}
+        jobs.append(Job(str(entry.name), *checked(entry, recipe.train), uses=uses))
     return jobs
+
+
+def used_by(entry: MethodEntry, entries: Sequence[MethodEntry]) -> dict[str, str | Path]:
+    """What an entry uses, by its method's names: another's name, or the directory of an adapter.
+
+    Raises:
+        TanzakuError: neither, or the method uses none, or it needs some.
+    """
+    from tanzaku.methods import METHODS, method_named
+
+    method, others = method_named(entry.method), [str(each.name) for each in entries if each.name != entry.name]
+    if method.uses_others != bool(entry.uses):
+        which = listed(name for name, each in METHODS.items() if each.uses_others)
+        raise TanzakuError(
+            f"candidate {entry.name!r}: found uses, and {entry.method} is not made of other adapters; {which} are"
+            if entry.uses
+            else f"candidate {entry.name!r}: {entry.method} is made of other adapters; name candidates or directories "
+            "in the recipe, as in uses: [a, b]"
+        )
+    out: dict[str, str | Path] = {}
+    for label, used in entry.uses.items():
+        if used in others:
+            out[label] = used
+        elif Path(used).expanduser().is_dir():
+            out[label] = Path(used).expanduser()
+        else:
+            there = f"; other candidates are {listed(others)}" if others else ""
+            raise TanzakuError(
+                f"candidate {entry.name!r} uses {used!r}, which is no other candidate and no adapter's directory"
+                f"{nearest(used, others)}{there}"
+            )
+    return out
 
 
 def spaces_of(entry: MethodEntry) -> dict[str, Space]:
@@ -330,7 +399,8 @@ def checked(entry: MethodEntry, train: TrainSettings) -> tuple[Method, TrainSett
     method_named(entry.method).check_names(entry.settings)  # an unknown name is told better than pydantic would
     try:
         own = TrainSettings.model_validate({**train.model_dump(), **entry.train})
-        method = _adapter(entry.method).validate_python(entry.settings)
+        used = {"adapters": [*entry.uses]} if entry.uses else {}
+        method = _adapter(entry.method).validate_python({**used, **entry.settings})
         return method, for_method(own, method)
     except ValidationError as error:
         raise TanzakuError(complaint(error, f"candidate {entry.name!r}", {"": TrainSettings}, {})) from None

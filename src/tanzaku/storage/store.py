@@ -9,11 +9,13 @@ import copy
 import dataclasses
 import hashlib
 import json
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +23,12 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tanzaku.core.adapter import Adapter
-from tanzaku.core.attach import attach, detach
+from tanzaku.core.attach import adapters, attach, detach
 from tanzaku.core.manager import AdapterManager, manager_of
 from tanzaku.core.method import AdapterLayer, Copy, Method
 from tanzaku.core.programs import write_adapters_by
@@ -44,6 +47,8 @@ from tanzaku.storage import adapterhub
 from tanzaku.storage.card import CARD, card, digest_of, kept
 
 CONFIG, TENSORS, META = "adapter_config.json", "adapter_model.safetensors", "tanzaku.json"
+PARTS = "parts"  # where an adapter's directory has those that it uses
+_METADATA = {"format": "pt"}
 FORMAT = 2  # of tanzaku.json
 
 _TASKS = {
@@ -97,26 +102,50 @@ def save(
             if (text := kept(target)) is not None:
                 (beside / CARD).write_text(text, encoding="utf-8")
         return Path(path)
-    tensors = apart({**_resized_embeddings(manager, adapter), **{k: t for k, (t, _) in entries(adapter).items()}})
-    with _writing(target), directory_beside(target) as beside, ThreadPoolExecutor(2) as aside:
-        save_file(tensors, beside / TENSORS, metadata={"format": "pt"})
-        checksum = aside.submit(_sha256, beside / TENSORS)
-        aside.submit(to_disk, beside / TENSORS)  # so that little is left to wait for at the end
+    with _writing(target), directory_beside(target) as beside:
+        _write(manager, adapter, beside, meta or {}, training or {}, kept(target))
+    return Path(path)
+
+
+def _write(
+    manager: AdapterManager,
+    adapter: Adapter,
+    folder: Path,
+    meta: dict[str, Any],
+    training: dict[str, Any],
+    own_card: str | None = None,
+) -> str:
+    """Write an adapter, with those that it uses below it, into an empty directory; the checksum of its tensors."""
+    uses = {}
+    for label, there in adapter.method.used().items():
+        (folder / PARTS / label).mkdir(parents=True)
+        uses[label] = _write(manager, manager.get(there), folder / PARTS / label, {}, {})
+    tensors = _tensors(manager, adapter)
+    with ThreadPoolExecutor(2) as aside:
+        save_file(tensors, folder / TENSORS, metadata=_METADATA)
+        checksum = aside.submit(_sha256, folder / TENSORS)
+        aside.submit(to_disk, folder / TENSORS)  # so that little is left to wait for at the end
         about = {
             "format": FORMAT,
             "method": adapter.method.name,
             "base": describe(manager.base, adapter),
             "copies": _recorded(adapter),
-            "meta": meta or {},
+            "meta": meta,
+            **({"uses": uses} if uses else {}),
         }
         config = config_of(manager, adapter)
         known = hasattr(transformers, type(manager.model).__name__)
-        text = card(adapter.method, config, meta or {}, training or {}, tensors, known)
+        text = card(adapter.method, config, meta, training, tensors, known)
         about |= {"card": digest_of(text), "sha256": checksum.result()}
-        (beside / CONFIG).write_text(_json(config), encoding="utf-8")
-        (beside / META).write_text(_json(about), encoding="utf-8")
-        (beside / CARD).write_text(kept(target) or text, encoding="utf-8")
-    return Path(path)
+        (folder / CONFIG).write_text(_json(config), encoding="utf-8")
+        (folder / META).write_text(_json(about), encoding="utf-8")
+        (folder / CARD).write_text(own_card or text, encoding="utf-8")
+    return checksum.result()
+
+
+def _tensors(manager: AdapterManager, adapter: Adapter) -> dict[str, Tensor]:
+    """All tensors of an adapter's file."""
+    return apart({**_resized_embeddings(manager, adapter), **{k: t for k, (t, _) in entries(adapter).items()}})
 
 
 @contextmanager
@@ -191,7 +220,9 @@ def _load(model: nn.Module, folder: Path, name: str, strict: bool, method: Metho
         _drop_strangers(model, method)
     else:
         method._copies = _copies(model, about.get("copies"), method.modules_to_save or [], folder)
-    adapter = _attached(model, method, name, tensors, folder)
+    with bringing(model, method, name) as brought:
+        _bring_parts(model, method, folder, (about or {}).get("uses"), brought)
+        adapter = _attached(model, method, name, tensors, folder)
     with _attached_or_not(model, name):
         _own_embeddings(model, adapter, tensors)
         _fill(model, adapter, tensors, folder, about, strict)
@@ -245,6 +276,74 @@ def _attached_or_not(model: nn.Module, name: str) -> Iterator[None]:
     except BaseException:
         detach(model, name)
         raise
+
+
+# -- adapters that an adapter uses
+
+
+class Bringing:
+    """Attaches what an adapter uses, under names beside its own, and tells its method which these are."""
+
+    def __init__(self, model: nn.Module, method: Method, name: str):
+        self.model, self.method, self.name = model, method, name
+        self.names: list[str] = []
+
+    def bring(self, label: str, folder: Path) -> None:
+        """Attach what is in the folder as what the method calls `label`."""
+        if not folder.is_dir():
+            raise TanzakuError(f"it uses {label!r}, of which there is no adapter in {folder}")
+        names = (f"{self.name}-{label}{'-' * k}" for k in count())
+        free = next(name for name in names if name not in adapters(self.model))
+        load(self.model, folder, free)
+        self.names.append(free)
+        self.method._under = {**self.method._under, label: free}
+
+
+@contextmanager
+def bringing(model: nn.Module, method: Method, name: str) -> Iterator[Bringing]:
+    """Within the block, adapters are attached that `method` uses, which is attached as `name` by its end, and they go
+    when it goes."""
+    block = Bringing(model, method, name)
+    try:
+        yield block
+        manager_of(model).get(name).brought = block.names
+    except BaseException:
+        for each in reversed(block.names):
+            detach(model, each)
+        raise
+
+
+def _bring_parts(model: nn.Module, method: Method, folder: Path, recorded: Any, block: Bringing) -> None:
+    """Attach what an adapter's file has been made with, where the very same is not attached under its name."""
+    digests = recorded if isinstance(recorded, dict) else {}
+    for label in method.uses():
+        if not isinstance(digests.get(label), str):
+            raise TanzakuError(f"{folder / META} is damaged: it does not say which {label!r} the adapter uses")
+        if label in adapters(model) and digest(model, label) == digests[label]:
+            continue
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", label) or not (folder / PARTS / label).is_dir():
+            raise TanzakuError(
+                f"{folder} uses the adapter {label!r}, which is neither in {folder / PARTS / label} nor attached"
+            )
+        _check_tensors(folder / PARTS / label)
+        if _sha256(folder / PARTS / label / TENSORS) != digests[label]:
+            raise TanzakuError(f"{folder / PARTS / label} is not the adapter that {folder} was trained with")
+        block.bring(label, folder / PARTS / label)
+
+
+def method_in(path: str | Path) -> Method:
+    """The method, with its settings, of the adapter in a directory."""
+    folder = adapter_dir(Path(path))
+    config = read_config(folder)
+    if adapterhub.is_one(config):
+        return adapterhub.method_of(config, folder / CONFIG)
+    return method_of(config, folder, (read_about(folder) or {}).get("method"))
+
+
+def digest(model: nn.Module, name: str) -> str:
+    """The checksum that the file of an attached adapter's tensors would have."""
+    manager = manager_of(model)
+    return hashlib.sha256(to_bytes(_tensors(manager, manager.get(name)), metadata=_METADATA)).hexdigest()
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:

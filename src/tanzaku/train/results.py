@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from tanzaku.core.method import Method
@@ -17,7 +19,7 @@ class Job:
     """One training run of a candidate. `name` is unique in a run.
 
     `data` has its own rows, such as a fold's; without it the run's are used. After the epochs in `rungs` it waits to be
-    told whether to go on.
+    told whether to go on. `uses` has the directories of adapters that its method uses, by the method's names for them.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Job:
     data: TaskData | None = None
     rungs: tuple[int, ...] = ()
     save: bool = True  # its adapter, where the run has a directory
+    uses: Mapping[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.settings = for_method(self.settings, self.method)

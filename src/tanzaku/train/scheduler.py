@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import time
@@ -17,7 +18,9 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from tanzaku.core.adapter import Adapter
 from tanzaku.core.attach import activate, adapters, attach, count, detach
+from tanzaku.core.manager import manager_of
 from tanzaku.engine.memory import Need, in_use, peak, reset_peak
 from tanzaku.engine.precision import precision_for
 from tanzaku.errors import TanzakuError
@@ -330,7 +333,7 @@ class JobScheduler:
         try:
             if not self.active_jobs:
                 reset_peak(self.device)
-            adapter = attach(self.model, job.method, job.name, seed=job.settings.seed)
+            adapter = self._attached(job)
             self._arrange(job)
             if adapter.method.calibrates:
                 self.step.calibrate(job, adapter, (job.data or self.data).train.examples)
@@ -338,6 +341,8 @@ class JobScheduler:
             numbers = count(self.model, job.name)
             result.trainable_parameters, result.total_parameters = numbers.trainable, numbers.total
             active = ActiveJob(job, adapter, job.data or self.data, result, self.device)
+            brought = (manager_of(self.model).get(name) for name in adapter.brought)
+            active.kept_bytes += sum(p.numel() * p.element_size() for each in brought for p in each.parameters())
             if self.measure:
                 active.need = self._need_of(active)
                 result.step_bytes = active.need.step + active.kept_bytes
@@ -386,6 +391,14 @@ class JobScheduler:
         if active.finished:  # it was cut off between its last epoch and its end
             self._guarded(self._finish, active)
         return True
+
+    def _attached(self, job: Job) -> Adapter:
+        """The job's adapter, with those that it uses."""
+        method = copy.deepcopy(job.method)
+        with store.bringing(self.model, method, job.name) as block:
+            for label, folder in job.uses.items():
+                block.bring(label, folder)
+            return attach(self.model, method, job.name, seed=job.settings.seed)
 
     def _need_of(self, active: ActiveJob) -> Need:
         # Folds and seeds of one candidate need the same.
@@ -614,7 +627,7 @@ class JobScheduler:
         if name in self._trackers:
             self._trackers.pop(name).end_training()
         if name in adapters(self.model):
-            if len(adapters(self.model)) == 1:
+            if len(adapters(self.model)) == 1 + len(manager_of(self.model).get(name).brought):
                 activate(self.model, None)
             detach(self.model, name)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tanzaku.errors import TanzakuError
 from tanzaku.files.writing import apart, written_beside
 from tanzaku.models import tree
+from tanzaku.storage.store import checksum as adapter_checksum
 from tanzaku.support.versions import VERSION
 from tanzaku.tasks.task import TaskData
 from tanzaku.train.active_job import ActiveJob
@@ -150,6 +151,7 @@ def _about(active: ActiveJob) -> dict[str, Any]:
             **{f"{job.method.name}.{key}": value for key, value in job.method.settings().items()},
             "base model": base_checksum(active.adapter.base.model),
             "data": checksum(active.data),
+            **{f"adapter {label}": adapter_checksum(folder) for label, folder in job.uses.items()},
         }
         active.about = json.loads(json.dumps(about, default=str))
     return active.about
