@@ -84,6 +84,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "default": {"r": 2, "dropout": 0.0, "prefix_positions": 16},  # so that a classifier's last layer has some to do
         "suffix": {"r": 2, "style": "direft", "prefix_positions": 0, "suffix_positions": 2},
     },
+    "hyper": {
+        "default": {"reduction_factor": 8, "embedding_dim": 6, "hidden_dim": 8},
+        "attention": {"reduction_factor": 8, "embedding_dim": 4, "hidden_dim": 8, "output_adapter": False},
+    },
     "ln_tuning": {"default": {}, "one": {"target_modules": ["post_attention_layernorm"]}},
     "trainable_tokens": {"default": {"token_indices": [*range(3, VOCAB, 2)]}},
     "loha": {"default": {"r": 2}},

@@ -21,6 +21,7 @@ from tanzaku.methods.gralora import GraLoRA as GraLoRA
 from tanzaku.methods.head import Head as Head
 from tanzaku.methods.hira import HiRA as HiRA
 from tanzaku.methods.hra import HRA as HRA
+from tanzaku.methods.hyper import Hyper as Hyper
 from tanzaku.methods.ia3 import IA3 as IA3
 from tanzaku.methods.llama_adapter import LlamaAdapter as LlamaAdapter
 from tanzaku.methods.ln_tuning import LNTuning as LNTuning
@@ -66,6 +67,7 @@ METHODS: dict[str, type[Method]] = {
         BottleneckAdapter,
         Compacter,
         ReFT,
+        Hyper,
         LNTuning,
         TrainableTokens,
         LoHa,
