@@ -131,7 +131,7 @@ def predict(
     piped = data == STDIN
     # Parquet must know the kinds of all columns before its first row.
     rows = Piped(encoding, data_format) if piped and kind != "parquet" else open_rows(data, encoding, data_format)
-    for column in task.reads:
+    for column in task.needs:
         rows.check_column(column)
     added = _added([adapter.name for adapter in given], task, kind, prefix)
     _check_names(rows.names, rows.source, added)
@@ -341,6 +341,8 @@ def _digest_of(rows: Rows, task: Task) -> str:
 def _check_cells(row: Row, task: Task, where: str) -> None:
     for column in task.reads:
         task.check_cell(row[column], f"{where}: column {column!r}")
+    if task.row_tasks is not None:
+        task.row_tasks.id_of(row[task.row_tasks.column], f"{where}: column {task.row_tasks.column!r}")
 
 
 class _Run:
@@ -402,7 +404,7 @@ class _Run:
         counts["blank"] += len(chunk) - len(there)
         if not there:
             return [], {}
-        table = Table({column: [chunk[at][column] for at in there] for column in columns}, self.rows.source)
+        table = Table({column: [chunk[at][column] for at in there] for column in self.task.needs}, self.rows.source)
         splits = {}
         for length in self.lengths:
             splits[length] = self.task.encode(table, "data", self.tokenizer, length)

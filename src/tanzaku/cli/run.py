@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tanzaku.errors import TanzakuError, listed, nearest
+from tanzaku.tasks.row_tasks import CONTEXT
 
 if TYPE_CHECKING:
     import torch
@@ -283,6 +284,7 @@ def _check_fit(
                 f"candidate {name!r}: task_type is {method.task_type!r}, and what is trained is a classifier; "
                 "expected 'SEQ_CLS', or leave it out"
             )
+        _check_row_data(name, method, data)
         try:
             method, brought = copy.copy(method), {}
             for label, used in each.uses.items():
@@ -301,6 +303,22 @@ def _check_fit(
             raise TanzakuError(f"candidate {name!r}: {error}") from None
         except (RuntimeError, TypeError, OverflowError) as error:  # sizes that torch itself cannot count
             raise TanzakuError(f"candidate {name!r}: {method.largest()}: {str(error).splitlines()[0]}") from None
+
+
+def _check_row_data(name: str, method: Method, data: TaskData) -> None:
+    """A TanzakuError where a method reads of rows what these do not say."""
+    tasks = data.task.row_tasks
+    for key, number in method.row_data().items():
+        if key != CONTEXT or tasks is None:
+            raise TanzakuError(
+                f"candidate {name!r}: num_tasks is {number}, and rows do not say which task they are of; name the "
+                "column that does with --task-id, or leave num_tasks at 1"
+            )
+        if number != len(tasks.names):
+            raise TanzakuError(
+                f"candidate {name!r}: num_tasks is {number}, and column {tasks.column!r} of the training rows has "
+                f"{len(tasks.names)}: {listed(tasks.names)}"
+            )
 
 
 def _check_memory(trained: int, largest: str, device: str) -> None:

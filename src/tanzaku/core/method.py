@@ -293,6 +293,10 @@ class Method:
         """Of each of :meth:`uses`, under which name it is attached."""
         return {name: self._under.get(name, name) for name in self.uses()}
 
+    def row_data(self) -> Mapping[str, int]:
+        """What its layers read of each row (see `context.py`), by name, and how many values there may be."""
+        return {}
+
     def heads(self, base: Base) -> list[Part]:
         """The parts of the model that the adapter has its own copy of, whatever `modules_to_save` names."""
         if self._copies is not None:

@@ -11,7 +11,7 @@ too; here they have none, so that they change nothing at first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -157,6 +157,9 @@ class Hyper(Method):
     hidden_dim: int = 128
     mh_adapter: bool = True
     output_adapter: bool = True
+
+    def row_data(self) -> Mapping[str, int]:
+        return {"task_ids": self.num_tasks} if self.num_tasks > 1 else {}
 
     def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
         for key in ("num_tasks", "embedding_dim", "hidden_dim"):

@@ -9,7 +9,7 @@ Wang et al. 2023, arXiv 2303.02861.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -100,6 +100,9 @@ class MultitaskPromptTuning(PromptTuning):
     prompt_tuning_init_task: int = 0
     num_ranks: int = 1
     num_tasks: int = 1
+
+    def row_data(self) -> Mapping[str, int]:
+        return {"task_ids": self.num_tasks} if self.num_tasks > 1 else {}
 
     def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
         for key in ("num_tasks", "num_ranks"):

@@ -15,6 +15,7 @@ from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.support.lazy import Lazy
 from tanzaku.tasks.labels import NUMBER, check_labels, label_name, odd_labels, spelling
 from tanzaku.tasks.metrics import ACCURACY, MACRO_F1, ROC_AUC
+from tanzaku.tasks.row_tasks import RowTasks
 from tanzaku.tasks.settings import TextSettings
 from tanzaku.tasks.task import LEARNED, LOSS, Batch, Column, Example, Records, Said, ignorance
 from tanzaku.tasks.text import TextTask, check_columns, columns_in
@@ -46,6 +47,7 @@ class Classification(TextTask):
     labels: tuple[str, ...]
     text: str = "text"
     text_pair: str | None = None
+    row_tasks: RowTasks | None = None
 
     name = "classification"
     summary = "one of some labels for each text"
@@ -206,12 +208,13 @@ class Classification(TextTask):
     # -- files and tables
 
     def to_json(self) -> dict[str, Any]:
-        return {"labels": list(self.labels), "text": self.text, "text_pair": self.text_pair}
+        columns = {"text": self.text, "text_pair": self.text_pair}
+        return {"labels": list(self.labels), **columns, **self.tasks_to_json()}
 
     @classmethod
     def from_json(cls, about: Mapping[str, Any], where: str) -> Classification:
         check_labels(about.get("labels"), where)
-        return cls(tuple(about["labels"]), *columns_in(about, where))
+        return cls(tuple(about["labels"]), *columns_in(about, where), RowTasks.from_json(about, where))
 
     @classmethod
     def fits(cls, width: int | None) -> bool:

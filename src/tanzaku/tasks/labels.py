@@ -20,7 +20,7 @@ _FEW = 10  # classes that hardly any task has too many of, however few its rows
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
 
-def label_name(value: Any, where: str) -> str:
+def label_name(value: Any, where: str, what: str = "label") -> str:
     """A label as text, the same for every way a file format may hold it.
 
     Raises:
@@ -28,11 +28,11 @@ def label_name(value: Any, where: str) -> str:
     """
     value = value.strip() if isinstance(value, str) else value
     if missing(value):
-        raise TanzakuError(f"{where} has no label; fill it in or drop the row")
+        raise TanzakuError(f"{where} has no {what}; fill it in or drop the row")
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if not isinstance(value, str | int | float):
-        raise TanzakuError(f"the label in {where} is a {type(value).__name__}; expected a name or an integer")
+        raise TanzakuError(f"the {what} in {where} is a {type(value).__name__}; expected a name or an integer")
     return str(value)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from tanzaku.errors import TanzakuError, flag
 from tanzaku.tasks.checks import findings
 from tanzaku.tasks.data import Table, read_table, to_stderr
+from tanzaku.tasks.row_tasks import RowTasks
 from tanzaku.tasks.settings import DataSettings
 from tanzaku.tasks.sources import STDIN
 from tanzaku.tasks.task import Task, TaskData
@@ -55,6 +56,7 @@ def open_tables(kind: type[Task], data: DataSettings, note: Callable[[str], None
         TanzakuError: a file, column or cell that is missing or broken, or a target unseen in training.
     """
     own = {key: getattr(data, key) for key in kind.Data.model_fields if key not in DataSettings.model_fields}
+    own["task_id"] = data.task_id
     for key, other in combinations([key for key, column in own.items() if column is not None], 2):
         if own[key] == own[other]:
             raise TanzakuError(
@@ -70,7 +72,12 @@ def open_tables(kind: type[Task], data: DataSettings, note: Callable[[str], None
         for name, source in sources.items()
         if source is not None
     }
-    return Tables(tables, kind.learn(tables, data), data)
+    task = kind.learn(tables, data)
+    if data.task_id is not None:
+        if all(each.name != "row_tasks" for each in fields(cast(Any, task))):
+            raise TanzakuError(f"task {task.name} has rows of one task alone; leave task_id out")
+        task = replace(cast(Any, task), row_tasks=RowTasks.learn(tables, data.task_id))
+    return Tables(tables, task, data)
 
 
 def encode(read: Tables, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TaskData:

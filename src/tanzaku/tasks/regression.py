@@ -13,6 +13,7 @@ from pydantic import Field
 from tanzaku.errors import TanzakuError
 from tanzaku.support.lazy import Lazy
 from tanzaku.tasks.cells import missing
+from tanzaku.tasks.row_tasks import RowTasks
 from tanzaku.tasks.settings import Finding, TextSettings
 from tanzaku.tasks.task import LEARNED, LOSS, Batch, Column, Example, Metric, Records, Said, Statistics
 from tanzaku.tasks.text import TextTask, check_columns, columns_in
@@ -105,6 +106,7 @@ class Regression(TextTask):
     deviation: float
     text: str = "text"
     text_pair: str | None = None
+    row_tasks: RowTasks | None = None
 
     name = "regression"
     summary = "a number for each text"
@@ -209,7 +211,8 @@ class Regression(TextTask):
     # -- files and tables
 
     def to_json(self) -> dict[str, Any]:
-        return {"mean": self.mean, "deviation": self.deviation, "text": self.text, "text_pair": self.text_pair}
+        columns = {"text": self.text, "text_pair": self.text_pair}
+        return {"mean": self.mean, "deviation": self.deviation, **columns, **self.tasks_to_json()}
 
     @classmethod
     def from_json(cls, about: Mapping[str, Any], where: str) -> Regression:
@@ -221,7 +224,7 @@ class Regression(TextTask):
                 raise TanzakuError(f"{where}{key} is {str(value)[:40]}, expected a number{over}")
             found.append(float(value))
         text, pair = columns_in(about, where)
-        return cls(found[0], found[1], text, pair)
+        return cls(found[0], found[1], text, pair, RowTasks.from_json(about, where))
 
     @classmethod
     def fits(cls, width: int | None) -> bool:

@@ -42,6 +42,9 @@ class DataSettings(BaseModel):
     format: Literal["tsv", "csv", "jsonl", "json"] | None = Field(
         default=None, description="of the files, whatever their names say"
     )
+    task_id: str | None = Field(
+        default=None, min_length=1, description="column that says which of several tasks a row is of"
+    )
     allow: list[Check] = Field(default=[], description="pass this check of rows (repeatable; tanzaku check names them)")
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.support.lazy import Lazy
 from tanzaku.tasks.cells import plain
+from tanzaku.tasks.row_tasks import CONTEXT, RowTasks
 from tanzaku.tasks.settings import DataSettings
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Example:
         weight: what its loss is the sum over: 1, or its tokens that have a target.
         factor: what its loss counts among those of other rows.
         about: what else the task must know of the row to read its outputs.
+        context: a number by name that adapters may read of the row.
     """
 
     inputs: Mapping[str, Sequence[int]]
@@ -54,6 +56,7 @@ class Example:
     weight: float = 1.0
     factor: float = 1.0
     about: Any = None
+    context: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -112,6 +115,14 @@ class Batch:
         targets = {key: value.to(device) for key, value in self.targets.items()}
         context = {key: value.to(device) for key, value in self.context.items()}
         return Batch(inputs, targets, self.examples, context)
+
+    @classmethod
+    def of(cls, inputs: dict[str, Tensor], targets: dict[str, Tensor], examples: Sequence[Example]) -> Batch:
+        """A batch of rows, with what these say of themselves."""
+        import torch
+
+        names = list(examples[0].context)
+        return cls(inputs, targets, examples, {n: torch.tensor([each.context[n] for each in examples]) for n in names})
 
 
 @dataclass(frozen=True)
@@ -222,6 +233,8 @@ class Task(ABC):
     reading: ClassVar[tuple[str, ...]] = ()  # of these, the names of columns
     answer_keys: ClassVar[tuple[str, ...]]  # of `answer`
 
+    row_tasks: RowTasks | None = None  # which of several tasks a row is of; a field where the task has a place for it
+
     # -- rows
 
     @classmethod
@@ -242,6 +255,18 @@ class Task(ABC):
     @abstractmethod
     def reads(self) -> tuple[str, ...]:
         """Columns that a prediction is made from."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Columns that rows must have to be predicted."""
+        return self.reads if self.row_tasks is None else (*self.reads, self.row_tasks.column)
+
+    def told(self, examples: list[Example], table: Table) -> list[Example]:
+        """The rows with what adapters may read of them."""
+        if self.row_tasks is None:
+            return examples
+        ids = zip(examples, self.row_tasks.ids(table), strict=True)
+        return [replace(example, context={CONTEXT: number}) for example, number in ids]
 
     @classmethod
     @abstractmethod
@@ -377,6 +402,10 @@ class Task(ABC):
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
         """What prediction needs, kept in tanzaku.json beside an adapter."""
+
+    def tasks_to_json(self) -> dict[str, Any]:
+        """The part of :meth:`to_json` that says which of several tasks a row is of."""
+        return {} if self.row_tasks is None else self.row_tasks.to_json()
 
     @classmethod
     @abstractmethod

@@ -67,7 +67,7 @@ class TextTask(Task):
         if targets is not None:
             column = enumerate(table.column(targets.label), 1)
             found = [self.target_of(value, f"{table.source} row {row}") for row, value in column]
-        examples = [Example(row, target) for row, target in zip(inputs, found, strict=True)]
+        examples = self.told([Example(row, target) for row, target in zip(inputs, found, strict=True)], table)
         seconds = None if self.text_pair is None else table.column(self.text_pair)
         return Split(name, examples, table.column(self.text), truncated, table.source, seconds)
 
@@ -75,7 +75,7 @@ class TextTask(Task):
         inputs = padded(examples, pad_token_id, width)
         found = [example.target for example in examples]
         targets = {} if all(target is None for target in found) else {"target": self.target_tensor(_whole(found))}
-        return Batch(inputs, targets, examples)
+        return Batch.of(inputs, targets, examples)
 
 
 def _whole(targets: Sequence[Any]) -> Sequence[Any]:

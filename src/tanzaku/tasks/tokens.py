@@ -15,6 +15,7 @@ from pydantic import Field
 from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.support.lazy import Lazy
 from tanzaku.tasks.cells import missing
+from tanzaku.tasks.row_tasks import RowTasks
 from tanzaku.tasks.settings import DataSettings, Finding
 from tanzaku.tasks.task import (
     LEARNED,
@@ -118,6 +119,7 @@ class Tokens(Task):
     types: tuple[str, ...]
     column: str = "text"
     words: bool = False
+    row_tasks: RowTasks | None = None
 
     name = "tokens"
     summary = "entities in each text"
@@ -212,7 +214,7 @@ class Tokens(Task):
                 weight = float(len(units))
             examples.append(Example(inputs, target, weight, about=units))
             texts.append(" ".join(text) if self.words else str(text))
-        return Split(name, examples, texts, cut, table.source)
+        return Split(name, self.told(examples, table), texts, cut, table.source)
 
     def _units(
         self, text: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None
@@ -248,12 +250,12 @@ class Tokens(Task):
 
         inputs = padded(examples, pad_token_id, width)
         if all(example.target is None for example in examples):
-            return Batch(inputs, {}, examples)
+            return Batch.of(inputs, {}, examples)
         tags = torch.full_like(inputs["input_ids"], _IGNORED)
         for row, example in enumerate(examples):
             for (token, _, _), tag in zip(example.about, self._tagged(example), strict=True):
                 tags[row, token] = tag
-        return Batch(inputs, {"tags": tags}, examples)
+        return Batch.of(inputs, {"tags": tags}, examples)
 
     def _tagged(self, example: Example) -> list[int]:
         """The tag's id of each unit."""
@@ -391,7 +393,7 @@ class Tokens(Task):
     # -- files and tables
 
     def to_json(self) -> dict[str, Any]:
-        return {"types": list(self.types), "column": self.column, "words": self.words}
+        return {"types": list(self.types), "column": self.column, "words": self.words, **self.tasks_to_json()}
 
     @classmethod
     def from_json(cls, about: Mapping[str, Any], where: str) -> Tokens:
@@ -400,7 +402,7 @@ class Tokens(Task):
             raise TanzakuError(f"{where}types is {str(types)[:40]}, expected one name or more")
         if not isinstance(column, str) or not isinstance(words, bool):
             raise TanzakuError(f"{where}column is {str(column)[:40]}, expected a name (and words, true or false)")
-        return cls(tuple(types), column, words)
+        return cls(tuple(types), column, words, RowTasks.from_json(about, where))
 
     @classmethod
     def of_base(cls, config: Any, width: int | None, asked: Mapping[str, Any], path: str, base: str) -> Tokens:

@@ -125,7 +125,8 @@ def checksum(data: TaskData) -> str:
     for split in data.splits():
         digest.update(split.name.encode())
         for example in split.examples:
-            digest.update(repr((sorted(example.inputs.items()), example.target)).encode())
+            told = [*example.context.items()]
+            digest.update(repr((sorted(example.inputs.items()), example.target, *told)).encode())
     return digest.hexdigest()
 
 
