@@ -48,6 +48,7 @@ CONFIGS: dict[str, type[peft.PeftConfig]] = {
     "supertuning": peft.SupertuningConfig,
     "peanut": peft.PeanutConfig,
     "deft": peft.DeftConfig,
+    "beft": peft.BeftConfig,
 }
 
 # One plain choice of settings a method; PEFT asks AdaLoRA for the number of steps, and LLaMA-Adapter for its sizes.
@@ -85,6 +86,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "supertuning": {"sparsity": 0.9},
     "peanut": {"r": 4},
     "deft": {"r": 2},
+    "beft": {},
 }
 SOFT_PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "cartridge")
@@ -92,7 +94,7 @@ PROMPT_LEARNING = (*SOFT_PROMPTS, *PREFIXES)
 NO_CONV1D = ("loha", "lokr", "oft", "hra", "c3a", "boft", "miss", "shira", "road", "delora")
 NO_CONV1D = (
     *("loha", "lokr", "oft", "hra", "c3a", "boft", "miss", "shira", "road", "delora"),
-    *("psoft", "supertuning", "peanut"),
+    *("psoft", "supertuning", "peanut", "beft"),
 )
 SHARED = ("vblora_vector_bank", "tinylora_v", "unilora_theta_d")
 PROMPT_LEARNING = (*SOFT_PROMPTS, "prefix_tuning")

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from bench.catalogue import LEFT_OUT
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification, PreTrainedModel
@@ -16,7 +17,7 @@ from transformers import AutoModelForTokenClassification, PreTrainedModel
 import tanzaku as tz
 from close import HALF, PASS, assert_close, tolerance
 from interop.oracle import CONFIGS, PLAIN, PREFIXES, PROMPT_LEARNING, SOFT_PROMPTS, in_reach, method, scatter
-from models import NEEDED, batch, config_of, lively, tiny
+from models import NEEDED, attach, batch, config_of, lively, tiny
 from tiers import in_families
 
 # Family -> tasks that test_files.py leaves out.
@@ -307,6 +308,9 @@ def test_every_method_that_peft_has_is_compared() -> None:
     its prefix."""
     compared = {name for name, m in tz.METHODS.items() if m.in_peft} - {"multitask_prompt_tuning", "p_tuning_v2"}
     assert compared == CONFIGS.keys()
+    # And what is left out is told, with the reason.
+    here = {method.peft_type for method in tz.METHODS.values()}
+    assert {kind.value for kind in peft.PeftType} - here == LEFT_OUT.keys()
 
 
 ONLY_HERE = [name for name, m in tz.METHODS.items() if m.peft_type not in set(peft.PeftType)]
@@ -317,7 +321,7 @@ def test_peft_names_the_type_that_it_does_not_have(name: str, tmp_path: Path) ->
     """A method that only Tanzaku has is written in the same form, under a type of its own, which PEFT refuses."""
     base = tiny("llama", "cls")
     fresh = copy.deepcopy(base)
-    tz.attach(base, tz.METHODS[name](**NEEDED.get(name, {})), "a", seed=0)
+    attach(base, tz.METHODS[name](**NEEDED.get(name, {})), "a", seed=0)
     tz.save(base, "a", tmp_path / "a")
     with pytest.raises(KeyError, match=tz.METHODS[name].peft_type):
         reopened(fresh, tmp_path / "a")

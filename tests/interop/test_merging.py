@@ -21,7 +21,13 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     },
     # Each with PEFT's own default targets; what it merges at odds with its own forward pass is in test_differences. Of
     # norms PEFT leaves the head's wrapper where it was.
-    **{f"llama-{n}": ("llama", "cls", n, {}) for n in CONFIGS if METHODS[n].mergeable and n != "ln_tuning"},
+    # BEFT merges where modules have a bias.
+    **{
+        f"llama-{n}": ("llama", "cls", n, {})
+        for n in CONFIGS
+        if METHODS[n].mergeable and n not in ("ln_tuning", "beft")
+    },
+    "bert-beft": ("bert", "cls", "beft", {}),
     "rslora": ("llama", "lm", "lora", {"use_rslora": True, "r": 4}),
     "bias": ("bert", "cls", "lora", {"bias": "all"}),
     "embedding": ("llama", "lm", "lora", {"target_modules": ["embed_tokens"]}),

@@ -66,6 +66,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "every-layer": {"adapter_len": 6, "adapter_layers": 2},
     },
     "bitfit": {"default": {"bias_scope": "add"}, "all": {}, "query_up": {"bias_scope": "query_up"}},
+    "beft": {"default": {}, "wide": {"target_modules": ["v_proj", "down_proj"]}},
     "bottleneck": {
         "default": {"reduction_factor": 8, "non_linearity": "gelu"},
         "houlsby": {"reduction_factor": 8, "style": "houlsby"},

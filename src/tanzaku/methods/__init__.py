@@ -6,6 +6,7 @@ from tanzaku.core.method import Method
 from tanzaku.errors import TanzakuError, nearest
 from tanzaku.methods.adalora import AdaLoRA as AdaLoRA
 from tanzaku.methods.average import Average as Average
+from tanzaku.methods.beft import BEFT as BEFT
 from tanzaku.methods.bitfit import BitFit as BitFit
 from tanzaku.methods.boft import BOFT as BOFT
 from tanzaku.methods.bottleneck import BottleneckAdapter as BottleneckAdapter
@@ -64,6 +65,7 @@ METHODS: dict[str, type[Method]] = {
         IA3,
         LlamaAdapter,
         BitFit,
+        BEFT,
         BottleneckAdapter,
         Compacter,
         ReFT,

@@ -46,6 +46,7 @@ class PeftType(enum.StrEnum):
     PREFIX_TUNING = "PREFIX_TUNING"
     IA3 = "IA3"
     ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    BEFT = "BEFT"
     BOFT = "BOFT"
     C3A = "C3A"
     CARTRIDGE = "CARTRIDGE"

@@ -96,6 +96,7 @@ _KINDS: dict[str, tuple[str, str, str]] = {
         "modules_to_save prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs "
         "prompt_tuning_init_state_dict_path prompt_tuning_init_task num_ranks num_tasks",
     ),
+    "BEFT": ("Beft", "beft_", "target_modules modules_to_save init_weights"),
     "OFT": (
         "OFT",
         "oft_",
