@@ -418,12 +418,19 @@ class Method:
     @classmethod
     def _check_types(cls, settings: Mapping[str, Any]) -> None:
         known = {f.name: f.type for f in dataclasses.fields(cls)}
-        checks = _checks(cls)  # type: ignore[arg-type]  # a class can be hashed, though its instances cannot
         for key, value in settings.items():
-            try:
-                checks[key].validate_python(value, strict=True)
-            except ValidationError:
-                raise TanzakuError(f"method {cls.name!r}: {key} is {value!r}, expected {known[key]}") from None
+            if not cls.takes(key, value):
+                raise TanzakuError(f"method {cls.name!r}: {key} is {value!r}, expected {known[key]}")
+
+    @classmethod
+    def takes(cls, key: str, value: Any) -> bool:
+        """Whether a setting has a value of its type."""
+        try:
+            # A class can be hashed, though its instances cannot.
+            _checks(cls)[key].validate_python(value, strict=True)  # type: ignore[arg-type]
+        except ValidationError:
+            return False
+        return True
 
     @classmethod
     def check_names(cls, settings: Iterable[str]) -> dict[str, Any]:

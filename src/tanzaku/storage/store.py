@@ -668,8 +668,10 @@ def method_of(config: dict[str, Any], folder: Path, named: Any = None) -> Method
                 f"{where}: {key}={value!r} is a setting that this version does not know; use it with HF PEFT"
             )
     settings = {key: value for key, value in config.items() if key in fields}
-    for key in ("rank_pattern", "alpha_pattern"):
-        if settings.get(key, 0) is None and kind != "ADALORA":
+    # PEFT writes null for a pattern that nobody gave, where the method has an empty one.
+    patterns = [key for key in ("rank_pattern", "alpha_pattern") if settings.get(key, 0) is None]
+    for key in patterns:
+        if not cls.takes(key, None):
             settings.pop(key)
     return cls.from_settings(settings)
 
