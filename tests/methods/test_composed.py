@@ -155,6 +155,19 @@ def test_its_directory_is_whole_and_finds_what_is_attached(kind: str, tmp_path: 
     assert tz.adapters(again) == ["p0", "p1"]
 
 
+def test_another_base_is_asked_for_of_its_parts_too(tmp_path: Path) -> None:
+    model = model_with("lora")
+    tz.attach(model, tz.AdapterFusion(adapters=["p0", "p1"]), "own", seed=0)
+    tz.save(model, "own", tmp_path / "own")
+    other = tiny("llama", "lm", seed=1)
+    with pytest.raises(tz.TanzakuError, match="was made for a base with other weights"):
+        tz.load(other, tmp_path / "own", "own")
+    assert tz.adapters(other) == []
+    with pytest.warns(UserWarning, match="a base with other weights"):
+        tz.load(other, tmp_path / "own", "own", any_base=True)
+    assert tz.adapters(other) == ["own-p0", "own-p1", "own"]
+
+
 def test_what_brings_adapters_along_leaves_those_that_another_uses() -> None:
     model = model_with("lora")
     tz.attach(model, tz.AdapterFusion(adapters=["p0", "p1"]), "a")

@@ -221,7 +221,7 @@ def _load(model: nn.Module, folder: Path, name: str, strict: bool, method: Metho
     else:
         method._copies = _copies(model, about.get("copies"), method.modules_to_save or [], folder)
     with bringing(model, method, name) as brought:
-        _bring_parts(model, method, folder, (about or {}).get("uses"), brought)
+        _bring_parts(model, method, folder, (about or {}).get("uses"), brought, any_base)
         adapter = _attached(model, method, name, tensors, folder)
     with _attached_or_not(model, name):
         _own_embeddings(model, adapter, tensors)
@@ -288,13 +288,13 @@ class Bringing:
         self.model, self.method, self.name = model, method, name
         self.names: list[str] = []
 
-    def bring(self, label: str, folder: Path) -> None:
+    def bring(self, label: str, folder: Path, any_base: bool = False) -> None:
         """Attach what is in the folder as what the method calls `label`."""
         if not folder.is_dir():
             raise TanzakuError(f"it uses {label!r}, of which there is no adapter in {folder}")
         names = (f"{self.name}-{label}{'-' * k}" for k in count())
         free = next(name for name in names if name not in adapters(self.model))
-        load(self.model, folder, free)
+        load(self.model, folder, free, any_base=any_base)
         self.names.append(free)
         self.method._under = {**self.method._under, label: free}
 
@@ -313,7 +313,9 @@ def bringing(model: nn.Module, method: Method, name: str) -> Iterator[Bringing]:
         raise
 
 
-def _bring_parts(model: nn.Module, method: Method, folder: Path, recorded: Any, block: Bringing) -> None:
+def _bring_parts(
+    model: nn.Module, method: Method, folder: Path, recorded: Any, block: Bringing, any_base: bool
+) -> None:
     """Attach what an adapter's file has been made with, where the very same is not attached under its name."""
     digests = recorded if isinstance(recorded, dict) else {}
     for label in method.uses():
@@ -328,7 +330,7 @@ def _bring_parts(model: nn.Module, method: Method, folder: Path, recorded: Any, 
         _check_tensors(folder / PARTS / label)
         if _sha256(folder / PARTS / label / TENSORS) != digests[label]:
             raise TanzakuError(f"{folder / PARTS / label} is not the adapter that {folder} was trained with")
-        block.bring(label, folder / PARTS / label)
+        block.bring(label, folder / PARTS / label, any_base)
 
 
 def method_in(path: str | Path) -> Method:
