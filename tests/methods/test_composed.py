@@ -149,6 +149,12 @@ def test_its_directory_is_whole_and_finds_what_is_attached(kind: str, tmp_path: 
     tz.load(again, tmp_path / "own", "mine")
     assert tz.adapters(again) == ["p0", "p1", "mine-p1", "mine"]
     assert_close(logits(again, ["mine", "p0"]), expected)
+    # Nor is one of the same tensors that scales them otherwise.
+    scaled = tiny("bert", "cls")
+    method = tz.BottleneckAdapter(non_linearity="gelu", scaling=2.0)
+    tz.load(scaled, tmp_path / "own" / "parts" / "p0", "p0", method=method)
+    tz.load(scaled, tmp_path / "own", "mine")
+    assert tz.adapters(scaled) == ["p0", "mine-p0", "mine-p1", "mine"]
     with pytest.raises(tz.TanzakuError, match="'p0' cannot be detached while 'mine' uses it: detach 'mine' first"):
         tz.detach(again, "p0")
     tz.detach(again, "mine")

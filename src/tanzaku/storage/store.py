@@ -119,7 +119,8 @@ def _write(
     uses = {}
     for label, there in adapter.method.used().items():
         (folder / PARTS / label).mkdir(parents=True)
-        uses[label] = _write(manager, manager.get(there), folder / PARTS / label, {}, {})
+        tensors_of_it = _write(manager, manager.get(there), folder / PARTS / label, {}, {})
+        uses[label] = {"sha256": tensors_of_it, "settings": _settings_of(manager.get(there).method)}
     tensors = _tensors(manager, adapter)
     with ThreadPoolExecutor(2) as aside:
         save_file(tensors, folder / TENSORS, metadata=_METADATA)
@@ -319,16 +320,17 @@ def _bring_parts(
     """Attach what an adapter's file has been made with, where the very same is not attached under its name."""
     digests = recorded if isinstance(recorded, dict) else {}
     for label in method.uses():
-        if not isinstance(digests.get(label), str):
+        expected = digests.get(label)
+        if not isinstance(expected, dict) or not isinstance(expected.get("sha256"), str):
             raise TanzakuError(f"{folder / META} is damaged: it does not say which {label!r} the adapter uses")
-        if label in adapters(model) and digest(model, label) == digests[label]:
+        if label in adapters(model) and digest(model, label) == expected:
             continue
         if not re.fullmatch(r"[A-Za-z0-9_-]+", label) or not (folder / PARTS / label).is_dir():
             raise TanzakuError(
                 f"{folder} uses the adapter {label!r}, which is neither in {folder / PARTS / label} nor attached"
             )
         _check_tensors(folder / PARTS / label)
-        if _sha256(folder / PARTS / label / TENSORS) != digests[label]:
+        if _sha256(folder / PARTS / label / TENSORS) != expected["sha256"]:
             raise TanzakuError(f"{folder / PARTS / label} is not the adapter that {folder} was trained with")
         block.bring(label, folder / PARTS / label, any_base)
 
@@ -342,10 +344,22 @@ def method_in(path: str | Path) -> Method:
     return method_of(config, folder, (read_about(folder) or {}).get("method"))
 
 
-def digest(model: nn.Module, name: str) -> str:
-    """The checksum that the file of an attached adapter's tensors would have."""
+def digest(model: nn.Module, name: str) -> dict[str, str]:
+    """What tells an attached adapter from others: the checksum that the file of its tensors would have, and that of
+    the settings that its mathematics depends on."""
     manager = manager_of(model)
-    return hashlib.sha256(to_bytes(_tensors(manager, manager.get(name)), metadata=_METADATA)).hexdigest()
+    adapter = manager.get(name)
+    tensors = hashlib.sha256(to_bytes(_tensors(manager, adapter), metadata=_METADATA)).hexdigest()
+    return {"sha256": tensors, "settings": _settings_of(adapter.method)}
+
+
+# Which modules, which the tensors' names tell, and what says nothing of what is computed.
+_BESIDE = ("target_modules", "exclude_modules", "modules_to_save", "task_type", "inference_mode")
+
+
+def _settings_of(method: Method) -> str:
+    told = {key: value for key, value in method.settings().items() if key not in _BESIDE}
+    return hashlib.sha256(json.dumps([method.name, told], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:
