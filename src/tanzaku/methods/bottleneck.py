@@ -32,7 +32,7 @@ from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.core.taps import Tap
 from tanzaku.errors import TanzakuError, nearest
 from tanzaku.methods.invertible import Coupling, Inverse
-from tanzaku.methods.parts import Norm, Projection, activation, activations
+from tanzaku.methods.parts import Norm, Projection, activation, activations, bottleneck_of
 from tanzaku.models import tree
 from tanzaku.models.families import Sublayer, features, weight_of
 from tanzaku.support.refs import Ref
@@ -367,12 +367,13 @@ class BottleneckAdapter(Method):
         factor = self.reduction_factor
         if isinstance(factor, dict):
             factor = factor.get(str(number), factor.get("default"))
+        known = isinstance(factor, int | float)
         self.require(
-            isinstance(factor, int | float) and factor > 0,
+            known,
             f"reduction_factor={self.reduction_factor!r}",
             "a positive number, or one for each layer or by 'default'",
         )
-        return max(1, int(size // cast(float, factor)))
+        return bottleneck_of(self, size, cast(float, factor))
 
     def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
         self._check()

@@ -24,7 +24,7 @@ from tanzaku.core.method import About, AdapterLayer, Method, ModuleLayer, Place,
 from tanzaku.core.shared import Shared, reached
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.errors import TanzakuError, nearest
-from tanzaku.methods.parts import Projection, activation, activations
+from tanzaku.methods.parts import Projection, activation, activations, bottleneck_of
 from tanzaku.models.families import Sublayer, features, weight_of
 from tanzaku.support.refs import Ref
 
@@ -164,7 +164,6 @@ class Hyper(Method):
     def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
         for key in ("num_tasks", "embedding_dim", "hidden_dim"):
             self.require(getattr(self, key) > 0, f"{key}={getattr(self, key)}", "1 or more")
-        self.require(self.reduction_factor > 0, f"reduction_factor={self.reduction_factor}", "a positive number")
         act = str(self.non_linearity).lower()
         found = f"non_linearity={self.non_linearity!r}{nearest(act, activations())}"
         self.require(act in activations(), found, "one of transformers' activations")
@@ -179,7 +178,7 @@ class Hyper(Method):
         outs = [base.model.get_submodule(site.out) for site in sites]
         widths = sorted({features(out)[1] for out in outs})
         self.require(len(widths) == 1, f"sublayers of widths {widths}", "one width, which one network can write for")
-        bottleneck = max(1, int(widths[0] // self.reduction_factor))
+        bottleneck = bottleneck_of(self, widths[0], self.reduction_factor)
         network = Hypernetwork(self, sites, widths[0], bottleneck, weight_of(outs[0]))
         yield "", network
         for number, site in enumerate(sites):

@@ -8,7 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from tanzaku.core.method import trainable
+from tanzaku.core.method import Method, trainable
+
+_WIDEST = 2**16  # of a bottleneck, far beyond any width of a model
+
+
+def bottleneck_of(method: Method, size: int, factor: float) -> int:
+    """The width of a bottleneck between layers of `size` features, by its `reduction_factor`.
+
+    Raises:
+        TanzakuError: it is no positive number, or one that makes the bottleneck larger than any model.
+    """
+    said = f"reduction_factor={factor}"
+    method.require(factor > 0, said, "a positive number, or one for each layer or by 'default'")
+    width = max(1, int(size // factor))
+    method.require(width <= _WIDEST, f"{said}, which makes a bottleneck of {width:,} features", "a larger one")
+    return width
 
 
 class Projection(nn.Module):
