@@ -32,6 +32,7 @@ class _Replay:
     def __init__(self, sites: Sites, force: InForce, function: Callable[..., Any]):
         self.sites, self.force, self.function = sites, force, function
         self.context = copy_context()  # with what adapter layers have written for this pass
+        self.bare = False  # whether it ran first without a graph, as reentrant checkpointing has it
         ends = (next((s for _, s in reversed(stack) if s.trained), None) for stack in force.stacks)
         self.training = [p for layer in ends if layer is not None for p in [*layer.parameters()][:1] if p.requires_grad]
 
@@ -43,6 +44,12 @@ class _Replay:
             raise TanzakuError(
                 "a backward pass reaches a layer whose adapter is not active any more; activate it again before it"
             )
+        if self.bare and torch.is_grad_enabled():
+            # Each layer's backward pass frees all that it goes through: what layers share is computed for each anew.
+            for shared in self.force.shared:
+                if any(p.requires_grad for p in shared.parameters()):
+                    shared.refresh()
+        self.bare = not torch.is_grad_enabled()
         before, whole = self.sites.here(), self.force.whole
         self.sites.put((self.force,))
         try:
