@@ -63,6 +63,30 @@ def test_trained_together_and_predicted_by_task(work: Path, tanzaku: Tanzaku) ->
     assert len(first) == len(found[0]) and all(a != b for a, b in zip(*found, strict=True))
 
 
+def test_who_does_not_read_it_is_not_asked_for_it(work: Path, tanzaku: Tanzaku) -> None:
+    """Beside one that does, in either order, and alone on rows that have no such column."""
+    recipe(work, HYPER, {"lora": {"r": 1}}, task_id="which")
+    assert tanzaku("compare", "recipe.yaml", "--seeds", 1, "--out", "run").code == 0
+    hyper, lora = "run/adapters/hyper", "run/adapters/lora"
+    assert "task_id" not in read_meta(Path(lora))
+    for paths in ((hyper, lora), (lora, hyper)):
+        said = tanzaku("predict", *paths, "--data", "test.tsv")
+        assert said.code == 0, said.err
+    write_tsv(work / "bare.tsv", ROWS)
+    assert tanzaku("predict", lora, "--data", "bare.tsv").code == 0
+    assert_refused(tanzaku("predict", lora, hyper, "--data", "bare.tsv"), "no column 'which'")
+
+
+def test_what_uses_one_that_reads_it_reads_it_too(work: Path, tanzaku: Tanzaku) -> None:
+    parts = [{**HYPER, "name": "a"}, {"hyper": {**HYPER["hyper"], "hidden_dim": 6}, "name": "b"}]
+    recipe(work, *parts, {"average": {}, "uses": ["a", "b"]}, task_id="which")
+    said = tanzaku("compare", "recipe.yaml", "--seeds", 1, "--out", "run")
+    assert said.code == 0, said.err
+    assert read_meta(Path("run/adapters/average"))["task_id"] == "which"
+    said = tanzaku("predict", "run/adapters/average", "--data", "test.tsv")
+    assert said.code == 0, said.err
+
+
 def test_a_run_of_it_alone_is_a_run_of_it_beside_others(work: Path, tanzaku: Tanzaku) -> None:
     recipe(work, HYPER, task_id="which")
     assert tanzaku("train", "recipe.yaml", "--out", "alone").code == 0

@@ -56,6 +56,17 @@ def test_adapters_and_their_fusion_in_one_comparison(work: Path, tanzaku: Tanzak
     assert found["recipe"]["methods"][3] == {"fusion": {}, "uses": {"a": "a", "b": "b", "c": "c"}}
 
 
+def test_a_candidates_name_is_no_folder_beside_the_recipe(work: Path, tanzaku: Tanzaku) -> None:
+    """Wherever the command is given."""
+    recipe(work, *THREE[:2], {"fusion": {}, "uses": ["a", "b"]})
+    for name in ("a", "b"):
+        (work / "below" / name).mkdir(parents=True)
+    for name in ("recipe.yaml", "train.tsv", "valid.tsv", "test.tsv"):
+        (work / name).rename(work / "below" / name)
+    assert tanzaku("compare", "below/recipe.yaml", "--seeds", 1, "--out", "run").code == 0
+    assert results_of(Path("run"))["recipe"]["methods"][2]["uses"] == {"a": "a", "b": "b"}
+
+
 def test_folds_fuse_what_was_trained_on_the_same_rows(
     work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +159,15 @@ def test_train_uses_directories(work: Path, tanzaku: Tanzaku) -> None:
         ([*THREE, {"fusion": {}, "uses": ["a", "bb"]}], ["uses 'bb'", "no other candidate", "did you mean 'b'"]),
         ([*THREE, {"fusion": {}, "uses": "a"}], ["uses: found 'a'", "such as [a, b]"]),
         ([*THREE, {"fusion": {}, "uses": ["a"]}], ["the names of two or more"]),
+        (
+            [*THREE, FUSION, {"average": {}, "uses": ["a", "fusion"]}],
+            ["candidate 'average' uses 'fusion', which is made of others itself"],
+        ),
+        (
+            [*THREE, {"average": {"learned": False, "modules_to_save": []}, "uses": ["a", "b"]}],
+            ["candidate 'average': nothing of it is trained"],
+        ),
+        ([*THREE, {"average": {}, "uses": {"a" * 65: "a", "b": "b"}}], ["64 at most"]),
         (
             [{"lora": {"r": {"grid": [1, 2]}}, "name": "a"}, THREE[1], {"fusion": {}, "uses": ["a", "b"]}],
             ["uses 'a', which stands for several candidates"],

@@ -17,6 +17,7 @@ from models import batch, tiny
 from tanzaku.core.manager import manager_of
 from tanzaku.methods.average import AverageLayer
 from tanzaku.methods.fusion import FusionLayer
+from tanzaku.storage.store import read_meta
 
 KINDS: dict[str, Any] = {"fusion": tz.AdapterFusion, "average": tz.Average}
 PARTS: dict[str, list[tz.Method]] = {
@@ -27,6 +28,8 @@ PARTS: dict[str, list[tz.Method]] = {
     "parallel": [tz.BottleneckAdapter(style="parallel", non_linearity="gelu"), tz.BottleneckAdapter(style="parallel")],
     "reft": [tz.ReFT(r=2, dropout=0.0), tz.ReFT(r=3, dropout=0.0)],
     "vera": [tz.VeRA(r=4), tz.VeRA(r=4)],
+    "hyper": [tz.Hyper(reduction_factor=8), tz.Hyper(reduction_factor=4)],
+    "embedding": [tz.LoRA(r=2, target_modules=["embed_tokens"]), tz.LoRA(r=3, target_modules=["embed_tokens"])],
 }
 
 
@@ -181,8 +184,16 @@ def test_what_brings_adapters_along_leaves_those_that_another_uses() -> None:
     manager_of(model).get("a").brought = ["p0", "p1"]
     tz.detach(model, "a")
     assert tz.adapters(model) == ["p1", "p2", "b"]
-    tz.detach(model)
-    assert tz.adapters(model) == []
+    tz.detach(model, "b")  # which has what it uses of those now
+    assert tz.adapters(model) == ["p2"]
+
+
+def test_it_is_counted_with_what_it_needs() -> None:
+    model = model_with("lora")
+    tz.attach(model, tz.Average(adapters=["p0", "p1"]), "own")
+    own, base = tz.count(model, "own"), sum(p.numel() for n, p in model.named_parameters() if "tanzaku" not in n)
+    parts = sum(tz.count(model, name).trainable for name in ("p0", "p1"))
+    assert own.trainable == 2 * 4 and own.total == base + parts + own.trainable
 
 
 def test_a_directory_without_its_parts_or_with_others(tmp_path: Path) -> None:
@@ -197,6 +208,13 @@ def test_a_directory_without_its_parts_or_with_others(tmp_path: Path) -> None:
     tz.load(fresh, tmp_path / "p1", "p1")
     tz.load(fresh, tmp_path / "own", "own")
     tz.detach(fresh)
+    config = tmp_path / "own" / "parts" / "p0" / "adapter_config.json"
+    config.write_text(
+        config.read_text(encoding="utf-8").replace('"lora_alpha": 8', '"lora_alpha": 800'), encoding="utf-8"
+    )
+    with pytest.raises(tz.TanzakuError, match=r"parts.p0 is not the adapter that .*own was trained with"):
+        tz.load(fresh, tmp_path / "own", "own")
+    config.write_text(config.read_text(encoding="utf-8").replace("800", "8"), encoding="utf-8")
     shutil.copytree(tmp_path / "own" / "parts" / "p0", tmp_path / "own" / "parts" / "p1")
     with pytest.raises(tz.TanzakuError, match=r"parts.p1 is not the adapter that .*own was trained with"):
         tz.load(fresh, tmp_path / "own", "own")
@@ -216,6 +234,10 @@ def test_a_directory_without_its_parts_or_with_others(tmp_path: Path) -> None:
         (tz.AdapterFusion(adapters=["p0", "copies"]), r"found 'copies', which has its own copy of model.norm"),
         (tz.AdapterFusion(adapters=["p0", "made"]), "found 'made', which is made of others"),
         (tz.Average(adapters=["p0", "p1"], weights=[1.0]), r"found weights=\[1.0\], expected 2, one for each"),
+        (
+            tz.Average(adapters=["p0", "p1"], weights=[float("inf"), 1.0]),
+            r"weights=\[inf, 1.0\], expected a finite number",
+        ),
         (tz.Average(adapters=["p0", "p1"], weights=[1.0, -1.0]), "expected weights whose sum is not zero"),
     ],
 )
@@ -231,6 +253,22 @@ def test_bad_input(method: tz.Method, message: str) -> None:
     with pytest.raises(tz.TanzakuError, match=message):
         tz.attach(model, method, "own")
     assert tz.adapters(model) == before
+
+
+def test_what_its_parts_said_is_kept(tmp_path: Path) -> None:
+    """Their meta, and a card that somebody changed."""
+    model = model_with("lora")
+    tz.save(model, "p0", tmp_path / "p0", meta={"labels": ["x", "y"]})
+    fresh = tiny("llama", "lm")
+    tz.load(fresh, tmp_path / "p0", "p0")
+    tz.attach(fresh, PARTS["lora"][1], "p1", seed=1)
+    tz.attach(fresh, tz.Average(adapters=["p0", "p1"]), "own")
+    tz.save(fresh, "own", tmp_path / "own")
+    assert read_meta(tmp_path / "own" / "parts" / "p0") == {"labels": ["x", "y"]}
+    card = tmp_path / "own" / "parts" / "p0" / "README.md"
+    card.write_text("mine", encoding="utf-8")
+    tz.save(fresh, "own", tmp_path / "own")
+    assert card.read_text(encoding="utf-8") == "mine"
 
 
 def test_what_cannot_be_done_with_it_says_so(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def predict(
     asked = {"model": model, "max_length": max_length, **overrides}
     given = [_adapter(name, path, asked, precision) for name, path in zip(names_of(paths), paths, strict=True)]
     _check_fit(given)
-    task = given[0].task
+    task = _task_of(given)
     place = device_named(device)
     piped = data == STDIN
     # Parquet must know the kinds of all columns before its first row.
@@ -277,8 +277,13 @@ def _foreign(name: str, path: Path, asked: dict[str, Any], precision: str | None
 def _check_fit(adapters: Sequence[_Adapter]) -> None:
     """Adapters in one pass have one base and one task; a flag overrules what they say."""
     one_by_one = "predict with them one by one"
-    expected, *others = ({"task": each.task.name, **each.task.to_json()} for each in adapters)
-    for adapter, theirs in zip(adapters[1:], others, strict=True):
+    of_all = _task_of(adapters)
+    whose = next(each for each in adapters if each.task is of_all)
+    expected = {"task": of_all.name, **of_all.to_json()}
+    for adapter in adapters:
+        theirs = {"task": adapter.task.name, **adapter.task.to_json()}
+        if adapter.task.row_tasks is None:  # it reads no such column, whichever that is
+            theirs |= of_all.tasks_to_json()
         if adapters[0].model != adapter.model:
             found = f"{adapters[0].path} has {adapters[0].model!r}, {adapter.path} has {adapter.model!r}"
             fix = f"{one_by_one}, or say with --model where the one base of both is"
@@ -289,12 +294,17 @@ def _check_fit(adapters: Sequence[_Adapter]) -> None:
             raise TanzakuError(f"adapters whose base was loaded differently: {found}; {one_by_one}")
         for key, mine in expected.items():
             if mine != theirs.get(key):
-                found = f"{adapters[0].path} has {_shown(mine)}, {adapter.path} has {_shown(theirs.get(key))}"
+                found = f"{whose.path} has {_shown(mine)}, {adapter.path} has {_shown(theirs.get(key))}"
                 if isinstance(mine, list):
                     odd = sorted({*mine} ^ {*theirs[key]})
                     found += f"; they differ in {listed(odd)}" if odd else "; their order differs"
-                fix = f", or say with {flag(key)} which to read" if key in adapters[0].task.reading else ""
+                fix = f", or say with {flag(key)} which to read" if key in of_all.reading else ""
                 raise TanzakuError(f"adapters with different {key.replace('_', ' ')}: {found}; {one_by_one}{fix}")
+
+
+def _task_of(adapters: Sequence[_Adapter]) -> Task:
+    """The task of adapters in one pass: that of the first which reads of rows which of several tasks they are of."""
+    return next((each.task for each in adapters if each.task.row_tasks is not None), adapters[0].task)
 
 
 def _shown(value: Any) -> str:
@@ -356,7 +366,7 @@ class _Run:
         batch_size: int,
         device: str,
     ):
-        self.adapters, self.rows, self.task = adapters, rows, adapters[0].task
+        self.adapters, self.rows, self.task = adapters, rows, _task_of(adapters)
         self.tokenizer, self.batch_size, self.device = tokenizer, batch_size, device
         self.accelerations: Accelerations | None = None
         self.lengths = list(dict.fromkeys(adapter.max_length for adapter in adapters))
@@ -558,7 +568,7 @@ def _written(
     prefix: str,
 ) -> list[Row]:
     """The rows with what was found."""
-    task, out = adapters[0].task, []
+    task, out = _task_of(adapters), []
     columns, lines = task.columns(), kind in ("tsv", "csv")
     for row, of_row in zip(chunk, found, strict=True):
         new: Row = {}

@@ -284,7 +284,6 @@ def _check_fit(
                 f"candidate {name!r}: task_type is {method.task_type!r}, and what is trained is a classifier; "
                 "expected 'SEQ_CLS', or leave it out"
             )
-        _check_row_data(name, method, data)
         try:
             method, brought = copy.copy(method), {}
             for label, used in each.uses.items():
@@ -293,6 +292,9 @@ def _check_fit(
             method._under = brought
             adapter = attach(twin, method, name)
             adapter.brought = [*brought.values()]
+            _check_row_data(adapter.method, data)
+            if not adapter.trained():
+                raise TanzakuError("nothing of it is trained; let it learn something, such as a head")
             _check_memory(sum(parameter.numel() for _, parameter in adapter.trained()), method.largest(), device)
             for split in data.splits() if adapter.before else ():
                 check_rows(Base.of(model), split, max_length, adapter.before)
@@ -305,18 +307,18 @@ def _check_fit(
             raise TanzakuError(f"candidate {name!r}: {method.largest()}: {str(error).splitlines()[0]}") from None
 
 
-def _check_row_data(name: str, method: Method, data: TaskData) -> None:
+def _check_row_data(method: Method, data: TaskData) -> None:
     """A TanzakuError where a method reads of rows what these do not say."""
     tasks = data.task.row_tasks
     for key, number in method.row_data().items():
         if key != CONTEXT or tasks is None:
             raise TanzakuError(
-                f"candidate {name!r}: num_tasks is {number}, and rows do not say which task they are of; name the "
+                f"num_tasks is {number}, and rows do not say which task they are of; name the "
                 "column that does with --task-id, or leave num_tasks at 1"
             )
         if number != len(tasks.names):
             raise TanzakuError(
-                f"candidate {name!r}: num_tasks is {number}, and column {tasks.column!r} of the training rows has "
+                f"num_tasks is {number}, and column {tasks.column!r} of the training rows has "
                 f"{len(tasks.names)}: {listed(tasks.names)}"
             )
 

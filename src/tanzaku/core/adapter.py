@@ -23,6 +23,7 @@ class Adapter(nn.Module):
     def __init__(self, name: str, method: Method, layers: list[tuple[str, AdapterLayer]], base: Base):
         super().__init__()
         self.name, self.method, self.base = name, method, base
+        self.meta: dict[str, Any] = {}  # what its file said, or says, of its use
         self.brought: list[str] = []  # names of adapters that it uses, and that were attached for it alone
         self._layers: list[tuple[str, AdapterLayer]] = []
         self._wanted: dict[str, bool] | None = None  # while nothing of it requires gradients: what does otherwise

@@ -170,6 +170,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     if name in used:
         by = used[name]
         raise TanzakuError(f"{name!r} cannot be detached while {by!r} uses it: detach {by!r} first")
+    for each in [each for each in names if each in used]:  # who uses it still has it now
+        manager.get(used[each]).brought.append(each)
     names = [each for each in names if each not in used]
     manager.mend()
     manager.end(names)
@@ -216,6 +218,7 @@ def count(model: nn.Module, name: str = "default") -> Count:
         for p in layer.parameters()
     )
     own = sum(p.numel() for _, p in adapter.named_parameters())
+    own += sum(p.numel() for there in adapter.method.used().values() for _, p in manager.get(there).named_parameters())
     return Count(trainable=sum(p.numel() for _, p in adapter.trained()), total=base + own - frozen_copies)
 
 

@@ -206,6 +206,7 @@ class Attached(Protocol):
     """An adapter, as its method is shown it."""
 
     name: str
+    method: Method
 
     def at(self) -> Iterator[tuple[str, AdapterLayer]]:
         """(path, layer) in the order they were attached."""
@@ -456,7 +457,8 @@ class Method:
         for key in () if self._to_fill else self.nonzero:
             self.require(settings[key] != 0, f"{key}={settings[key]}", "another number: at zero nothing is ever learnt")
         for key, value in settings.items():
-            for number in value.values() if isinstance(value, dict) else [value]:
+            parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            for number in parts:
                 finite = not isinstance(number, float) or math.isfinite(number)
                 self.require(finite, f"{key}={value}", "a finite number")
 

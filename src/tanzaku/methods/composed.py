@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -123,7 +123,8 @@ class Composed(Method):
     """An adapter that is made of attached ones, its parts, which it leaves as they are.
 
     Args:
-        adapters: their names, two or more. All change the same modules, each in its own way.
+        adapters: their names, two or more. All change the same modules, each in its own way. What they drop out in
+            training they drop while this is trained, too.
     """
 
     in_peft = False
@@ -133,7 +134,12 @@ class Composed(Method):
 
     least: ClassVar[int] = 2
 
+    _reads: ClassVar[Mapping[str, int]] = {}  # what its parts read of rows, once it is built
+
     adapters: list[str] = field(default_factory=list)
+
+    def row_data(self) -> Mapping[str, int]:
+        return self._reads
 
     def uses(self) -> Sequence[str]:
         return self.adapters
@@ -146,6 +152,8 @@ class Composed(Method):
         names = self.adapters
         self.require(len(names) >= self.least, f"adapters={names}", "the names of two or more that are attached")
         self.require(len({*names}) == len(names), f"adapters={names}", "each of them once")
+        parts_read = (place.adapters[name].method.row_data() for name in names)
+        self._reads = {key: number for each in parts_read for key, number in each.items()}  # type: ignore[misc]
         tables = {name: self._table(name, place.adapters[name], place.base) for name in names}
         first = tables[names[0]]
         for name in names[1:]:
@@ -153,6 +161,8 @@ class Composed(Method):
             whose = [names[0] if site in first else name for site in other]
             found = listed([f"{who!r} changes {site}" for who, site in zip(whose, other, strict=True)], 2)
             self.require(not other, f"adapters at different places ({found} alone)", "adapters at the same ones")
+        every = (p for name in names for _, layer in place.adapters[name].at() for p in layer.parameters())
+        first_of = next(every)
         for site in first:
             parts = [table[site] for table in tables.values()]
             if site.does == "looks":
@@ -160,7 +170,7 @@ class Composed(Method):
                 continue
             module = place.base.model.get_submodule(site.path)
             size = _width(module, site, parts)
-            yield site.path, self.layer(site, parts, size, _like(parts))
+            yield site.path, self.layer(site, parts, size, _like(parts, module, first_of))
 
     def _table(self, name: str, adapter: Attached, base: Base) -> dict[Site, list[ModuleLayer]]:
         """An adapter's layers by their sites."""
@@ -192,13 +202,15 @@ def _width(module: nn.Module, site: Site, parts: Sequence[Layers]) -> int:
     told = next((layer.width for layers in parts for layer in layers if layer.width is not None), None)
     if told is not None:
         return told
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.dim() == 1 and type(weight) is nn.Parameter:  # a norm's gain
         return len(weight)
     return features(module, site.path)[0 if site.does == "inputs" else 1]
 
 
-def _like(parts: Sequence[Layers]) -> Tensor:
-    """A tensor of a part's, whose type and device are the site's."""
+def _like(parts: Sequence[Layers], module: nn.Module, other: Tensor) -> Tensor:
+    """A tensor of the parts', or of the module where what they have is elsewhere, in what their layers share."""
     own = (p for layers in parts for layer in layers for p in layer.parameters())
-    return next(own)
+    return next(own, next(module.parameters(), other))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from itertools import chain, count
 from pathlib import Path
@@ -100,8 +100,9 @@ def _uses(value: Any) -> dict[str, str]:
     else:
         raise TanzakuError(f"uses: found {value!r}, expected names of candidates or directories, such as [a, b]")
     for name in found:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise TanzakuError(f"uses: found the name {name!r}, expected letters, digits, _ and -; write {{a: DIR}}")
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+            found_name = f"uses: found the name {name!r}, expected letters, digits, _ and -, 64 at most"
+            raise TanzakuError(f"{found_name}; write {{a: DIR}}")
     return found
 
 
@@ -177,9 +178,12 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     folder = Path(path).parent
     raw = read_yaml(Path(path))
     data, model = raw.get("data"), as_block(raw.get("model"))
-    for entry in methods if isinstance(methods := raw.get("methods"), list) else ():
+    entries = methods if isinstance(methods := raw.get("methods"), list) else []
+    names = {str(key) for entry in entries for key in (entry if isinstance(entry, dict) else [entry])}
+    names |= {str(entry["name"]) for entry in entries if isinstance(entry, dict) and "name" in entry}
+    for entry in entries:
         if isinstance(entry, dict) and isinstance(uses := entry.get("uses"), list | dict):
-            entry["uses"] = _beside_each(folder, uses)
+            entry["uses"] = _beside_each(folder, uses, names)
     if isinstance(data, dict):
         raw["data"] = {
             key: _beside(folder, value) if key in ("train", "valid", "test") and isinstance(value, str) else value
@@ -191,9 +195,12 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     return raw
 
 
-def _beside_each(folder: Path, uses: Any) -> Any:
+def _beside_each(folder: Path, uses: Any, names: Collection[str]) -> Any:
+    """What an entry uses, with directories taken from the recipe's folder; what may be a candidate's name is one."""
+
     def beside(each: Any) -> Any:
-        return str(folder / each) if isinstance(each, str) and (folder / each).is_dir() else each
+        candidate = isinstance(each, str) and (each in names or re.sub(r"-\d+$", "", each) in names)
+        return str(folder / each) if isinstance(each, str) and not candidate and (folder / each).is_dir() else each
 
     return {key: beside(each) for key, each in uses.items()} if isinstance(uses, dict) else [*map(beside, uses)]
 
@@ -352,7 +359,10 @@ def used_by(entry: MethodEntry, entries: Sequence[MethodEntry]) -> dict[str, str
             "in the recipe, as in uses: [a, b]"
         )
     out: dict[str, str | Path] = {}
+    made = {str(each.name) for each in entries if each.uses}
     for label, used in entry.uses.items():
+        if used in made:
+            raise TanzakuError(f"candidate {entry.name!r} uses {used!r}, which is made of others itself")
         if used in others:
             out[label] = used
         elif Path(used).expanduser().is_dir():

@@ -103,7 +103,8 @@ def save(
                 (beside / CARD).write_text(text, encoding="utf-8")
         return Path(path)
     with _writing(target), directory_beside(target) as beside:
-        _write(manager, adapter, beside, meta or {}, training or {}, kept(target))
+        _write(manager, adapter, beside, target, meta or {}, training or {})
+    adapter.meta = meta or {}
     return Path(path)
 
 
@@ -111,16 +112,21 @@ def _write(
     manager: AdapterManager,
     adapter: Adapter,
     folder: Path,
+    before: Path,
     meta: dict[str, Any],
     training: dict[str, Any],
-    own_card: str | None = None,
 ) -> str:
-    """Write an adapter, with those that it uses below it, into an empty directory; the checksum of its tensors."""
+    """Write an adapter, with those that it uses below it, into an empty directory; the checksum of its tensors.
+
+    Args:
+        before: the directory in whose place it comes.
+    """
     uses = {}
     for label, there in adapter.method.used().items():
-        (folder / PARTS / label).mkdir(parents=True)
-        tensors_of_it = _write(manager, manager.get(there), folder / PARTS / label, {}, {})
-        uses[label] = {"sha256": tensors_of_it, "settings": _settings_of(manager.get(there).method)}
+        part, into = manager.get(there), folder / PARTS / label
+        into.mkdir(parents=True)
+        tensors_of_it = _write(manager, part, into, before / PARTS / label, part.meta, {})
+        uses[label] = {"sha256": tensors_of_it, "settings": _settings_of(config_of(manager, part), into)}
     tensors = _tensors(manager, adapter)
     with ThreadPoolExecutor(2) as aside:
         save_file(tensors, folder / TENSORS, metadata=_METADATA)
@@ -140,7 +146,7 @@ def _write(
         about |= {"card": digest_of(text), "sha256": checksum.result()}
         (folder / CONFIG).write_text(_json(config), encoding="utf-8")
         (folder / META).write_text(_json(about), encoding="utf-8")
-        (folder / CARD).write_text(own_card or text, encoding="utf-8")
+        (folder / CARD).write_text(kept(before) or text, encoding="utf-8")
     return checksum.result()
 
 
@@ -224,6 +230,7 @@ def _load(model: nn.Module, folder: Path, name: str, strict: bool, method: Metho
     with bringing(model, method, name) as brought:
         _bring_parts(model, method, folder, (about or {}).get("uses"), brought, any_base)
         adapter = _attached(model, method, name, tensors, folder)
+    adapter.meta = (about or {}).get("meta") or {}
     with _attached_or_not(model, name):
         _own_embeddings(model, adapter, tensors)
         _fill(model, adapter, tensors, folder, about, strict)
@@ -322,15 +329,20 @@ def _bring_parts(
     for label in method.uses():
         expected = digests.get(label)
         if not isinstance(expected, dict) or not isinstance(expected.get("sha256"), str):
-            raise TanzakuError(f"{folder / META} is damaged: it does not say which {label!r} the adapter uses")
+            known = listed(map(repr, digests)) or "none"
+            raise TanzakuError(f"{folder / META} does not say which {label!r} the adapter uses; it tells of {known}")
         if label in adapters(model) and digest(model, label) == expected:
             continue
         if not re.fullmatch(r"[A-Za-z0-9_-]+", label) or not (folder / PARTS / label).is_dir():
             raise TanzakuError(
                 f"{folder} uses the adapter {label!r}, which is neither in {folder / PARTS / label} nor attached"
             )
-        _check_tensors(folder / PARTS / label)
-        if _sha256(folder / PARTS / label / TENSORS) != expected["sha256"]:
+        part = folder / PARTS / label
+        _check_tensors(part)
+        config = read_config(part)
+        if not adapterhub.is_one(config) and method_of(config, part).uses_others:
+            raise TanzakuError(f"{part} is made of other adapters itself, which those of {folder} cannot be")
+        if _sha256(part / TENSORS) != expected["sha256"] or _settings_of(config, part) != expected.get("settings"):
             raise TanzakuError(f"{folder / PARTS / label} is not the adapter that {folder} was trained with")
         block.bring(label, folder / PARTS / label, any_base)
 
@@ -350,14 +362,16 @@ def digest(model: nn.Module, name: str) -> dict[str, str]:
     manager = manager_of(model)
     adapter = manager.get(name)
     tensors = hashlib.sha256(to_bytes(_tensors(manager, adapter), metadata=_METADATA)).hexdigest()
-    return {"sha256": tensors, "settings": _settings_of(adapter.method)}
+    return {"sha256": tensors, "settings": _settings_of(config_of(manager, adapter), Path(name))}
 
 
 # Which modules, which the tensors' names tell, and what says nothing of what is computed.
 _BESIDE = ("target_modules", "exclude_modules", "modules_to_save", "task_type", "inference_mode")
 
 
-def _settings_of(method: Method) -> str:
+def _settings_of(config: dict[str, Any], folder: Path) -> str:
+    """A checksum of the settings that a configuration stands for."""
+    method = method_of(config, folder)
     told = {key: value for key, value in method.settings().items() if key not in _BESIDE}
     return hashlib.sha256(json.dumps([method.name, told], sort_keys=True, default=str).encode()).hexdigest()
 

@@ -587,7 +587,10 @@ class JobScheduler:
             where = Path("adapters") / active.job.name
             rows = {split.name: len(split) for split in active.data.splits()}
             record = training_record(active.result, rows, self.meta.get("files", {}))
-            meta = {**self.meta, "precision": active.job.settings.precision}
+            # Which task a row is of is asked of rows to predict where the adapter reads it.
+            spared = {} if active.adapter.method.row_data() else active.data.task.tasks_to_json()
+            meta = {key: value for key, value in self.meta.items() if key not in spared}
+            meta["precision"] = active.job.settings.precision
             store.save(self.model, active.job.name, self.out / where, meta=meta, training=record)
             active.result.adapter = where.as_posix()
         self._end(active, "done")
