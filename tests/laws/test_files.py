@@ -106,8 +106,10 @@ def test_saving_what_was_loaded_gives_the_same_file(name, variant, tmp_path):
         "adapter_model.safetensors",
         "tanzaku.json",
     }
-    for file in (tmp_path / "a").iterdir():
-        assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes()
+    files = {each.relative_to(tmp_path / "a") for each in (tmp_path / "a").rglob("*") if each.is_file()}
+    assert files == {each.relative_to(tmp_path / "b") for each in (tmp_path / "b").rglob("*") if each.is_file()}
+    for file in files:
+        assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "a" / file).read_bytes(), file
 
 
 @all_methods
