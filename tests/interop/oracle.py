@@ -76,7 +76,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "hira": {"r": 2},
     "randlora": {"r": 8, "randlora_alpha": 8},
     "road": {"group_size": 8},
-    "waveft": {"n_frequency": 40},
+    "waveft": {"n_frequency": 40, "scaling": 5.0},  # PEFT's 25 makes much of a rounding in a tiny model
     "gralora": {"r": 4, "alpha": 4},
     "delora": {"r": 2},
     "vblora": {"r": 2, "vector_length": 8, "num_vectors": 6, "init_vector_bank_bound": 1.0},
@@ -91,13 +91,11 @@ PLAIN: dict[str, dict[str, Any]] = {
 SOFT_PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "cartridge")
 PROMPT_LEARNING = (*SOFT_PROMPTS, *PREFIXES)
-NO_CONV1D = ("loha", "lokr", "oft", "hra", "c3a", "boft", "miss", "shira", "road", "delora")
 NO_CONV1D = (
     *("loha", "lokr", "oft", "hra", "c3a", "boft", "miss", "shira", "road", "delora"),
     *("psoft", "supertuning", "peanut", "beft"),
 )
 SHARED = ("vblora_vector_bank", "tinylora_v", "unilora_theta_d")
-PROMPT_LEARNING = (*SOFT_PROMPTS, "prefix_tuning")
 
 
 def in_reach(kind: str, name: str) -> bool:

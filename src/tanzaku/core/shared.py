@@ -53,6 +53,9 @@ class Shared(AdapterLayer):
     def refresh(self, given: Mapping[str, Any] | None = None) -> None:
         """Compute it for the pass that begins. Called before the first layer, outside of checkpointed ones: there it
         would be part of what is computed twice, and layers would not share its gradient."""
+        for like in (given or {}).values():
+            if isinstance(like, Tensor):
+                self.check_here(like)
         others = tuple(each for each in _written.get() if each.by() not in (None, self))
         value = self.compute() if given is None else self.compute_of(given)
         _written.set((*others, _Written(weakref.ref(self), self._versions(), value)))

@@ -72,8 +72,7 @@ class Hypernetwork(Shared):
             # H_U stays zero, and its bias.
 
     def compute(self) -> Written:
-        layers, kinds = (torch.tensor(each, device=self.tasks.device) for each in zip(*self.at, strict=True))
-        places = torch.cat([self.layers[layers], self.kinds[kinds]], dim=-1)
+        places = torch.stack([torch.cat([self.layers[layer], self.kinds[kind]]) for layer, kind in self.at])
         tasks, number = self.tasks.shape[0], len(self.at)
         known = torch.cat([self.tasks[:, None].expand(-1, number, -1), places[None].expand(tasks, -1, -1)], dim=-1)
         z = self.out(torch.relu(self.hidden(known)))

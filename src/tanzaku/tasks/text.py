@@ -138,8 +138,11 @@ def check_columns(tables: Mapping[str, Table], columns: Mapping[str, str | None]
     """
     named = {key: column for key, column in columns.items() if column is not None}
     for table in tables.values():
-        for column in named.values():
-            table.column(column)
+        for key, column in named.items():
+            try:
+                table.column(column)
+            except TanzakuError as error:
+                raise TanzakuError(f"{error}; say which it is with {flag(key)}") from None
     for table in tables.values():
         for key in texts:
             if key in named:

@@ -384,9 +384,9 @@ def from_peft_names(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> 
 
 
 def _real_names(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers as they stand in the tree, whatever names the wrapper gives them."""
+    """Parameters and buffers that a state holds, as they stand in the tree, whatever names the wrapper gives them."""
     for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-        if tensor is not None:
+        if tensor is not None and name not in module._non_persistent_buffers_set:
             yield prefix + name, tensor
     for name, child in module._modules.items():
         if child is not None:
