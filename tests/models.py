@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import (
 
 import tanzaku as tz
 from tanzaku.methods import METHODS
+from tanzaku.train.results import Job
 
 VOCAB = 128
 _COMMON = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -206,6 +208,11 @@ def saved_parts(model: nn.Module, method: tz.Method, into: Path) -> dict[str, Pa
             tz.save(model, each, into / each)
         tz.detach(model)
     return {each: into / each for each in method.uses()}
+
+
+def with_parts(model: nn.Module, jobs: list[Job], into: Path) -> list[Job]:
+    """Jobs with the adapters that their methods use, made on the model and saved below `into`."""
+    return [replace(job, uses=saved_parts(model, job.method, into / f"{job.name}-uses")) for job in jobs]
 
 
 def tiny(kind: str, head: str = "cls", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:

@@ -11,6 +11,7 @@ import tanzaku as tz
 from tanzaku.cli import live
 from tanzaku.cli.run import _distinct
 from tanzaku.tasks.task import Metric
+from tanzaku.train.results import Job
 from tanzaku.train.settings import TrainSettings
 
 
@@ -36,4 +37,4 @@ def test_the_time_left_is_told_in_hours_and_not_by_the_first_steps(
 def test_a_method_is_checked_once_however_many_ways_it_is_trained() -> None:
     slow, fast = TrainSettings(learning_rate=1e-4), TrainSettings(learning_rate=1e-3)
     given = [("a", tz.LoRA(r=1), slow), ("b", tz.LoRA(r=1), fast), ("c", tz.LoRA(r=2), slow), ("d", tz.IA3(), slow)]
-    assert [name for name, _ in _distinct(given)] == ["a", "c", "d"]
+    assert [each.name for each in _distinct([Job(*each) for each in given])] == ["a", "c", "d"]

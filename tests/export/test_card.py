@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tanzaku as tz
-from models import NEEDED, tiny
+from models import NEEDED, attach, tiny
 from tanzaku.methods import METHODS
 from tanzaku.storage.card import escaped
 
@@ -38,7 +38,7 @@ def saved(
     path: Path, method: tz.Method, head: str = "cls", meta: dict[str, Any] | None = None, training: Any = None
 ) -> str:
     model = tiny("llama", head)
-    tz.attach(model, method, "a", seed=0)
+    attach(model, method, "a", seed=0)
     tz.save(model, "a", path, meta=meta, training=training)
     return (path / "README.md").read_text(encoding="utf-8")
 

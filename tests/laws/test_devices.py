@@ -14,7 +14,7 @@ from variants import attach, attached, bamboo, gradients, logits, losses, method
 
 import tanzaku as tz
 from close import GRADIENT, RUN, assert_close
-from models import batch
+from models import batch, with_parts
 from tanzaku.core.manager import manager_of
 from tanzaku.engine.memory import in_use
 from tanzaku.methods import METHODS
@@ -85,7 +85,8 @@ def company(**settings) -> list[Job]:
 
 def trained(device: str, jobs: list[Job], out: Path, **options) -> tuple[list[JobResult], dict[str, torch.Tensor]]:
     data = task((4, 9, 3, 7, 12), train=11, test=5)
-    results = train_jobs(bamboo(num_labels=2).to(device), data, jobs, out=out, workers=1, **options)
+    model = bamboo(num_labels=2).to(device)
+    results = train_jobs(model, data, with_parts(model, jobs, out), out=out, workers=1, **options)
     assert [(r.status, r.error) for r in results] == [("done", None)] * len(jobs)
     weights = {}
     for job in jobs:
@@ -119,8 +120,9 @@ def test_half_precision(device, precision, tmp_path):
 def test_a_limit_of_memory_holds(device, tmp_path):
     model = bamboo(num_labels=2).to(device)
     limit = in_use(model.device) + 2**29
+    jobs = with_parts(model, company(), tmp_path)
     with JobScheduler(model, task(train=11), memory=limit, workers=1) as scheduler:
-        scheduler.add(company())
+        scheduler.add(jobs)
         scheduler.run()
         assert [r.status for r in scheduler.results.values()] == ["done"] * len(company())
         assert all(r.step_bytes > 0 for r in scheduler.results.values())

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from variants import VARIANTS, method, sharing
 
 from close import RUN, assert_close
-from models import VOCAB, config_of, lively
+from models import VOCAB, config_of, lively, with_parts
 from tanzaku.methods import METHODS
 from tanzaku.tasks import TASKS
 from tanzaku.tasks.classification import Classification
@@ -110,7 +110,8 @@ def test_a_job_among_others_ends_as_it_does_alone(name: str, kind: str, tmp_path
     """Each with another batch size and accumulation: losses over tokens weigh every token alike."""
 
     def weights(jobs: list[Job], out: Path) -> dict[str, torch.Tensor]:
-        results = train_jobs(model_of(name, kind), data_of(name), jobs, out=out, workers=1)
+        model = model_of(name, kind)
+        results = train_jobs(model, data_of(name), with_parts(model, jobs, out), out=out, workers=1)
         assert [(r.status, r.error) for r in results] == [("done", None)] * len(jobs)
         return load_file(out / "adapters" / jobs[0].name / "adapter_model.safetensors")
 
@@ -131,7 +132,8 @@ def test_every_method_learns_every_task(name: str, tmp_path: Path) -> None:
     """In steps of their own: the training loss falls."""
     settings = TrainSettings(epochs=12, learning_rate=0.02, batch_size=4)
     jobs = [Job(own, method(own, next(iter(VARIANTS[own]))), settings) for own in METHODS]
-    for result in train_jobs(model_of(name, "llama"), data_of(name), jobs, workers=1):
+    model = model_of(name, "llama")
+    for result in train_jobs(model, data_of(name), with_parts(model, jobs, tmp_path), workers=1):
         assert result.error is None, result.name
         first, *others = (epoch.train_loss for epoch in result.epochs)
         assert min(others) < first, result.name

@@ -1,6 +1,5 @@
 """Law 1 for whole runs: a job trained among others ends with the weights that it has when it is trained alone."""
 
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 from variants import CASES, VARIANTS, all_kinds, all_variants, bamboo, method, sharing
 
 from close import RUN, assert_close
-from models import saved_parts, tiny
+from models import tiny, with_parts
 from tanzaku.core.method import Method
 from tanzaku.core.survey import sees_padding
 from tanzaku.methods import METHODS
@@ -51,8 +50,7 @@ def all_weights(model, jobs: list[Job], out: Path, **options) -> dict[str, dict[
     config = model.config
     end = config.eos_token_id if config.is_encoder_decoder else None
     data = task((4, 9, 3, 7, 12), train=11, end=end, pad=config.pad_token_id or 0)
-    jobs = [replace(job, uses=saved_parts(model, job.method, out / f"{job.name}-uses")) for job in jobs]
-    results = train_jobs(model, data, jobs, out=out, **options)
+    results = train_jobs(model, data, with_parts(model, jobs, out), out=out, **options)
     assert [(r.status, r.error) for r in results] == [("done", None)] * len(jobs)
     return {job.name: load_file(out / "adapters" / job.name / "adapter_model.safetensors") for job in jobs}
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import tanzaku as tz
 from close import RUN, assert_close
-from models import NEEDED, saved_parts, tiny
+from models import NEEDED, tiny, with_parts
 from tanzaku.methods import METHODS
 from tanzaku.train import state as states
 from tanzaku.train.results import EpochRecord, Job, JobResult
@@ -79,7 +79,7 @@ def a_job(method: str = "lora", **train: Any) -> Job:
 def run(
     jobs: list[Job], out: Path, model: Callable[[], PreTrainedModel] = model_of, **options: Any
 ) -> tuple[list[JobResult], dict[str, dict[str, torch.Tensor]]]:
-    jobs = [replace(job, uses=saved_parts(model(), job.method, out / "uses")) for job in jobs]
+    jobs = with_parts(model(), jobs, out)
     results = train_jobs(model(), task(train=11, test=4), jobs, out=out, states=out / "states", **options)
     assert [(r.status, r.error) for r in results] == [("done", None)] * len(jobs)
     assert not any((out / "states").iterdir()), "what has ended needs no state"

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tanzaku.errors import TanzakuError, listed, nearest
-from tanzaku.tasks.row_tasks import CONTEXT
 
 if TYPE_CHECKING:
     import torch
@@ -309,6 +308,8 @@ def _check_fit(
 
 def _check_row_data(method: Method, data: TaskData) -> None:
     """A TanzakuError where a method reads of rows what these do not say."""
+    from tanzaku.tasks.row_tasks import CONTEXT
+
     tasks = data.task.row_tasks
     for key, number in method.row_data().items():
         if key != CONTEXT or tasks is None:
