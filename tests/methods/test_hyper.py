@@ -109,7 +109,7 @@ def test_bad_settings(settings: dict[str, Any], says: str) -> None:
     [
         ({}, "reads 'task_ids' of each row"),
         ({"task_ids": torch.tensor([0, 3])}, r"task_ids: found \[0, 3\], expected 0 to 2"),
-        ({"task_ids": torch.tensor([0.0, 1.0])}, "expected a whole number a row"),
+        ({"task_ids": torch.tensor([0.0, 1.0])}, "expected a whole number for each row"),
     ],
 )
 def test_bad_tasks(context: dict[str, Tensor], says: str) -> None:

@@ -57,3 +57,17 @@ def context(name: str, like: Tensor) -> Tensor:
     if rows == [*range(len(data))]:
         return data
     return data.index_select(0, torch.tensor(rows, device=data.device))
+
+
+def task_ids(like: Tensor, tasks: int) -> Tensor:
+    """Which of so many tasks each row is of that a layer has before it: (rows of `like`,), on its device.
+
+    Raises:
+        TanzakuError: rows do not say, or say something else than 0 to `tasks` - 1.
+    """
+    ids = context("task_ids", like).to(like.device)
+    if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise TanzakuError(f"task_ids: found {tuple(ids.shape)} of {ids.dtype}, expected a whole number for each row")
+    if int(ids.min()) < 0 or int(ids.max()) >= tasks:
+        raise TanzakuError(f"task_ids: found {ids.tolist()}, expected 0 to {tasks - 1}")
+    return ids

@@ -18,12 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tanzaku.core.context import context
+from tanzaku.core.context import task_ids
 from tanzaku.core.delta import in_full
 from tanzaku.core.method import About, AdapterLayer, Method, ModuleLayer, Place, trainable
 from tanzaku.core.shared import Shared, reached
 from tanzaku.core.space import Choice, Range, spaces
-from tanzaku.errors import TanzakuError, nearest
+from tanzaku.errors import nearest
 from tanzaku.methods.parts import Projection, activation, activations, bottleneck_of
 from tanzaku.models.families import Sublayer, features, weight_of
 from tanzaku.support.refs import Ref
@@ -110,11 +110,7 @@ class HyperLayer(ModuleLayer):
 
     def _own(self, y: Tensor, tasks: int) -> Tensor:
         """(rows, tasks): one where the task is the row's own."""
-        ids = context("task_ids", y).to(y.device)
-        if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise TanzakuError(f"task_ids: found {tuple(ids.shape)} of {ids.dtype}, expected a whole number a row")
-        if int(ids.min()) < 0 or int(ids.max()) >= tasks:
-            raise TanzakuError(f"task_ids: found {ids.tolist()}, expected 0 to {tasks - 1}")
+        ids = task_ids(y, tasks)
         return ids[:, None] == torch.arange(tasks, device=ids.device)
 
 

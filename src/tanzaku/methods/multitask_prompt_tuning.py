@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tanzaku.core.context import context
+from tanzaku.core.context import task_ids
 from tanzaku.core.method import About, AdapterLayer, Place, trainable
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.errors import TanzakuError
@@ -49,13 +49,7 @@ class TaskPrompt(PromptLayer):
     def vectors_of(self, rows: Tensor) -> Tensor:
         if len(self.prefix_task_cols) == 1:
             return self.vectors()
-        task = context("task_ids", rows).to(rows.device)
-        if task.dim() != 1 or task.is_floating_point() or task.dtype == torch.bool:
-            raise TanzakuError(
-                f"task_ids: found {tuple(task.shape)} of {task.dtype}, expected a whole number for each row"
-            )
-        if int(task.min()) < 0 or int(task.max()) >= len(self.prefix_task_cols):
-            raise TanzakuError(f"task_ids: found {task.tolist()}, expected 0 to {len(self.prefix_task_cols) - 1}")
+        task = task_ids(rows, len(self.prefix_task_cols))
         return self.prompt_embeddings * (self.prefix_task_cols[task] @ self.prefix_task_rows[task])
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
