@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -32,15 +31,9 @@ def _twin(module: M) -> M:
     return twin
 
 
-@contextmanager
-def untrained() -> Iterator[None]:
-    """Within the block, what layers share with others of their adapter is read as if it was no one's to train."""
-    before = _frozen.get()
-    _frozen.set(True)
-    try:
-        yield
-    finally:
-        _frozen.set(before)
+def untrained() -> AbstractContextManager[None]:
+    """A block in which what layers share with others of their adapter is read as if it was no one's to train."""
+    return _frozen.within(True)
 
 
 def as_read(value: Any) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from tanzaku.support.context import Local
@@ -22,12 +22,6 @@ class _Nothing(dict[int, Any]):
 _NOTHING = _Nothing()
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> AbstractContextManager[None]:
     """Run modules of the base without what adapters do there."""
-    before = routes.get()
-    routes.set(_NOTHING)
-    try:
-        yield
-    finally:
-        routes.set(before)
+    return routes.within(_NOTHING)

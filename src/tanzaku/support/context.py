@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Generic, TypeVar, cast
 
@@ -26,6 +28,16 @@ class Local(Generic[T]):
         if torch.compiler.is_compiling():
             return cast("T | None", getattr(self._thread, "value", None))
         return self._context.get()
+
+    @contextmanager
+    def within(self, value: T) -> Iterator[None]:
+        """A block in which it is `value`, and after which it is what it was."""
+        before = self.get()
+        self.set(value)
+        try:
+            yield
+        finally:
+            self.set(before)
 
     def set(self, value: T | None) -> None:
         self._thread.value = value

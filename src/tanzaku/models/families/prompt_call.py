@@ -92,12 +92,9 @@ def keys_values(module: nn.Module, how: PromptCall, prompt: Tensor) -> tuple[Ten
 
     Its attention must go through a function that calls :func:`catch`.
     """
-    before = _catching.get()
-    _catching.set(True)
     try:
-        module(**how.arguments(prompt))
+        with _catching.within(True):
+            module(**how.arguments(prompt))
     except _Caught as caught:
         return caught.found
-    finally:
-        _catching.set(before)
     raise RuntimeError(f"{type(module).__name__} did not come to its attention function")
