@@ -10,17 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
-
 from tanzaku.core.method import About, AdapterLayer, Method, Place
 from tanzaku.core.space import Range, spaces
 from tanzaku.core.survey import biased
 from tanzaku.core.weights import AddedBias, BiasCopy
 
-_ROLES = {  # Nothing is added where tokens are mixed without attention: padding is zero there only without biases.
-    "query_up": ("query", "up"),
-    "add": ("query", "key", "value", "out", "gate", "up", "down"),
-}
+# No bias is added where tokens are mixed without attention: there padding is zero only as long as none is.
+_ROLES = {"all": (), "query_up": ("query", "up"), "add": ("query", "key", "value", "out", "gate", "up", "down")}
 
 
 @dataclass
@@ -28,9 +24,8 @@ class BitFit(Method):
     """Bias-only fine-tuning.
 
     Args:
-        bias_scope: "all" biases that the model has; "query_up", of queries and the feed-forward's first layer alone,
-            which the paper finds nearly as good with half of the numbers; "add", all, and biases of zeros for linear
-            layers of attention and feed-forward that have none, which then cannot be merged.
+        bias_scope: "all"; "query_up", of queries and the feed-forward's first layer, nearly as good by the paper;
+            "add", all, and biases of zeros where attention and feed-forward have none, which cannot be merged.
     """
 
     name = "bitfit"
@@ -53,18 +48,12 @@ class BitFit(Method):
     bias_scope: str = "all"
 
     def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
-        base, copied, scope = place.base, self.copied(place.base), self.bias_scope
-        self.require(scope in ("all", *_ROLES), f"bias_scope={scope!r}", "'all', 'query_up' or 'add'")
+        base, copied, roles = place.base, self.copied(place.base), _ROLES.get(self.bias_scope)
+        self.require(roles is not None, f"bias_scope={self.bias_scope!r}", "'all', 'query_up' or 'add'")
         own = dict(biased(base, skip := lambda path: copied(path) or not base.in_language_model(path)))
-        there: dict[str, nn.Module] = own
-        if scope != "all":
-            instead = "use bias_scope='all', for the biases that there are" if own else "use another method"
-            there = dict(base.targets(base.defaults(self.name, _ROLES[scope], instead=instead), skip=skip))
-        chosen = {path: BiasCopy(m) for path, m in own.items() if path in there or scope == "add"}
-        bare = {path: m for path, m in there.items() if scope == "add" and m._parameters.get("bias") is None}
-        what = f"a {type(base.model).__name__} without a bias" + (" there" if scope == "query_up" else "")
-        self.require(
-            bool(chosen or bare), what, "one that has some, or bias_scope='add', which gives linear layers some"
-        )
-        yield from chosen.items()
-        yield from ((path, AddedBias(module, path)) for path, module in bare.items())
+        instead = "use bias_scope='all', for the biases that there are" if own else "use another method"
+        wanted = dict(base.targets(base.defaults(self.name, roles, instead=instead), skip=skip)) if roles else own
+        found = {**own, **wanted} if self.bias_scope == "add" else {p: m for p, m in own.items() if p in wanted}
+        found = {path: m for path, m in found.items() if path in own or m._parameters.get("bias") is None}
+        self.require(bool(found), f"a {type(base.model).__name__} without a bias there", "some, or bias_scope='add'")
+        yield from ((path, BiasCopy(m) if path in own else AddedBias(m, path)) for path, m in found.items())
