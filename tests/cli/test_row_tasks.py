@@ -104,7 +104,7 @@ def test_rows_must_say_their_task_before_anything_is_trained(
     recipe(work, method, task_id="label")
     assert_refused(tanzaku("train", "recipe.yaml"), "both name the column 'label'")
     recipe(work, method, task_id="whihc")
-    assert_refused(tanzaku("train", "recipe.yaml"), "no column 'whihc'")
+    assert_refused(tanzaku("train", "recipe.yaml"), "no column 'whihc'", "--task-id")
     name = next(iter(method))
     recipe(work, {name: {**method[name], "num_tasks": 3}}, task_id="which")
     assert_refused(tanzaku("train", "recipe.yaml"), "num_tasks is 3", "has 2: left, right")

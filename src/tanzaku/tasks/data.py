@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tanzaku.errors import TanzakuError, listed, nearest, printable
+from tanzaku.errors import TanzakuError, flag, listed, nearest, printable
 from tanzaku.tasks.delimited import read_delimited
 from tanzaku.tasks.encodings import decoded
 from tanzaku.tasks.jsonrows import Columns, read_json, read_json_lines
@@ -47,11 +47,16 @@ class Table:
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), []))
 
-    def column(self, name: str) -> list[Any]:
-        """The values of one column; a TanzakuError with the nearest name when there is none."""
+    def column(self, name: str, key: str = "") -> list[Any]:
+        """The values of one column; a TanzakuError with the nearest name when there is none.
+
+        Args:
+            key: the setting that names the column, which the error then names.
+        """
         if name not in self.columns:
             near = next((f" (did you mean {each!r}?)" for each in self.columns if _plain(each) == _plain(name)), "")
             hint = "; its first line looks like a row: add a line of column names" if self._lacks_header() else ""
+            hint += f"; say which it is with {flag(key)}" if key and not hint else ""
             raise TanzakuError(
                 f"{self.source} has no column {name!r}{near or nearest(name, self.columns)}; "
                 f"its columns are {listed(self.columns)}{hint}"

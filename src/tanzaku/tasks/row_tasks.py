@@ -31,6 +31,8 @@ class RowTasks:
             TanzakuError: a table lacks the column, or has a task that no training row has.
         """
         train = tables["train"]
+        for table in tables.values():
+            table.column(column, "task_id")
         cells = enumerate(train.column(column), 1)
         names = {label_name(value, f"{train.source} row {row}: column {column!r}", "task") for row, value in cells}
         own = cls(column, tuple(sorted(names)))

@@ -139,10 +139,7 @@ def check_columns(tables: Mapping[str, Table], columns: Mapping[str, str | None]
     named = {key: column for key, column in columns.items() if column is not None}
     for table in tables.values():
         for key, column in named.items():
-            try:
-                table.column(column)
-            except TanzakuError as error:
-                raise TanzakuError(f"{error}; say which it is with {flag(key)}") from None
+            table.column(column, key)
     for table in tables.values():
         for key in texts:
             if key in named:

@@ -447,7 +447,8 @@ def _rows(table: Table, data: Any) -> list[tuple[Any, list[Entity]]]:
     words = _in_words(table, data)
     out: list[tuple[Any, list[Entity]]] = []
     columns = (words, data.tags) if words is not None else (data.text, data.spans)
-    values = [table.column(column) for column in columns]
+    keys = ("words", "tags") if words is not None else ("text", "spans")
+    values = [table.column(column, key) for column, key in zip(columns, keys, strict=True)]
     if not values[0]:
         raise TanzakuError(f"{table.source} has no rows; expected at least one")
     for row, (value, target) in enumerate(zip(*values, strict=True), 1):
