@@ -230,3 +230,36 @@ def test_a_run_shows_training_rows_before_the_first_step(tmp_path):
         (alone,) = train_jobs(tiny("llama", num_labels=2), data, [job], out=tmp_path / job.name)
         found = load_file(tmp_path / "together" / "adapters" / job.name / "adapter_model.safetensors")
         assert_close(found, load_file(tmp_path / job.name / alone.adapter / "adapter_model.safetensors"), RUN)
+
+
+@pytest.mark.parametrize(("init", "r"), [("eva", 2), ("corda", 3), ("lora_ga", 3)])
+def test_candidates_share_what_they_see_of_the_same_rows(init, r, tmp_path, monkeypatch):
+    """Of another rate, or rank, also one that has to wait; another seed shuffles the rows, and looks anew.
+
+    EVA looks for as many components as the rank says: of another rank it sees something else."""
+    passes = []
+    run = tz.LoRA._pass
+    monkeypatch.setattr(tz.LoRA, "_pass", lambda self, *given: passes.append(given) or run(self, *given))
+    settings = TrainSettings(epochs=1, learning_rate=0.02, adam_epsilon=1e-3, batch_size=2)
+    jobs = [
+        Job(name, method("lora", {"r": rank, "init_lora_weights": init}), settings.model_copy(update=more))
+        for name, rank, more in (("first", 2, {}), ("like", r, {"learning_rate": 0.01}), ("shuffled", 2, {"seed": 1}))
+    ]
+    data = task(train=6)
+    alone = []
+    for job in jobs:
+        train_jobs(tiny("llama", num_labels=2), data, [job], out=tmp_path / job.name)
+        alone.append(len(passes))
+        passes.clear()
+    assert len(set(alone)) == 1
+    for rows_per_step in (1, 16):
+        there = tmp_path / str(rows_per_step)
+        train_jobs(tiny("llama", num_labels=2), data, jobs, out=there, rows_per_step=rows_per_step)
+        assert len(passes) == 2 * alone[0]
+        passes.clear()
+        for job in jobs:
+            found, own = (
+                load_file(each / "adapters" / job.name / "adapter_model.safetensors")
+                for each in (there, tmp_path / job.name)
+            )
+            assert_close(found, own, RUN)

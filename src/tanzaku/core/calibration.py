@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tanzaku.core.attach import route
 from tanzaku.core.manager import manager_of
+from tanzaku.core.passes import Passes
 from tanzaku.errors import TanzakuError
 
 OWN = "own_tokens"  # in the context of such rows: (rows, tokens) booleans, False at padding and where labels are -100
@@ -55,7 +56,7 @@ def calibrate(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        adapter.method.calibrate(adapter, (partial(run, batch) for batch in batches))
+        adapter.method.calibrate(adapter, Passes(partial(run, batch) for batch in batches))
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -36,6 +36,7 @@ from tanzaku.support.refs import Ref
 
 if TYPE_CHECKING:
     from tanzaku.core.combining import Combining
+    from tanzaku.core.passes import Passes
     from tanzaku.models.families import Base
 
 
@@ -374,12 +375,11 @@ class Method:
         """Whether :meth:`calibrate` wants to see rows before the first step."""
         return False
 
-    def calibrate(self, adapter: Attached, passes: Iterable[Callable[[], Tensor]]) -> None:
+    def calibrate(self, adapter: Attached, passes: Passes) -> None:
         """See what the base does with training rows, once and before :meth:`prepare`, and start from it.
 
         Args:
-            passes: each runs some rows, routed to the adapter, in evaluation mode, and gives their mean loss, which may
-                be differentiated. See :mod:`tanzaku.core.calibration` for what layers can ask of these rows.
+            passes: see :mod:`tanzaku.core.passes`, and :mod:`tanzaku.core.calibration` for what layers can ask of rows.
         """
 
     def prepare(self, adapter: Attached, total_steps: int) -> None:

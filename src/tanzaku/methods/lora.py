@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tanzaku.core.combining import Combining
 from tanzaku.core.delta import base_matrix
 from tanzaku.core.method import About, AdapterLayer, Attached, Method, Place
+from tanzaku.core.passes import Passes
 from tanzaku.core.space import Choice, Range, ends, spaces
 from tanzaku.core.targeted import TargetedWithBiases, pattern
 from tanzaku.core.weights import BiasCopy, WeightCopy
@@ -379,11 +380,21 @@ class LoRA(TargetedWithBiases):
     def calibrates(self) -> bool:
         return self.init_lora_weights in ("eva", "corda", "lora_ga")
 
-    def calibrate(self, adapter: Attached, passes: Iterable[Callable[[], Tensor]]) -> None:
+    def calibrate(self, adapter: Attached, passes: Passes) -> None:
         layers = {path: layer for path, layer in adapter.at() if isinstance(layer, LoraDelta)}
         fresh = all(layer.watch is not None for layer in layers.values())
         self.require(fresh, "an adapter that has started already", "one that has seen no rows: attach another")
-        looks = {path: self._look(layer) for path, layer in layers.items()}
+        wanted = {path: self._look(layer) for path, layer in layers.items()}
+        # Which candidates see alike: what they look for, and where. What they start at may still differ.
+        key = frozenset((path, look.key) for path, look in wanted.items())
+        looks = passes.once(key, lambda: self._see(layers, wanted, passes))
+        with torch.no_grad():
+            self._start_from(layers, looks)
+        for layer in layers.values():
+            layer.watch = None
+
+    def _see(self, layers: Mapping[str, LoraDelta], looks: Mapping[str, Look], passes: Passes) -> Mapping[str, Look]:
+        """Let rows pass until each look has seen enough."""
         try:
             for path, layer in layers.items():
                 layer.watch = looks[path]
@@ -396,10 +407,7 @@ class LoRA(TargetedWithBiases):
                 layer.watch = not_yet
         for path, look in looks.items():
             self.require(look.module is not None, f"no pass through {path}", "rows that the base runs it for")
-        with torch.no_grad():
-            self._start_from(layers, looks)
-        for layer in layers.values():
-            layer.watch = None
+        return looks
 
     def _look(self, layer: LoraDelta) -> Look:
         if self.init_lora_weights == "corda":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -138,6 +138,11 @@ class Look:
         """Note what the module reads, (rows, ..., in)."""
 
     @property
+    def key(self) -> Hashable:
+        """Looks of one key see the same in the same rows."""
+        return type(self).__name__
+
+    @property
     def done(self) -> bool:
         """Whether no more rows are wanted."""
         return self.rows >= self.enough
@@ -264,6 +269,10 @@ class Components(Look):
         self.values, self.mean = torch.empty(0), torch.empty(0)
         self.scatter, self.count = 0.0, 0
         self.settled = torch.zeros(number, dtype=torch.bool)
+
+    @property
+    def key(self) -> Hashable:
+        return type(self).__name__, self.number, self.tau
 
     @property
     def done(self) -> bool:

@@ -32,6 +32,7 @@ from tanzaku.tasks.task import Records, Split, Task, TaskData
 from tanzaku.train.active_job import ActiveJob, Diverged
 from tanzaku.train.executor import Executor, kind_of_workers, number_of_workers
 from tanzaku.train.results import EpochRecord, Job, JobResult, Observer
+from tanzaku.train.sightings import Sightings
 from tanzaku.train.state import States
 from tanzaku.train.step import SharedStep
 from tanzaku.train.workers import Forked
@@ -148,6 +149,7 @@ class JobScheduler:
                     "with the model loaded; allow more"
                 )
         self.step = SharedStep(model, data.task, data.pad_token_id)
+        self._sightings = Sightings()
         self.queue: deque[Job] = deque()
         self.active_jobs: dict[str, ActiveJob] = {}
         self.results: dict[str, JobResult] = {}
@@ -336,7 +338,9 @@ class JobScheduler:
             adapter = self._attached(job)
             self._arrange(job)
             if adapter.method.calibrates:
-                self.step.calibrate(job, adapter, (job.data or self.data).train.examples)
+                rows = self._rows_of(job)
+                self.step.calibrate(job, adapter, rows.examples, self._sightings.of(job, rows))
+                self._sightings.keep((each, self._rows_of(each)) for each in self.queue if each is not job)
             result.method_settings = adapter.method.settings()
             numbers = count(self.model, job.name)
             result.trainable_parameters, result.total_parameters = numbers.trainable, numbers.total
@@ -348,7 +352,10 @@ class JobScheduler:
                 result.step_bytes = active.need.step + active.kept_bytes
                 attached = [*self.active_jobs.values(), active]
                 # What it keeps may leave too little room for a step of one that is there already.
-                if not (fits := self._each_fits(attached)) and self._hand_back is None:
+                if not (fits := self._each_fits(attached)):
+                    self._sightings.keep(())
+                    fits = self._each_fits(attached)
+                if not fits and self._hand_back is None:
                     self.room += self.step.accelerations.free()  # a job is worth more than a faster product
                     fits = self._each_fits(attached)
                 if not fits:
@@ -420,7 +427,7 @@ class JobScheduler:
         if self.room == float("inf"):
             return True
         # What an adapter and its optimizer keep stays while others step; activations and gradients do not.
-        state = sum(active.kept_bytes for active in attached)
+        state = sum(active.kept_bytes for active in attached) + self._sightings.bytes
         needs = [(active, active.need) for active in stepping if active.need is not None]
         if len(needs) == 1:
             return state + needs[0][1].alone <= self.room
@@ -429,6 +436,9 @@ class JobScheduler:
         work = sum(need.beside(rows[active.job.name], width) for active, need in needs)
         work += width * sum(rows[active.job.name] * _held_for_others(active, stepping) for active in stepping)
         return state + _SPARE * work <= self.room
+
+    def _rows_of(self, job: Job) -> Split:
+        return (job.data or self.data).train
 
     def _each_fits(self, attached: Sequence[ActiveJob]) -> bool:
         return all(self._fits(attached, [each]) for each in attached)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -19,6 +19,7 @@ from tanzaku.core.attach import adapters
 from tanzaku.core.calibration import own_of
 from tanzaku.core.dropout import Foreign, JobDropout, JobSlice, foreign_generators, watch
 from tanzaku.core.manager import manager_of
+from tanzaku.core.passes import Passes
 from tanzaku.core.positions import room
 from tanzaku.core.routing import Entry, Route
 from tanzaku.core.survey import odd_dropouts, sees_padding
@@ -144,9 +145,15 @@ class SharedStep:
             active.draws = (active.draws or share.drew) if drops else active.draws
             active.left_out = share.left_out
 
-    def calibrate(self, job: Job, adapter: Adapter, examples: Sequence[Example]) -> None:
+    def calibrate(
+        self, job: Job, adapter: Adapter, examples: Sequence[Example], seen: dict[Hashable, Mapping[str, Any]]
+    ) -> None:
         """Let the adapter's method see training rows, before the job's first step. Which rows, and in which order,
-        depends on the job's seed alone."""
+        depends on the job's seed alone.
+
+        Args:
+            seen: by others in the same rows, and afterwards by this one.
+        """
         generator = torch.Generator().manual_seed(seed_of("calibration", job.settings.seed))
         order = torch.randperm(len(examples), generator=generator).tolist()
         size = job.settings.batch_size
@@ -163,7 +170,7 @@ class SharedStep:
         self._mode(training=False)
         self._routed([job.name])
         with seeded(seed_of("calibrated", job.settings.seed), [self.device]):
-            adapter.method.calibrate(adapter, (partial(run, rows) for rows in batches))
+            adapter.method.calibrate(adapter, Passes((partial(run, rows) for rows in batches), seen))
 
     def _watched(self) -> list[Foreign]:
         """What a step that draws random numbers has to know of the model, and hooks where it needs them."""
