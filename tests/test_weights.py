@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import tanzaku as tz
-from close import assert_close
+from close import GRADIENT, assert_close
+from interop.oracle import scatter
 from models import batch, tiny
 from tanzaku.core.weights import WeightCopy, copy_of
 
@@ -32,7 +33,7 @@ def test_parameters_stand_in_the_tree_under_the_names_of_the_module(kind, head):
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
-def test_a_copy_of_the_strip_is_one_of_its_own(again):
+def test_a_copy_of_the_layer_is_one_of_its_own(again):
     model = tiny("gpt2", "lm")
     layer = copy_of(model)
     other = again(layer)
@@ -69,3 +70,28 @@ def test_names_of_a_module_may_be_those_of_the_strip_itself():
     assert [name for name, _ in layer.named_parameters()] == [name for name, _ in module.named_parameters()]
     assert torch.equal(layer.own["own.weight"], module["own"].weight)
     assert isinstance(layer, WeightCopy) and callable(layer.export)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("order", [("taught", "kept"), ("kept", "taught")])
+def test_of_a_stack_the_head_that_was_trained_counts(kind, order):
+    """Wherever its adapter stands: one that leaves the head alone has a copy, too, of what the base had."""
+    model, inputs = tiny(kind, "cls"), batch(tiny(kind, "cls"))
+    taught = tz.attach(model, tz.LoRA(r=2), "taught", seed=0)
+    kept = tz.attach(model, tz.LoRA(r=2, modules_to_save=[]), "kept", seed=1)
+    for adapter in (taught, kept):
+        scatter([p for _, p in adapter.trained()])
+    with torch.no_grad(), tz.route(model, [order]):
+        found = model(**inputs).logits
+        for _, layer in kept.at():
+            if isinstance(layer, WeightCopy):
+                for tensor in layer.own.values():
+                    tensor.zero_()
+        assert_close(model(**inputs).logits, found)
+    tz.merge(model, order)
+    with torch.no_grad():
+        assert_close(model(**inputs).logits, found, GRADIENT)
+    tz.unmerge(model)
+    tz.activate(model, [*order])
+    model(**inputs).logits.square().sum().backward()
+    assert all(p.grad is not None for adapter in (taught, kept) for _, p in adapter.trained())

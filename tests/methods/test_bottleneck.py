@@ -336,3 +336,37 @@ def test_other_beginnings_are_near_the_base(init: str) -> None:
         found, base = run(model, ["a"] * 4, **inputs), run(model, [None] * 4, **inputs)
     assert not torch.equal(found, base)
     assert float((found - base).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_stack_of_a_prefix_and_parallel_adapters_trains_together(kind, tmp_path):
+    """MAM adapters (arXiv 2110.04366): both learn of one loss, what a row gets is what it was trained as, and the two
+    directories bring it back."""
+    model = tiny(kind, "cls")
+    made = [
+        tz.attach(model, tz.PrefixTuning(num_virtual_tokens=3), "prefix", seed=0),
+        tz.attach(model, tz.BottleneckAdapter(style="parallel", modules_to_save=[]), "parallel", seed=0),  # one head
+    ]
+    tz.activate(model, ["prefix", "parallel"])
+    inputs = batch(model)
+    labels = torch.arange(len(inputs["input_ids"])) % 2
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(12):
+        loss = model(**inputs, labels=labels).loss
+        loss.backward()
+        assert all(p.grad is not None for adapter in made for _, p in adapter.trained())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] / 2
+    stack: Any = ("prefix", "parallel")
+    with torch.no_grad():
+        trained = model(**inputs).logits
+        routed = run(model, [stack] * len(labels), **inputs)
+    assert_close(routed, trained)
+    fresh = tiny(kind, "cls")
+    for adapter in made:
+        tz.save(model, adapter.name, tmp_path / adapter.name)
+        tz.load(fresh, tmp_path / adapter.name, adapter.name)
+    assert_close(run(fresh, [stack] * len(labels), **inputs), trained)

@@ -119,6 +119,11 @@ class WeightCopy(OwnWeights):
                     tensor.copy_(now)  # the module made a new one of it, or changed it in another type
 
 
+def kept_only(layer: AdapterLayer) -> bool:
+    """Whether it is a copy of what the base had, which nobody trained: in a stack, a trained one counts before it."""
+    return isinstance(layer, WeightCopy) and not layer.trained
+
+
 def _table(owner: nn.Module, last: str) -> dict[str, Any]:
     """Where a module keeps its tensor of this name."""
     return owner._buffers if last in owner._buffers else owner._parameters

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
@@ -102,8 +102,15 @@ def merge(
     undo: list[Callable[[], None]] = []
     lost: dict[str, float] = {}
     types = set()
+    trained = {
+        _full(path, key)
+        for adapter in stack
+        for path, layer in adapter.at()
+        if isinstance(layer, WeightCopy) and layer.trained
+        for key in layer.tensors
+    }
     try:
-        for full, value in (change for adapter in stack for change in _changes(model, adapter, dtype)):
+        for full, value in (c for adapter in stack for c in _changes(model, adapter, dtype, trained)):
             path, _, key = full.rpartition(".")
             module = model.get_submodule(path)
             before = full_weight(module, path) if key == "weight" else _tensor(model, full).float()
@@ -189,11 +196,14 @@ def rounding(model: nn.Module) -> Rounding:
     return record.rounding
 
 
-def _changes(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+def _changes(
+    model: nn.Module, adapter: Adapter, dtype: torch.dtype | None, trained: Container[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
     """(name, value in full precision) of every tensor that the adapter changes, computed one by one.
 
     Args:
         dtype: of what takes the place of quantised weights; None: they are an error.
+        trained: names of tensors of which some adapter of the stack has a trained copy: one that is only kept yields.
     """
     tied = _names_of_one_tensor(model)
     copies = [(path, s) for path, s in adapter.at() if isinstance(s, WeightCopy)]
@@ -212,7 +222,9 @@ def _changes(model: nn.Module, adapter: Adapter, dtype: torch.dtype | None) -> I
                 "nothing can be merged into it; load the base whole"
             )
         if isinstance(layer, WeightCopy):
-            new = layer.tensors
+            new = {k: t for k, t in layer.tensors.items() if layer.trained or _full(path, k) not in trained}
+            if not new:
+                continue
         elif isinstance(layer, ModuleLayer | OwnWeights):
             new = layer.merged(module)
         if not new:
