@@ -34,7 +34,6 @@ LEFT_OUT = {
     "ADAMSS": "clusters each weight's singular vectors, and shares its budget out as it trains; large, and not done",
     "CPT": "its loss is over the answers within its prompt, which is for written text; not done until that is a task",
     "FROD": "decomposes all layers' weights together, and keeps a rotation of its own beside them; large, and not done",
-    "GLORA": "five changes of each weight and bias, each of four forms, chosen by an evolutionary search; not done",
     "LILY": "mixes its experts by a mean over all tokens of a batch: a row would depend on its neighbours",
     "OSF": "trains the weight's own singular vectors, as many numbers as full fine-tuning",
     "POLY": "draws for each row, in training, which of its skills it has: shared steps cannot split that by job yet",

@@ -49,6 +49,7 @@ CONFIGS: dict[str, type[peft.PeftConfig]] = {
     "peanut": peft.PeanutConfig,
     "deft": peft.DeftConfig,
     "beft": peft.BeftConfig,
+    "glora": peft.GloraConfig,
 }
 
 # One plain choice of settings a method; PEFT asks AdaLoRA for the number of steps, and LLaMA-Adapter for its sizes.
@@ -87,13 +88,14 @@ PLAIN: dict[str, dict[str, Any]] = {
     "peanut": {"r": 4},
     "deft": {"r": 2},
     "beft": {},
+    "glora": {"r": 2},
 }
 SOFT_PROMPTS = ("prompt_tuning", "p_tuning")
 PREFIXES = ("prefix_tuning", "cartridge")
 PROMPT_LEARNING = (*SOFT_PROMPTS, *PREFIXES)
 NO_CONV1D = (
     *("loha", "lokr", "oft", "hra", "c3a", "boft", "miss", "shira", "road", "delora"),
-    *("psoft", "supertuning", "peanut", "beft"),
+    *("psoft", "supertuning", "peanut", "beft", "glora"),
 )
 SHARED = ("vblora_vector_bank", "tinylora_v", "unilora_theta_d")
 

@@ -117,6 +117,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "unilora": {"default": {"r": 2, "theta_d_length": 16, "init_weights": False}},
     "supertuning": {"default": {"sparsity": 0.9}, "lora": {"sparsity": 0.9, "r": 2, "lora_alpha": 4}},
     "peanut": {"default": {"r": 4, "act_fn": "silu"}, "deep": {"r": 4, "depth": 1, "act_fn": "gelu"}},
+    "glora": {
+        "default": {"r": 2},
+        "vectors": {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"},
+        "constants": {"config_A_B": "constant", "config_C": "none"},
+    },
     "deft": {"default": {"r": 2}, "qr": {"r": 2, "decomposition_method": "qr", "alpha": 3}},
     "fusion": {
         "default": {"adapters": ["lora-a", "miss-a"]},

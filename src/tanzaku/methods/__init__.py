@@ -18,6 +18,7 @@ from tanzaku.methods.delora import DeLoRA as DeLoRA
 from tanzaku.methods.fourierft import FourierFT as FourierFT
 from tanzaku.methods.full import Full as Full
 from tanzaku.methods.fusion import AdapterFusion as AdapterFusion
+from tanzaku.methods.glora import GLoRA as GLoRA
 from tanzaku.methods.gralora import GraLoRA as GraLoRA
 from tanzaku.methods.head import Head as Head
 from tanzaku.methods.hira import HiRA as HiRA
@@ -96,6 +97,7 @@ METHODS: dict[str, type[Method]] = {
         Supertuning,
         PEANuT,
         DEFT,
+        GLoRA,
         AdapterFusion,
         Average,
         Full,

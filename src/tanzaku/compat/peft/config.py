@@ -53,6 +53,7 @@ class PeftType(enum.StrEnum):
     DEFT = "DEFT"
     DELORA = "DELORA"
     FOURIERFT = "FOURIERFT"
+    GLORA = "GLORA"
     GRALORA = "GRALORA"
     HIRA = "HIRA"
     HRA = "HRA"

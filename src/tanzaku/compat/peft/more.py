@@ -51,6 +51,7 @@ _KINDS: dict[str, tuple[str, str, str]] = {
         "n_frequency scaling random_loc_seed fan_in_fan_out target_modules exclude_modules bias "
         "modules_to_save layers_to_transform layers_pattern n_frequency_pattern init_weights",
     ),
+    "GLORA": ("Glora", "glora_", "r target_modules bias modules_to_save config_A_B config_C config_D_E init_weights"),
     "GRALORA": (
         "Gralora",
         "gralora_",
