@@ -37,7 +37,6 @@ LEFT_OUT = {
     "LILY": "mixes its experts by a mean over all tokens of a batch: a row would depend on its neighbours",
     "OSF": "trains the weight's own singular vectors, as many numbers as full fine-tuning",
     "POLY": "draws for each row, in training, which of its skills it has: shared steps cannot split that by job yet",
-    "PVERA": "draws its scales anew in each pass of training: shared steps cannot split that by job yet",
     "SHADOW": "a second, smaller model that runs beside the base",
     "XLORA": "needs a pass of the bare base before each pass; `fusion` mixes adapters within one",
 }

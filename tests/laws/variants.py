@@ -94,6 +94,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "loha": {"default": {"r": 2}},
     "lokr": {"default": {"r": 2}},
     "vera": {"default": {"r": 6}},
+    "pvera": {"default": {"r": 6}},
     "oft": {"default": {"oft_block_size": 8}, "cayley": {"oft_block_size": 8, "use_cayley_neumann": False}},
     "hra": {"default": {"r": 4}},
     "fourierft": {"default": {"n_frequency": 40, "init_weights": True}},

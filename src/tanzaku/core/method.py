@@ -258,6 +258,7 @@ class Method:
     mergeable: ClassVar[bool] = False
     shares_batch: ClassVar[bool] = True  # False: its rows need the model to themselves
     trains_head: ClassVar[bool] = True  # a classifier's head is trained along, unless modules_to_save is empty
+    draws: ClassVar[bool] = False  # its layers draw random numbers in training, whatever its settings
     lengthens_rows: ClassVar[bool] = False  # by num_virtual_tokens, which go through every layer
     covers_head: ClassVar[bool] = False  # the method's own adapter layers say what of the head is trained
     file_prefix: ClassVar[str] = "base_model.model."

@@ -40,6 +40,7 @@ from tanzaku.methods.peanut import PEANuT as PEANuT
 from tanzaku.methods.prefix_tuning import PrefixTuning as PrefixTuning
 from tanzaku.methods.prompt_tuning import PromptTuning as PromptTuning
 from tanzaku.methods.psoft import PSOFT as PSOFT
+from tanzaku.methods.pvera import PVeRA as PVeRA
 from tanzaku.methods.randlora import RandLoRA as RandLoRA
 from tanzaku.methods.reft import ReFT as ReFT
 from tanzaku.methods.road import RoAd as RoAd
@@ -76,6 +77,7 @@ METHODS: dict[str, type[Method]] = {
         LoHa,
         LoKr,
         VeRA,
+        PVeRA,
         OFT,
         HRA,
         FourierFT,

@@ -129,7 +129,7 @@ class SharedStep:
         for active in active_jobs:
             if active.draws is None and self.accelerations.packs:  # a kind of model whose settings tell
                 method = active.job.method
-                known = type(method) in METHODS.values() and not _drops(method.settings())
+                known = type(method) in METHODS.values() and not (method.draws or _drops(method.settings()))
                 active.draws = False if known and not _drops(self.settings) else None
         # The mode costs time at every operation: it is left out where nobody is known to draw.
         drops = any(active.draws is not False for active in active_jobs)

@@ -65,6 +65,7 @@ class PeftType(enum.StrEnum):
     OFT = "OFT"
     PEANUT = "PEANUT"
     PSOFT = "PSOFT"
+    PVERA = "PVERA"
     RANDLORA = "RANDLORA"
     ROAD = "ROAD"
     SHIRA = "SHIRA"

@@ -119,6 +119,12 @@ _KINDS: dict[str, tuple[str, str, str]] = {
         "num_cayley_neumann_terms cayley_neumann_eps modules_to_save init_weights layers_to_transform "
         "layers_pattern",
     ),
+    "PVERA": (
+        "Pvera",
+        "pvera_lambda_",
+        "r target_modules projection_prng_key save_projection pvera_dropout d_initial fan_in_fan_out bias "
+        "modules_to_save init_weights layers_to_transform layers_pattern sample_at_inference generator_seed",
+    ),
     "RANDLORA": (
         "RandLora",
         "randlora_",
