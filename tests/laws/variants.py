@@ -124,6 +124,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "constants": {"config_A_B": "constant", "config_C": "none"},
     },
     "deft": {"default": {"r": 2}, "qr": {"r": 2, "decomposition_method": "qr", "alpha": 3}},
+    "poly": {"default": {"r": 2, "n_skills": 3}, "heads": {"r": 2, "n_skills": 2, "n_splits": 4}},
     "fusion": {
         "default": {"adapters": ["lora-a", "miss-a"]},
         "bottleneck": {"adapters": ["bottleneck-a", "bottleneck-b", "bottleneck-c"], "value": False},

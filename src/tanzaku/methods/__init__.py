@@ -37,6 +37,7 @@ from tanzaku.methods.oft import OFT as OFT
 from tanzaku.methods.p_tuning import PTuning as PTuning
 from tanzaku.methods.p_tuning_v2 import PTuningV2 as PTuningV2
 from tanzaku.methods.peanut import PEANuT as PEANuT
+from tanzaku.methods.poly import Poly as Poly
 from tanzaku.methods.prefix_tuning import PrefixTuning as PrefixTuning
 from tanzaku.methods.prompt_tuning import PromptTuning as PromptTuning
 from tanzaku.methods.psoft import PSOFT as PSOFT
@@ -100,6 +101,7 @@ METHODS: dict[str, type[Method]] = {
         PEANuT,
         DEFT,
         GLoRA,
+        Poly,
         AdapterFusion,
         Average,
         Full,

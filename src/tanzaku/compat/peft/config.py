@@ -64,6 +64,7 @@ class PeftType(enum.StrEnum):
     MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
     OFT = "OFT"
     PEANUT = "PEANUT"
+    POLY = "POLY"
     PSOFT = "PSOFT"
     PVERA = "PVERA"
     RANDLORA = "RANDLORA"

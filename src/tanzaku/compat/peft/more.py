@@ -111,6 +111,11 @@ _KINDS: dict[str, tuple[str, str, str]] = {
         "r depth act_fn scaling target_modules exclude_modules modules_to_save layers_to_transform "
         "layers_pattern init_weights",
     ),
+    "POLY": (
+        "Poly",
+        "poly_",
+        "r target_modules exclude_modules modules_to_save init_weights poly_type n_tasks n_skills n_splits",
+    ),
     "PSOFT": (
         "Psoft",
         "psoft_",

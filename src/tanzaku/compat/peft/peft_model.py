@@ -48,6 +48,7 @@ from tanzaku.core.weights import WeightCopy
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.merging.combine import combine
 from tanzaku.merging.merge import merge, unmerge
+from tanzaku.methods.poly import Poly
 from tanzaku.models import tree
 from tanzaku.models.quantize import plain as plain_tensor
 from tanzaku.storage.store import TENSORS, load
@@ -310,18 +311,22 @@ class PeftModel(Prompting, Merging):
         prompt = self._prompt_to_learn(args, kwargs) if adapter_names is None else None
         if prompt is not None:
             return self._learn(prompt, args, _plain(kwargs))
-        with self._routed(adapter_names, args, kwargs):
-            out = self.get_base_model()(*args, **_plain(kwargs))
+        with self._routed(adapter_names, args, kwargs) as plain:
+            out = self.get_base_model()(*args, **plain)
         return out if adapter_names is not None else self._with_penalty(out)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base's own `generate`, through the active adapter, or with one adapter a row."""
-        with self._routed(adapter_names, args, kwargs):
-            return cast(Any, self.get_base_model()).generate(*args, **_plain(kwargs))
+        with self._routed(adapter_names, args, kwargs) as plain:
+            return cast(Any, self.get_base_model()).generate(*args, **plain)
 
     @contextmanager
-    def _routed(self, names: Sequence[str] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    def _routed(
+        self, names: Sequence[str] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Iterator[dict[str, Any]]:
+        """A block in which a pass goes through its adapters; it gives the keywords that the base reads of these."""
         base = self.get_base_model()
+        context, plain = self._read_by_rows(names, kwargs)
         if names is not None:
             if self.merged_adapters:
                 raise TanzakuError(
@@ -339,15 +344,25 @@ class PeftModel(Prompting, Merging):
                     f"{listed(self.peft_config)}"
                 )
             if self._adapters_disabled:
-                yield
+                yield plain
                 return
-            with route(base, [None if name == "__base__" else name for name in names]):
-                yield
-        elif managed(base) and self.active_adapters and self._per_call() and not self._adapters_disabled:
-            with route(base, [self._entry()]):
-                yield
+            with route(base, [None if name == "__base__" else name for name in names], context):
+                yield plain
+        elif managed(base) and self.active_adapters and not self._adapters_disabled and (context or self._per_call()):
+            with route(base, [self._entry()], context):
+                yield plain
         else:
-            yield
+            yield plain
+
+    def _read_by_rows(
+        self, names: Sequence[str] | None, kwargs: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What adapters read of each row, and the other keywords."""
+        used = {*(self.active_adapters if names is None else names)} & {*self.peft_config}
+        by_task = any(isinstance(self.peft_config[name], Poly) for name in used)
+        if not by_task or kwargs.get("task_ids") is None:
+            return {}, _plain(kwargs)
+        return {"task_ids": kwargs["task_ids"]}, _plain({k: v for k, v in kwargs.items() if k != "task_ids"})
 
     def _with_penalty(self, out: Any) -> Any:
         """PEFT's AdaLoRA adds its penalty to the model's own loss."""
@@ -677,7 +692,7 @@ def _pruned(*configs: PeftConfig) -> bool:
     return any(isinstance(config, AdaLoraConfig) and config.rank_pattern for config in configs)
 
 
-def _plain(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _plain(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Without what PEFT's own methods alone read."""
     _refuse("forward", **{key: (kwargs.get(key), (None,)) for key in ("task_ids", "alora_offsets")})
     return {key: value for key, value in kwargs.items() if key not in ("task_ids", "alora_offsets")}
