@@ -32,7 +32,6 @@ tests hold it to PEFT's logits from the same weights, and to files that either r
 # By HF PEFT's names; a test holds that it has no other that is missing here.
 LEFT_OUT = {
     "ADAMSS": "clusters each weight's singular vectors, and shares its budget out as it trains; large, and not done",
-    "CPT": "its loss is over the answers within its prompt, which is for written text; not done until that is a task",
     "FROD": "decomposes all layers' weights together, and keeps a rotation of its own beside them; large, and not done",
     "LILY": "mixes its experts by a mean over all tokens of a batch: a row would depend on its neighbours",
     "OSF": "trains the weight's own singular vectors, as many numbers as full fine-tuning",

@@ -164,6 +164,7 @@ def config_of(kind: str, **overrides: Any) -> Any:
 NEEDED: dict[str, dict[str, Any]] = {
     "llama_adapter": {"adapter_layers": 1},
     "bitfit": {"bias_scope": "add"},
+    "cpt": {"cpt_token_ids": [5, 9, 11, 7]},
     "c3a": {"block_size": 8},
     "fourierft": {"n_frequency": 64},
     "miss": {"r": 8},

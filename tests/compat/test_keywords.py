@@ -17,12 +17,17 @@ from tanzaku.compat import peft as compat
 from tanzaku.compat.peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from tanzaku.compat.peft.more import MORE
 
-KINDS = [*(text.partition("(")[0] for text in CONFIGS.values()), *(n for n in MORE if n.endswith("Config"))]
+KINDS = [
+    *(text.partition("(")[0] for text in CONFIGS.values()),
+    "CPTConfig",
+    *(n for n in MORE if n.endswith("Config")),
+]
 # They say how something is done that other keywords, which are errors here, ask for.
 INERT = ("megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config", "corda_config")
 NEEDED = {
     "AdaLoraConfig": {"total_step": 10},
     "AdaptionPromptConfig": {"adapter_len": 2, "adapter_layers": 1},
+    "CPTConfig": {"task_type": "CAUSAL_LM"},
     **{f"{kind}Config": {"num_virtual_tokens": 2} for kind in ("PromptTuning", "PromptEncoder", "PrefixTuning")},
 }
 

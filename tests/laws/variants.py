@@ -57,6 +57,20 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "p_tuning_v2": {"default": {"num_virtual_tokens": 3}},
     "cartridge": {"default": {"num_virtual_tokens": 3}},
     "multitask_prompt_tuning": {"default": {"num_virtual_tokens": 3}},
+    "cpt": {
+        "default": {
+            "cpt_token_ids": [5, 9, 11, 7],
+            "cpt_tokens_type_mask": [1, 2, 3, 4],
+            "opt_projection_epsilon": 30.0,
+            "opt_projection_format_epsilon": 30.0,
+        },
+        "near": {
+            "cpt_token_ids": [4, 8, 15, 16, 23, 42],
+            "cpt_tokens_type_mask": [1, 2, 4, 6, 7, 8],
+            "opt_weighted_loss_type": "decay",
+            "opt_loss_decay_factor": 0.9,
+        },
+    },
     "ia3": {
         "default": {},
         "feedforward": {"target_modules": ["up_proj", "down_proj"], "feedforward_modules": ["up_proj", "down_proj"]},

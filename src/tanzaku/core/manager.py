@@ -11,6 +11,7 @@ from torch import nn
 
 from tanzaku.core.adapter import Adapter
 from tanzaku.core.in_force import InForce
+from tanzaku.core.method import AdapterLayer
 from tanzaku.core.routing import Entry, Route
 from tanzaku.core.sites import Sites
 from tanzaku.errors import TanzakuError, listed, nearest
@@ -102,6 +103,22 @@ class AdapterManager:
     def routed(self, route: Route) -> Iterator[None]:
         """`route` in force within the block, for this context alone."""
         force, before = self._plan(route), self.sites.here()
+        self.sites.put((force,))
+        try:
+            yield
+        finally:
+            self.sites.put(before)
+
+    @contextmanager
+    def without(self, name: str, layer: AdapterLayer) -> Iterator[None]:
+        """Adapter `name` in force within the block, for this context alone, but for one of its layers."""
+        adapter = self.get(name)
+        self._follow_device(adapter)
+        rest = [at for at in adapter.at() if at[1] is not layer]
+        force, before = InForce(self.base, Route.everywhere(name), [rest]), self.sites.here()
+        self.sites.ensure(force)
+        self._made.add(force)
+        adapter.require_gradients(True)
         self.sites.put((force,))
         try:
             yield

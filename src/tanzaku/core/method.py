@@ -208,6 +208,7 @@ class Attached(Protocol):
 
     name: str
     method: Method
+    base: Base
 
     def at(self) -> Iterator[tuple[str, AdapterLayer]]:
         """(path, layer) in the order they were attached."""

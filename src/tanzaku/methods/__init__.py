@@ -13,6 +13,7 @@ from tanzaku.methods.bottleneck import BottleneckAdapter as BottleneckAdapter
 from tanzaku.methods.c3a import C3A as C3A
 from tanzaku.methods.cartridge import Cartridge as Cartridge
 from tanzaku.methods.compacter import Compacter as Compacter
+from tanzaku.methods.cpt import CPT as CPT
 from tanzaku.methods.deft import DEFT as DEFT
 from tanzaku.methods.delora import DeLoRA as DeLoRA
 from tanzaku.methods.fourierft import FourierFT as FourierFT
@@ -65,6 +66,7 @@ METHODS: dict[str, type[Method]] = {
         PTuningV2,
         Cartridge,
         MultitaskPromptTuning,
+        CPT,
         IA3,
         LlamaAdapter,
         BitFit,

@@ -22,6 +22,7 @@ from tanzaku.compat.peft.auto import (
 from tanzaku.compat.peft.config import (
     AdaLoraConfig,
     AdaptionPromptConfig,
+    CPTConfig,
     IA3Config,
     LoraConfig,
     LoraRuntimeConfig,
@@ -74,6 +75,7 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "CPTConfig",
     "IA3Config",
     "IA3Model",
     "LoraConfig",

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+from torch import Tensor
+
 from tanzaku.compat.peft.errors import WrongType
 from tanzaku.compat.peft.hub import folder_of
 from tanzaku.compat.peft.isinstances import seen_as
-from tanzaku.core.method import Method
+from tanzaku.core.method import Attached, Method
 from tanzaku.errors import TanzakuError, nearest
-from tanzaku.methods import IA3, AdaLoRA, LlamaAdapter, LoRA, PrefixTuning, PromptTuning, PTuning
+from tanzaku.methods import CPT, IA3, AdaLoRA, LlamaAdapter, LoRA, PrefixTuning, PromptTuning, PTuning
 from tanzaku.models.families import Base
 from tanzaku.storage.store import CONFIG
 
@@ -50,6 +52,7 @@ class PeftType(enum.StrEnum):
     BOFT = "BOFT"
     C3A = "C3A"
     CARTRIDGE = "CARTRIDGE"
+    CPT = "CPT"
     DEFT = "DEFT"
     DELORA = "DELORA"
     FOURIERFT = "FOURIERFT"
@@ -470,7 +473,7 @@ def _check_layers(config: LoraConfig | AdaLoraConfig) -> None:
 class PromptLearningConfig(PeftConfig):
     """What the configurations of virtual tokens and prefixes share."""
 
-    needed = ("num_virtual_tokens",)
+    needed: ClassVar[tuple[str, ...]] = ("num_virtual_tokens",)
 
     num_virtual_tokens: int | None = None  # no default, where the method itself has one
 
@@ -525,6 +528,45 @@ class PrefixTuningConfig(PromptLearningConfig, PrefixTuning):  # type: ignore[mi
 
 
 @dataclass(init=False)
+class CPTConfig(PromptLearningConfig, CPT):  # type: ignore[misc]
+    """Context-aware prompt tuning: :class:`tanzaku.CPT` has the settings. The wrapped model's loss is PEFT's."""
+
+    method = CPT
+    peft_type = PeftType.CPT
+    order = (
+        *_PROMPT,
+        "modules_to_save",
+        "cpt_token_ids",
+        "cpt_mask",
+        "cpt_tokens_type_mask",
+        "opt_weighted_loss_type",
+        "opt_loss_decay_factor",
+        "opt_projection_epsilon",
+        "opt_projection_format_epsilon",
+        "tokenizer_name_or_path",
+    )
+    needed = ()
+
+    def check_settings(self) -> None:
+        if self.task_type != TaskType.CAUSAL_LM:
+            raise TanzakuError(f"CPTConfig only supports task_type = CAUSAL_LM. Found {self.task_type!r}")
+        self.cpt_token_ids = [0] if self.cpt_token_ids is None else self.cpt_token_ids
+        n = len(self.cpt_token_ids)
+        self.num_virtual_tokens, self.num_transformer_submodules = n, 1
+        for key in ("cpt_mask", "cpt_tokens_type_mask"):
+            if getattr(self, key) is None:
+                setattr(self, key, [1] * n)
+            if len(getattr(self, key)) != n:
+                raise TanzakuError(
+                    f"cpt_token_ids, cpt_mask and cpt_tokens_type_mask must have the same length. Found {n} ids and "
+                    f"{len(getattr(self, key))} numbers in {key}"
+                )
+
+    def penalty(self, adapter: Attached) -> Tensor | None:
+        return None  # it is in the loss of a whole batch, where PEFT has it
+
+
+@dataclass(init=False)
 class IA3Config(PeftConfig, IA3):
     """(IA)3: :class:`tanzaku.IA3` has the settings."""
 
@@ -568,6 +610,7 @@ CONFIGS: dict[str, type[PeftConfig]] = {
         PromptTuningConfig,
         PromptEncoderConfig,
         PrefixTuningConfig,
+        CPTConfig,
         IA3Config,
         AdaptionPromptConfig,
     )

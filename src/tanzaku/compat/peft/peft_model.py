@@ -27,6 +27,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from tanzaku.compat.peft import files
 from tanzaku.compat.peft.config import (
     AdaLoraConfig,
+    CPTConfig,
     LoraConfig,
     PeftConfig,
     PromptEncoderConfig,
@@ -311,6 +312,8 @@ class PeftModel(Prompting, Merging):
         prompt = self._prompt_to_learn(args, kwargs) if adapter_names is None else None
         if prompt is not None:
             return self._learn(prompt, args, _plain(kwargs))
+        if self.active_adapters and isinstance(self.active_peft_config, CPTConfig):
+            kwargs.pop("input_type_mask", None)  # it says what labels count
         with self._routed(adapter_names, args, kwargs) as plain:
             out = self.get_base_model()(*args, **plain)
         return out if adapter_names is not None else self._with_penalty(out)

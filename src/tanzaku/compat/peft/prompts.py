@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from tanzaku.compat.peft.config import CPTConfig
 from tanzaku.compat.peft.wrapped import Wrapped
 from tanzaku.core import layout
-from tanzaku.core.in_force import InForce
 from tanzaku.core.method import TokenLayer
-from tanzaku.core.routing import Route
 from tanzaku.errors import TanzakuError
+from tanzaku.methods.cpt import Context
 from tanzaku.methods.prefix_tuning import PrefixLayer
 
 
@@ -90,6 +89,8 @@ class Prompting(Wrapped):
         ids, own, mask = (given.pop(key, None) for key in ("input_ids", "inputs_embeds", "attention_mask"))
         own = base.get_input_embeddings()(ids) if own is None else own
         rows, length = own.shape[:2]
+        if isinstance(prompt, Context):
+            prompt.project()  # as in PEFT, where a program's own loop has no other place for it
         vectors = prompt.vectors().to(own.dtype)
         n = len(vectors)
         # Virtual tokens stand before a row's first token also where padding is on the left.
@@ -97,27 +98,38 @@ class Prompting(Wrapped):
         given["inputs_embeds"] = lay.join(vectors.expand(rows, -1, -1), own)
         if mask is not None:
             given["attention_mask"] = lay.join(mask.new_ones(rows, n), mask)
-        given["labels"] = lay.join(given["labels"].new_full((rows, n), -100), given["labels"])
+        labels = given["labels"] = lay.join(given["labels"].new_full((rows, n), -100), given["labels"])
+        kinds = given.pop("input_type_mask", None)
         if given.get("token_type_ids") is not None:
             given["token_type_ids"] = lay.join(ids.new_zeros(rows, n), given["token_type_ids"])
-        with self._without_prompt(prompt):
+        with self._manager.without(self.active_adapters[0], prompt):
             out = base(**given)
+        if isinstance(prompt, Context):
+            kinds = labels.new_full((rows, length), 4) if kinds is None else kinds.to(labels)
+            out.loss = self._with_answers(out.logits, labels, kinds, lay)
         if getattr(out, "logits", None) is not None:
             out.logits = out.logits[:, n:] if lay.back is None else layout.take(out.logits, lay.back)
         return self._with_penalty(out)
 
-    @contextmanager
-    def _without_prompt(self, prompt: TokenLayer) -> Iterator[None]:
-        """The active adapter without its virtual tokens."""
-        manager, name = self._manager, self.active_adapters[0]
-        rest = [at for at in manager.get(name).at() if at[1] is not prompt]
-        if not rest:
-            yield
-            return
-        force, before = InForce(manager.base, Route.everywhere(name), [rest]), manager.sites.here()
-        manager.sites.ensure(force)
-        manager.sites.put((force,))
-        try:
-            yield
-        finally:
-            manager.sites.put(before)
+    def _with_answers(self, logits: Tensor, labels: Tensor, kinds: Tensor, lay: layout.Layout) -> Tensor:
+        """The loss of CPT, over the answers in the context and the rows' own labels: the mean of what each token's
+        counts.
+
+        Args:
+            labels: (rows, columns), of the context all -100. kinds: (rows, length), the rows' own `input_type_mask`.
+        """
+        config = cast(CPTConfig, self.active_peft_config)
+        of_context = labels.new_tensor(config.cpt_tokens_type_mask).expand(len(labels), -1)
+        ids = labels.new_tensor(config.cpt_token_ids).expand_as(of_context)
+        # The context stands in the first columns of all rows, where nothing foretells its own first token.
+        labels = torch.cat([ids, labels[:, ids.shape[1] :]], dim=1)[:, 1:]
+        types = lay.join(of_context, kinds + (kinds > 0) * of_context.max())[:, 1:]
+        answer = (types > 0) & (types % 4 == 0)
+        labels = labels.masked_fill(~answer, -100)
+        weights = torch.ones_like(labels, dtype=torch.float32)
+        if config.opt_weighted_loss_type == "decay":
+            for row, kind in enumerate(types):
+                for back, each in enumerate(reversed(kind[answer[row]].unique().tolist())):
+                    weights[row, kind == each] = config.opt_loss_decay_factor**back
+        losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, reduction="none")
+        return (losses * weights)[labels != -100].mean()

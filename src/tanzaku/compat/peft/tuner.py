@@ -91,7 +91,9 @@ TUNERS: dict[str, type[BaseTuner]] = {
 }
 PREFIXES: dict[str, str] = {
     **{kind: tuner.prefix for kind, tuner in TUNERS.items()},
-    **dict.fromkeys((PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING), "prompt_encoder."),
+    **dict.fromkeys(
+        (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING, PeftType.CPT), "prompt_encoder."
+    ),
 }
 _OF_TUNERS = (
     "active_adapter",
