@@ -14,7 +14,7 @@ from tanzaku.core.adapter import Adapter
 from tanzaku.core.attach import attach, detach
 from tanzaku.core.delta import WeightDelta, base_matrix, laid_out
 from tanzaku.core.manager import manager_of
-from tanzaku.core.method import ModuleLayer
+from tanzaku.core.method import Method, ModuleLayer
 from tanzaku.core.shared import Shared
 from tanzaku.core.weights import WeightCopy
 from tanzaku.errors import TanzakuError, listed
@@ -75,11 +75,8 @@ def convert(model: nn.Module, name: str, to: str, new: str | None = None, **sett
     changes, lost = _changes(source)
     if not changes:
         raise TanzakuError(f"convert: {name!r} ({source.method.name}) changes no matrix, which {to} could change")
-    kept = whole_copies([source])
     method = kind.from_settings({**settings, "target_modules": targets_of([source], list(changes))})
-    method.require(not method.calibrates, "a start from rows", "another: what it draws is overwritten")
-    method.modules_to_save = [path for path in kept if path] or None if kept else kept
-    adapter = attach(model, method, new or f"{name}-{to}", seed=0)  # what it draws is overwritten
+    adapter = beside(source, method, new or f"{name}-{to}")
     try:
         for path, layer in adapter.at():
             if isinstance(layer, WeightDelta):
@@ -88,7 +85,7 @@ def convert(model: nn.Module, name: str, to: str, new: str | None = None, **sett
                 layer.hold(module, change)
                 norm = change.norm()
                 lost[f"{path}.weight"] = float((layer.delta(module) - change).norm() / norm) if norm else 0.0
-        _take_over(adapter, source)
+        take_over(adapter, source)
     except BaseException:
         detach(model, adapter.name)
         raise
@@ -155,7 +152,15 @@ def _merged(layer: Any, module: nn.Module) -> Tensor:
     return _beside(module, layer.merged(module)["weight"])
 
 
-def _take_over(adapter: Adapter, source: Adapter) -> None:
+def beside(source: Adapter, method: Method, name: str) -> Adapter:
+    """Attach an adapter with copies of the same whole modules, to be filled with what it takes from another."""
+    kept = whole_copies([source])
+    method.require(not method.calibrates, "a start from rows", "another: what it draws is overwritten")
+    method.modules_to_save = [path for path in kept if path] or None if kept else kept
+    return attach(source.base.model, method, name, seed=0)  # what it draws is overwritten
+
+
+def take_over(adapter: Adapter, source: Adapter) -> None:
     """Give the new adapter's copies of modules the values that the first one has there."""
     if any(isinstance(layer, WeightCopy) and not path for path, layer in source.at()):
         whole = next(layer.tensors for path, layer in source.at() if isinstance(layer, WeightCopy) and not path)
