@@ -22,6 +22,8 @@ _HOME = {
     "calibrate": "tanzaku.core.calibration",
     **dict.fromkeys(("load", "save"), "tanzaku.storage.store"),
     **dict.fromkeys(("merge", "rounding", "unmerge"), "tanzaku.merging.merge"),
+    "describe": "tanzaku.methods.descriptions",
+    "write_lora": "tanzaku.merging.written",
     "combine": "tanzaku.merging.combine",
     "convert": "tanzaku.merging.convert",
     **dict.fromkeys(("export_adapter", "export_model"), "tanzaku.export.gguf"),
@@ -51,7 +53,9 @@ if TYPE_CHECKING:
     from tanzaku.merging.merge import merge as merge
     from tanzaku.merging.merge import rounding as rounding
     from tanzaku.merging.merge import unmerge as unmerge
+    from tanzaku.merging.written import write_lora as write_lora
     from tanzaku.methods import *  # noqa: F403
+    from tanzaku.methods.descriptions import describe as describe
     from tanzaku.storage.store import load as load
     from tanzaku.storage.store import save as save
 

@@ -103,6 +103,16 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "default": {"reduction_factor": 8, "embedding_dim": 6, "hidden_dim": 8},
         "attention": {"reduction_factor": 8, "embedding_dim": 4, "hidden_dim": 8, "output_adapter": False},
     },
+    "text_to_lora": {
+        "default": {"r": 2, "embedding_dim": 4, "hidden_dim": 6},
+        "described": {
+            "r": 3,
+            "embedding_dim": 4,
+            "hidden_dim": 6,
+            "descriptions": [[0.5, -1.0, 0.25]],
+            "target_modules": "all-linear",
+        },
+    },
     "ln_tuning": {"default": {}, "one": {"target_modules": ["post_attention_layernorm"]}},
     "trainable_tokens": {"default": {"token_indices": [*range(3, VOCAB, 2)]}},
     "loha": {"default": {"r": 2}},

@@ -29,6 +29,7 @@ PARTS: dict[str, list[tz.Method]] = {
     "reft": [tz.ReFT(r=2, dropout=0.0), tz.ReFT(r=3, dropout=0.0)],
     "vera": [tz.VeRA(r=4), tz.VeRA(r=4)],
     "hyper": [tz.Hyper(reduction_factor=8), tz.Hyper(reduction_factor=4)],
+    "text_to_lora": [tz.TextToLora(r=2), tz.TextToLora(r=3, hidden_dim=8)],
     "embedding": [tz.LoRA(r=2, target_modules=["embed_tokens"]), tz.LoRA(r=3, target_modules=["embed_tokens"])],
 }
 

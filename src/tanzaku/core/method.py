@@ -266,6 +266,7 @@ class Method:
     without_prefix: ClassVar[tuple[str, ...]] = ("prompt_embeddings",)  # names of tensors that stand bare in files
     combines_by: ClassVar[str | None] = None  # the usual way to make one of several adapters; see `combined`
     holds_changes: ClassVar[bool] = False  # its layers define `hold`, so that other adapters can be made ones of it
+    writes: ClassVar[bool] = False  # it makes adapters of descriptions: see `written`
     starts_as_base: ClassVar[bool] = True  # False: by no setting does it start without changing the model
     nonzero: ClassVar[tuple[str, ...]] = ()  # settings that, at zero, leave nothing that could ever be learnt
     repeats: ClassVar[tuple[str, ...]] = ()  # names of tensors that PEFT's files hold at each site, too, for nothing
@@ -367,6 +368,13 @@ class Method:
     def combined(self, parts: Sequence[Attached], by: Combining) -> Method:
         """The settings of what is made of several adapters of this method; sites and copies are noted elsewhere."""
         raise TypeError(f"{type(self).__name__} defines no combined()")
+
+    def written(
+        self, adapter: Attached, base: Base, description: Any, tokenizer: Any
+    ) -> tuple[Method, dict[str, dict[str, Tensor]]]:
+        """The settings of the adapter for a description, but for its sites, and by these the tensors of its layers, as
+        their :meth:`AdapterLayer.restore` takes them. See `tanzaku.write_lora`."""
+        raise TypeError(f"{type(self).__name__} defines no written()")
 
     def rate_of(self, parameter: str) -> float:
         """What the learning rate is multiplied by for a parameter, by its name in :meth:`Adapter.trained`."""

@@ -48,6 +48,7 @@ from tanzaku.methods.reft import ReFT as ReFT
 from tanzaku.methods.road import RoAd as RoAd
 from tanzaku.methods.shira import SHiRA as SHiRA
 from tanzaku.methods.supertuning import Supertuning as Supertuning
+from tanzaku.methods.text_to_lora import TextToLora as TextToLora
 from tanzaku.methods.tinylora import TinyLoRA as TinyLoRA
 from tanzaku.methods.trainable_tokens import TrainableTokens as TrainableTokens
 from tanzaku.methods.unilora import UniLoRA as UniLoRA
@@ -75,6 +76,7 @@ METHODS: dict[str, type[Method]] = {
         Compacter,
         ReFT,
         Hyper,
+        TextToLora,
         LNTuning,
         TrainableTokens,
         LoHa,
