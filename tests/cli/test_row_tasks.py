@@ -132,3 +132,34 @@ def test_in_python_it_is_told_at_the_first_pass() -> None:
     tz.attach(model, tz.Hyper(num_tasks=2, reduction_factor=8), "a")
     with pytest.raises(tz.TanzakuError, match="reads 'task_ids' of each row"), tz.route(model, ["a"] * 2):
         model(**batch(model, rows=2))
+
+
+TOLD: dict[str, Any] = {"r": 2, "embedding_dim": 4, "hidden_dim": 4}
+
+
+def test_descriptions_are_read_by_the_base_and_go_by_the_names_of_tasks(work: Path, tanzaku: Tanzaku) -> None:
+    texts = {"right": "the warm spring", "left": "a cold winter"}
+    method = {"text_to_lora": {**TOLD, "descriptions": texts}}
+    recipe(work, method, {"text_to_lora": TOLD | {"num_tasks": 2}, "name": "drawn"}, task_id="which")
+    said = tanzaku("compare", "recipe.yaml", "--seeds", 1, "--out", "run", "--finalists", 2)
+    assert said.code == 0, said.err
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    from close import assert_close
+    from tanzaku.models.loading import load_classifier
+
+    where = yaml.safe_load((work / "recipe.yaml").read_text(encoding="utf-8"))["model"]
+    expected = tz.describe(
+        load_classifier(where, 2), AutoTokenizer.from_pretrained(where), [texts["left"], texts["right"]]
+    )
+    kept = load_file("run/adapters/text_to_lora/adapter_model.safetensors")["base_model.descriptions"]
+    assert_close(kept, expected)
+    said = tanzaku("predict", "run/adapters/text_to_lora", "run/adapters/drawn", "--data", "test.tsv")
+    assert said.code == 0, said.err
+
+
+def test_descriptions_of_other_tasks(work: Path, tanzaku: Tanzaku) -> None:
+    texts = {"rihgt": "the warm spring", "left": "a cold winter"}
+    recipe(work, {"text_to_lora": {**TOLD, "descriptions": texts}}, task_id="which")
+    assert_refused(tanzaku("train", "recipe.yaml"), "tell of tasks left, rihgt", "has left, right", "mean 'rihgt'")

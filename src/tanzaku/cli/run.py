@@ -322,6 +322,12 @@ def _check_row_data(method: Method, data: TaskData) -> None:
                 f"num_tasks is {number}, and column {tasks.column!r} of the training rows has "
                 f"{len(tasks.names)}: {listed(tasks.names)}"
             )
+        if (named := method.task_names()) is not None and (*named,) != tasks.names:
+            odd = sorted({*named} ^ {*tasks.names})[0]
+            raise TanzakuError(
+                f"the settings tell of tasks {listed(named)}, and column {tasks.column!r} of the training rows has "
+                f"{listed(tasks.names)}{nearest(odd, named if odd in tasks.names else tasks.names)}"
+            )
 
 
 def _check_memory(trained: int, largest: str, device: str) -> None:

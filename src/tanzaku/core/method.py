@@ -302,6 +302,11 @@ class Method:
         """What its layers read of each row (see `context.py`), by name, and how many values there may be."""
         return {}
 
+    def task_names(self) -> Sequence[str] | None:
+        """What the settings call the tasks whose rows it tells apart, in the order of their numbers; None: they do not
+        say."""
+        return None
+
     def heads(self, base: Base) -> list[Part]:
         """The parts of the model that the adapter has its own copy of, whatever `modules_to_save` names."""
         if self._copies is not None:
