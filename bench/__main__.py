@@ -1,8 +1,8 @@
 """`python -m bench [TABLE ...]`: the tables asked for; by default steps to startup, as `main` lists them.
 
 `python -m bench families [--family NAME ...] [--method COLUMN ...]`, `python -m bench peft_suite PATH`,
-`python -m bench catalogue [--write]` and `python -m bench methods [NAME ...]` are by themselves: their options come
-after them.
+`python -m bench catalogue [--write]`, `python -m bench methods [NAME ...]` and `python -m bench text_to_lora [FOLDER]`
+are by themselves: their options come after them.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ TABLES = {
 
 
 def main() -> None:
-    if sys.argv[1:2] in (["families"], ["peft_suite"], ["catalogue"], ["methods"]):
+    if sys.argv[1:2] in (["families"], ["peft_suite"], ["catalogue"], ["methods"], ["text_to_lora"]):
         importlib.import_module(f"bench.{sys.argv[1]}").table(sys.argv[2:])
         return
     wanted = sys.argv[1:] or ["steps", "memory", "concurrent", "curve", "inference", "files", "startup"]
     if strange := [name for name in wanted if name not in TABLES]:
         sys.exit(
-            f"bench: found {strange[0]!r}, expected {', '.join(TABLES)}, families, catalogue, methods or peft_suite"
+            f"bench: found {strange[0]!r}, expected {', '.join(TABLES)}, families, catalogue, methods, peft_suite or "
+            "text_to_lora"
         )
     print(
         f"{datetime.date.today()}, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
