@@ -53,7 +53,8 @@ def active(name, api="native", kind="llama", head="cls"):
         tz.activate(model, name)
         return model
     settings = {key: value for key, value in vars(method(name)).items() if value is not None}
-    model = get_peft_model(model, IN_PEFT[name](**{**settings, "task_type": "SEQ_CLS"}))
+    task = "CAUSAL_LM" if name == "cpt" else "SEQ_CLS"  # the only one that PEFT has it for
+    model = get_peft_model(model, IN_PEFT[name](**{**settings, "task_type": task}))
     with torch.no_grad():
         generator = torch.Generator().manual_seed(3)
         for parameter in trained(model):
