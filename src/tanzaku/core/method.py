@@ -375,7 +375,7 @@ class Method:
         raise TypeError(f"{type(self).__name__} defines no combined()")
 
     def written(
-        self, adapter: Attached, base: Base, description: Any, tokenizer: Any
+        self, adapter: Attached, description: Any, tokenizer: Any
     ) -> tuple[Method, dict[str, dict[str, Tensor]]]:
         """The settings of the adapter for a description, but for its sites, and by these the tensors of its layers, as
         their :meth:`AdapterLayer.restore` takes them. See `tanzaku.write_lora`."""

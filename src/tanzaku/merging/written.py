@@ -52,7 +52,7 @@ def write_lora(
     if before_merging(model):
         raise TanzakuError("write_lora: found a merged adapter in the base's weights; unmerge it first")
     made: Any
-    made, tensors = source.method.written(source, source.base, description, tokenizer)
+    made, tensors = source.method.written(source, description, tokenizer)
     made.target_modules = targets_of([source], [*tensors])
     adapter = beside(source, made, new or f"{name}-{made.name}")
     try:

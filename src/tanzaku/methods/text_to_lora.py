@@ -231,7 +231,7 @@ class TextToLora(TargetedInLayers):
             yield path, WrittenDelta(writer, number, self.lora_alpha / self.r)
 
     def written(
-        self, adapter: Attached, base: Base, description: Any, tokenizer: Any
+        self, adapter: Attached, description: Any, tokenizer: Any
     ) -> tuple[Method, dict[str, dict[str, Tensor]]]:
         here = f"write_lora: {adapter.name!r} was trained"
         if self.description_dim is None:
@@ -240,7 +240,8 @@ class TextToLora(TargetedInLayers):
         if isinstance(description, str):
             if not self.of_texts:
                 raise TanzakuError(f"{here} on vectors, and found a text; expected a vector of the same encoder")
-            description = vectors_of(base, tokenizer or self.reader(base), [description])[0]
+            read = tokenizer or self.reader(adapter.base)
+            description = vectors_of(adapter.base, read, [description])[0]
         vector = torch.as_tensor(description)
         if vector.shape != (self.description_dim,) or not vector.isfinite().all():
             found = f"{tuple(vector.shape)} numbers" if vector.isfinite().all() else "a number that is not finite"
