@@ -1,8 +1,8 @@
 """`python -m bench [TABLE ...]`: the tables asked for; by default steps to startup, as `main` lists them.
 
 `python -m bench families [--family NAME ...] [--method COLUMN ...]`, `python -m bench peft_suite PATH`,
-`python -m bench catalogue [--write]`, `python -m bench methods [NAME ...]` and `python -m bench text_to_lora [FOLDER]`
-are by themselves: their options come after them.
+`python -m bench catalogue [--write]`, `python -m bench methods [NAME ...]`, `python -m bench methods_quality [NAME
+...]` and `python -m bench text_to_lora [FOLDER]` are by themselves: their options come after them.
 """
 
 from __future__ import annotations
@@ -30,17 +30,16 @@ TABLES = {
     "gpu": ("gpu", "table"),
 }
 
+ALONE = ("families", "peft_suite", "catalogue", "methods", "methods_quality", "text_to_lora")
+
 
 def main() -> None:
-    if sys.argv[1:2] in (["families"], ["peft_suite"], ["catalogue"], ["methods"], ["text_to_lora"]):
+    if sys.argv[1:2] in [[name] for name in ALONE]:
         importlib.import_module(f"bench.{sys.argv[1]}").table(sys.argv[2:])
         return
     wanted = sys.argv[1:] or ["steps", "memory", "concurrent", "curve", "inference", "files", "startup"]
     if strange := [name for name in wanted if name not in TABLES]:
-        sys.exit(
-            f"bench: found {strange[0]!r}, expected {', '.join(TABLES)}, families, catalogue, methods, peft_suite or "
-            "text_to_lora"
-        )
+        sys.exit(f"bench: found {strange[0]!r}, expected {', '.join(TABLES)}, {', '.join(ALONE[:-1])} or {ALONE[-1]}")
     print(
         f"{datetime.date.today()}, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
     )

@@ -30,12 +30,17 @@ from tanzaku.train.settings import TrainSettings
 RATES = {"lora": 5e-4, "ia3": 2e-3, "prompt_tuning": 5e-3}
 
 
-def poems() -> TaskData:
-    """The bundled rows, as the embedded model reads them."""
+def poems(model: str = "embedded", **names: str) -> TaskData:
+    """The bundled rows, as a model reads them.
+
+    Args:
+        names: of the file for each split; none is each split's own.
+    """
     folder = Path(str(files("tanzaku") / "data" / "poems"))
-    where = {name: str(folder / f"{name}.tsv") for name in ("train", "valid", "test")}
+    names = names or {name: name for name in ("train", "valid", "test")}
+    where = {split: str(folder / f"{name}.tsv") for split, name in names.items()}
     settings = ClassificationSettings(**where, text="poem", label="label")
-    return encode(read_tables(Classification, settings), load_tokenizer("embedded"), 200)
+    return encode(read_tables(Classification, settings), load_tokenizer(model), 200)
 
 
 def with_tanzaku(model: PreTrainedModel, method: str, data: TaskData, settings: TrainSettings) -> dict[str, float]:
