@@ -36,6 +36,7 @@ from tanzaku.tasks.task import Batch, Example
 SETTINGS: Mapping[str, dict[str, Any]] = {
     "adalora": {"total_step": STEPS},
     "bitfit": {"bias_scope": "add"},
+    "cpt": {"cpt_token_ids": [*range(10, 30)]},
     "llama_adapter": {"adapter_layers": 2},
 }
 ROUNDS = {1: 9, 8: 5}
@@ -86,7 +87,14 @@ def theirs(model: PreTrainedModel, name: str) -> Stepper:
     wrapped: Any = peft.get_peft_model(model, kind(**{**given, "task_type": "SEQ_CLS"}))
     wrapped.train()
     after: Callable[[int], None] = getattr(wrapped.base_model, "update_and_allocate", lambda step: None)
-    return Stepper(lambda b: wrapped(**b).loss, [p for p in wrapped.parameters() if p.requires_grad], after)
+    of_tasks = bool(known & {"n_tasks", "num_tasks"})
+
+    def forward(batch: dict[str, Tensor]) -> Tensor:
+        of_one = {"task_ids": torch.zeros(len(batch["labels"]), dtype=torch.long)} if of_tasks else {}
+        loss: Tensor = wrapped(**batch, **of_one).loss
+        return loss
+
+    return Stepper(forward, [p for p in wrapped.parameters() if p.requires_grad], after)
 
 
 def method(name: str) -> tz.Method:

@@ -164,6 +164,8 @@ class Bench:
             texts = self.choosing.train.examples
             counts = Counter(token for row in texts for token in set(row.inputs["input_ids"]))
             settings["token_indices"] = sorted(token for token, n in counts.items() if n >= OFTEN * len(texts))
+        if name == "cpt":  # two of the rows that are trained on, with nothing of an answer
+            settings["cpt_token_ids"] = [t for row in self.choosing.train.examples[:2] for t in row.inputs["input_ids"]]
         train = TrainSettings(epochs=self.epochs_to_choose, batch_size=self.options.batch_size)
         how = CompareSettings(trials=self.options.trials)
         (searched,) = expand([MethodEntry.model_validate({name: settings})], train, how)[1]
