@@ -236,21 +236,32 @@ def table(arguments: Sequence[str] = ()) -> None:
 
 
 def summary(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Markdown: a line a question, with means over the seeds; then over all questions, and comparisons by question."""
+    """Markdown: a line a question, with means over the seeds; means; and comparisons by question. Questions of one
+    source are alike, so that a mean over sources, each of which counts once, says more of another source."""
     questions = [*dict.fromkeys((record["source"], record["question"]) for record in records)]
     lines = [f"| source | question | nearest trained | {' | '.join(WHAT)} |", f"|{'---|' * (3 + len(WHAT))}"]
-    means: dict[str, list[float]] = {what: [] for what in WHAT}
+
+    def means_of(some: Sequence[dict[str, Any]]) -> list[float]:
+        return [statistics.mean(record[what] for record in some) for what in WHAT]
+
+    def add(source: str, question: str, near: str, found: Sequence[float]) -> None:
+        lines.append(f"| {source} | {question} | {near} | {' | '.join(f'{each:.3f}' for each in found)} |")
+
+    by_question, by_source = [], []
     for source, question in questions:
         own = [record for record in records if (record["source"], record["question"]) == (source, question)]
-        for what, found in means.items():
-            found.append(statistics.mean(record[what] for record in own))
-        cells = " | ".join(f"{means[what][-1]:.3f}" for what in WHAT)
-        lines.append(f"| {source} | {question} | {own[0]['near']} | {cells} |")
-    lines.append("| all | mean | | " + " | ".join(f"{statistics.mean(found):.3f}" for found in means.values()) + " |")
+        by_question.append(means_of(own))
+        add(source, question, own[0]["near"], by_question[-1])
+    for source in dict.fromkeys(source for source, _ in questions):
+        some = [found for (each, _), found in zip(questions, by_question, strict=True) if each == source]
+        by_source.append([statistics.mean(column) for column in zip(*some, strict=True)])
+        if len(some) > 1:
+            add(source, f"mean of {len(some)}", "", by_source[-1])
+    for said, each in (("questions", by_question), ("sources", by_source)):
+        add("all", f"mean of {len(each)} {said}", "", [statistics.mean(column) for column in zip(*each, strict=True)])
     for seed in sorted({record["seed"] for record in records}):
-        own = [record for record in records if record["seed"] == seed]
-        cells = " | ".join(f"{statistics.mean(record[what] for record in own):.3f}" for what in WHAT)
-        lines.append(f"| all | seed {seed} | | {cells} |")
+        add("all", f"mean of questions, seed {seed}", "", means_of([r for r in records if r["seed"] == seed]))
+    means = dict(zip(WHAT, zip(*by_question, strict=True), strict=True))
     lines.append("")
     for what in WHAT:
         if what != "written":

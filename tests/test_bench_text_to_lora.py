@@ -52,15 +52,29 @@ def test_it_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_what_is_said_in_the_end() -> None:
     records = [
-        {"seed": seed, "source": "s", "question": question, "near": "n", **dict.fromkeys(text_to_lora.WHAT, 0.5)}
+        {
+            "seed": seed,
+            "source": "r" if question == "z" else "s",
+            "question": question,
+            "near": "n",
+            **dict.fromkeys(text_to_lora.WHAT, 0.5),
+        }
         | {"written": 0.6 + 0.1 * seed, "mean": mean}
         for seed in (0, 1)
-        for question, mean in (("x", 0.5), ("y", 0.75))
+        for question, mean in (("x", 0.5), ("y", 0.75), ("z", 0.25))
     ]
     lines = text_to_lora.summary(records)
     assert lines[2] == "| s | x | n | 0.500 | 0.500 | 0.500 | 0.500 | 0.650 |"
-    assert lines[4] == "| all | mean | | 0.500 | 0.500 | 0.625 | 0.500 | 0.650 |"
-    assert "mean of the trained LoRA: ahead in 1 of 2 questions, by +0.025" in "\n".join(lines)
+    assert lines[5:] == [
+        "| s | mean of 2 |  | 0.500 | 0.500 | 0.625 | 0.500 | 0.650 |",
+        "| all | mean of 3 questions |  | 0.500 | 0.500 | 0.500 | 0.500 | 0.650 |",
+        "| all | mean of 2 sources |  | 0.500 | 0.500 | 0.438 | 0.500 | 0.650 |",
+        "| all | mean of questions, seed 0 |  | 0.500 | 0.500 | 0.500 | 0.500 | 0.600 |",
+        "| all | mean of questions, seed 1 |  | 0.500 | 0.500 | 0.500 | 0.500 | 0.700 |",
+        "",
+        *lines[11:],
+    ]
+    assert "mean of the trained LoRA: ahead in 2 of 3 questions, by +0.150" in "\n".join(lines[11:])
     assert text_to_lora.drawn_again([1.0, 1.0]) == (1.0, 1.0)
 
 
