@@ -681,7 +681,9 @@ def test_a_reader_that_has_seen_enough(work: Path) -> None:
     write(work / "many.csv", [{"text": TEXTS[n % 6]} for n in range(3000)])
     command = f"{sys.executable} -m tanzaku predict lora --data many.csv | head -1"
     done = subprocess.run(["sh", "-c", command], capture_output=True, check=False)
-    assert (done.stdout, done.stderr) == (b"text\tpredicted\tp_harsh\tp_mild\n", b"")
+    assert done.stdout == b"text\tpredicted\tp_harsh\tp_mild\n"
+    # A slow machine says how far it is, and nothing is said of the reader.
+    assert all(re.fullmatch(rb"\d+ of 3,000 rows, .*", line) for line in done.stderr.splitlines()), done.stderr
 
 
 def test_encodings(work: Path, tanzaku: Tanzaku) -> None:

@@ -61,9 +61,11 @@ def weights(model, jobs: list[Job], out: Path, **options) -> dict[str, torch.Ten
 
 
 def assert_same_weights(among: dict[str, torch.Tensor], alone: dict[str, torch.Tensor]) -> None:
+    """To roundings of the largest number of each tensor, or of what a few steps move: of a tensor without a gradient,
+    such as a bias of keys that are not rotated, all of it is rounding."""
     assert alone.keys() == among.keys()
     for key, value in alone.items():
-        assert_close(among[key], value, 4 * RUN, at=key)
+        assert_close(among[key], value, 4 * RUN, scale=5 * BASE["learning_rate"], at=key)
 
 
 def assert_same_run(model_of, job: Job, tmp_path: Path, **options) -> None:

@@ -131,7 +131,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "road": {"default": {"group_size": 8}, "road_4": {"group_size": 8, "variant": "road_4"}},
     "waveft": {"default": {"n_frequency": 40, "scaling": 5.0}},
     "gralora": {"default": {"r": 4, "alpha": 4}, "hybrid": {"r": 4, "hybrid_r": 2, "alpha": 4}},
-    "delora": {"default": {"r": 2}},
+    "delora": {"default": {"r": 2, "delora_lambda": 2.0}},  # its 15 makes much of a rounding in a tiny model
     "vblora": {"default": {"r": 2, "vector_length": 8, "num_vectors": 6, "init_vector_bank_bound": 1.0}},
     "lora_xs": {"default": {"r": 4}},
     "tinylora": {
