@@ -36,7 +36,6 @@ LEFT_OUT = {
     "LILY": "mixes its experts by a mean over all tokens of a batch: a row would depend on its neighbours",
     "OSF": "trains the weight's own singular vectors, as many numbers as full fine-tuning",
     "SHADOW": "a second, smaller model that runs beside the base",
-    "XLORA": "needs a pass of the bare base before each pass; `fusion` mixes adapters within one",
 }
 TAIL = """
 ## Left out

@@ -177,6 +177,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "waveft": {"n_frequency": 64},
     "fusion": {"adapters": ["lora-a", "miss-a"]},
     "average": {"adapters": ["lora-a", "miss-a"]},
+    "xlora": {"adapters": ["lora-a", "lora-b"]},
 }
 
 # What methods that are made of others are made of, up to the number or letter at the end of its name.

@@ -155,7 +155,7 @@ def test_train_uses_directories(work: Path, tanzaku: Tanzaku) -> None:
     ("methods", "says"),
     [
         ([{"fusion": {}}], ["candidate 'fusion': fusion is made of other adapters", "uses: [a, b]"]),
-        ([THREE[0], {"lora": {}, "uses": ["a"]}], ["lora is not made of other adapters; fusion, average are"]),
+        ([THREE[0], {"lora": {}, "uses": ["a"]}], ["lora is not made of other adapters; fusion, average, xlora are"]),
         ([*THREE, {"fusion": {}, "uses": ["a", "bb"]}], ["uses 'bb'", "no other candidate", "did you mean 'b'"]),
         ([*THREE, {"fusion": {}, "uses": "a"}], ["uses: found 'a'", "such as [a, b]"]),
         ([*THREE, {"fusion": {}, "uses": ["a"]}], ["the names of two or more"]),

@@ -304,9 +304,9 @@ def test_new_tokens_of_an_adapter_made_here(tmp_path: Path) -> None:
 
 
 def test_every_method_that_peft_has_is_compared() -> None:
-    """The others have tests of their own: PEFT wants a task with each row of multitask prompts and of Polytropon, has
-    CPT for causal language models alone, and P-tuning v2 is its prefix."""
-    elsewhere = {"multitask_prompt_tuning", "poly", "p_tuning_v2", "cpt"}
+    """The others have tests of their own: PEFT wants a task with each row of multitask prompts and of Polytropon, other
+    adapters for X-LoRA, and has CPT for causal language models alone; P-tuning v2 is its prefix."""
+    elsewhere = {"multitask_prompt_tuning", "poly", "p_tuning_v2", "cpt", "xlora"}
     compared = {name for name, m in tz.METHODS.items() if m.in_peft} - elsewhere
     assert compared == CONFIGS.keys()
     # And what is left out is told, with the reason.

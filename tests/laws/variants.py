@@ -157,6 +157,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "default": {"adapters": ["lora-a", "miss-a"]},
         "ia3": {"adapters": ["ia3-a", "ia3-b"], "weights": [2.0, 1.0]},
     },
+    "xlora": {  # a gradient of its gate is a sum of large terms that cancel out: a temperature makes less of roundings
+        "default": {"adapters": ["lora-a", "lora-b"], "softmax_temperature": 4.0},
+        "deep": {"adapters": ["lora-a", "lora-b"], "xlora_depth": 2, "xlora_size": 8, "layerwise_scalings": True},
+    },
     "full": {"default": {}},
     "head": {"default": {}},
 }

@@ -116,3 +116,36 @@ def _guarded(cache: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         f"a cache that begins with {vars(cache)[_MARK].width} virtual tokens is read without them: go on under the "
         "route that it was begun under, or begin the text with a new cache"
     )
+
+
+_BESIDE = "_tanzaku_beside"
+_FOLLOWED = (*_REORDERS, "crop", "reset")
+
+
+def beside(cache: Any) -> Any:
+    """A cache of the bare base for the text that a cache holds, whose rows and length follow it.
+
+    Raises:
+        TanzakuError: some of the text was read without it.
+    """
+    kept = getattr(cache, "__dict__", {})
+    own = kept.get(_BESIDE)
+    if own is not None and int(own.get_seq_length()) == int(cache.get_seq_length()):
+        return own
+    if own is not None or not isinstance(cache, Cache) or length(cache) != 0:
+        raise TanzakuError(
+            "an adapter runs the bare base before each pass, and the cache holds tokens that were read without it: "
+            "begin the text with a new, empty cache under this route, or pass use_cache=False"
+        )
+    own = copy.deepcopy(cache)
+    for name in _FOLLOWED:
+        if hasattr(cache, name):
+            kept[name] = partial(_followed, cache, name, kept.get(name))
+    kept[_BESIDE] = own
+    return own
+
+
+def _followed(cache: Any, name: str, before: Any, *args: Any, **kwargs: Any) -> Any:
+    """What is done to a cache's rows is done to the one beside it."""
+    getattr(vars(cache)[_BESIDE], name)(*args, **kwargs)
+    return before(*args, **kwargs) if before is not None else getattr(type(cache), name)(cache, *args, **kwargs)

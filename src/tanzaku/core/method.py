@@ -298,6 +298,10 @@ class Method:
         """Of each of :meth:`uses`, under which name it is attached."""
         return {name: self._under.get(name, name) for name in self.uses()}
 
+    def brings(self) -> Mapping[str, str]:
+        """Of each of :meth:`uses`, in which directory it lies, where HF PEFT's file says that and brings none along."""
+        return {}
+
     def row_data(self) -> Mapping[str, int]:
         """What its layers read of each row (see `context.py`), by name, and how many values there may be."""
         return {}

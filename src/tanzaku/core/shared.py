@@ -41,6 +41,7 @@ class Shared(AdapterLayer):
 
     place: ClassVar[str] = "shared"
     file_prefix: ClassVar[str] = "base_model."
+    reads_first_pass: ClassVar[bool] = False  # `compute_of` wants what the bare base makes of the text: first_pass.py
 
     def compute(self) -> Any:
         """What the layers read: tensors, or what holds some."""

@@ -21,12 +21,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from tanzaku.core import dropout
 from tanzaku.core.attention import ATTEND, AttentionSite, register
+from tanzaku.core.first_pass import FIRST_PASS, first_pass
 from tanzaku.core.hooks import Entrance, ModuleSite, SplitSite, TokenSite, WeightSite
 from tanzaku.core.in_force import Current, InForce
 from tanzaku.core.places import note
 from tanzaku.core.positions import parameters
 from tanzaku.core.rows import Places
+from tanzaku.core.shared import Shared
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models import tree
 from tanzaku.models.families import Base
@@ -212,8 +215,29 @@ class Sites(Current):
         if force is None or not force.shared:
             return
         given = {**dict(zip(parameters(module), args, strict=False)), **kwargs}
+        first = [layer for layer in force.shared if layer.reads_first_pass]
+        if first:
+            self._read_first(module, given, force, first)
         for layer in force.shared:
-            layer.refresh(given)
+            if not layer.reads_first_pass:
+                layer.refresh(given)
+
+    def _read_first(self, module: nn.Module, given: dict[str, Any], force: InForce, layers: list[Shared]) -> None:
+        """Let the bare base run, for those who read what it makes of the text. What is drawn there is drawn in vain
+        for the rows of all others."""
+        mark = dropout.mark()
+        decodes = self.base.encoder_decoder and module is self.base.entrance
+        wider = force.tokens.widened(module, given) if decodes and force.tokens is not None else None
+        found = first_pass(module, given if wider is None else wider)
+        for number, stack in enumerate(force.stacks):
+            if not any(layer is each for layer in layers for _, each in stack):
+                dropout.rewind(mark, number)
+        for layer in layers:
+            mark = dropout.mark()
+            layer.refresh({**given, FIRST_PASS: found})
+            for number, stack in enumerate(force.stacks):
+                if not any(layer is each for _, each in stack):
+                    dropout.rewind(mark, number)
 
 
 def _register(module: nn.Module, kind: str, hook: Callable[..., Any], **options: Any) -> RemovableHandle:

@@ -628,8 +628,12 @@ class VirtualTokens:
             state.hidden = output if isinstance(output, Tensor) else output[0]
 
     def _widen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The decoder attends to virtual tokens of the encoder, but not to fillers."""
-        given = {**dict(zip(parameters(module), args, strict=False)), **kwargs}
+        wider = self.widened(module, {**dict(zip(parameters(module), args, strict=False)), **kwargs})
+        return None if wider is None else ((), wider)
+
+    def widened(self, module: nn.Module, given: dict[str, Any]) -> dict[str, Any] | None:
+        """What a decoder is given, so that it attends to virtual tokens of the encoder, but not to fillers; None: as
+        it is."""
         key = next((name for name in _CROSS_MASKS if name in parameters(module)), "")
         states, mask = given.get("encoder_hidden_states"), given.get(key)
         if states is None:
@@ -650,8 +654,7 @@ class VirtualTokens:
                 f"{self.width} virtual tokens: run the encoder under the same route"
             )
         lay = layout.in_front(counts, mask, length, states.device)
-        given[key] = lay.join(lay.real.to(mask.dtype), mask)
-        return (), given
+        return {**given, key: lay.join(lay.real.to(mask.dtype), mask)}
 
 
 _CROSS_MASKS = ("encoder_attention_mask", "encoder_padding_mask")

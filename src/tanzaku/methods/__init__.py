@@ -55,6 +55,7 @@ from tanzaku.methods.unilora import UniLoRA as UniLoRA
 from tanzaku.methods.vblora import VBLoRA as VBLoRA
 from tanzaku.methods.vera import VeRA as VeRA
 from tanzaku.methods.waveft import WaveFT as WaveFT
+from tanzaku.methods.xlora import XLora as XLora
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -108,6 +109,7 @@ METHODS: dict[str, type[Method]] = {
         Poly,
         AdapterFusion,
         Average,
+        XLora,
         Full,
         Head,
     )

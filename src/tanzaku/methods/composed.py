@@ -89,7 +89,7 @@ class ComposedLayer(ModuleLayer):
                     else:
                         z = layer.outputs(module, given, z)
                 changes.append(z.to(full.dtype) - full)
-        kind = next(self.parameters()).dtype
+        kind = next(self.parameters(), full).dtype
         with torch.autocast(y.device.type, enabled=False):
             made = self.made(read.to(kind), torch.stack(changes, dim=-2).to(kind))
         return (full + made).to(y.dtype)

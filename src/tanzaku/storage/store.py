@@ -326,7 +326,13 @@ def _bring_parts(
 ) -> None:
     """Attach what an adapter's file has been made with, where the very same is not attached under its name."""
     digests = recorded if isinstance(recorded, dict) else {}
-    for label in method.uses():
+    elsewhere = {} if recorded is not None else method.brings()
+    for label, said in elsewhere.items():
+        part = folder / said if (folder / said).is_dir() else Path(said)
+        if part.is_dir() and method_in(part).uses_others:
+            raise TanzakuError(f"{part} is made of other adapters itself, which those of {folder} cannot be")
+        block.bring(label, part, any_base)
+    for label in method.uses() if not elsewhere else ():
         expected = digests.get(label)
         if not isinstance(expected, dict) or not isinstance(expected.get("sha256"), str):
             known = listed(map(repr, digests)) or "none"
