@@ -10,8 +10,11 @@ from bench import zoo
 from safetensors.torch import load_file
 from variants import CASES, VARIANTS, all_kinds, all_variants, bamboo, method, sharing
 
+import tanzaku as tz
 from close import RUN, assert_close
+from interop.oracle import scatter
 from models import tiny, with_parts
+from tanzaku.core.manager import manager_of
 from tanzaku.core.method import Method
 from tanzaku.core.survey import sees_padding
 from tanzaku.methods import METHODS
@@ -128,6 +131,28 @@ def test_a_base_with_dropout(kind, name, tmp_path):
     """The base draws dropout masks too, for hidden states and attention: each job's are its own."""
     model = tiny(kind, "cls", num_labels=2, **DROPS[kind])
     assert_same_weights(among_all_that_drop(kind)[name], weights(model, [DROPPED[name]], tmp_path))
+
+
+@pytest.mark.parametrize("name", [name for name, each in METHODS.items() if each.uses_others])
+def test_parts_that_drop(name, tmp_path):
+    """An adapter that is made of others draws what their layers drop, also where nothing else in the batch draws."""
+    model = bamboo(num_labels=2)
+    uses = {}
+    for number, part in enumerate(("one", "other")):
+        tz.attach(model, tz.LoRA(r=2, lora_dropout=0.3), part, seed=number)
+        scatter([p for _, p in manager_of(model).get(part).trained()])
+        tz.save(model, part, tmp_path / part)
+        uses[part] = tmp_path / part
+    tz.detach(model)
+    this = Job("this", METHODS[name].from_settings({"adapters": [*uses]}), settings(), uses=uses)
+    beside = Job("beside", method("ia3"), settings(batch_size=3))
+
+    def trained(jobs, out):
+        train_jobs(bamboo(num_labels=2), task(train=11), jobs, out=out)
+        return load_file(out / "adapters" / "this" / "adapter_model.safetensors")
+
+    alone = trained([this], tmp_path / "alone")
+    assert_same_weights(trained([beside, this], tmp_path / "among"), alone)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -19,6 +19,7 @@ from tanzaku.core.attach import adapters
 from tanzaku.core.calibration import own_of
 from tanzaku.core.dropout import Foreign, JobDropout, JobSlice, foreign_generators, watch
 from tanzaku.core.manager import manager_of
+from tanzaku.core.method import Method
 from tanzaku.core.passes import Passes
 from tanzaku.core.positions import room
 from tanzaku.core.routing import Entry, Route
@@ -128,9 +129,8 @@ class SharedStep:
         ]
         for active in active_jobs:
             if active.draws is None and self.accelerations.packs:  # a kind of model whose settings tell
-                method = active.job.method
-                known = type(method) in METHODS.values() and not (method.draws or _drops(method.settings()))
-                active.draws = False if known and not _drops(self.settings) else None
+                quiet = not any(map(_may_draw, self._methods_of(active.adapter)))
+                active.draws = False if quiet and not _drops(self.settings) else None
         # The mode costs time at every operation: it is left out where nobody is known to draw.
         drops = any(active.draws is not False for active in active_jobs)
         dropout = JobDropout(route, shares, together.width, lead, self._watched()) if drops else nullcontext()
@@ -144,6 +144,11 @@ class SharedStep:
         for active, share in zip(active_jobs, shares, strict=True):
             active.draws = (active.draws or share.drew) if drops else active.draws
             active.left_out = share.left_out
+
+    def _methods_of(self, adapter: Adapter) -> list[Method]:
+        """Its own, and those of the adapters that it is made of."""
+        manager = manager_of(self.model)
+        return [adapter.method, *(manager.get(there).method for there in adapter.method.used().values())]
 
     def calibrate(
         self, job: Job, adapter: Adapter, examples: Sequence[Example], seen: dict[Hashable, Mapping[str, Any]]
@@ -304,6 +309,11 @@ class SharedStep:
                     self.model.disable_input_require_grads()
             else:
                 self.model.gradient_checkpointing_disable()
+
+
+def _may_draw(method: Method) -> bool:
+    """Whether a method's layers may draw random numbers in training; of one that is not ours nothing is known."""
+    return type(method) not in METHODS.values() or method.draws or _drops(method.settings())
 
 
 def _drops(settings: dict[str, Any]) -> bool:
