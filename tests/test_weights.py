@@ -72,12 +72,13 @@ def test_names_of_a_module_may_be_those_of_the_strip_itself():
     assert isinstance(layer, WeightCopy) and callable(layer.export)
 
 
+@pytest.mark.parametrize("method", [tz.LoRA(r=2), tz.Full()], ids=["head", "all"])
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 @pytest.mark.parametrize("order", [("taught", "kept"), ("kept", "taught")])
-def test_of_a_stack_the_head_that_was_trained_counts(kind, order):
+def test_of_a_stack_the_head_that_was_trained_counts(kind, order, method):
     """Wherever its adapter stands: one that leaves the head alone has a copy, too, of what the base had."""
     model, inputs = tiny(kind, "cls"), batch(tiny(kind, "cls"))
-    taught = tz.attach(model, tz.LoRA(r=2), "taught", seed=0)
+    taught = tz.attach(model, method, "taught", seed=0)
     kept = tz.attach(model, tz.LoRA(r=2, modules_to_save=[]), "kept", seed=1)
     for adapter in (taught, kept):
         scatter([p for _, p in adapter.trained()])
@@ -88,10 +89,11 @@ def test_of_a_stack_the_head_that_was_trained_counts(kind, order):
                 for tensor in layer.own.values():
                     tensor.zero_()
         assert_close(model(**inputs).logits, found)
-    tz.merge(model, order)
-    with torch.no_grad():
-        assert_close(model(**inputs).logits, found, GRADIENT)
-    tz.unmerge(model)
+    if method.name == "lora" or order[0] == "taught":  # a change of weights that are then replaced is refused
+        tz.merge(model, order)
+        with torch.no_grad():
+            assert_close(model(**inputs).logits, found, GRADIENT)
+        tz.unmerge(model)
     tz.activate(model, [*order])
     model(**inputs).logits.square().sum().backward()
     assert all(p.grad is not None for adapter in (taught, kept) for _, p in adapter.trained())

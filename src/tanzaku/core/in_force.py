@@ -18,7 +18,7 @@ from tanzaku.core.routing import Route, Rows, put, take
 from tanzaku.core.rows import Places, rows_at
 from tanzaku.core.shared import Shared
 from tanzaku.core.tokens import VirtualTokens
-from tanzaku.core.weights import OwnWeights, WeightCopy, kept_only
+from tanzaku.core.weights import OwnWeights, WeightCopy, gives_way, trained_copies
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models.families import Base
 
@@ -46,7 +46,10 @@ class InForce:
         self.virtual = tuple(sum(s.num_virtual_tokens for _, s in st if isinstance(s, TokenLayer)) for st in stacks)
         tokens: Plan = [[] for _ in stacks]
         for number, stack in enumerate(stacks):
+            trained = trained_copies(stack)
             for path, layer in stack:
+                if gives_way(path, layer, trained):
+                    continue
                 if isinstance(layer, TokenLayer):
                     tokens[number].append(layer)
                     continue
@@ -56,8 +59,7 @@ class InForce:
                     continue
                 for plans in self._plans_of(layer):
                     plan = plans.setdefault(path, [[] for _ in stacks])[number]
-                    first = layer.undoes if isinstance(layer, ModuleLayer) else kept_only(layer)
-                    plan.insert(0 if first else len(plan), layer)
+                    plan.insert(0 if isinstance(layer, ModuleLayer) and layer.undoes else len(plan), layer)
         if not route.uniform and "" in self.weights:
             names = dict.fromkeys(name for layers in self.weights[""] for layer in layers for name in layer.own)
             raise TanzakuError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
@@ -119,9 +119,17 @@ class WeightCopy(OwnWeights):
                     tensor.copy_(now)  # the module made a new one of it, or changed it in another type
 
 
-def kept_only(layer: AdapterLayer) -> bool:
-    """Whether it is a copy of what the base had, which nobody trained: in a stack, a trained one counts before it."""
-    return isinstance(layer, WeightCopy) and not layer.trained
+def trained_copies(layers: Iterable[tuple[str, AdapterLayer]]) -> set[str]:
+    """Names, in the base, of the tensors of which some of these layers, by their paths, are trained copies. In a stack
+    they count before copies that are only kept."""
+    copies = [(path, layer) for path, layer in layers if isinstance(layer, WeightCopy) and layer.trained]
+    return {f"{path}.{name}" if path else name for path, layer in copies for name in layer.tensors}
+
+
+def gives_way(path: str, layer: AdapterLayer, trained: Container[str]) -> bool:
+    """Whether a layer is a copy that nobody trained, of what others have trained copies of: see `trained_copies`."""
+    kept = isinstance(layer, WeightCopy) and not layer.trained
+    return kept and all((f"{path}.{name}" if path else name) in trained for name in cast(WeightCopy, layer).tensors)
 
 
 def _table(owner: nn.Module, last: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tanzaku.core.attach import activate, detach
 from tanzaku.core.manager import MERGED, manager_of
 from tanzaku.core.method import ModuleLayer
 from tanzaku.core.shared import Shared
-from tanzaku.core.weights import OwnWeights, WeightCopy
+from tanzaku.core.weights import OwnWeights, WeightCopy, trained_copies
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models import tree
 from tanzaku.models.quantize import check_readable, drop_traces, full_weight, plain, plain_module, quantised
@@ -102,13 +102,7 @@ def merge(
     undo: list[Callable[[], None]] = []
     lost: dict[str, float] = {}
     types = set()
-    trained = {
-        _full(path, key)
-        for adapter in stack
-        for path, layer in adapter.at()
-        if isinstance(layer, WeightCopy) and layer.trained
-        for key in layer.tensors
-    }
+    trained = trained_copies(at for adapter in stack for at in adapter.at())
     try:
         for full, value in (c for adapter in stack for c in _changes(model, adapter, dtype, trained)):
             path, _, key = full.rpartition(".")
