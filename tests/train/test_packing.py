@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from bench.zoo import LENGTHS, NAMES, SUBJECTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
@@ -20,6 +24,7 @@ from tanzaku.core.manager import manager_of
 from tanzaku.core.routing import Cut, Ragged
 from tanzaku.engine import products
 from tanzaku.engine.acceleration import Common
+from tanzaku.engine.accelerations import Accelerations
 from tanzaku.engine.attention import RowAttention
 from tanzaku.engine.layout import Layout
 from tanzaku.engine.order import ABOVE
@@ -27,10 +32,12 @@ from tanzaku.engine.packing import Packing
 from tanzaku.engine.skipping import SkipUnneeded
 from tanzaku.engine.trim import LastToken
 from tanzaku.models.families import Base
+from tanzaku.tasks.task import Batch, Example
 from tanzaku.train.results import Job
 from tanzaku.train.scheduler import train_jobs
 from tanzaku.train.settings import TrainSettings
 from task_data import task
+from tiers import costly
 
 CPU = torch.device("cpu")
 HUNG = {
@@ -67,6 +74,7 @@ def both(
     lead = max(virtual)
     base = Base.of(model)
     common = Common(base)
+    assert Packing(common).possible  # it is tried the first time
     layout = Layout(
         lead + inputs["input_ids"].shape[1],
         [0] * len(virtual),
@@ -80,7 +88,7 @@ def both(
     found = []
     for packed in (False, True):
         handle = base.attention()[0][1].register_forward_pre_hook(
-            lambda m, args, kwargs: seen.append(kwargs["hidden_states"].shape[0]), with_kwargs=True
+            lambda m, args, kwargs: seen.append(kwargs.get("hidden_states", *args[:1]).shape[0]), with_kwargs=True
         )
         with ExitStack() as stack:
             stack.enter_context(tz.route(model, entries))
@@ -90,11 +98,12 @@ def both(
                     stack.enter_context(kind(common)) for kind in (Packing, RowAttention, LastToken, SkipUnneeded)
                 ]
                 packing = members[0]
-                assert isinstance(packing, Packing) and packing.possible and route is not None
+                assert isinstance(packing, Packing) and route is not None
                 for member in members:
                     stack.enter_context(member.batch(layout, route))
             logits = model(**inputs, use_cache=False).logits
-            gradients = torch.autograd.grad(logits.square().sum(), trained, allow_unused=True)
+            read = logits if logits.dim() == 2 else own_tokens(model, logits)
+            gradients = torch.autograd.grad(read.square().sum(), trained, allow_unused=True)
         handle.remove()
         found.append(
             [logits, *(torch.zeros_like(p) if g is None else g for p, g in zip(trained, gradients, strict=True))]
@@ -102,6 +111,12 @@ def both(
     assert seen == [len(rows), sum(layout.lengths)]
     assert packing.layout is None and not packing._masks  # nothing of a batch is kept
     return found[0], found[1], seen
+
+
+def own_tokens(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
+    """Logits of the rows' own tokens, which stand at the end where virtual ones are before them."""
+    mask = batch(model, rows=len(logits))["attention_mask"].bool()
+    return logits[:, -mask.shape[1] :][mask]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -112,6 +127,61 @@ def test_logits_and_gradients_are_those_of_the_padded_batch(kind: str, attention
     assert any(g.any() for g in expected[1:])
     for a, b in zip(found, expected, strict=True):
         assert_close(a, b, GRADIENT)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [("gpt2", "cls"), ("gpt2", "lm"), ("llama", "lm"), ("phi", "lm"), ("gpt_neox", "lm"), ("opt", "lm")],
+)
+def test_any_decoder_is_packed_with_any_head(kind: str, head: str) -> None:
+    names = ["lora", "more lora", "prompt", "prefix"]
+    expected, found, _ = both(tiny(kind, head), names, [0, 0, 1, 2, 3])
+    if head == "lm":  # behind a row's last token the head has made numbers of nothing
+        expected[0], found[0] = (own_tokens(tiny(kind, head), logits) for logits in (expected[0], found[0]))
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, GRADIENT)
+
+
+FEW = ["gpt_oss", "gemma2", "qwen3_moe", "olmo2", "granite_swa", "opt", "lfm2", "falcon_h1", "mamba", "llama4_text"]
+
+
+@pytest.mark.parametrize("name", costly(FEW, sorted({s.name for s in SUBJECTS["causal LM"]} - {*FEW})))
+def test_a_family_is_packed_where_that_changes_nothing(name: str) -> None:
+    """Its windows are shorter than the longest row here."""
+    try:
+        model = NAMES[name].build()
+    except ValueError as error:
+        pytest.skip(str(error))
+    accelerations = Accelerations(Base.of(model), "packing")
+    if not accelerations.packs:
+        return
+    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
+    ids = torch.randint(8, 100, mask.shape, generator=torch.Generator().manual_seed(0)) * mask
+    adapter = tz.attach(model, tz.LoRA(r=2, target_modules="all-linear", init_lora_weights=False), "lora", seed=0)
+    rows = Batch({"input_ids": ids, "attention_mask": mask}, {}, [Example({"input_ids": range(n)}) for n in LENGTHS])
+    found = []
+    for packed in (False, True):
+        with tz.route(model, ["lora", None, "lora", None]), accelerations, torch.no_grad():
+            route = manager_of(model).route if packed else None
+            with accelerations.batch(rows, [adapter, None, adapter, None], route):
+                found.append(model(**rows.inputs, use_cache=False).logits[mask.bool()])
+    assert_close(found[1], found[0], GRADIENT)
+
+
+def test_most_families_of_decoders_are_packed() -> None:
+    packed = {name for name in FEW if Packing(Common(Base.of(NAMES[name].build()))).possible}
+    assert packed == {"gpt_oss", "gemma2", "qwen3_moe", "olmo2", "granite_swa", "opt"}
+
+
+def test_a_model_is_tried_once_and_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, passes = tiny("gpt2", "lm").train(), []
+    model.transformer.register_forward_pre_hook(lambda *_: passes.append(1))
+    random = torch.get_rng_state()
+    for _ in range(2):
+        assert Packing(Common(Base.of(model))).possible
+    assert len(passes) == 2, "once padded and once packed"
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -161,9 +231,56 @@ def test_the_model_is_left_as_it_was() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize(("kind", "head"), [("bert", "cls"), ("gpt2", "cls"), ("llama", "lm"), ("t5", "cls")])
+@pytest.mark.parametrize(("kind", "head"), [("bert", "cls"), ("bert", "lm"), ("t5", "cls"), ("t5", "lm")])
 def test_other_models_are_not_packed(kind: str, head: str) -> None:
     assert not Packing(Common(Base.of(tiny(kind, head)))).possible
+
+
+def flash_on_cpu(seen: list[str]) -> Any:
+    """What transformers takes in place of flash attention's kernels, computed by torch's own attention."""
+
+    def one(q: Any, k: Any, v: Any, softmax_scale: float | None = None, causal: bool = False, **kwargs: Any) -> Any:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        ahead = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+        mask = ahead if causal else None
+        options: Any = {"attn_mask": mask, "scale": softmax_scale, "enable_gqa": True}
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+
+    def plain(q: Any, k: Any, v: Any, **kwargs: Any) -> Any:
+        seen.append("plain")
+        return one(q, k, v, **kwargs)
+
+    def variable(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, **kwargs: Any) -> Any:
+        seen.append("variable")
+        parts = [
+            x.tensor_split(at[1:-1].tolist()) for x, at in ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))
+        ]
+        return torch.cat([one(*(x[None] for x in row), **kwargs)[0] for row in zip(*parts, strict=True)])
+
+    def loaded(implementation: str | None) -> Any:
+        assert implementation == "flash_attention_2"
+        utils = transformers.modeling_flash_attention_utils
+        names = ("softmax_scale", "causal", "dropout_p", "window_size", "max_seqlen_q", "max_seqlen_k")
+        supported = defaultdict(bool, dict.fromkeys(names, True))
+        process = partial(utils._process_flash_attention_kwargs, supports_mapping=supported)
+        return (plain, variable, None, utils._pad_input, utils._unpad_input), (process, process)
+
+    return loaded
+
+
+def test_flash_attention_has_rows_of_unequal_length_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' own code, but for the kernels, which need a GPU: rows whose attention nothing changes are told
+    apart by where they begin, and those with a prefix are padded."""
+    expected = both(tiny("llama"), list(HUNG), [0, 0, 1, 2, 3, 4, 5, 6])[0]
+    seen: list[str] = []
+    monkeypatch.setattr(transformers.modeling_flash_attention_utils, "lazy_import_flash_attention", flash_on_cpu(seen))
+    model = tiny("llama")
+    model.config._attn_implementation_internal = "flash_attention_2"
+    padded, found, _ = both(model, list(HUNG), [0, 0, 1, 2, 3, 4, 5, 6])
+    assert "variable" in seen
+    for a, b, c in zip(found, padded, expected, strict=True):
+        assert_close(a, c, GRADIENT)
+        assert_close(b, c, GRADIENT)
 
 
 @settings(deadline=None, max_examples=40)

@@ -54,12 +54,30 @@ def _attention(
 
 def _function(own: str, module: nn.Module) -> Callable[..., Any]:
     if own != "eager":
-        return cast(Callable[..., Any], ALL_ATTENTION_FUNCTIONS[own])
+        known = cast(Callable[..., Any], ALL_ATTENTION_FUNCTIONS[own])
+        return partial(_by_its_name, own, known) if "flash" in own else known
     # Eager attention is each model's own function, named alike in every modelling file.
     function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if function is None:
         raise TanzakuError(f"{type(module).__name__} has no eager attention function; load the model with sdpa")
     return cast(Callable[..., Any], function)
+
+
+def _by_its_name(own: str, function: Callable[..., Any], module: nn.Module, *args: Any, **options: Any) -> Any:
+    """Flash attention, which looks for its kernel by the name that the layer's settings have."""
+    settings = _Instead(cast(Any, module).config, _attn_implementation=own)
+    return function(_Instead(module, config=settings), *args, **options)
+
+
+class _Instead:
+    """An object as it is, but for some attributes."""
+
+    def __init__(self, of: Any, **attributes: Any):
+        self._of = of
+        self.__dict__.update(attributes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._of, name)
 
 
 class AttentionSite:

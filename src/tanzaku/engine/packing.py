@@ -6,15 +6,20 @@ where it leaves. In between each token is a row of its own, hidden states being 
 single tokens, which is all of a layer but its attention, needs to know nothing of it, and a route counts tokens where
 it counted rows. Attention gets its rows back: each by itself where they are short, else padded for the base's own
 function, whose result is packed again.
+
+Whether nothing but attention mixes tokens (no convolution, state or summary of a row) is seen and not believed: two
+short rows are computed both ways, once for a model.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import accumulate, chain
 from typing import Any, Self, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,35 +27,44 @@ from torch import Tensor, nn
 from tanzaku.core.attention import PACKING, AttentionHook, register
 from tanzaku.core.method import AttentionCall
 from tanzaku.core.positions import numbering
+from tanzaku.core.quiet import quiet
 from tanzaku.core.routing import Ragged, Route, split
+from tanzaku.core.tokens import without_cache
 from tanzaku.engine.acceleration import Acceleration, Common
 from tanzaku.engine.attention import row_attention, suits
 from tanzaku.engine.layout import Layout
-from tanzaku.engine.trim import last_layer_modules
+from tanzaku.errors import TanzakuError
+from tanzaku.models import tree
+from tanzaku.models.families import Base
 from tanzaku.models.families.trace import PREFIX
 
-_KNOWN = ("sdpa", "eager")
+_FLASH = ("flash_attention_2", "flash_attention_3")
+_KNOWN = ("sdpa", "eager", *_FLASH)
+_PROBE = (2, 5)  # tokens of the rows that are computed both ways
+_agree: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 class Packing(Acceleration):
     """While entered, batches of one model can be packed; `possible` tells whether its kind is known to allow it."""
 
     name = "packing"
-    summary = "a decoder classifier's layers see the own tokens of all rows, one after another, and no padding"
+    summary = "a decoder's layers see the own tokens of all rows, one after another, and no padding"
 
     def __init__(self, common: Common):
         super().__init__(common)
         base = self.base
         self.layout: Layout | None = None
         self._masks: dict[tuple[int, int | None, int], Tensor] = {}
+        self._untold = False  # whether a layer was not told how far it sees
         self.layers: list[nn.Module] = []
-        if not last_layer_modules(base) or numbering(base.backbone, base).kind != "column":
+        layers = _causal_layers(base)
+        if not layers:
             return
-        layers = [module for _, module in base.attention()]
-        same = getattr(base.backbone, "embed_tokens", None) is base.model.get_input_embeddings()  # type: ignore[operator]
-        if same and all(getattr(m, "is_causal", False) is True and hasattr(m, "config") for m in layers):
-            self.layers = layers
-            self.names = list(inspect.signature(base.backbone.forward).parameters)
+        self.layers, self.names = layers, list(inspect.signature(base.backbone.forward).parameters)
+        if base.model not in _agree:
+            _agree[base.model] = self.possible and self._agrees()
+        if not _agree[base.model]:
+            self.layers = []
 
     @property
     def possible(self) -> bool:
@@ -97,6 +111,34 @@ class Packing(Acceleration):
                 configs[key]._attn_implementation_internal = name
             for hook in hooks:
                 hook.remove()
+
+    @torch.no_grad()
+    def _agrees(self) -> bool:
+        """Whether two rows of unequal length have the hidden states packed that they have padded."""
+        backbone, lengths = self.base.backbone, _PROBE
+        weight = self.base.embedding.weight
+        columns = torch.arange(max(lengths), device=weight.device)
+        mask = (columns < torch.tensor([[length] for length in lengths], device=weight.device)).long()
+        ids = (columns * 7 + torch.tensor([[11], [23]], device=weight.device)) % len(weight)
+        layout = Layout(max(lengths), [0] * len(lengths), lengths, [-1] * len(lengths), weight.device, packed=True)
+        training = [module for module in tree.modules(backbone) if module.training]
+        found = []
+        try:
+            for module in training:
+                module.training = False
+            for packed in (False, True):
+                with quiet(), self, self.batch(layout, Route.of([None])) if packed else nullcontext():
+                    out = backbone(input_ids=ids, attention_mask=mask, **without_cache(self.base))
+                found.append(layout.rows.pack(out["last_hidden_state"].flatten(0, 1)).float())
+        except Exception:  # whatever a model may say to rows like these, it is computed as it is made
+            return False
+        finally:
+            for module in training:
+                module.training = True
+        if self._untold and _windows(self.base.config):
+            return False  # rows as short as these do not show it
+        close = 1e-3 if weight.dtype == torch.float32 else 5e-2
+        return bool((found[0] - found[1]).abs().max() <= close * found[0].abs().max())
 
     # -- the backbone
 
@@ -147,15 +189,19 @@ class Packing(Acceleration):
         lengths = [tuple(layout.lengths[rows]) for _, rows in parts]
         inputs = [split(x.squeeze(2), [sum(part) for part in lengths]) for x in (query, key, value)]
         window = options.get("sliding_window")
+        self._untold |= "sliding_window" not in options
         results = []
         for (number, _), sizes, q, k, v in zip(parts, lengths, *inputs, strict=True):
             if number is None and self._by_rows(implementation, max(sizes), q, options):
                 masks = [self._added(size, window, q, q.shape[1] // k.shape[1]) for size in sizes]
                 results.append(row_attention(q, k, v, sizes, sizes, masks, _scaling(options, q)))
                 continue
+            if number is None and implementation in _FLASH:
+                results.append(_variable(run, module, q, k, v, sizes, options))
+                continue
             ragged = layout.ragged(sizes)
             q, k, v = (_padded(x, ragged, len(sizes)) for x in (q, k, v))
-            mask = self._mask(implementation, max(sizes), window, q)
+            mask = self._mask(implementation, sizes, window, q)
             if hook is None or number is None:
                 out = run(module, q, k, v, mask, **options)[0]
             else:
@@ -201,9 +247,14 @@ class Packing(Acceleration):
             self._masks[width, window, shared] = added.t().repeat_interleave(shared, dim=-1)
         return self._masks[width, window, shared]
 
-    def _mask(self, implementation: str, width: int, window: int | None, like: Tensor) -> Tensor | None:
+    def _mask(self, implementation: str, sizes: tuple[int, ...], window: int | None, like: Tensor) -> Tensor | None:
         """(1, 1, width, width), or None where the attention masks what lies ahead by itself. What is padded lies behind
-        a row's own tokens, which look back only."""
+        a row's own tokens, which look back only. For flash attention (rows, width), one number a key."""
+        width = max(sizes)
+        if implementation in _FLASH:
+            if min(sizes) == width:
+                return None
+            return (torch.arange(width, device=like.device) < torch.tensor(sizes, device=like.device)[:, None]).long()
         if implementation == "sdpa" and (window is None or width <= window):
             return None
         seen = _seen(width, window, like.device)
@@ -213,10 +264,51 @@ class Packing(Acceleration):
         return hidden.masked_fill(~seen, torch.finfo(like.dtype).min)[None, None]
 
 
+def _causal_layers(base: Base) -> list[nn.Module]:
+    """The attention layers of a decoder that reads tokens, which looks back alone and is told where they stand; none
+    for any other model."""
+    backbone = base.backbone
+    try:
+        same = backbone.get_input_embeddings() is base.embedding  # type: ignore[operator]
+        layers = [module for _, module in base.attention()]
+    except (TanzakuError, NotImplementedError, AttributeError):
+        return []
+    absent = any(t.is_meta for t in chain(backbone.parameters(), backbone.buffers()))  # or kept elsewhere
+    if base.encoder_decoder or not same or absent or numbering(backbone, base).kind not in ("column", "mask"):
+        return []
+    causal = all(getattr(m, "is_causal", False) is True and hasattr(m, "config") for m in layers)
+    return layers if causal else []
+
+
+def _windows(config: Any) -> bool:
+    """Whether some layers see no further than a window, or work on parts of a row, by what a model's settings say."""
+    named = ("window", "chunk", "local_attention", "compress", "block_size")
+    return any(
+        bool(value) and isinstance(value, int | list | tuple) and any(name in key for name in named)
+        for key, value in config.to_dict().items()
+    )
+
+
 def _seen(width: int, window: int | None, device: torch.device) -> Tensor:
     """(width, width): whether a token sees another, which is itself or before it and no further than the window."""
     seen = torch.ones(width, width, dtype=torch.bool, device=device).tril()
     return seen if window is None else seen.triu(1 - window)
+
+
+def _variable(
+    run: Callable[..., tuple[Tensor, Tensor | None]],
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sizes: tuple[int, ...],
+    options: dict[str, Any],
+) -> Tensor:
+    """Flash attention of rows one after another, (tokens, heads, head_dim), which is told where each begins."""
+    starts = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=q.device)
+    told = {f"cu_seq_lens_{side}": starts for side in "qk"} | {f"max_length_{side}": max(sizes) for side in "qk"}
+    rows = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return run(module, *rows, None, **{**options, **told})[0][0]
 
 
 def _padded(x: Tensor, ragged: Ragged | None, rows: int) -> Tensor:

@@ -128,7 +128,7 @@ class SharedStep:
             for active, batch, rows in zip(active_jobs, batches, at, strict=True)
         ]
         for active in active_jobs:
-            if active.draws is None and self.accelerations.packs:  # a kind of model whose settings tell
+            if active.draws is None and self.base.tells_dropout and self.accelerations.packs:
                 quiet = not any(map(_may_draw, self._methods_of(active.adapter)))
                 active.draws = False if quiet and not _drops(self.settings) else None
         # The mode costs time at every operation: it is left out where nobody is known to draw.

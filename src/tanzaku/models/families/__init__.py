@@ -125,6 +125,11 @@ class Base:
         return int(self._number("hidden_size", "n_embd", "d_model"))
 
     @property
+    def tells_dropout(self) -> bool:
+        """Whether all that drops out in it is known to stand in its settings."""
+        return self.family is not None and self.family.trim is not None
+
+    @property
     def max_positions(self) -> int | None:
         for key in ("max_position_embeddings", "n_positions"):
             if isinstance(value := getattr(self.config, key, None), int) and value > 0:
