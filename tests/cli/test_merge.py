@@ -289,6 +289,12 @@ def test_the_embedded_model(tmp_path: Path, tanzaku: Tanzaku) -> None:
     refused = tanzaku("merge", adapter, "--out", tmp_path / "half", "--dtype", "float16")
     assert refused.code == 2 and "'embedded' in float16 gives numbers that are not finite" in refused.err, refused.err
     assert not (tmp_path / "half").exists()
+
+
+@pytest.mark.product
+@pytest.mark.slow
+def test_the_embedded_model_in_either_type(tmp_path: Path, tanzaku: Tanzaku) -> None:
+    adapter = trained(Path("embedded"), tmp_path / "adapter", tz.LoRA(r=2), scale=0.02)
     said = tanzaku("merge", adapter, "--out", tmp_path / "brief", "--dtype", "bfloat16")
     assert said.code == 0 and "rounding to bfloat16 lost" in said.err, said.err
     assert read(tmp_path / "brief").dtype == torch.bfloat16

@@ -280,7 +280,7 @@ def test_adapters_write_differently(kind):
     assert len(same) < len(METHODS) / 3, same
 
 
-@pytest.mark.parametrize("kind", GENERATORS)
+@in_families("kind", GENERATORS)
 @pytest.mark.parametrize(
     "options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"repetition_penalty": 1.3}], ids=str
 )

@@ -26,6 +26,7 @@ from tanzaku.train.results import Job
 from tanzaku.train.scheduler import train_jobs
 from tanzaku.train.settings import TrainSettings
 from task_data import task
+from tiers import in_families
 
 # Where the defaults are not small enough, or so strong that a tiny model makes much of a rounding.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -105,7 +106,7 @@ def watched(model: PreTrainedModel) -> Iterator[list[tuple[int, ...]]]:
     hook.remove()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2", "bert", "t5"])
+@in_families("kind", ["llama", "gemma3", "gpt2", "bert", "t5"])
 @pytest.mark.parametrize("batch_size", [1, 3, 20])
 def test_every_method_together_equals_each_alone(kind: str, batch_size: int) -> None:
     model = tiny(kind)

@@ -18,12 +18,14 @@ from transformers import PreTrainedModel
 import tanzaku as tz
 from close import RUN, assert_close
 from models import NEEDED, tiny, with_parts
+from tanzaku.core.method import Method
 from tanzaku.methods import METHODS
 from tanzaku.train import state as states
 from tanzaku.train.results import EpochRecord, Job, JobResult
 from tanzaku.train.scheduler import JobScheduler, Silent, train_jobs
 from tanzaku.train.settings import TrainSettings
 from task_data import task
+from tiers import costly
 
 # Every setting that leaves something behind from one step to the next.
 TRAIN: dict[str, Any] = {
@@ -107,7 +109,15 @@ def without_clock(result: JobResult) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("method", METHODS)
+# Those whose training is not the plain loop alone, and some that are as most are.
+_PARTS = ("training_state", "resume", "after_step", "prepare", "penalty", "calibrate", "rate_of")
+OWN = {n for n, kind in METHODS.items() if any(getattr(kind, part) is not getattr(Method, part) for part in _PARTS)}
+OWN |= {name for name, kind in METHODS.items() if kind.draws}
+OWN |= {"lora", "full", "head", "prefix_tuning", "p_tuning", "llama_adapter"}
+FEW = [name for name in METHODS if name in OWN]
+
+
+@pytest.mark.parametrize("method", costly(FEW, [name for name in METHODS if name not in FEW]))
 def test_a_job_that_goes_on_ends_as_if_it_had_not_been_cut_off(method: str, tmp_path: Path) -> None:
     """Its figures, too: cut off in the middle of an epoch, at the end of one, and after the last."""
     model = (lambda: tiny("llama", num_labels=2)) if method == "llama_adapter" else model_of
