@@ -114,6 +114,19 @@ def test_a_text_may_come_in_pieces() -> None:
 
 
 @torch.no_grad()
+def test_a_text_goes_on_beside_virtual_tokens_of_other_rows() -> None:
+    """Which a cache holds, too; and no mask says how many there are."""
+    model = model_with()
+    tz.attach(model, tz.PromptTuning(num_virtual_tokens=3), "prompt", seed=0)
+    ids = batch(model, rows=2, length=9, padding=None)["input_ids"]
+    cache = DynamicCache(config=model.config.get_text_config())
+    with tz.route(model, ["x", "prompt"]):
+        parts = [model(input_ids=piece, past_key_values=cache).logits for piece in ids.split([5, 1, 3], dim=1)]
+    with tz.route(model, ["x"]):
+        assert_close(torch.cat(parts, 1)[:1], model(input_ids=ids[:1]).logits)
+
+
+@torch.no_grad()
 def test_a_cache_that_was_begun_without_it_is_refused() -> None:
     model = model_with()
     ids = batch(model, rows=2, length=6, padding=None)["input_ids"]

@@ -40,7 +40,8 @@ class FirstPass(NamedTuple):
 def first_pass(module: nn.Module, given: dict[str, Any]) -> FirstPass:
     """Run a stack of layers, without what adapters do there, on what it is given."""
     name, cache = caches.held(given)
-    past = 0 if cache is None else caches.length(cache) or 0
+    mark = caches.mark_of(cache)
+    past = 0 if cache is None else (caches.length(cache) or 0) - (0 if mark is None else mark.width)
     own = dict(given)
     if name is not None:
         own[name] = caches.beside(cache)
