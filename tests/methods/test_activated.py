@@ -10,8 +10,10 @@ from transformers import DynamicCache
 import tanzaku as tz
 from close import RUN, assert_close
 from interop.oracle import logits, reopened, scatter
-from models import VOCAB, batch, tiny
+from models import VOCAB, attach, batch, tiny
 from tanzaku.core import caches
+from tanzaku.core.manager import manager_of
+from tanzaku.methods import METHODS
 from tanzaku.train.results import Job
 from tanzaku.train.scheduler import train_jobs
 from tanzaku.train.settings import TrainSettings
@@ -111,6 +113,29 @@ def test_generated_texts_go_on_in_force(options):
             if "num_beams" not in options:  # what a pass over the whole text would choose
                 said = model(input_ids=alone).logits[0, -7:-1].argmax(-1)
                 assert said.tolist() == alone[0, -6:].tolist()
+
+
+@torch.no_grad()
+def test_what_is_noted_of_rows_follows_them():
+    """Rows leave a cache beside which another method keeps one, and in which virtual tokens stand."""
+    model = tiny("llama", "lm")
+    opened(model)
+    attach(model, METHODS["xlora"].from_settings({"adapters": ["lora-a", "lora-b"]}), "gated", seed=0)
+    scatter([p for _, p in manager_of(model).get("gated").trained()])
+    tz.attach(model, tz.PromptTuning(num_virtual_tokens=3), "prompt", seed=0)
+    ids = torch.tensor([[3, *CALL, 12, 13, 14, 15, 16, 17, 18]] * 3 + [[*range(3, 13)]])
+    ids[2] = ids[2].roll(2)
+    entries, left = ["gated", "prompt", "a", None], [2, 1, 0]
+    cache = DynamicCache(config=model.config)
+    with tz.route(model, entries):
+        model(input_ids=ids[:, :8], past_key_values=cache)
+    caches.select(cache, left)
+    for step in (8, 9):
+        with tz.route(model, [entries[row] for row in left]):
+            found = model(input_ids=ids[left, step : step + 1], past_key_values=cache).logits[:, 0]
+        for at, row in enumerate(left):
+            with tz.route(model, [entries[row]]):
+                assert_close(found[at], model(input_ids=ids[row : row + 1, : step + 1]).logits[0, -1])
 
 
 @torch.no_grad()

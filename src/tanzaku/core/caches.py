@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from transformers import Cache
 
@@ -74,29 +75,28 @@ def whole(cache: Any) -> Any:
     return view
 
 
+def select(cache: Any, rows: Sequence[int]) -> None:
+    """Leave only these rows in a cache, in this order, with what is noted of them.
+
+    One with the most virtual tokens must be among them: the cache keeps so many columns.
+    """
+    cache.batch_select_indices(torch.tensor(rows))
+    if (mark := mark_of(cache)) is not None and len(mark.counts) > 1:
+        counts = tuple(mark.counts[row] for row in rows)
+        vars(cache)[_MARK] = replace(mark, counts=counts if len(set(counts)) > 1 else counts[:1])
+
+
 def note(cache: Any, name: str, values: Tensor) -> None:
     """Keep a number of each row, (rows,), with a cache: it follows its rows where these are reordered or repeated."""
     kept = vars(cache)
     kept[name] = values
-    for method in _REORDERS:
-        if method not in kept and hasattr(cache, method):
-            kept[method] = partial(_reordered, cache, method)
     kept[_NOTED] = {*kept.get(_NOTED, ()), name}
+    _follow(cache)
 
 
 def noted(cache: Any, name: str) -> Tensor | None:
     """What :func:`note` kept."""
     return cast("Tensor | None", vars(cache).get(name))
-
-
-def _reordered(cache: Any, method: str, by: Any) -> None:
-    getattr(type(cache), method)(cache, by)
-    for name in vars(cache)[_NOTED]:
-        values = vars(cache)[name]
-        if method == "batch_repeat_interleave":
-            vars(cache)[name] = values.repeat_interleave(by)
-        else:
-            vars(cache)[name] = values[by.to(values.device) if isinstance(by, Tensor) else by]
 
 
 _NOTED = "_tanzaku_noted"
@@ -119,7 +119,6 @@ def _guarded(cache: Any, name: str, *args: Any, **kwargs: Any) -> Any:
 
 
 _BESIDE = "_tanzaku_beside"
-_FOLLOWED = (*_REORDERS, "crop", "reset")
 
 
 def beside(cache: Any) -> Any:
@@ -137,15 +136,26 @@ def beside(cache: Any) -> Any:
             "an adapter runs the bare base before each pass, and the cache holds tokens that were read without it: "
             "begin the text with a new, empty cache under this route, or pass use_cache=False"
         )
-    own = copy.deepcopy(cache)
-    for name in _FOLLOWED:
-        if hasattr(cache, name):
-            kept[name] = partial(_followed, cache, name, kept.get(name))
-    kept[_BESIDE] = own
+    own = kept[_BESIDE] = copy.deepcopy(cache)
+    _follow(cache)
     return own
 
 
-def _followed(cache: Any, name: str, before: Any, *args: Any, **kwargs: Any) -> Any:
-    """What is done to a cache's rows is done to the one beside it."""
-    getattr(vars(cache)[_BESIDE], name)(*args, **kwargs)
-    return before(*args, **kwargs) if before is not None else getattr(type(cache), name)(cache, *args, **kwargs)
+def _follow(cache: Any) -> None:
+    """What is done to a cache's rows is done to all that is kept with it."""
+    for name in (*_REORDERS, "crop", "reset"):
+        if hasattr(cache, name):
+            vars(cache)[name] = partial(_followed, cache, name)
+
+
+def _followed(cache: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    kept = vars(cache)
+    if _BESIDE in kept:
+        getattr(kept[_BESIDE], name)(*args, **kwargs)
+    for each in kept.get(_NOTED, ()) if name in _REORDERS else ():
+        values, (by,) = kept[each], (*args, *kwargs.values())
+        if name == "batch_repeat_interleave":
+            kept[each] = values.repeat_interleave(by)
+        else:
+            kept[each] = values[by.to(values.device) if isinstance(by, Tensor) else by]
+    return getattr(type(cache), name)(cache, *args, **kwargs)
