@@ -316,13 +316,13 @@ def test_loss_is_the_cross_entropy_of_each_row_in_float32() -> None:
 
 @pytest.mark.parametrize("factors", [(1.0, 1.0), (1.0, 3.0)])
 def test_loss_of_a_batch_is_the_mean_of_its_rows(factors: tuple[float, float]) -> None:
-    """Each row counts by its factor, as torch's cross entropy counts it by the weight of its class."""
+    """Each row counts by its factor, in a batch of one row too."""
     logits = torch.tensor([[2.0, -1.0], [0.5, 0.25], [-3.0, 1.0]])
     labels = [0, 1, 0]
     examples = [replace(each, factor=factors[each.target]) for each in labelled(labels)]
     active: Any = SimpleNamespace(adapter=SimpleNamespace(method=LoRA()))
-    found = ActiveJob.loss(active, loss(logits, torch.tensor(labels)), examples)
-    assert_close(found, cross_entropy(logits, torch.tensor(labels), weight=torch.tensor(factors)))
-    each = -logits.log_softmax(1)[range(3), labels]
-    weights = torch.tensor([factors[label] for label in labels])
-    assert_close(found, (each * weights).sum() / weights.sum())
+    sums = loss(logits, torch.tensor(labels))
+    each = cross_entropy(logits, torch.tensor(labels), weight=torch.tensor(factors), reduction="none")
+    assert_close(ActiveJob.loss(active, sums, examples), each.mean())
+    for row in range(3):
+        assert_close(ActiveJob.loss(active, sums[row : row + 1], examples[row : row + 1]), each[row])

@@ -140,11 +140,16 @@ def test_the_best_epochs_weights_come_back() -> None:
     assert_close(result.test, result.epochs[result.best_epoch - 1].valid)
 
 
-def test_class_weights_change_the_loss_of_uneven_classes() -> None:
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_class_weights_change_the_loss_of_uneven_classes(batch_size: int) -> None:
     plain, weighted = (
-        train_jobs(tiny("llama", num_labels=2), task(train=9), [job(class_weights=on)])[0] for on in (False, True)
+        train_jobs(tiny("llama", num_labels=2), task(train=9), [job(class_weights=on, batch_size=batch_size)])[0]
+        for on in (False, True)
     )
     assert not close(plain.epochs[0].train_loss, weighted.epochs[0].train_loss, RUN)
+    assert not close(
+        plain.epochs[0].valid["loss"], weighted.epochs[0].valid["loss"], RUN
+    )  # the weights learned from it
     assert plain.epochs[0].valid.keys() == {"loss", "accuracy", "roc_auc", "macro_f1"}
 
 

@@ -46,7 +46,7 @@ class Example:
         inputs: by `forward`'s names, a number for each token.
         target: what it should come to; None: it is to be predicted.
         weight: what its loss is the sum over: 1, or its tokens that have a target.
-        factor: what its loss counts among those of other rows.
+        factor: what its loss counts among those of other rows; 1 on average over the rows of a job.
         about: what else the task must know of the row to read its outputs.
         context: a number by name that adapters may read of the row.
     """
@@ -488,11 +488,24 @@ def metric_named(task: type[Task] | Task, name: str) -> Metric:
     raise TanzakuError(f"{task.name} has no metric {name!r}{nearest(name, known)}, expected one of {listed(known)}")
 
 
-def weighed(data: TaskData) -> TaskData:
-    """The same rows, with training rows that count so much that all classes count alike."""
-    factors = data.task.class_weights(data.train.examples)
-    examples = [replace(e, factor=factor) for e, factor in zip(data.train.examples, factors, strict=True)]
-    return replace(data, train=replace(data.train, examples=examples))
+def weighed(data: TaskData, by_class: bool) -> TaskData:
+    """The same rows, with training rows that count what they say, and, `by_class`, so much that all classes count alike
+    where they say nothing. Together they count what they would without: a weight changes no learning rate.
+
+    Raises:
+        TanzakuError: no row counts anything, or a class has no rows.
+    """
+    examples = data.train.examples
+    if not by_class and all(example.factor == 1 for example in examples):
+        return data
+    classes = data.task.class_weights(examples) if by_class else [1.0] * len(examples)
+    factors = [example.factor * weight for example, weight in zip(examples, classes, strict=True)]
+    total = sum(example.weight * factor for example, factor in zip(examples, factors, strict=True))
+    if not total:
+        raise TanzakuError(f"all {len(examples)} training rows have the weight 0; let some of them count")
+    scale = sum(example.weight for example in examples) / total
+    counted = [replace(e, factor=factor * scale) for e, factor in zip(examples, factors, strict=True)]
+    return replace(data, train=replace(data.train, examples=counted))
 
 
 def joined(parts: Sequence[Records], order: Sequence[int]) -> Records:

@@ -39,7 +39,7 @@ class _Batch:
     """
 
     rows: list[int]
-    weight: float  # of its loss in that of the epoch: its rows, or what the classes of these weigh
+    weight: float  # of its loss in that of the epoch: its rows, or their tokens that have a target
     share: float  # of its weight in that of the optimizer step that it is a part of
     ends_step: bool
     ends_epoch: bool
@@ -51,7 +51,7 @@ class ActiveJob:
     def __init__(self, job: Job, adapter: Adapter, data: TaskData, result: JobResult, device: torch.device):
         s = job.settings
         self.job, self.adapter, self.result = job, adapter, result
-        self.data = weighed(data) if s.class_weights else data
+        self.data = weighed(data, s.class_weights)
         self.virtual, self.before = adapter.virtual, adapter.before
         self.left_out = False  # whether its last pass may have left out layers by chance
         self.draws: bool | None = None  # whether its forward pass draws random numbers; None: not yet known
@@ -344,8 +344,8 @@ def _held(adapter: Adapter) -> dict[str, int]:
 
 
 def _weight(examples: Sequence[Example]) -> float:
-    """What the losses of some rows are the sum over."""
-    return sum(example.weight * example.factor for example in examples)
+    """What the losses of some rows are the sum over. Factors are no part of it: a batch of one row would undo them."""
+    return sum(example.weight for example in examples)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -125,7 +125,7 @@ def checksum(data: TaskData) -> str:
     for split in data.splits():
         digest.update(split.name.encode())
         for example in split.examples:
-            told = [*example.context.items()]
+            told = [*example.context.items(), *([] if example.factor == 1 else [example.factor])]
             digest.update(repr((sorted(example.inputs.items()), example.target, *told)).encode())
     return digest.hexdigest()
 
