@@ -4,6 +4,7 @@ and law 1 for every task: a job among others ends as it does alone."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import transformers
 from safetensors.torch import load_file
 from variants import VARIANTS, method, sharing
 
-from close import RUN, assert_close
+from close import RUN, assert_close, close
 from models import VOCAB, config_of, lively, with_parts
 from tanzaku.methods import METHODS
 from tanzaku.tasks import TASKS
@@ -156,6 +157,31 @@ def test_accumulated_batches_weigh_rows_as_one_batch_does(name: str, tmp_path: P
     once, often = weights(batch_size=6), weights(batch_size=2, accumulation=3)
     for key, value in once.items():
         assert_close(often[key], value, 4 * RUN, at=key)
+
+
+@every_task
+def test_a_row_of_weight_two_counts_as_two_rows(name: str, tmp_path: Path) -> None:
+    """And one of weight 0 as none, whatever number the weights are multiplied with."""
+    counts = [2, 1, 0, 1, 3, 1, 1, 0, 1, 2, 1]
+
+    def weights(data: TaskData, out: str) -> dict[str, torch.Tensor]:
+        settings = TrainSettings(epochs=3, learning_rate=0.01, batch_size=13, shuffle=False, adam_epsilon=1e-2)
+        job = Job("a", method("lora"), settings)
+        [result] = train_jobs(model_of(name, "llama"), data, [job], out=tmp_path / out, workers=1)
+        assert result.error is None
+        return load_file(tmp_path / out / "adapters/a/adapter_model.safetensors")
+
+    data = data_of(name)
+    rows = data.train.examples
+    weighed = [replace(row, factor=0.1 * count) for row, count in zip(rows, counts, strict=True)]
+    often = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
+    repeated = replace(data.train, examples=often, texts=[""] * len(often))
+    expected = weights(replace(data, train=repeated), "often")
+    found = weights(replace(data, train=replace(data.train, examples=weighed)), "weighed")
+    plain = weights(data, "plain")
+    for key, value in expected.items():
+        assert_close(found[key], value, 4 * RUN, at=key)
+    assert not all(close(found[key], plain[key], 4 * RUN) for key in plain)
 
 
 @every_task

@@ -20,7 +20,7 @@ from tanzaku.methods.lora import LoRA
 from tanzaku.tasks.batches import epoch_batches
 from tanzaku.tasks.classification import Classification, ClassificationSettings, labels_of
 from tanzaku.tasks.data import Table
-from tanzaku.tasks.task import Batch, Example, Split
+from tanzaku.tasks.task import Batch, Example, Split, TaskData, weighed
 from tanzaku.train.active_job import ActiveJob
 from task_data import labelled
 
@@ -296,6 +296,18 @@ def test_class_weights() -> None:
     assert weights([2, 1, 0], "abc") == [1, 1, 1]
     with refused("^class b has no rows"):
         weights([0, 2, 2], "abc")
+
+
+def test_weights_of_rows_and_of_classes_multiply() -> None:
+    """And are 1 on average."""
+    rows = [replace(row, factor=factor) for row, factor in zip(labelled([0, 0, 0, 1]), (1, 3, 0, 2), strict=True)]
+    data = TaskData(Split("train", rows, [""] * 4, 0, "rows"), None, None, Classification(("a", "b")))
+    factors = [row.factor for row in weighed(data, by_class=True).train.examples]
+    assert factors == pytest.approx([4 * each / (4 + 6) for each in (1, 3, 0, 3 * 2)])
+    assert [row.factor for row in weighed(data, by_class=False).train.examples] == pytest.approx([4 / 6, 2, 0, 8 / 6])
+    none = replace(data, train=replace(data.train, examples=[replace(row, factor=0.0) for row in rows]))
+    with refused("^all 4 training rows have the weight 0"):
+        weighed(none, by_class=False)
 
 
 def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

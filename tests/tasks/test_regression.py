@@ -17,8 +17,9 @@ from torch import nn
 
 from close import assert_close
 from tanzaku.errors import TanzakuError
+from tanzaku.tasks.cells import number_of
 from tanzaku.tasks.data import Table
-from tanzaku.tasks.regression import Regression, RegressionSettings, number_of
+from tanzaku.tasks.regression import Regression, RegressionSettings
 from tanzaku.tasks.task import Example, Records
 
 DATA = RegressionSettings(train="train.tsv")

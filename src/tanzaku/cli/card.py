@@ -41,7 +41,7 @@ def show_card(kind: type[Task], data: DataSettings, model: str | None, max_lengt
         typer.Exit: with code 1, a check would stop training.
     """
     display, notes = Display(), list[str]()
-    read = open_tables(kind, data, notes.append)
+    read = open_tables(kind, data, folded, notes.append)
     found = list(findings(read.tables, read.task, data, folded))
     tokenizer = _tokenizer(model) if model is not None else None
     tokens = None if tokenizer is None else _encoded(read, tokenizer, max_length)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, cast
 
 from tanzaku.errors import TanzakuError, flag
+from tanzaku.tasks.cells import number_of
 from tanzaku.tasks.checks import findings
 from tanzaku.tasks.data import Table, read_table, to_stderr
 from tanzaku.tasks.row_tasks import RowTasks
@@ -26,6 +27,7 @@ class Tables:
     tables: dict[str, Table]
     task: Task
     data: DataSettings
+    weights: dict[str, list[float]] = field(default_factory=dict)  # of rows that are trained on, by split
 
 
 def read_tables(
@@ -40,7 +42,7 @@ def read_tables(
     Raises:
         TanzakuError: as `open_tables`, or a check that `data` does not allow.
     """
-    read = open_tables(kind, data, note)
+    read = open_tables(kind, data, folded, note)
     for found in findings(read.tables, read.task, data, folded):
         if found.check is None:
             note(str(found))
@@ -49,14 +51,19 @@ def read_tables(
     return read
 
 
-def open_tables(kind: type[Task], data: DataSettings, note: Callable[[str], None] = to_stderr) -> Tables:
+def open_tables(
+    kind: type[Task], data: DataSettings, folded: bool = False, note: Callable[[str], None] = to_stderr
+) -> Tables:
     """Read every table, and check that each has the columns and cells that it needs.
+
+    Args:
+        folded: whether validation rows are trained on too, in folds.
 
     Raises:
         TanzakuError: a file, column or cell that is missing or broken, or a target unseen in training.
     """
     own = {key: getattr(data, key) for key in kind.Data.model_fields if key not in DataSettings.model_fields}
-    own["task_id"] = data.task_id
+    own |= {"task_id": data.task_id, "weight": data.weight}
     for key, other in combinations([key for key, column in own.items() if column is not None], 2):
         if own[key] == own[other]:
             raise TanzakuError(
@@ -77,7 +84,27 @@ def open_tables(kind: type[Task], data: DataSettings, note: Callable[[str], None
         if all(each.name != "row_tasks" for each in fields(cast(Any, task))):
             raise TanzakuError(f"task {task.name} has rows of one task alone; leave task_id out")
         task = replace(cast(Any, task), row_tasks=RowTasks.learn(tables, data.task_id))
-    return Tables(tables, task, data)
+    trained = [split for split in ("train", "valid") if split in tables and (folded or split == "train")]
+    return Tables(tables, task, data, {} if data.weight is None else _weights(tables, trained, data.weight))
+
+
+def _weights(tables: Mapping[str, Table], splits: Sequence[str], column: str) -> dict[str, list[float]]:
+    """What each row of these splits counts.
+
+    Raises:
+        TanzakuError: no such column, a cell that is no number from 0 on, or nothing that counts.
+    """
+    found = {}
+    for split in splits:
+        source = tables[split].source
+        cells = enumerate(tables[split].column(column, "weight"), 1)
+        found[split] = [number_of(value, f"{source} row {row}: column {column!r}") for row, value in cells]
+        for row, number in enumerate(found[split], 1):
+            if number < 0:
+                raise TanzakuError(f"{source} row {row}: column {column!r} is {number:g}, expected a weight, 0 or more")
+    if not any(map(any, found.values())):
+        raise TanzakuError(f"column {column!r} of {tables['train'].source} is 0 in all rows; let some of them count")
+    return found
 
 
 def encode(read: Tables, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TaskData:
@@ -89,4 +116,7 @@ def encode(read: Tables, tokenizer: PreTrainedTokenizerBase, max_length: int) ->
     splits = {
         name: read.task.encode(table, name, tokenizer, max_length, read.data) for name, table in read.tables.items()
     }
+    for name, weights in read.weights.items():
+        rows = zip(splits[name].examples, weights, strict=True)
+        splits[name] = replace(splits[name], examples=[replace(row, factor=weight) for row, weight in rows])
     return TaskData(splits["train"], splits.get("valid"), splits.get("test"), read.task, int(tokenizer.pad_token_id))

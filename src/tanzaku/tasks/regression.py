@@ -12,7 +12,7 @@ from pydantic import Field
 
 from tanzaku.errors import TanzakuError
 from tanzaku.support.lazy import Lazy
-from tanzaku.tasks.cells import missing
+from tanzaku.tasks.cells import number_of
 from tanzaku.tasks.row_tasks import RowTasks
 from tanzaku.tasks.settings import Finding, TextSettings
 from tanzaku.tasks.task import LEARNED, LOSS, Batch, Column, Example, Metric, Records, Said, Statistics
@@ -28,7 +28,6 @@ else:
     np = Lazy("numpy")
 
 _INFINITE = (0.0, math.inf)
-_LARGEST = 1e100  # of a number in a row: squares of larger ones are none
 _ROUNDING = 1e-13  # what it leaves of no variance, as a share of a sum of squares
 
 
@@ -263,27 +262,3 @@ class Regression(TextTask):
 
 def _numbers(table: Table, column: str) -> list[float]:
     return [number_of(value, f"{table.source} row {row}") for row, value in enumerate(table.column(column), 1)]
-
-
-def number_of(value: Any, where: str) -> float:
-    """The finite number in a cell.
-
-    Raises:
-        TanzakuError: there is none; `where` is its place.
-    """
-    value = value.strip() if isinstance(value, str) else value
-    if missing(value):
-        raise TanzakuError(f"{where} has no number; fill it in or drop the row")
-    try:
-        if isinstance(value, str) and ("_" in value or not value.isascii()):
-            raise ValueError  # which Python reads as a number, and hardly anybody means so
-        found = math.nan if isinstance(value, bool) else float(value)
-    except (OverflowError, TypeError, ValueError):
-        comma = isinstance(value, str) and "," in value
-        fix = "; write its decimals after a point" if comma else ""
-        raise TanzakuError(f"the number in {where} is {str(value)[:40]!r}, expected one such as 3.5{fix}") from None
-    if not abs(found) < _LARGEST:  # nor is nan
-        raise TanzakuError(
-            f"the number in {where} is {str(value)[:40]!r}, expected a finite one of less than {_LARGEST:g}"
-        )
-    return found

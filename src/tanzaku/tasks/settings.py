@@ -45,6 +45,9 @@ class DataSettings(BaseModel):
     task_id: str | None = Field(
         default=None, min_length=1, description="column that says which of several tasks a row is of"
     )
+    weight: str | None = Field(
+        default=None, min_length=1, description="column of what a training row's loss counts, 0 or more (all 1)"
+    )
     allow: list[Check] = Field(default=[], description="pass this check of rows (repeatable; tanzaku check names them)")
 
 
