@@ -203,6 +203,19 @@ def test_class_weights_are_for_classes(task: str, tanzaku: Tanzaku) -> None:
         assert_refused(said, "class_weights", task)
 
 
+def test_focal_loss_is_of_cross_entropies(task: str, tanzaku: Tanzaku) -> None:
+    """And what is measured stays the loss itself: the first epoch's figures of one row a step are larger."""
+    said = tanzaku("train", "recipe.yaml", "--focal-gamma", "2", "--out", "run")
+    if not TASKS[task].has_focal:
+        assert_refused(said, "focal_gamma is 2", task, "leave it out", "classification")
+        return
+    assert said.code == 0, said.err
+    assert tanzaku("train", "recipe.yaml", "--out", "plain").code == 0
+    [focal], [plain] = (results_of(Path(out))["jobs"] for out in ("run", "plain"))
+    assert focal["epochs"][0]["train_loss"] < 0.7 * plain["epochs"][0]["train_loss"]
+    assert focal["epochs"][0]["valid"]["loss"] > 0.7 * plain["epochs"][0]["valid"]["loss"]
+
+
 def test_the_example_of_the_docs(
     work: Path, monkeypatch: pytest.MonkeyPatch, model_dir: Path, tanzaku: Tanzaku
 ) -> None:

@@ -58,6 +58,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "shuffle": (False, {}, weights),
     "group_by_length": (True, {}, weights),
     "class_weights": (True, {}, weights),
+    "focal_gamma": (2.0, {}, weights),
     "seed": (1, {}, weights),
     "precision": ("bf16", {}, weights),
     "gradient_checkpointing": (True, {}, "calls of attention"),

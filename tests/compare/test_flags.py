@@ -36,6 +36,11 @@ def test_a_loss_that_stays_that_of_the_labels() -> None:
     assert words(record(0.65, 0.4)) == []  # the mean of a first epoch lags behind what it has learned
 
 
+def test_a_focal_loss_says_nothing_of_what_was_learned() -> None:
+    focal = {"train_settings": {"focal_gamma": 2.0}}
+    assert words(record(0.2, 0.6)) == [] and words(record(0.2, 0.6) | focal) == ["did not learn"]
+
+
 def test_less_than_always_the_same_label() -> None:
     assert words(record(accuracy=0.72), record(accuracy=0.66)) == ["below the majority label"]
     assert "69.0% are right" in flags([record(accuracy=0.69)], TASK, ROWS, LOSS, True)[0]

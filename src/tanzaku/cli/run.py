@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tanzaku.errors import TanzakuError, listed, nearest
+from tanzaku.tasks import TASKS
 
 if TYPE_CHECKING:
     import torch
@@ -245,6 +246,12 @@ def _check_sense(recipe: Recipe, name: str, settings: TrainSettings) -> None:
     if recipe.data.valid is None and not folds and (settings.patience is not None or settings.restore_best):
         key = "restore_best" if settings.restore_best else "patience"
         raise TanzakuError(f"candidate {name!r}: {key} needs validation rows; give --valid, or leave it out")
+    if settings.focal_gamma and not recipe.kind.has_focal:
+        which = listed(task for task, kind in TASKS.items() if kind.has_focal)
+        raise TanzakuError(
+            f"candidate {name!r}: focal_gamma is {settings.focal_gamma:g}, and {recipe.task} has no focal loss; "
+            f"leave it out, since it is of {which}"
+        )
 
 
 def _distinct(methods: Sequence[Tried]) -> list[Tried]:

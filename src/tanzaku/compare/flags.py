@@ -41,6 +41,8 @@ def flags(
 
 def _last(record: Mapping[str, Any]) -> float:
     epochs = record["epochs"]
+    if record.get("train_settings", {}).get("focal_gamma"):
+        return float("inf")  # a focal loss is small of rows that nothing is known of, too
     return _known(epochs[-1]["train_loss"]) if epochs else float("inf")
 
 

@@ -14,6 +14,7 @@ from pydantic import Field
 from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.support.lazy import Lazy
 from tanzaku.tasks.labels import NUMBER, check_labels, label_name, odd_labels, spelling
+from tanzaku.tasks.losses import focal
 from tanzaku.tasks.metrics import ACCURACY, MACRO_F1, ROC_AUC
 from tanzaku.tasks.row_tasks import RowTasks
 from tanzaku.tasks.settings import TextSettings
@@ -55,6 +56,7 @@ class Classification(TextTask):
     peft_type = "SEQ_CLS"
     metrics = (LOSS, ROC_AUC, ACCURACY, MACRO_F1)
     rank_by = "roc_auc"
+    has_focal = True
     Data = ClassificationSettings
     overrides: ClassVar[Mapping[str, tuple[str, str]]] = {
         **TextTask.overrides,
@@ -124,7 +126,7 @@ class Classification(TextTask):
     def score(self, outputs: Any, batch: Batch) -> Tensor:
         from torch.nn.functional import cross_entropy
 
-        return cross_entropy(outputs.logits.float(), batch.targets["target"], reduction="none")
+        return focal(cross_entropy(outputs.logits.float(), batch.targets["target"], reduction="none"), batch)
 
     def records(self, outputs: Any, batch: Batch) -> Records:
         logits = outputs.logits.detach().cpu().double()

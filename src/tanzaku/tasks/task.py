@@ -47,6 +47,7 @@ class Example:
         target: what it should come to; None: it is to be predicted.
         weight: what its loss is the sum over: 1, or its tokens that have a target.
         factor: what its loss counts among those of other rows; 1 on average over the rows of a job.
+        focal: by which power its loss counts less the surer the model is of it (`losses.focal`).
         about: what else the task must know of the row to read its outputs.
         context: a number by name that adapters may read of the row.
     """
@@ -55,6 +56,7 @@ class Example:
     target: Any = None
     weight: float = 1.0
     factor: float = 1.0
+    focal: float = 0.0
     about: Any = None
     context: Mapping[str, int] = field(default_factory=dict)
 
@@ -230,6 +232,7 @@ class Task(ABC):
     overrides: ClassVar[
         Mapping[str, tuple[str, str]]
     ] = {}  # what prediction may be told: by flag, its metavar and help
+    has_focal: ClassVar[bool] = False  # whether `score` is of cross entropies, and looks at a row's `focal`
     reading: ClassVar[tuple[str, ...]] = ()  # of these, the names of columns
     answer_keys: ClassVar[tuple[str, ...]]  # of `answer`
 
@@ -488,15 +491,18 @@ def metric_named(task: type[Task] | Task, name: str) -> Metric:
     raise TanzakuError(f"{task.name} has no metric {name!r}{nearest(name, known)}, expected one of {listed(known)}")
 
 
-def weighed(data: TaskData, by_class: bool) -> TaskData:
+def weighed(data: TaskData, by_class: bool, focal: float = 0.0) -> TaskData:
     """The same rows, with training rows that count what they say, and, `by_class`, so much that all classes count alike
     where they say nothing. Together they count what they would without: a weight changes no learning rate.
+
+    Args:
+        focal: of all training rows.
 
     Raises:
         TanzakuError: no row counts anything, or a class has no rows.
     """
     examples = data.train.examples
-    if not by_class and all(example.factor == 1 for example in examples):
+    if not by_class and not focal and all(example.factor == 1 for example in examples):
         return data
     classes = data.task.class_weights(examples) if by_class else [1.0] * len(examples)
     factors = [example.factor * weight for example, weight in zip(examples, classes, strict=True)]
@@ -504,7 +510,7 @@ def weighed(data: TaskData, by_class: bool) -> TaskData:
     if not total:
         raise TanzakuError(f"all {len(examples)} training rows have the weight 0; let some of them count")
     scale = sum(example.weight for example in examples) / total
-    counted = [replace(e, factor=factor * scale) for e, factor in zip(examples, factors, strict=True)]
+    counted = [replace(e, factor=factor * scale, focal=focal) for e, factor in zip(examples, factors, strict=True)]
     return replace(data, train=replace(data.train, examples=counted))
 
 

@@ -15,6 +15,7 @@ from pydantic import Field
 from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.support.lazy import Lazy
 from tanzaku.tasks.cells import missing
+from tanzaku.tasks.losses import focal
 from tanzaku.tasks.row_tasks import RowTasks
 from tanzaku.tasks.settings import DataSettings, Finding
 from tanzaku.tasks.task import (
@@ -127,6 +128,7 @@ class Tokens(Task):
     peft_type = "TOKEN_CLS"
     metrics = (LOSS, F1, MACRO_F1, PRECISION, RECALL)
     rank_by = "f1"
+    has_focal = True
     Data = TokensSettings
     overrides: ClassVar[Mapping[str, tuple[str, str]]] = {
         "column": ("TEXT", "column of the text, or of the words of task tokens (as in training)")
@@ -276,7 +278,8 @@ class Tokens(Task):
         from torch.nn.functional import cross_entropy
 
         logits = outputs.logits.float().transpose(1, 2)
-        return cross_entropy(logits, batch.targets["tags"], ignore_index=_IGNORED, reduction="none").sum(dim=1)
+        losses = cross_entropy(logits, batch.targets["tags"], ignore_index=_IGNORED, reduction="none")
+        return focal(losses, batch).sum(dim=1)
 
     def records(self, outputs: Any, batch: Batch) -> Records:
         logits = outputs.logits.detach().cpu().double()

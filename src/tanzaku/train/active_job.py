@@ -51,7 +51,7 @@ class ActiveJob:
     def __init__(self, job: Job, adapter: Adapter, data: TaskData, result: JobResult, device: torch.device):
         s = job.settings
         self.job, self.adapter, self.result = job, adapter, result
-        self.data = weighed(data, s.class_weights)
+        self.data = weighed(data, s.class_weights, s.focal_gamma)
         self.virtual, self.before = adapter.virtual, adapter.before
         self.left_out = False  # whether its last pass may have left out layers by chance
         self.draws: bool | None = None  # whether its forward pass draws random numbers; None: not yet known

@@ -39,6 +39,9 @@ class TrainSettings(BaseModel):
     shuffle: bool = Field(True, description="draw a new order of the rows each epoch")
     group_by_length: bool = Field(False, description="batch rows of like length together, for less padding")
     class_weights: bool = Field(False, description="weigh the loss by inverse class frequency")
+    focal_gamma: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="focal loss: count rows less that are sure already, by this power"
+    )
     seed: int = Field(0, ge=-(2**62), lt=2**62, description="of initial weights, data order and dropout")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "fp32",
