@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 TEXTS = ["the warm rain of spring", "a cold wind of winter", "warm sea", "cold sea", "spring rain", "winter wind"]
 TEXTS += ["the rain", "cold rain", "warm wind", "the cold spring", "a warm winter", "sea of rain"]
 WARM = {"warm", "spring", "sea"}
+KINDS = {"mild": WARM, "wet": {"sea", "rain"}}
 
 
 def spans(text: str) -> list[dict[str, Any]]:
@@ -40,6 +41,8 @@ def spans(text: str) -> list[dict[str, Any]]:
 def row(task: str, text: str) -> dict[str, Any]:
     if task == "classification":
         return {"text": text, "label": "mild" if WARM & {*text.split()} else "harsh"}
+    if task == "multilabel":
+        return {"text": text, "label": [name for name, of in KINDS.items() if of & {*text.split()}]}
     if task == "regression":
         return {"text": text, "label": 10.0 + 3 * len(WARM & {*text.split()}) - len(text.split())}
     if task == "tokens":

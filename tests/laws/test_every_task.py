@@ -20,6 +20,7 @@ from models import VOCAB, config_of, lively, with_parts
 from tanzaku.methods import METHODS
 from tanzaku.tasks import TASKS
 from tanzaku.tasks.classification import Classification
+from tanzaku.tasks.multilabel import Multilabel
 from tanzaku.tasks.regression import Regression
 from tanzaku.tasks.task import Example, Split, Task, TaskData
 from tanzaku.tasks.tokens import Tokens
@@ -31,6 +32,7 @@ from task_data import rows
 # One of each, for rows of `task_data`, whose label depends on their last token.
 EACH: dict[str, Task] = {
     "classification": Classification(("a", "b")),
+    "multilabel": Multilabel(("a", "b", "c")),
     "regression": Regression(10.0, 4.0),
     "tokens": Tokens(("x",), "words", True),
 }
@@ -47,7 +49,9 @@ def split_of(name: str, number: int, seed: int) -> Split:
     examples = []
     for example in split.examples:
         ids = list(example.inputs["input_ids"])
-        if name == "regression":
+        if name == "multilabel":
+            examples.append(Example(example.inputs, [at for at in range(3) if ids[-1] >> at & 1]))
+        elif name == "regression":
             examples.append(Example(example.inputs, 10.0 + ids[-1] / VOCAB * 8))
         else:
             found = [(at, at + 1, "x") for at, token in enumerate(ids) if token > VOCAB // 2]

@@ -14,8 +14,9 @@ from tanzaku.tasks.checks import findings
 from tanzaku.tasks.classification import Classification, ClassificationSettings
 from tanzaku.tasks.data import Table
 from tanzaku.tasks.labels import spelling
+from tanzaku.tasks.multilabel import Multilabel, MultilabelSettings
 from tanzaku.tasks.prepare import open_tables, read_tables
-from tanzaku.tasks.settings import Check
+from tanzaku.tasks.settings import Check, TextSettings
 
 TASK = Classification(("0", "1"))
 SETTINGS = ClassificationSettings(train="train.tsv")
@@ -172,7 +173,7 @@ def test_labels_of_another_spelling_are_refused_with_the_known_one(tmp_path: Pat
 
 
 @pytest.fixture
-def odd(tmp_path: Path) -> dict[Check, ClassificationSettings]:
+def odd(tmp_path: Path) -> dict[Check, TextSettings]:
     """Of each check, rows that it stops."""
 
     def write(name: str, rows: list[tuple[str, str]]) -> str:
@@ -188,20 +189,23 @@ def odd(tmp_path: Path) -> dict[Check, ClassificationSettings]:
         "labels-missing": [*GOOD, ("a", "null")],
         "label-spellings": [("a", "x"), ("b", "X"), ("c", "y")],
     }
-    settings: dict[Any, ClassificationSettings] = {
+    settings: dict[Any, TextSettings] = {
         name: ClassificationSettings(train=write(name, each)) for name, each in rows.items()
     }
     settings["duplicates-across-splits"] = ClassificationSettings(train=good, test=good)
+    many = write("many", [("a", "x|y"), ("b", "y"), ("c", "x|z")])
+    settings["labels-separator"] = MultilabelSettings(train=many)
     return settings
 
 
 @pytest.mark.parametrize("check", get_args(Check))
-def test_a_check_stops_unless_it_is_allowed(odd: dict[Check, ClassificationSettings], check: Check) -> None:
+def test_a_check_stops_unless_it_is_allowed(odd: dict[Check, TextSettings], check: Check) -> None:
+    kind: Any = Multilabel if isinstance(odd[check], MultilabelSettings) else Classification
     with pytest.raises(TanzakuError, match=f"pass --allow {check}"):
-        read_tables(Classification, odd[check], folded=True)
+        read_tables(kind, odd[check], folded=True)
     allowed = odd[check].model_copy(update={"allow": [check]})
-    task = read_tables(Classification, allowed, folded=True).task
-    assert isinstance(task, Classification) and len(task.labels) >= 2
+    task: Any = read_tables(kind, allowed, folded=True).task
+    assert isinstance(task, kind) and len(task.labels) >= 2
 
 
 def test_notes_stop_nothing(tmp_path: Path) -> None:

@@ -122,6 +122,12 @@ class Display:
             names, kind = list(task.classes), "test" if data.test is not None else "validation"
             self.say(f"\nconfusion of the {kind} rows: a row is a true label, a column a predicted one")
             self.table(["", *names], [[n, *map(str, row)] for n, row in zip(names, result.confusion, strict=True)])
+        if by_class := result.by_class:
+            kind = "test" if data.test is not None else "validation"
+            self.say(f"\nfigures of the {kind} rows, by class")
+            keys = list(next(iter(by_class.values())))
+            rows = [[name, *map(_plain, own.values())] for name, own in by_class.items()]
+            self.table(["", *keys], rows, right=range(1, len(keys) + 1))
         if result.test is not None:
             self.say(f"test {', '.join(_tested(result, task))}")
         self.say(f"peak memory {_mebibytes(result)} MiB, {result.seconds:.1f} seconds")
@@ -154,6 +160,10 @@ def _tested(result: JobResult, task: Task) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else written(value, 4)
+
+
+def _plain(value: float | None) -> str:
+    return str(value) if isinstance(value, int) else _number(value)
 
 
 def _mebibytes(result: JobResult) -> str:

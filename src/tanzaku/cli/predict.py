@@ -256,18 +256,18 @@ def _foreign(name: str, path: Path, asked: dict[str, Any], precision: str | None
 
     found = read_adapter(name, path)
     named = adapter_config(found.path).get("task_type")
-    kind = next((each for each in TASKS.values() if each.peft_type == named and each.fits(found.width)), None)
-    if kind is None:
-        known = listed(dict.fromkeys(repr(each.peft_type) for each in TASKS.values()))
+    known = dict.fromkeys(each.peft_type for each in TASKS.values())
+    if named not in known:
         raise TanzakuError(
             f"{path} is an adapter for {'no task' if named is None else repr(named)}, which is not predicted with; "
-            f"expected task_type {known}"
+            f"expected task_type {listed(map(repr, known))}"
         )
     base = asked.get("model") or found.base
     if base is None:
         raise TanzakuError(f"{path} does not name its base model; say with --model where it is")
-    _check_flags(kind, asked, path)
     config = read_config(base, on_progress=note)
+    kind = next(each for each in TASKS.values() if each.peft_type == named and each.fits(found.width, config))
+    _check_flags(kind, asked, path)
     task = kind.of_base(config, found.width, asked, str(path), base)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     limits = [read_tokenizer(base, on_progress=note).model_max_length, positions or _LONGEST, _LONGEST]
@@ -293,7 +293,7 @@ def _check_fit(adapters: Sequence[_Adapter]) -> None:
             found = f"{adapters[0].path} says {first}, {adapter.path} says {second}"
             raise TanzakuError(f"adapters whose base was loaded differently: {found}; {one_by_one}")
         for key, mine in expected.items():
-            if mine != theirs.get(key):
+            if key not in of_all.of_adapters and mine != theirs.get(key):
                 found = f"{whose.path} has {_shown(mine)}, {adapter.path} has {_shown(theirs.get(key))}"
                 if isinstance(mine, list):
                     odd = sorted({*mine} ^ {*theirs[key]})
@@ -455,7 +455,9 @@ class _Run:
             try:
                 with autocast(model.device, precision):
                     pad = int(self.tokenizer.pad_token_id)
-                    found = list(predictions(model, self.task, texts, pad, self.batch_size, self.accelerations))
+                    own = {adapter.name: adapter.task for adapter in group}
+                    args = (texts, pad, self.batch_size, self.accelerations, own)
+                    found = list(predictions(model, self.task, *args))
             except NotFinite as error:
                 path = next(adapter.path for adapter in group if adapter.name == error.name)
                 fix = "" if precision == "fp32" else ", or --precision fp32"

@@ -31,7 +31,7 @@ from tanzaku.models.families import Base
 from tanzaku.recipe.comparison import CompareSettings, bytes_of
 from tanzaku.storage import store
 from tanzaku.tasks.inference import records_of
-from tanzaku.tasks.task import Metric, Split, Statistics, TaskData, metric_named
+from tanzaku.tasks.task import Metric, Split, Statistics, Task, TaskData, metric_named
 from tanzaku.train.events import Emitter, Event, Listener
 from tanzaku.train.results import Job
 from tanzaku.train.scheduler import JobScheduler, intervals
@@ -219,14 +219,25 @@ class Comparison:
             for candidate in reversed(group):  # a later one may use an earlier one
                 detach(self.model, candidate.name)
             for candidate in group:
-                records = found[candidate.name]
+                own = self._chosen(candidate)
+                records = own.decided(found[candidate.name])
                 out["predictions"][candidate.name] = self.task.predictions(records)
-                figures: dict[str, Any] = {"confusion": self.task.confusion(records)}
+                figures: dict[str, Any] = {
+                    "confusion": self.task.confusion(records),
+                    "by_class": own.by_class(records),
+                }
                 if self.data.test is not None:
                     figures["test"] = self.task.figures(records)
                     figures["test_intervals"] = intervals(self.task, records)
                 out["figures"][candidate.name] = figures
         return out
+
+    def _chosen(self, candidate: Candidate) -> Task:
+        """The task with what was chosen for a finalist's adapter."""
+        if not self.task.of_adapters:
+            return self.task
+        folder = self.out / ADAPTERS / candidate.name
+        return type(self.task).from_json(store.read_meta(folder), f"{folder}: ")
 
     # -- training
 
@@ -446,6 +457,7 @@ class Comparison:
             "test": tested.get("test"),
             "test_intervals": tested.get("test_intervals"),
             "confusion": tested.get("confusion"),
+            "by_class": tested.get("by_class") or {},
         }
 
     def _flags(self, candidate: Candidate, records: Sequence[Mapping[str, Any]]) -> list[str]:

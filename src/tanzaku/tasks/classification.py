@@ -219,8 +219,8 @@ class Classification(TextTask):
         return cls(tuple(about["labels"]), *columns_in(about, where), RowTasks.from_json(about, where))
 
     @classmethod
-    def fits(cls, width: int | None) -> bool:
-        return width != 1
+    def fits(cls, width: int | None, config: Any) -> bool:
+        return width != 1 and config.problem_type != "multi_label_classification"
 
     @classmethod
     def overruled(cls, asked: Mapping[str, Any], about: Mapping[str, Any], path: Any) -> dict[str, Any]:

@@ -73,6 +73,7 @@ def predictions(
     pad_token_id: int,
     batch_size: int,
     accelerations: Accelerations | None = None,
+    tasks: Mapping[str, Task] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """For each row, in the order of the splits: by adapter, the task's prediction.
 
@@ -85,6 +86,7 @@ def predictions(
         splits: the same rows for every adapter, each encoded as that adapter wants them.
         batch_size: rows a step; a pass has so many for each of its adapters.
         accelerations: of this model, for who calls again and again: they take a while to make.
+        tasks: by adapter, the task with what was chosen for it.
 
     Raises:
         TanzakuError: no adapter, one that is not attached, rows that differ in number, or a batch size below 1.
@@ -94,7 +96,10 @@ def predictions(
     window = window_of(batch_size)
     parts = (range(start, min(start + window, rows)) for start in range(0, rows, window))
     forward, fast = Forward(model, task, pad_token_id), accelerations or Accelerations(manager_of(model).base)
-    return _each(task, (_records(forward, fast, splits, batch_size, part) for part in parts))
+    return _each(
+        {name: (tasks or {}).get(name, task) for name in splits},
+        (_records(forward, fast, splits, batch_size, part) for part in parts),
+    )
 
 
 def check_rows(
@@ -169,12 +174,12 @@ def _number_of_rows(model: PreTrainedModel, splits: Mapping[str, Split], batch_s
     return sizes.popitem()[1]
 
 
-def _each(task: Task, windows: Iterator[dict[str, Records]]) -> Iterator[dict[str, Any]]:
+def _each(tasks: Mapping[str, Task], windows: Iterator[dict[str, Records]]) -> Iterator[dict[str, Any]]:
     before = 0
     for window in windows:
         for name, records in window.items():
             _check_finite(name, records, before)
-        found = [task.predictions(records) for records in window.values()]
+        found = [tasks[name].predictions(tasks[name].decided(records)) for name, records in window.items()]
         before += len(found[0])
         for row in zip(*found, strict=True):
             yield dict(zip(window, row, strict=True))

@@ -74,10 +74,17 @@ def odd_labels(names: Sequence[str], table: Table, data: Any) -> Iterator[Findin
                 "labels-many",
             )
             return
+    yield from odd_names([(name,) for name in names], where)
+
+
+def odd_names(rows: Sequence[Sequence[str]], where: str) -> Iterator[Finding]:
+    """What the names of labels should not be, by those of each training row."""
+    classes = Counter(name for names in rows for name in names)
+    first = {name: row for row, names in reversed(list(enumerate(rows, 1))) for name in names}
     for name, count in classes.items():
         if name.casefold() in _MISSING:
             yield Finding(
-                f"{where} has the label {name!r} in {count} of {rows} rows, first in row {names.index(name) + 1}, "
+                f"{where} has the label {name!r} in {count} of {len(rows)} rows, first in row {first[name]}, "
                 "which says that there is none: fill it in or drop the rows",
                 "labels-missing",
             )
@@ -86,7 +93,7 @@ def odd_labels(names: Sequence[str], table: Table, data: Any) -> Iterator[Findin
         alike.setdefault(spelling(name), []).append(name)
     for group in alike.values():
         if len(group) > 1:
-            found = listed(f"{name!r} (row {names.index(name) + 1})" for name in group)
+            found = listed(f"{name!r} (row {first[name]})" for name in group)
             yield Finding(
                 f"{where} has one label in {len(group)} spellings, {found}: write it in one way", "label-spellings"
             )

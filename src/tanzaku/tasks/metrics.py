@@ -57,23 +57,33 @@ def _roc_auc(records: Records) -> Statistics:
     """Of the probability of class 1 for two classes; beyond, the mean over classes of one against the rest, without the
     classes that every row or no row belongs to.
 
+    """
+    probabilities, target = records["probabilities"], records["target"]
+    classes = probabilities.shape[1]
+    ones = [1] if classes == 2 else list(range(classes))
+    return areas(probabilities[:, ones], target[:, None] == ones)
+
+
+def areas(scores: Array, truth: Array) -> Statistics:
+    """The mean over columns of the area under the curve of scores [n, C] for what is true [n, C], without columns that
+    are true of all rows or of none.
+
     The area is no function of a few sums; but of sums at each place in the order of the scores it is one: the share of
     pairs, one row of the class and one of another, in which the first scores more, where a tie is half.
     """
     from scipy.sparse import csr_array
 
-    probabilities, target = records["probabilities"], records["target"]
-    n, classes = probabilities.shape
-    ones = [c for c in ([1] if classes == 2 else range(classes)) if 0 < (target == c).sum() < n]
-    if not ones or not np.isfinite(probabilities).all():
+    n = len(scores)
+    known = [c for c in range(scores.shape[1]) if 0 < truth[:, c].sum() < n]
+    if not known or not np.isfinite(scores).all():
         return unknown(n)
     columns, sizes, start = [], [], 0
-    for c in ones:
-        values, place = np.unique(probabilities[:, c], return_inverse=True)
-        columns.append(start + place + len(values) * (target == c))
+    for c in known:
+        values, place = np.unique(scores[:, c], return_inverse=True)
+        columns.append(start + place + len(values) * truth[:, c])
         sizes.append(len(values))
         start += 2 * len(values)
-    rows = np.tile(np.arange(n), len(ones))
+    rows = np.tile(np.arange(n), len(known))
     table = csr_array((np.ones(len(rows)), (rows, np.concatenate(columns))), shape=(n, start))
 
     def figure(sums: Array) -> Array:

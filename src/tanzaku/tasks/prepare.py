@@ -62,13 +62,10 @@ def open_tables(
     Raises:
         TanzakuError: a file, column or cell that is missing or broken, or a target unseen in training.
     """
-    own = {key: getattr(data, key) for key in kind.Data.model_fields if key not in DataSettings.model_fields}
-    own |= {"task_id": data.task_id, "weight": data.weight}
-    for key, other in combinations([key for key, column in own.items() if column is not None], 2):
-        if own[key] == own[other]:
-            raise TanzakuError(
-                f"{flag(key)} and {flag(other)} both name the column {own[key]!r}; expected one column for each"
-            )
+    for (key, column), (other, same) in combinations(data.columns(), 2):
+        if column == same:
+            both = f"{flag(key)} and {flag(other)} both name" if key != other else f"{flag(key)} names twice"
+            raise TanzakuError(f"{both} the column {column!r}; expected one column for each")
     sources = {"train": data.train, "valid": data.valid, "test": data.test}
     if sum(source == STDIN for source in sources.values()) > 1:
         raise TanzakuError(
@@ -80,6 +77,9 @@ def open_tables(
         if source is not None
     }
     task = kind.learn(tables, data)
+    if task.chooses and (folded or "valid" not in tables):
+        why = "folds train on all rows in the end; leave them out" if folded else "there are none; give --valid"
+        raise TanzakuError(f"{task.chooses} is chosen on validation rows, and {why}")
     if data.task_id is not None:
         if all(each.name != "row_tasks" for each in fields(cast(Any, task))):
             raise TanzakuError(f"task {task.name} has rows of one task alone; leave task_id out")

@@ -226,7 +226,7 @@ class Regression(TextTask):
         return cls(found[0], found[1], text, pair, RowTasks.from_json(about, where))
 
     @classmethod
-    def fits(cls, width: int | None) -> bool:
+    def fits(cls, width: int | None, config: Any) -> bool:
         return width == 1
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,6 +13,7 @@ Check = Literal[
     "labels-numeric",
     "labels-many",
     "labels-missing",
+    "labels-separator",
     "label-spellings",
 ]
 
@@ -33,6 +34,8 @@ class DataSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    options: ClassVar[frozenset[str]] = frozenset()  # keys of a task that name no columns
+
     train: str = Field(
         min_length=1, description="training rows: .tsv, .csv, .jsonl, .json, .parquet, .xlsx, - or a dataset"
     )
@@ -49,6 +52,13 @@ class DataSettings(BaseModel):
         default=None, min_length=1, description="column of what a training row's loss counts, 0 or more (all 1)"
     )
     allow: list[Check] = Field(default=[], description="pass this check of rows (repeatable; tanzaku check names them)")
+
+    def columns(self) -> list[tuple[str, str]]:
+        """The columns that are named, each with the key that names it."""
+        own = [key for key in type(self).model_fields if key not in {*DataSettings.model_fields, *self.options}]
+        named = [(key, getattr(self, key)) for key in (*own, "task_id", "weight")]
+        listed = [(key, value if isinstance(value, list) else [value]) for key, value in named]
+        return [(key, column) for key, columns in listed for column in columns if column is not None]
 
 
 class TextSettings(DataSettings):

@@ -234,6 +234,7 @@ class Task(ABC):
     ] = {}  # what prediction may be told: by flag, its metavar and help
     has_focal: ClassVar[bool] = False  # whether `score` is of cross entropies, and looks at a row's `focal`
     reading: ClassVar[tuple[str, ...]] = ()  # of these, the names of columns
+    of_adapters: ClassVar[frozenset[str]] = frozenset()  # keys of `to_json` in which adapters of one pass may differ
     answer_keys: ClassVar[tuple[str, ...]]  # of `answer`
 
     row_tasks: RowTasks | None = None  # which of several tasks a row is of; a field where the task has a place for it
@@ -336,6 +337,21 @@ class Task(ABC):
         """All that metrics and predictions need of each row, on the CPU, without gradients; `loss` and `weight` where
         rows have targets."""
 
+    # -- what is chosen of each adapter
+
+    @property
+    def chooses(self) -> str | None:
+        """The setting by which something is chosen on validation rows that nothing is trained on; None: nothing is."""
+        return None
+
+    def chosen(self, records: Records) -> Self:
+        """The task of an adapter, with what is chosen by its records of the validation rows, such as thresholds."""
+        return self
+
+    def decided(self, records: Records) -> Records:
+        """An adapter's records of other rows, with what they come to by what was chosen."""
+        return records
+
     # -- figures
 
     def figures(self, records: Records) -> dict[str, float]:
@@ -369,6 +385,10 @@ class Task(ABC):
     def confusion(self, records: Records) -> list[list[int]] | None:
         """Counts [true][predicted] of `classes`."""
         return None
+
+    def by_class(self, records: Records) -> dict[str, dict[str, float]]:
+        """Figures of each class alone, by its name, where a table of counts would not show them."""
+        return {}
 
     # -- predictions
 
@@ -416,8 +436,8 @@ class Task(ABC):
         """The task again; a TanzakuError that begins with `where` if something in it cannot be."""
 
     @classmethod
-    def fits(cls, width: int | None) -> bool:
-        """Whether a head of so many outputs (None: not known) may be this task's."""
+    def fits(cls, width: int | None, config: Any) -> bool:
+        """Whether a head of so many outputs (None: not known), on a base with this config, may be this task's."""
         return True
 
     @classmethod

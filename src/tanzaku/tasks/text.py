@@ -55,9 +55,14 @@ class TextTask(Task):
     def target_of(self, value: Any, where: str) -> Any:
         """The target that a cell names; `where` is its place, for the TanzakuError."""
 
+    def targets_in(self, table: Table, data: Any) -> list[Any]:
+        """Each row's target."""
+        column = enumerate(table.column(data.label), 1)
+        return [self.target_of(value, f"{table.source} row {row}") for row, value in column]
+
     @abstractmethod
     def target_tensor(self, targets: Sequence[Any]) -> Tensor:
-        """The targets of some rows, (rows,)."""
+        """The targets of some rows, (rows, ...)."""
 
     def encode(
         self, table: Table, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int, targets: Any = None
@@ -65,8 +70,7 @@ class TextTask(Task):
         inputs, truncated = encoded(table, self.reads, tokenizer, max_length)
         found = [None] * len(table)
         if targets is not None:
-            column = enumerate(table.column(targets.label), 1)
-            found = [self.target_of(value, f"{table.source} row {row}") for row, value in column]
+            found = self.targets_in(table, targets)
         examples = self.told([Example(row, target) for row, target in zip(inputs, found, strict=True)], table)
         seconds = None if self.text_pair is None else table.column(self.text_pair)
         return Split(name, examples, table.column(self.text), truncated, table.source, seconds)

@@ -52,6 +52,7 @@ class ActiveJob:
         s = job.settings
         self.job, self.adapter, self.result = job, adapter, result
         self.data = weighed(data, s.class_weights, s.focal_gamma)
+        self.task = data.task  # with what is chosen for this adapter, in the end
         self.virtual, self.before = adapter.virtual, adapter.before
         self.left_out = False  # whether its last pass may have left out layers by chance
         self.draws: bool | None = None  # whether its forward pass draws random numbers; None: not yet known

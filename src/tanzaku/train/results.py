@@ -73,6 +73,7 @@ class JobResult:
     test: dict[str, float] | None = None
     test_intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # of shares of rows: Wilson, 95%
     confusion: list[list[int]] | None = None  # of the test split, or else of the validation split; rows are true
+    by_class: dict[str, dict[str, float]] = field(default_factory=dict)  # figures of the same rows, by class
     predictions: list[Any] | None = None  # of the same rows, as the task writes them
     trainable_parameters: int = 0
     total_parameters: int = 0

@@ -600,6 +600,7 @@ class JobScheduler:
             # Which task a row is of is asked of rows to predict where the adapter reads it.
             spared = {} if active.adapter.method.row_data() else active.data.task.tasks_to_json()
             meta = {key: value for key, value in self.meta.items() if key not in spared}
+            meta |= {key: value for key, value in active.task.to_json().items() if key in meta}  # with what was chosen
             meta["precision"] = active.job.settings.precision
             store.save(self.model, active.job.name, self.out / where, meta=meta, training=record)
             active.result.adapter = where.as_posix()
@@ -613,14 +614,16 @@ class JobScheduler:
                 active.records = self.step.records(active, active.data.valid)
             active.result.valid = task.figures(active.records)
             self._keep(active, active.records)
+            active.task = task.chosen(active.records)
         if active.data.test is not None:
-            records = self.step.records(active, active.data.test)
+            records = active.task.decided(self.step.records(active, active.data.test))
             self._keep(active, records)
             active.result.test = task.figures(records)
             active.result.test_intervals = intervals(task, records)
 
     def _keep(self, active: ActiveJob, records: Records) -> None:
         active.result.confusion = active.data.task.confusion(records)
+        active.result.by_class = active.task.by_class(records)
         active.result.predictions = active.data.task.predictions(records)
 
     # -- the end of a job
