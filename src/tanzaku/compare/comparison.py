@@ -498,7 +498,7 @@ class Comparison:
             return None
         return {
             "split": "test" if split is self.data.test else "valid",
-            "texts": split.texts,
+            "texts": split.shown,
             "targets": [example.target for example in split.examples],
             "predictions": self.tested["predictions"],
         }

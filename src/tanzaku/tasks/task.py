@@ -81,6 +81,12 @@ class Split:
     def __len__(self) -> int:
         return len(self.examples)
 
+    @property
+    def shown(self) -> list[Any]:
+        """What stands for each row in a report: a text, or a list of two."""
+        pairs = self.seconds is not None
+        return [[*pair] for pair in zip(self.texts, self.seconds or (), strict=True)] if pairs else self.texts
+
     def keys(self) -> list[tuple[str, ...]]:
         """By row, what makes two rows one: their texts but for case, width and white space."""
         columns = [self.texts] if self.seconds is None else [self.texts, self.seconds]
