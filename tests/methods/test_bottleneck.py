@@ -297,8 +297,20 @@ def test_what_never_read_says_so() -> None:
     [
         ({"style": "housby"}, r"found style='housby' .did you mean 'houlsby'"),
         ({"non_linearity": "prelu"}, "found non_linearity='prelu'"),
-        ({"reduction_factor": 0}, "found reduction_factor=0, expected a positive number"),
-        ({"reduction_factor": {"0": 4}}, "expected a positive number, or one for each layer or by 'default'"),
+        ({"reduction_factor": 0}, "found reduction_factor=0, expected a number above 0"),
+        (
+            {"reduction_factor": {"0": 4}},
+            "expected a number above 0, or one for each layer, as layer 1, or by 'default'",
+        ),
+        (
+            {"reduction_factor": 1e-9},
+            "found reduction_factor=1e-09, which makes a bottleneck of more than 65,536 features",
+        ),
+        ({"reduction_factor": 5e-324}, "found reduction_factor=5e-324, which makes a bottleneck"),
+        (
+            {"inv_adapter": "nice", "inv_adapter_reduction_factor": 1e-9},
+            "found inv_adapter_reduction_factor=1e-09, which makes a bottleneck",
+        ),
         ({"leave_out": [2]}, r"found leave_out=\[2\], expected numbers of layers, 0 to 1"),
         ({"leave_out": [0, 1]}, "found no site"),
         ({"scaling": "big"}, "found scaling='big'"),

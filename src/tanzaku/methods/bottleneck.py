@@ -295,6 +295,7 @@ class BottleneckAdapter(Method):
     )
     in_peft = False
     by_default = False
+    nonzero = ("scaling",)
     # The middle of arXiv 1902.00751's search, 3e-5, 3e-4 and 3e-3.
     learning_rate = 3e-4
     # Widths that arXiv 1902.00751 and 2005.00247 search (from 2 to 64), and the first one's learning rates.
@@ -362,6 +363,15 @@ class BottleneckAdapter(Method):
         """Whether the adapter's last norm is over the sum with the residual."""
         return self.ln_after and self.adapter_residual_before_ln and not self.is_parallel
 
+    def largest(self) -> str:
+        # What makes a bottleneck larger than its layer is a small number.
+        for key in ("reduction_factor", "inv_adapter_reduction_factor"):
+            given = getattr(self, key)
+            factors = given.values() if isinstance(given, dict) else [1 if given is None else given]
+            if min(factors, default=1) < 1:
+                return f"{key}={given}"
+        return super().largest()
+
     def width(self, number: int, size: int) -> int:
         """The bottleneck's width in a layer."""
         factor = self.reduction_factor
@@ -371,7 +381,7 @@ class BottleneckAdapter(Method):
         self.require(
             known,
             f"reduction_factor={self.reduction_factor!r}",
-            "a positive number, or one for each layer or by 'default'",
+            f"a number above 0, or one for each layer, as layer {number}, or by 'default'",
         )
         return bottleneck_of(self, size, cast(float, factor))
 
@@ -402,9 +412,10 @@ class BottleneckAdapter(Method):
         module = base.model.get_submodule(inside)
         size, factor = features(module)[1], self.inv_adapter_reduction_factor
         factor = 2 if factor is None else factor
-        self.require(factor > 0, f"inv_adapter_reduction_factor={factor}", "a positive number")
-        hidden = (max(1, int(size // 2 // factor)), max(1, int((size - size // 2) // factor)))
-        coupling = Coupling(size, hidden, str(self.non_linearity), weight_of(module))
+        first, second = (
+            bottleneck_of(self, half, factor, "inv_adapter_reduction_factor") for half in (size // 2, size - size // 2)
+        )
+        coupling = Coupling(size, (first, second), str(self.non_linearity), weight_of(module))
         yield path, coupling
         head = None
         with contextlib.suppress(AttributeError, NotImplementedError):

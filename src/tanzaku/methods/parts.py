@@ -13,17 +13,17 @@ from tanzaku.core.method import Method, trainable
 _WIDEST = 2**16  # of a bottleneck, far beyond any width of a model
 
 
-def bottleneck_of(method: Method, size: int, factor: float) -> int:
-    """The width of a bottleneck between layers of `size` features, by its `reduction_factor`.
+def bottleneck_of(method: Method, size: int, factor: float, setting: str = "reduction_factor") -> int:
+    """The width of a bottleneck between layers of `size` features, by what a setting divides it by.
 
     Raises:
         TanzakuError: it is no positive number, or one that makes the bottleneck larger than any model.
     """
-    said = f"reduction_factor={factor}"
-    method.require(factor > 0, said, "a positive number, or one for each layer or by 'default'")
-    width = max(1, int(size // factor))
-    method.require(width <= _WIDEST, f"{said}, which makes a bottleneck of {width:,} features", "a larger one")
-    return width
+    said = f"{setting}={factor}"
+    method.require(factor > 0, said, "a number above 0")
+    wide = size / factor <= _WIDEST
+    method.require(wide, f"{said}, which makes a bottleneck of more than {_WIDEST:,} features", "a larger one")
+    return max(1, int(size // factor))
 
 
 class Projection(nn.Module):
