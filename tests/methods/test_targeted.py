@@ -13,9 +13,8 @@ import torch
 import tanzaku as tz
 from close import assert_close
 from interop.oracle import reopened, scatter
-from models import NEEDED, batch, tiny
+from models import batch, tiny
 from tanzaku.core.weights import BiasCopy, WeightCopy
-from tanzaku.methods import METHODS
 
 IN_LAYERS = [tz.LoHa(r=2), tz.VeRA(r=4), tz.OFT(oft_block_size=8), tz.HiRA(r=2), tz.RoAd(group_size=8)]
 
@@ -82,22 +81,6 @@ def test_an_embedding_that_finds_out_what_to_look_up_is_refused(kind: type[tz.Me
     with pytest.raises(tz.TanzakuError, match=r"embed_positions, a .*finds out by itself.*lora changes"):
         tz.attach(tiny("opt", "lm"), kind(target_modules=["embed_positions"]), "a")
     tz.attach(tiny("opt", "lm"), kind(target_modules=["embed_tokens"]), "a")
-
-
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.nonzero])
-def test_what_leaves_nothing_to_learn_is_refused(name: str) -> None:
-    for key in METHODS[name].nonzero:
-        method = METHODS[name](**NEEDED.get(name, {}))
-        setattr(method, key, type(getattr(method, key))(0))
-        with pytest.raises(tz.TanzakuError, match=f"{key}=.*at zero nothing is ever learnt"):
-            tz.attach(tiny("llama"), method, "a")
-
-
-@pytest.mark.parametrize("method", [tz.LoKr(r=2, init_weights=1), tz.ReFT(r=1.5), tz.LoRA(target_modules=5)])
-def test_a_constructor_s_values_have_types_too(method: Any) -> None:
-    """As a recipe's: 1 is no true, and would have been taken for a start at random."""
-    with pytest.raises(tz.TanzakuError, match=r"is (1|1\.5|5), expected"):
-        tz.attach(tiny("llama"), method, "a")
 
 
 def test_other_libraries_numbers_and_collections_are_taken() -> None:

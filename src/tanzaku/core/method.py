@@ -474,7 +474,12 @@ class Method:
         settings = self.settings()
         self._check_types({key: _plain(value) for key, value in settings.items()})
         for key in () if self._to_fill else self.nonzero:
-            self.require(settings[key] != 0, f"{key}={settings[key]}", "another number: at zero nothing is ever learnt")
+            # Such as lora_alpha, and what alpha_pattern has in its place at some modules.
+            patterns = [p for p in settings if p.endswith("_pattern") and key.endswith(p.removesuffix("_pattern"))]
+            for each in (key, *patterns):
+                value = settings[each]
+                zero = 0 in value.values() if isinstance(value, dict) else value == 0
+                self.require(not zero, f"{each}={value}", "another number: at zero nothing is ever learnt")
         for key, value in settings.items():
             parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
             for number in parts:

@@ -166,6 +166,8 @@ class AdaLoRA(LoRA):
         for key in ("use_dora", "freeze_a", "alora_invocation_tokens", "trainable_token_indices", "target_parameters"):
             self.require(not getattr(self, key), key, "LoRA, which has it")
         self.require(self.loraplus_lr_ratio == 1, "loraplus_lr_ratio", "LoRA, which has it")
+        self.require(self.deltaT > 0, f"deltaT={self.deltaT}", "1 step or more")
+        self.require(self.total_step != 0, "total_step=0", "1 step or more, or None")
         self.require(0 < self.beta1 < 1 and 0 < self.beta2 < 1, "beta1 or beta2 outside of (0, 1)", "one inside")
         found = self.find_fitting(base)
         for path, module in found:

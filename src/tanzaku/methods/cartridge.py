@@ -81,9 +81,8 @@ class Cartridge(PrefixTuning):
         self.require(not self.prefix_projection, "prefix_projection", "prefix_tuning, which has it")
         self.require(self.init_weights is None, f"init_weights={self.init_weights!r}", "prefix_tuning, which has it")
         n = self.num_virtual_tokens
-        self.require(
-            0 <= self.num_frozen_tokens < max(n, 1), f"num_frozen_tokens={self.num_frozen_tokens}", f"0 to {n - 1}"
-        )
+        self.require(n > 0, f"num_virtual_tokens={n}", "1 or more")
+        self.require(0 <= self.num_frozen_tokens < n, f"num_frozen_tokens={self.num_frozen_tokens}", f"0 to {n - 1}")
         yield from super().build(place)
 
     def prefix(self, shapes: list[tuple[int, int]]) -> Prefix:

@@ -128,7 +128,7 @@ class CPT(PromptLearning):
 
     def __post_init__(self) -> None:
         # Before it is built, too: what a row takes in memory depends on it.
-        if not self.num_virtual_tokens and isinstance(self.cpt_token_ids, list):
+        if self.num_virtual_tokens == 0 and isinstance(self.cpt_token_ids, list):
             self.num_virtual_tokens = len(self.cpt_token_ids)
 
     @classmethod

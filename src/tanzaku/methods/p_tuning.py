@@ -100,6 +100,7 @@ class PTuning(PromptLearning):
         hidden = self.token_dim = base.embedding_size
         self.encoder_hidden_size = hidden if self.encoder_hidden_size is None else self.encoder_hidden_size
         self.require(self.encoder_hidden_size > 0, f"encoder_hidden_size={self.encoder_hidden_size}", "1 or more")
+        self.require(self.encoder_num_layers > 0, f"encoder_num_layers={self.encoder_num_layers}", "1 or more")
         like = weight_of(base.embedding)
         if self.inference_mode:
             yield (

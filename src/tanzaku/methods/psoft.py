@@ -173,7 +173,8 @@ class PSOFT(TargetedInLayers):
             self.require(getattr(self, name) in known, f"{name}={getattr(self, name)!r}", " or ".join(map(repr, known)))
         self.require(self.psoft_alpha > 0, f"psoft_alpha={self.psoft_alpha}", "a number above 0")
         self.require(0 <= self.psoft_svd_lowrank_niter <= 1000, "psoft_svd_lowrank_niter", "0 to 1000")
-        self.require(1 < self.num_cayley_neumann_terms <= 100, f"{self.num_cayley_neumann_terms} terms", "2 to 100")
+        terms = self.num_cayley_neumann_terms
+        self.require(1 < terms <= 100, f"num_cayley_neumann_terms={terms}", "2 to 100")
         eps = self.cayley_neumann_eps
         self.require(eps is None or eps > 0, f"cayley_neumann_eps={eps}", "a number above 0")
         self.check_chance("psoft_dropout")

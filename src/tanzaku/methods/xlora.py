@@ -189,6 +189,7 @@ class XLora(Composed):
         limits="two passes; is not linear, so it cannot be merged; needs all its adapters, which its files bring along",
     )
     in_peft = True
+    nonzero = ("global_scaling_weight",)
     learning_rate = 1e-3  # Adam's usual one: a small network that starts at random
     # PEFT's gate and one with a hidden layer, as the paper's are deeper; a decade each way.
     space = spaces(xlora_depth=Choice((1, 2)), learning_rate=Range(1e-4, 1e-2, log=True))
