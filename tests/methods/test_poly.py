@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import tanzaku as tz
-from close import RUN, assert_close, close
+from close import assert_close, close
 from interop.oracle import scatter
 from models import batch, tiny
-from tanzaku.core.dropout import JobDropout, JobSlice
-from tanzaku.core.manager import manager_of
-from tanzaku.core.method import Method
-from tanzaku.core.routing import Route
 from tanzaku.errors import TanzakuError
 from tanzaku.methods.poly import PolyDelta
-from tanzaku.train.results import Job
-from tanzaku.train.scheduler import train_jobs
-from tanzaku.train.settings import TrainSettings
-from task_data import task
 
 
 def opened(model: Any, name: str = "x", **settings: Any) -> tz.Adapter:
@@ -87,73 +74,6 @@ def test_splits_choose_by_themselves() -> None:
     z = x[..., :16] @ a[0, 0] + x[..., 16:] @ a[1, 1]
     assert_close(added, torch.cat([z @ b[0, 0], z @ b[1, 1]], -1) / 2, scale=2**-2)
     assert_close(x @ layer.delta(module).T, added, scale=2**-2)
-
-
-def test_training_draws_for_each_row_and_evaluation_draws_nothing() -> None:
-    model = tiny("llama")
-    opened(model, n_tasks=1)
-    tz.activate(model, "x")
-    given = {key: value[:1].expand(3, -1) for key, value in batch(model, padding=None).items()}
-    state = torch.get_rng_state()
-    plain = model(**given).logits
-    assert_close(model(**given).logits, plain)
-    assert_close(plain[1:], plain[:1].expand(2, -1))
-    assert torch.equal(torch.get_rng_state(), state)
-    model.train()
-    drawn = model(**given).logits
-    assert not close(drawn[0], drawn[1]) and not close(drawn, plain) and not close(model(**given).logits, drawn)
-
-
-@pytest.mark.parametrize("splits", [1, 4, 8])
-def test_a_row_draws_the_same_whatever_shares_the_batch(splits: int) -> None:
-    """Also where there are as many blocks as tokens, of which the row has fewer than the batch."""
-    model = tiny("llama")
-    opened(model, n_splits=splits)
-    opened(model, "y", r=3)
-    model.train()
-    whole = batch(model, rows=5, length=8, padding=None)["input_ids"]
-
-    def said(tokens: int, *counts: tuple[str, int]) -> Tensor:
-        entries = [name for name, rows in counts for _ in range(rows)]
-        ids = whole[: len(entries), :tokens].clone()
-        mask = torch.ones_like(ids)
-        ids[:2, 6:], mask[:2, 6:] = 0, 0
-        ends = torch.tensor([0, *(rows for _, rows in counts)]).cumsum(0).tolist()
-        widths = [6, 8]
-        shares = [JobSlice(slice(a, b), 0, widths[n], seed=a) for n, (a, b) in enumerate(pairwise(ends))]
-        route = Route.of(entries)
-        route.context = {"task_ids": torch.arange(len(entries)) % 3}
-        with manager_of(model).routed(route), JobDropout(route, shares, tokens, 0):
-            out: Tensor = model(input_ids=ids, attention_mask=mask).logits
-        return out[:2]
-
-    assert_close(said(8, ("x", 2), ("y", 3)), said(6, ("x", 2)))
-
-
-DATA = replace(task((5, 8, 3), train=6), valid=None)
-
-
-def weights(out: Path, **jobs: tuple[Method, int]) -> dict[str, Tensor]:
-    """Those of job `a`, after all have been trained on a model whose batches are packed where nobody draws."""
-    settings = TrainSettings(epochs=2, learning_rate=0.002, adam_epsilon=1e-3, batch_size=2)
-    made = [
-        Job(name, copy.deepcopy(method), settings.model_copy(update={"seed": seed}))
-        for name, (method, seed) in jobs.items()
-    ]
-    results = train_jobs(tiny("llama", num_labels=2), DATA, made, out=out)
-    assert [(r.status, r.error) for r in results] == [("done", None)] * len(made)
-    return load_file(out / "adapters" / "a" / "adapter_model.safetensors")
-
-
-def test_a_run_draws_the_same_alone_and_beside_others(tmp_path: Path) -> None:
-    drawn = tz.Poly(r=2, n_splits=4, init_weights=False)
-    alone = weights(tmp_path / "alone", a=(drawn, 1))
-    others = {
-        "b": (drawn, 2),
-        "c": (tz.LoRA(r=2, lora_dropout=0.3), 3),
-        "d": (tz.PromptTuning(num_virtual_tokens=2), 4),
-    }
-    assert_close(weights(tmp_path / "beside", a=(drawn, 1), **others), alone, 4 * RUN)
 
 
 def test_what_tasks_take_is_learnt_faster() -> None:
