@@ -153,9 +153,29 @@ def test_nothing_trains_that_has_seen_no_rows(rows):
     assert torch.isfinite(model(**rows[0]).loss)  # to look at it is no error
     with pytest.raises(tz.TanzakuError, match=r"has seen none; call tanzaku\.calibrate"):
         model.train()(**rows[0])
+    with pytest.raises(tz.TanzakuError, match="has seen none"):  # whoever trains without dropout
+        model.eval()(**rows[0]).loss.backward()
+    model.train()
     tz.calibrate(model, "a", rows)
     assert model.training
     model(**rows[0]).loss.backward()
+
+
+@pytest.mark.parametrize("init", ["eva", "corda", "lora_ga"])
+def test_nothing_starts_twice(init, rows, tmp_path):
+    """What it has learnt since would be lost, in a file as in memory."""
+    model = tiny("llama", "lm")
+    adapter = tz.attach(model, tz.LoRA(**LORA, init_lora_weights=init), "a", seed=0)
+    tz.calibrate(model, "a", rows)
+    scatter([p for _, p in adapter.trained()])
+    before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
+    with pytest.raises(tz.TanzakuError, match="found 'a', which has started already, expected one that has not: "):
+        tz.calibrate(model, "a", rows)
+    assert all(torch.equal(p, before[name]) for name, p in adapter.named_parameters())
+    tz.save(model, "a", tmp_path)
+    tz.load(model, tmp_path, "b")
+    with pytest.raises(tz.TanzakuError, match="started already" if init == "eva" else "starts from no rows"):
+        tz.calibrate(model, "b", rows)
 
 
 def test_what_cannot_be_calibrated_says_so(rows):

@@ -383,7 +383,8 @@ class LoRA(TargetedWithBiases):
     def calibrate(self, adapter: Attached, passes: Passes) -> None:
         layers = {path: layer for path, layer in adapter.at() if isinstance(layer, LoraDelta)}
         fresh = all(layer.watch is not None for layer in layers.values())
-        self.require(fresh, "an adapter that has started already", "one that has seen no rows: attach another")
+        expected = "one that has not: to start again would undo what it has learnt since; attach another"
+        self.require(fresh, f"{adapter.name!r}, which has started already", expected)
         wanted = {path: self._look(layer) for path, layer in layers.items()}
         # Which candidates see alike: what they look for, and where. What they start at may still differ.
         key = frozenset((path, look.key) for path, look in wanted.items())

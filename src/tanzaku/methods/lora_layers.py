@@ -146,14 +146,29 @@ class StartedDelta(LoraDelta):
         self.to_fill = False
 
 
+_NOT_YET = (
+    "lora: found an adapter that starts from what the base does with rows, and has seen none; call "
+    "tanzaku.calibrate(model, name, batches) before training"
+)
+
+
+class _Untrained(torch.autograd.Function):
+    """The same tensor, through which there is no backward pass yet."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, by: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise TanzakuError(_NOT_YET)
+
+
 def not_yet(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """In the place of a layer that waits for rows: nothing is changed, and nothing is trained."""
+    """In the place of a layer that waits for rows: nothing is changed, and nothing is trained, in no mode."""
     if torch.is_grad_enabled() and module.training:
-        raise TanzakuError(
-            "lora: found an adapter that starts from what the base does with rows, and has seen none; call "
-            "tanzaku.calibrate(model, name, batches) before training"
-        )
-    return y
+        raise TanzakuError(_NOT_YET)
+    return cast(Tensor, _Untrained.apply(y, y.new_zeros((), requires_grad=True)))  # type: ignore[no-untyped-call]
 
 
 _STARTED = ("lora_A", "lora_B", "start_A", "start_B")
