@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tanzaku.core.method import ModuleLayer
-from tanzaku.core.weights import in_memory
 from tanzaku.models.families import features
 from tanzaku.models.quantize import full_weight
 
@@ -34,9 +33,7 @@ def in_full(change: Callable[[Tensor, Tensor], Tensor], weight: Tensor, x: Tenso
 
 def base_matrix(module: nn.Module) -> Tensor:
     """The module's own weight in full precision, laid out as :meth:`WeightDelta.delta` is, wherever it is kept."""
-    weight = cast(Tensor, module.weight)
-    full = in_memory(module, "weight").detach().float() if weight.is_meta else full_weight(module)
-    return laid_out(module, full)
+    return laid_out(module, full_weight(module))
 
 
 def laid_out(module: nn.Module, weight: Tensor) -> Tensor:

@@ -9,19 +9,18 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache
 
-from tanzaku.core.method import AdapterLayer, ModuleLayer, offloaded, trainable
+from tanzaku.core.method import AdapterLayer, ModuleLayer, home, trainable
 from tanzaku.core.routing import Rows, put, take
 from tanzaku.errors import TanzakuError
 from tanzaku.models import tree
 from tanzaku.models.families import features, weight_of
-from tanzaku.models.quantize import plain
+from tanzaku.models.quantize import elsewhere, plain
 
 
 class OwnWeights(AdapterLayer):
@@ -210,10 +209,8 @@ def _at_hand(module: nn.Module, name: str) -> Tensor:
     path, _, last = name.rpartition(".")
     owner = module.get_submodule(path)
     found = cast(Tensor, _table(owner, last)[last])
-    if not found.is_meta or offloaded.get() is None:
-        return found
-    with align_module_device(owner, offloaded.get()):
-        return cast(Tensor, _table(owner, last)[last]).detach().clone()
+    kept = elsewhere(owner, last) if found.is_meta else None
+    return found if kept is None else kept[0].to(home(found))
 
 
 class BiasCopy(ModuleLayer):
@@ -342,15 +339,6 @@ def in_memory(module: nn.Module, name: str) -> Tensor:
     if kept is None:
         raise TanzakuError(f"the {name} of a {type(module).__name__} of the base is not in memory; load the base whole")
     return kept[0].to(kept[1])
-
-
-def elsewhere(module: nn.Module, name: str) -> tuple[Tensor, Any] | None:
-    """A tensor that accelerate keeps elsewhere while the module does not run, and the device that it goes to."""
-    hook = module.__dict__.get("_hf_hook")
-    for each in getattr(hook, "hooks", [hook]):
-        if getattr(each, "offload", False) and name in cast(Any, each).weights_map:
-            return cast(Any, each).weights_map[name], cast(Any, each).execution_device
-    return None
 
 
 def as_used(own: Tensor, original: Tensor | None) -> Tensor:

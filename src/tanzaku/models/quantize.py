@@ -12,7 +12,6 @@ import importlib
 import json
 import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -59,20 +58,26 @@ def full_weight(module: nn.Module, path: str = "") -> Tensor:
     Raises:
         TanzakuError: a format that is none of these; the message names it.
     """
-    with _in_memory(module):
-        return _full_weight(module, path)
-
-
-def _in_memory(module: nn.Module) -> AbstractContextManager[Any]:
-    """A block in which a weight that accelerate has offloaded between passes is there."""
     weight = module._parameters.get("weight")
-    if weight is None or not weight.is_meta or not hasattr(module, "_hf_hook"):
-        return nullcontext()
-    return cast("AbstractContextManager[Any]", importlib.import_module("accelerate.utils").align_module_device(module))
+    if weight is None or not weight.is_meta or (kept := elsewhere(module, "weight")) is None:
+        return _full_weight(module, getattr(module, "weight", None), path)
+    if plain(weight):
+        return _full_weight(module, kept[0].to(kept[1]), path)
+    # What goes with a quantised weight comes with it only where the module runs.
+    with importlib.import_module("accelerate.utils").align_module_device(module):
+        return _full_weight(module, module.weight, path)
 
 
-def _full_weight(module: nn.Module, path: str) -> Tensor:
-    weight = getattr(module, "weight", None)
+def elsewhere(module: nn.Module, name: str) -> tuple[Tensor, Any] | None:
+    """A tensor that accelerate keeps elsewhere while the module does not run, and the device that it goes to."""
+    hook = module.__dict__.get("_hf_hook")
+    for each in getattr(hook, "hooks", [hook]):
+        if getattr(each, "offload", False) and name in each.weights_map:
+            return each.weights_map[name], each.execution_device
+    return None
+
+
+def _full_weight(module: nn.Module, weight: Any, path: str) -> Tensor:
     if not isinstance(weight, Tensor):
         raise TanzakuError(
             f"{path or 'a module'} is a {type(module).__name__} without a weight to read; expected a linear layer, an "

@@ -34,7 +34,7 @@ from tanzaku.core.method import AdapterLayer, Copy, Method
 from tanzaku.core.programs import write_adapters_by
 from tanzaku.core.shared import Shared
 from tanzaku.core.survey import may_not_run, survey
-from tanzaku.core.weights import BiasCopy, WeightCopy, copied_in, copy_of, elsewhere
+from tanzaku.core.weights import BiasCopy, WeightCopy, copied_in, copy_of
 from tanzaku.errors import TanzakuError, TooLarge, listed
 from tanzaku.files.untrusted import Allowance, from_file, is_there
 from tanzaku.files.writing import apart, check_kind, directory_beside, recover, to_disk
@@ -43,6 +43,7 @@ from tanzaku.methods import METHODS
 from tanzaku.models import tree
 from tanzaku.models.families import Base
 from tanzaku.models.heads import Part, heads_of, resized
+from tanzaku.models.quantize import elsewhere
 from tanzaku.storage import adapterhub
 from tanzaku.storage.card import CARD, card, digest_of, kept
 
