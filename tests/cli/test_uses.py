@@ -100,6 +100,24 @@ def test_a_search_of_a_fusion_trains_its_parts_on_the_searchs_rows(work: Path, t
     assert sum(name.startswith("fusion-s") and "--search" in name for name in jobs) >= 2
 
 
+def test_trials_search_what_uses_others_and_train_its_parts_as_written(work: Path, tanzaku: Tanzaku) -> None:
+    recipe(work, *THREE, {"fusion": {}, "uses": ["a", "b"]})
+    said = tanzaku("compare", "recipe.yaml", "--trials", 2, "--seeds", 1, "--out", "run")
+    assert said.code == 0, said.err
+    assert "since other candidates are made of them: a, b\n" in said.out + said.err
+    found = results_of(Path("run"))
+    assert [search["entry"] for search in found["search"]] == ["c", "fusion"]
+    by_name = {c["name"]: c for c in found["candidates"]}
+    assert by_name["a"]["origin"] == by_name["b"]["origin"] == "recipe" and by_name["b"]["method_settings"]["r"] == 2
+    (fused,) = [c for c in found["candidates"] if c["method"] == "fusion"]
+    assert fused["origin"] == "search" and fused["name"].startswith("fusion-s")
+    # Directories are no candidates, which are then all searched.
+    recipe(work, THREE[0], {"fusion": {}, "uses": ["run/adapters/a", "run/adapters/b"]})
+    said = tanzaku("compare", "recipe.yaml", "--trials", 2, "--seeds", 1, "--out", "again")
+    assert said.code == 0 and "as written" not in said.out + said.err, said.err
+    assert [search["entry"] for search in results_of(Path("again"))["search"]] == ["a", "fusion"]
+
+
 def test_it_goes_on_after_a_cut(work: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was trained before is used again, from its files."""
     recipe(work, *THREE[:2], {"fusion": {}, "uses": ["a", "b"]})

@@ -56,6 +56,7 @@ def run_comparison(command: str, recipe: Recipe, overwrite: bool, resume: bool) 
     recipe.compare.design(recipe.data.valid is not None)
     with sitting(command, recipe, methods, overwrite, resume) as run:
         from tanzaku.cli.live import Live
+        from tanzaku.compare.candidates import as_written
         from tanzaku.compare.comparison import Comparison
         from tanzaku.compare.comparison import Interrupted as Cut
         from tanzaku.compare.journal import Journal
@@ -63,6 +64,8 @@ def run_comparison(command: str, recipe: Recipe, overwrite: bool, resume: bool) 
 
         live = Live(recipe.ranked_by)
         live.say(f"report: {run.out / REPORT}")
+        if note := as_written(candidates, searched, recipe.compare):
+            live.say(note)
         model, data = run.load(live, methods)
         journal = Journal(run.out)
         about = begin(run, journal, model, data, resume)

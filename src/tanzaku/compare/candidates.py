@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from tanzaku.core.method import Method
 from tanzaku.core.space import Choice, Grid, Range, Space, Spaces, ends
-from tanzaku.errors import TanzakuError
+from tanzaku.errors import TanzakuError, listed
 from tanzaku.recipe.comparison import CompareSettings
 from tanzaku.recipe.schema import MethodEntry, checked, named, spaces_of, used_by
 from tanzaku.train.settings import TrainSettings
@@ -71,7 +71,8 @@ def expand(
 
     An entry without a space is a candidate. One with grids is the product of their values. One with a choice or a range
     is searched, and a grid beside them is a choice. Where `settings.trials` is a number, every entry is searched that
-    leaves anything of its method's default space open (:class:`CompareSettings` says when it does).
+    leaves anything of its method's default space open (:class:`CompareSettings` says when it does), but for those that
+    others use: these are trained as they are written, since what uses them has to know what they are.
 
     Args:
         train: the run's settings, which an entry's own go over.
@@ -84,13 +85,16 @@ def expand(
     searched: list[Searched] = []
     entries = named(entries)
     taken = {str(entry.name) for entry in entries}
+    uses_of = {str(entry.name): used_by(entry, entries) for entry in entries}
+    parts = {used for uses in uses_of.values() for used in uses.values()}
     for entry in entries:
-        uses, found = used_by(entry, entries), spaces_of(entry)
+        uses, found = uses_of[str(entry.name)], spaces_of(entry)
         method, run = checked(_without(entry, found), train)
         own = {key: _typed(entry, found, key, train) for key in found}
         fixed = {key: getattr(method, key) for key in entry.settings} | {key: getattr(run, key) for key in entry.train}
-        rest = type(method).open_space({**fixed, **own}) if settings.trials is not None else {}
         name = str(entry.name)
+        opened = settings.trials is not None and name not in parts
+        rest = type(method).open_space({**fixed, **own}) if opened else {}
         if rest or any(not isinstance(space, Grid) for space in own.values()):
             drawn = {key: Choice(space.values) if isinstance(space, Grid) else space for key, space in own.items()}
             searched.append(Searched(name, method, run, {**drawn, **rest}, settings.trials or TRIALS, uses))
@@ -171,6 +175,16 @@ def _product(
         taken.add(name)
         out.append(_candidate(entry, method, train, drawn, name, "grid", rate))
     return out
+
+
+def as_written(candidates: Sequence[Candidate], searched: Sequence[Searched], settings: CompareSettings) -> str | None:
+    """A line on the candidates that are not searched where all others are, or None."""
+    every: list[Candidate | Searched] = [*candidates, *searched]
+    parts = {used for each in every for used in each.uses.values()}
+    found = [each.name for each in candidates if each.name in parts]
+    if settings.trials is None or not found:
+        return None
+    return f"trained as written and not searched, since other candidates are made of them: {listed(found)}"
 
 
 def check_settled(candidates: Sequence[Candidate]) -> None:

@@ -29,7 +29,7 @@ class CompareSettings(BaseModel):
     entry gives a choice or a range; with a number, every entry is searched, over what it leaves open of its method's
     default space too. An entry leaves a setting open unless it gives a value itself: the recipe's own `train` section
     holds defaults for all entries, so the learning rate there, or from a flag, is searched, and one in an entry's own
-    `train` is not. A space that an entry gives stands in for the method's.
+    `train` is not. A space that an entry gives stands in for the method's. An entry that others use is never searched.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
