@@ -148,7 +148,10 @@ REFUSED = {
         lambda: compat.IA3Config(target_modules=["k"], feedforward_modules=["q"]),
         "should be a subset of `target_modules`",
     ),
-    "another beginning": (lambda: LoraConfig(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+    "another beginning": (
+        lambda: LoraConfig(init_lora_weights="loftq"),
+        r"loftq.*tanzaku\.LoRA has a start of that name",
+    ),
     "a text without a tokenizer": (
         lambda: compat.PromptTuningConfig(prompt_tuning_init="TEXT", prompt_tuning_init_text="a"),
         "tokenizer_name_or_path can't be None",

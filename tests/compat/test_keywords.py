@@ -61,7 +61,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "no method": (lambda: PeftConfig(), "expected one of AdaLoraConfig"),
     "another method": (lambda: PeftConfig.from_peft_type(peft_type="OSF"), "found peft_type='OSF'"),
-    "dora": (lambda: LoraConfig(init_lora_weights="pissa") and wrap(init_lora_weights="pissa"), "pissa"),
+    "beginning": (lambda: wrap(init_lora_weights="loftq"), "loftq"),
     "no configuration": (lambda: get_peft_model(tiny("llama"), {"r": 8}), "found dict"),
     "mixed": (lambda: get_peft_model(tiny("llama"), LoraConfig(), mixed=True), "mixed=True"),
     "twice": (lambda: get_peft_model(wrap(), LoraConfig()), "add_adapter"),

@@ -128,6 +128,7 @@ class LoRA(TargetedWithBiases):
     # The paper: ranks from 1 up do nearly alike, at 2e-4 (GPT-2) to 5e-4 (RoBERTa); a decade lies on either side.
     space = spaces(r=Choice((1, 4, 8, 16, 32)), learning_rate=Range(5e-5, 5e-3, log=True))
     own_biases = "lora_only"
+    files_as_peft: ClassVar[bool] = False  # a start that is found again in the base's weight is left out of files
 
     r: int = 8
     lora_alpha: float = 8
@@ -281,6 +282,10 @@ class LoRA(TargetedWithBiases):
         named = ("olora", "loftq", "corda", "lora_ga")
         return isinstance(init, str) and (bool(PISSA.fullmatch(init)) or init in named)
 
+    def _found_again(self) -> bool:
+        """Whether files have A and B alone."""
+        return self.files_as_peft and self.init_lora_weights in ("pissa", "olora")
+
     def _started(self, base: Base, module: nn.Module, path: str, r: int, scaling: float) -> StartedDelta:
         init = str(self.init_lora_weights)
         self._check_matrix(module, path)
@@ -289,7 +294,8 @@ class LoRA(TargetedWithBiases):
             f"a file of A and B that belong to a base which HF PEFT changed by {init}",
             "one that was saved with path_initial_model_for_weight_conversion",
         )
-        layer = (DoraStarted if self.use_dora else StartedDelta)(module, r, scaling, self.lora_dropout, self._to_fill)
+        kind = DoraStarted if self.use_dora else StartedDelta
+        layer = kind(module, r, scaling, self.lora_dropout, self._to_fill, self._found_again())
         if layer.lora_A.weight.is_meta:
             return layer
         weight = base_matrix(module)
@@ -299,22 +305,26 @@ class LoRA(TargetedWithBiases):
             layer.watch = not_yet
             # A zero B, and nothing to count from, until rows were seen.
             initialise(layer, module, True)
-        elif init == "loftq":
-            if quantised(module):
-                exact = stored_weight(base.model, path).to(weight)
-                layer.begin(*product_of((exact - weight) / scaling, r), counted=False)
-            else:
-                layer.begin(*loftq(weight, r, scaling, *self._loftq()))
-        elif init == "olora":
-            layer.begin(*olora(weight, r, scaling))
+        elif init == "loftq" and quantised(module):
+            exact = stored_weight(base.model, path).to(weight)
+            layer.begin(*product_of((exact - weight) / scaling, r), counted=False)
         else:
-            steps = cast("re.Match[str]", PISSA.fullmatch(init))[1]
-            layer.begin(*pissa(weight, r, scaling, None if steps is None else int(steps)))
+            layer.begin(*self.start_of(weight, r, scaling))
         return layer
+
+    def start_of(self, weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+        """A and B that are functions of the weight alone."""
+        init = str(self.init_lora_weights)
+        if init == "loftq":
+            return loftq(weight, r, scaling, *self._loftq())
+        if init == "olora":
+            return olora(weight, r, scaling)
+        steps = cast("re.Match[str]", PISSA.fullmatch(init))[1]
+        return pissa(weight, r, scaling, None if steps is None else int(steps))
 
     def to_peft(self, config: dict[str, Any]) -> dict[str, Any]:
         # A start that is counted from is written as plain LoRA of twice the rank, at the same scaling.
-        if not self._starts() or self._to_fill:
+        if not self._starts() or self._to_fill or self._found_again():
             return config
         more = math.sqrt(2) if self.use_rslora else 2
         return {

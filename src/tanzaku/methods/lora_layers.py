@@ -84,6 +84,16 @@ class LoraDelta(LowRankDelta):
         hold_change((self.lora_A.weight, self.lora_B.weight), module, change / self.scaling)
 
 
+class _Start(nn.Module):
+    """What A or B was at first, which is no parameter."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros_like(weight, requires_grad=False))
+
+    weight: Tensor
+
+
 class StartedDelta(LoraDelta):
     """LoRA that starts at a product B0 A0 which is no zero, and adds what has come to it: (alpha / r) (B A - B0 A0) x.
 
@@ -92,14 +102,13 @@ class StartedDelta(LoraDelta):
 
     Args:
         to_fill: A and B come from a file that has them alone, as HF PEFT writes it; A0 and B0 are what they were there.
+        alone: files have them alone, since whoever reads one finds A0 and B0 again in the base's weight.
     """
 
-    def __init__(self, module: nn.Module, r: int, scaling: float, dropout: float, to_fill: bool):
+    def __init__(self, module: nn.Module, r: int, scaling: float, dropout: float, to_fill: bool, alone: bool):
         super().__init__(module, r, scaling, dropout, None)
-        self.to_fill = to_fill
-        self.start_A, self.start_B = (
-            Low(nn.Parameter(torch.zeros_like(low.weight), requires_grad=False)) for low in (self.lora_A, self.lora_B)
-        )
+        self.to_fill, self.alone = to_fill, alone
+        self.start_A, self.start_B = _Start(self.lora_A.weight), _Start(self.lora_B.weight)
 
     @torch.no_grad()
     def begin(self, a: Tensor, b: Tensor, counted: bool = True) -> None:
@@ -125,7 +134,7 @@ class StartedDelta(LoraDelta):
         return torch.cat([own, start], -1)
 
     def export(self) -> dict[str, Tensor]:
-        a, b = (self.lora_A.weight, self.lora_B.weight) if self.to_fill else self.pair()
+        a, b = (self.lora_A.weight, self.lora_B.weight) if self.to_fill or self.alone else self.pair()
         rest = {key: t for key, t in super().export().items() if key.partition(".")[0] not in _STARTED}
         return {"lora_A.weight": a.detach(), "lora_B.weight": b.detach(), **rest}
 

@@ -21,6 +21,7 @@ from tanzaku.compat.peft.isinstances import seen_as
 from tanzaku.core.method import Attached, Method
 from tanzaku.errors import TanzakuError, nearest
 from tanzaku.methods import CPT, IA3, AdaLoRA, LlamaAdapter, LoRA, PrefixTuning, PromptTuning, PTuning
+from tanzaku.methods.lora_starts import PISSA
 from tanzaku.models.families import Base
 from tanzaku.storage.store import CONFIG
 
@@ -409,6 +410,7 @@ class LoraConfig(PeftConfig, LoRA):
     peft_type = PeftType.LORA
     order = _LORA
     elsewhere = _LORA_ELSEWHERE
+    files_as_peft = True
 
     def check_settings(self) -> None:
         _check_layers(self)
@@ -446,18 +448,20 @@ class AdaLoraConfig(PeftConfig, AdaLoRA):
             )
 
 
+_NATIVELY = {
+    "loftq": ". HF PEFT's quantises the base, which here other adapters share; tanzaku.LoRA has a start of that name "
+    "that leaves it as it is"
+}
+
+
 def _check_layers(config: LoraConfig | AdaLoraConfig) -> None:
-    if not isinstance(config.init_lora_weights, bool) and config.init_lora_weights not in ("gaussian", "orthogonal"):
+    init = config.init_lora_weights
+    known = ("gaussian", "orthogonal", "olora", "eva", "corda", "lora_ga")
+    if not isinstance(init, bool) and init not in known and not PISSA.fullmatch(init):
         raise TanzakuError(
-            f"{type(config).__name__}: found init_lora_weights={config.init_lora_weights!r}, which is not supported; "
-            "expected True, False, 'gaussian' or 'orthogonal'"
+            f"{type(config).__name__}: found init_lora_weights={init!r}, which is not supported; expected True, False, "
+            f"'pissa', 'pissa_niter_16' or one of {', '.join(map(repr, known))}{_NATIVELY.get(init, '')}"
         )
-    for key in ("trainable_token_indices", "target_parameters"):
-        if getattr(config, key):
-            raise TanzakuError(
-                f"{type(config).__name__}: found {key}, which is not supported under PEFT's names; use tanzaku.LoRA "
-                "or HF PEFT itself"
-            )
     if isinstance(config.target_modules, str):
         for key in ("layers_to_transform", "layers_pattern"):
             if getattr(config, key) is not None:

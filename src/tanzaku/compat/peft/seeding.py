@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from tanzaku.core.adapter import Adapter
+from tanzaku.core.delta import base_matrix
 from tanzaku.core.weights import BiasCopy, WeightCopy
 from tanzaku.methods.activated import Invocation
 from tanzaku.methods.adalora import SvdDelta
 from tanzaku.methods.dora import Magnitude
 from tanzaku.methods.ia3 import ScaleLayer
+from tanzaku.methods.lora import LoRA
 from tanzaku.methods.lora_layers import (
     ActivatedDelta,
     DoraConv2d,
     DoraDelta,
     DoraEmbedding,
+    DoraStarted,
     LoraConv2d,
     LoraDelta,
     LoraEmbedding,
+    StartedDelta,
     initialise,
 )
 
@@ -34,7 +39,7 @@ from tanzaku.methods.lora_layers import (
 def draw_as_peft(adapter: Adapter, before: Tensor) -> None:
     """Draw initial weights anew as PEFT does, from the generator's state `before`."""
     lora = (LoraDelta, LoraConv2d, LoraEmbedding, DoraDelta, DoraConv2d, DoraEmbedding, ActivatedDelta)
-    kinds = (*lora, Invocation, SvdDelta, ScaleLayer, BiasCopy, WeightCopy)
+    kinds = (*lora, StartedDelta, DoraStarted, Invocation, SvdDelta, ScaleLayer, BiasCopy, WeightCopy)
     on_meta = any(p.device.type == "meta" for _, p in adapter.named_parameters())
     # Only what is known to begin as PEFT's own does; what is left draws alike, on one device.
     if on_meta or not all(type(layer) in kinds for _, layer in adapter.at()):
@@ -56,9 +61,14 @@ def draw_as_peft(adapter: Adapter, before: Tensor) -> None:
             assert isinstance(fresh, LoraDelta)
             for low in (fresh.lora_A, fresh.lora_B):
                 nn.init.kaiming_uniform_(low.weight, a=math.sqrt(5))
-            if init is not False:
+            module = adapter.base.model.get_submodule(path)
+            if isinstance(fresh, StartedDelta):  # what was drawn gives way to a start, which may be drawn, too
+                if fresh.watch is None:
+                    fresh.begin(*cast(LoRA, adapter.method).start_of(base_matrix(module), fresh.r, fresh.scaling))
+            elif init is not False:
                 fresh.lora_B.weight.zero_()
-                initialise(fresh, adapter.base.model.get_submodule(path), init)
+                if init != "eva":
+                    initialise(fresh, module, init)
         layer.load_state_dict(fresh.state_dict())
         if isinstance(layer, Magnitude):
             layer.measure(adapter.base.model.get_submodule(path))

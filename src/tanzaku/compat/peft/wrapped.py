@@ -24,6 +24,7 @@ from tanzaku.core.method import AdapterLayer, ModuleLayer
 from tanzaku.core.routing import Entry
 from tanzaku.core.weights import BiasCopy, WeightCopy
 from tanzaku.errors import TanzakuError, listed, nearest
+from tanzaku.methods import AdaLoRA
 from tanzaku.models import tree
 
 STATE = "training_state"  # before the names of what training goes on from beside parameters
@@ -300,7 +301,7 @@ class Wrapped(Owner):
         """What training goes on from: the adapters' own parameters, and what a method has beside them."""
         out: dict[str, Tensor] = {name: t.detach() for name, t in self._adapter_tensors().items()}
         for adapter in self._adapters():
-            if adapter.method.__dict__.get("_prepared"):
+            if adapter.method.__dict__.get("_prepared") or not isinstance(adapter.method, AdaLoRA):
                 state = adapter.method.training_state(adapter)
                 out |= {f"{STATE}.{adapter.name}.{key}": value for key, value in state.items()}
         return {key: value.cpu().clone(memory_format=torch.contiguous_format) for key, value in out.items()}

@@ -17,6 +17,7 @@ from tanzaku.core.method import AdapterLayer, AttentionLayer
 from tanzaku.core.weights import BiasCopy, WeightCopy
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.methods.adalora import SvdDelta
+from tanzaku.methods.lora_layers import StartedDelta
 from tanzaku.methods.prompt_tuning import PromptLearning
 from tanzaku.models import tree
 from tanzaku.storage.store import entries, read_tensors
@@ -100,13 +101,14 @@ def set_peft_model_state_dict(
     }.items():
         if keys:
             raise TanzakuError(f"{adapter_name!r}: {what} are {listed(keys, 3)}; expected the tensors of its file")
-    pruned: dict[SvdDelta, dict[str, Tensor]] = {}
+    made: dict[AdapterLayer, dict[str, Tensor]] = {}
     for key, (tensor, layer) in own.items():
-        if isinstance(layer, SvdDelta):
-            pruned.setdefault(layer, {})[key.rpartition(".")[2]] = given[key]
+        if isinstance(layer, SvdDelta | StartedDelta):  # of which files have what is made of parameters
+            name = next(name for name in layer.export() if key.endswith(f".{name}"))
+            made.setdefault(layer, {})[name] = given[key]
         else:
             tensor.copy_(given[key])  # a view of the parameter
-    for layer, tensors in pruned.items():
+    for layer, tensors in made.items():
         layer.restore(tensors)
     return _IncompatibleKeys([], [])
 
