@@ -21,7 +21,7 @@ PROGRAM = """
 import torch
 from transformers import Trainer, TrainingArguments
 from peft import AdaLoraConfig, AdaptionPromptConfig, IA3Config, LoraConfig, PrefixTuningConfig
-from peft import PromptEncoderConfig, PromptTuningConfig, TaskType, get_peft_model
+from peft import LoHaConfig, PromptEncoderConfig, PromptTuningConfig, TaskType, get_peft_model
 from peft.peft_model import PeftModelForSequenceClassification
 
 class Plain(PeftModelForSequenceClassification):
@@ -64,6 +64,7 @@ CONFIGS = {
     "p_tuning": "PromptEncoderConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=3, encoder_hidden_size=24)",
     "prefix_tuning": "PrefixTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=3)",
     "ia3": "IA3Config(task_type=TaskType.SEQ_CLS)",
+    "loha": "LoHaConfig(task_type=TaskType.SEQ_CLS, r=2)",
     "llama_adapter": "AdaptionPromptConfig(task_type=TaskType.SEQ_CLS, adapter_layers=1, adapter_len=4)",
 }
 

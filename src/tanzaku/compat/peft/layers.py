@@ -21,7 +21,7 @@ from tanzaku.compat.peft.owner import Owner
 from tanzaku.core.adapter import Adapter
 from tanzaku.core.method import AdapterLayer
 from tanzaku.core.targeted import pattern
-from tanzaku.core.weights import BiasCopy, WeightCopy
+from tanzaku.core.weights import WeightCopy
 from tanzaku.errors import TanzakuError
 from tanzaku.methods.adalora import SvdDelta
 from tanzaku.methods.dora import Magnitude
@@ -530,11 +530,11 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
 
 def is_bare(layer: AdapterLayer) -> bool:
-    """Whether a layer is shown by nothing else: neither as a part of one of PEFT's layers nor as a prompt encoder.
+    """Whether a layer of an adapter without a prompt is shown by nothing else: as no part of one of PEFT's layers.
 
     A copy of a module is never: a trained one is in its module's layer, and of one that is only kept PEFT has none.
     """
-    return isinstance(layer, BiasCopy | GatedPrompt)
+    return isinstance(layer, GatedPrompt) or _face(layer) is None
 
 
 def encoder_of(layer: AdapterLayer) -> nn.Module:

@@ -167,7 +167,7 @@ class PeftModel(Prompting, Merging):
 
         names = list(config.modules_to_save or [])
         names = here(names) or names
-        if not config.is_adaption_prompt:
+        if "modules_to_save" in config.order:  # PEFT has no such setting of some
             names += here(self.heads)
         config.modules_to_save = list(dict.fromkeys(names)) or config.modules_to_save
         return config

@@ -36,7 +36,7 @@ def fit(config: PeftConfig, base: nn.Module) -> None:
         return
     paths = [path for path, _ in tree.named_modules(base) if path]
     found = [path for path in paths if check_target_module_exists(config, path)]
-    excluded = settings.exclude_modules
+    excluded = getattr(config, "exclude_modules", None)
     copied = config.modules_to_save or ()
     left_out = [path for path in paths if excluded and named(excluded, path)]
     if not found:

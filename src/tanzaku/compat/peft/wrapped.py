@@ -225,9 +225,10 @@ class Wrapped(Owner):
         hidden = set() if memo is None else {name.removesuffix(".bias") for name in self._hidden()}
         memo = set() if memo is None else memo
         place = f"{prefix}.{self._root}{tree.PLACE}" if prefix else f"{self._root}{tree.PLACE}"
+        bare = {id(layer) for layer in self._bare()}
         for name, module in super().named_modules(memo, prefix, remove_duplicate):
             if f"{name}.".startswith(f"{place}."):
-                if isinstance(module, AdapterLayer) and is_bare(module):
+                if id(module) in bare:
                     yield from module.named_modules(None, name)
                 continue
             if hidden and name.removeprefix(f"{prefix}.") in hidden:
@@ -240,6 +241,13 @@ class Wrapped(Owner):
         if (prompts := self.__dict__.get("_modules", {}) and self._prompts()) is not None:
             # Not by `memo`: the walk over the base has passed these by.
             yield from prompts.named_modules(None, f"{prefix}.prompt_encoder" if prefix else "prompt_encoder")
+
+    def _bare(self) -> Iterator[AdapterLayer]:
+        """Layers that no other module shows."""
+        # While it is built there are no adapters, and not yet what tells of them.
+        for adapter in self._adapters() if "_trained" in self.__dict__ and self._trained else ():
+            if not cast(PeftConfig, adapter.method).is_prompt_learning:
+                yield from (layer for _, layer in adapter.at() if is_bare(layer))
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """The base, and the adapters' parameters as a tree of PEFT's names: Trainer tells by those what decays."""

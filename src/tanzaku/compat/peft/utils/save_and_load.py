@@ -19,6 +19,7 @@ from tanzaku.errors import TanzakuError, listed
 from tanzaku.methods.adalora import SvdDelta
 from tanzaku.methods.lora_layers import StartedDelta
 from tanzaku.methods.prompt_tuning import PromptLearning
+from tanzaku.methods.trainable_tokens import Vectors
 from tanzaku.models import tree
 from tanzaku.storage.store import entries, read_tensors
 
@@ -49,8 +50,10 @@ def in_peft(adapter: Adapter, path: str, layer: AdapterLayer, name: str) -> str:
         targeted = any(p == path and not isinstance(s, BiasCopy | WeightCopy) for p, s in adapter.at())
         return f"{root}{path}.{'base_layer.' if targeted else ''}{name}"
     first, _, rest = name.partition(".")
-    if not path:  # what layers share: each layer has it there, and it stands here once
-        return f"base_model.{first}.{adapter.name}" + (f".{rest}" if rest else "")
+    if isinstance(layer, Vectors):  # of tokens, which PEFT has at their embedding
+        return f"{root}{name}.{adapter.name}"
+    if not path:  # what layers share: each has it there, and a walk finds it at the first
+        path = next(p for p, s in adapter.at() if p and not isinstance(s, BiasCopy | WeightCopy))
     return f"{root}{path}.{first}.{adapter.name}" + (f".{rest}" if rest else "")
 
 
