@@ -72,6 +72,10 @@ class ParameterDelta(OwnWeights):
             assert isinstance(factors, Factors)
             yield name, factors
 
+    def factors(self) -> list[Factors]:
+        """Of each parameter, in order."""
+        return [factors for _, factors in self._factors()]
+
     @property
     def own(self) -> dict[str, nn.Parameter]:
         return {f"factors_of.{name}": p for name, p in self.factors_of.named_parameters()}
@@ -100,7 +104,8 @@ class ParameterDelta(OwnWeights):
 
     # In PEFT each wraps the one before it.
 
-    def _keys(self) -> dict[str, str]:
+    def keys(self) -> dict[str, str]:
+        """Of every tensor, by its name here, the name that it has in files."""
         names = [name for name, _ in self._factors()]
         inside = {name: "base_layer." * (len(names) - 1 - at) for at, name in enumerate(names)}
         return {
@@ -111,10 +116,10 @@ class ParameterDelta(OwnWeights):
 
     def export(self) -> dict[str, Tensor]:
         own = super().export()
-        return {key: own[held] for held, key in self._keys().items()}
+        return {key: own[held] for held, key in self.keys().items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        super().restore({held: tensors[key] for held, key in self._keys().items()})
+        super().restore({held: tensors[key] for held, key in self.keys().items()})
 
 
 def parameters_at(base: Base, names: Sequence[str]) -> dict[str, dict[str, nn.Parameter]]:

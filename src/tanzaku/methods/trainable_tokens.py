@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tanzaku.core.method import About, AdapterLayer, Method, ModuleLayer, Place, trainable
-from tanzaku.core.shared import Shared
+from tanzaku.core.shared import Shared, reached
 from tanzaku.core.space import Range, spaces
 from tanzaku.core.survey import may_not_run, survey
 from tanzaku.core.weights import in_memory
@@ -93,11 +93,14 @@ class TokenVectors(ModuleLayer):
     ids: Tensor
     order: Tensor
 
+    @property
+    def inside(self) -> str:
+        """What PEFT puts between the path and the names of what is there."""
+        return reached(self.vectors).inside
+
     def _own(self) -> Tensor:
         """(tokens, width), by rising ids."""
-        vectors = self.vectors()
-        assert vectors is not None
-        own = vectors.of(self.path)
+        own = reached(self.vectors).of(self.path)
         return own[self.order.to(own.device)]
 
     def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -33,13 +33,16 @@ from tanzaku.methods.lora_layers import (
     StartedDelta,
     initialise,
 )
+from tanzaku.methods.lora_parameters import ParameterDelta
+from tanzaku.methods.trainable_tokens import TokenVectors, Vectors
 
 
 @torch.no_grad()
 def draw_as_peft(adapter: Adapter, before: Tensor) -> None:
     """Draw initial weights anew as PEFT does, from the generator's state `before`."""
     lora = (LoraDelta, LoraConv2d, LoraEmbedding, DoraDelta, DoraConv2d, DoraEmbedding, ActivatedDelta)
-    kinds = (*lora, StartedDelta, DoraStarted, Invocation, SvdDelta, ScaleLayer, BiasCopy, WeightCopy)
+    drawn = (*lora, StartedDelta, DoraStarted, ParameterDelta, SvdDelta, ScaleLayer)
+    kinds = (*drawn, Invocation, Vectors, TokenVectors, BiasCopy, WeightCopy)
     on_meta = any(p.device.type == "meta" for _, p in adapter.named_parameters())
     # Only what is known to begin as PEFT's own does; what is left draws alike, on one device.
     if on_meta or not all(type(layer) in kinds for _, layer in adapter.at()):
@@ -47,7 +50,7 @@ def draw_as_peft(adapter: Adapter, before: Tensor) -> None:
     torch.set_rng_state(before)
     init = getattr(adapter.method, "init_lora_weights", getattr(adapter.method, "init_ia3_weights", True))
     for path, layer in adapter.at():
-        if isinstance(layer, BiasCopy | WeightCopy | Invocation):
+        if type(layer) not in drawn:
             continue
         fresh = copy.deepcopy(layer).cpu()
         if isinstance(fresh, ScaleLayer):
@@ -57,6 +60,8 @@ def draw_as_peft(adapter: Adapter, before: Tensor) -> None:
             _svd(fresh, bool(init))
         elif isinstance(fresh, LoraEmbedding):
             _embedding(fresh, init)
+        elif isinstance(fresh, ParameterDelta):
+            _parameters(fresh, init is True)
         else:
             assert isinstance(fresh, LoraDelta)
             for low in (fresh.lora_A, fresh.lora_B):
@@ -82,6 +87,14 @@ def _svd(layer: SvdDelta, small: bool) -> None:
         layer.lora_E.zero_()
         layer.lora_A.normal_(std=0.02)
         layer.lora_B.normal_(std=0.02)
+
+
+def _parameters(layer: ParameterDelta, zero: bool) -> None:
+    for factors in layer.factors():
+        factors.draw(zero=False)
+        if zero:
+            factors.draw(zero=True)
+            factors.lora_B.get_parameter("weight").zero_()
 
 
 def _embedding(layer: LoraEmbedding, init: bool | str) -> None:

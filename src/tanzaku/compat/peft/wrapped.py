@@ -25,6 +25,8 @@ from tanzaku.core.routing import Entry
 from tanzaku.core.weights import BiasCopy, WeightCopy
 from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.methods import AdaLoRA
+from tanzaku.methods.lora_parameters import ParameterDelta
+from tanzaku.methods.trainable_tokens import TokenVectors
 from tanzaku.models import tree
 
 STATE = "training_state"  # before the names of what training goes on from beside parameters
@@ -175,7 +177,8 @@ class Wrapped(Owner):
     def _base_names(self, names: Iterable[str]) -> dict[str, str]:
         """Names of the base's tensors -> PEFT's, where each lies below what took its module's place."""
         root = self._root
-        layers: set[str] = set()
+        layers: dict[str, str] = {}
+        wrapped: dict[str, dict[str, None]] = {}  # parameters that adapters change, by the path of their module
         whole: dict[str, str] = {}
         for adapter in self._adapters():
             trained = {id(p) for p in self._trained[adapter.name]}
@@ -184,8 +187,14 @@ class Wrapped(Owner):
                     whole |= {root + path: "original_module"} if trained & {id(p) for p in layer.parameters()} else {}
                 elif cast(PeftConfig, adapter.method).is_adaption_prompt:
                     whole[root + path] = "model"
+                elif isinstance(layer, TokenVectors):
+                    layers[root + path] = f"{layer.inside}.base_layer".lstrip(".")
                 elif isinstance(layer, ModuleLayer) and not isinstance(layer, BiasCopy):
-                    layers.add(root + path)
+                    layers[root + path] = "base_layer"
+                elif isinstance(layer, ParameterDelta):  # each in a layer of its own, around those before it
+                    names_here = wrapped.setdefault(root + path, {})
+                    names_here.update(dict.fromkeys(layer.factors_of))
+                    layers[root + path] = ".".join(["base_layer"] * len(names_here))
         out = {}
         for name in names:
             path, _, last = name.rpartition(".")
@@ -193,7 +202,7 @@ class Wrapped(Owner):
             if above is not None:
                 out[name] = f"{above}.{whole[above]}{name.removeprefix(above)}"
             else:
-                out[name] = f"{path}.base_layer.{last}" if path in layers else name
+                out[name] = f"{path}.{layers[path]}.{last}" if path in layers else name
         return out
 
     def _hidden(self) -> set[str]:

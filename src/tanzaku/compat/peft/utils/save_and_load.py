@@ -18,6 +18,7 @@ from tanzaku.core.weights import BiasCopy, WeightCopy
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.methods.adalora import SvdDelta
 from tanzaku.methods.lora_layers import StartedDelta
+from tanzaku.methods.lora_parameters import ParameterDelta
 from tanzaku.methods.prompt_tuning import PromptLearning
 from tanzaku.methods.trainable_tokens import Vectors
 from tanzaku.models import tree
@@ -49,6 +50,9 @@ def in_peft(adapter: Adapter, path: str, layer: AdapterLayer, name: str) -> str:
     if isinstance(layer, BiasCopy):  # PEFT trains the layer's own
         targeted = any(p == path and not isinstance(s, BiasCopy | WeightCopy) for p, s in adapter.at())
         return f"{root}{path}.{'base_layer.' if targeted else ''}{name}"
+    if isinstance(layer, ParameterDelta):  # of which each wraps the one before it
+        *above, first, rest = layer.keys()[name].split(".")
+        return ".".join([f"{root}{path}", *above, first, adapter.name, rest])
     first, _, rest = name.partition(".")
     if isinstance(layer, Vectors):  # of tokens, which PEFT has at their embedding
         return f"{root}{name}.{adapter.name}"
