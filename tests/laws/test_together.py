@@ -12,10 +12,11 @@ from tanzaku.core.manager import manager_of
 from tanzaku.core.method import ModuleLayer
 from tanzaku.methods.adalora import SvdDelta
 from tanzaku.methods.ia3 import ScaleLayer
+from tanzaku.methods.loha import HadamardDelta
 from tanzaku.methods.lora_layers import LoraDelta
 from tiers import in_families
 
-LAYERS = {"lora": LoraDelta, "adalora": SvdDelta, "ia3": ScaleLayer}
+LAYERS = {"lora": LoraDelta, "adalora": SvdDelta, "ia3": ScaleLayer, "loha": HadamardDelta}
 
 
 @pytest.fixture
@@ -48,6 +49,7 @@ def method(name, **changes):
         "lora": lambda **c: tz.LoRA(**{"r": 2, **c}),
         "adalora": lambda **c: tz.AdaLoRA(**{"init_r": 3, "target_r": 2, **c}),
         "ia3": lambda **c: tz.IA3(**c),
+        "loha": lambda **c: tz.LoHa(**{"r": 2, **c}),
     }[name](**changes)
 
 
@@ -77,12 +79,13 @@ def assert_same(found, expected):
     assert_close(found[1], expected[1], GRADIENT)
 
 
+@pytest.mark.parametrize("rows", ["aabbcc", "abbbcc"])  # in equal shares and in others
 @pytest.mark.parametrize("name", LAYERS)
 @in_families("kind", ["llama", "gpt2", "bert", "gemma3", "t5"])
-def test_neighbours_that_are_alike_are_computed_together(kind, name, together, monkeypatch):
+def test_neighbours_that_are_alike_are_computed_together(kind, name, rows, together, monkeypatch):
     model = bamboo(kind, "cls")
     adapters = several(model, {n: method(name) for n in "abc"})
-    entries = ["a", "a", "b", "b", "c", "c"]
+    entries = [*rows]
     inputs = batch(model, rows=6)
     expected = one_by_one(monkeypatch, model, adapters, entries, inputs)
     assert not together
@@ -118,7 +121,9 @@ UNLIKE = {
     "scattered rows": ({"a": ("lora", {}), "b": ("lora", {})}, "abab"),
     "not neighbours": ({"a": ("lora", {}), "b": ("lora", {})}, "a-b-"),
     "not neighbours, one kind between": ({"a": ("lora", {}), "b": ("ia3", {}), "c": ("lora", {})}, "abc-"),
+    "ranks of loha whose square is no small one": ({"a": ("loha", {"r": 5}), "b": ("loha", {"r": 5})}, "aabb"),
     "dropout": ({"a": ("lora", {"lora_dropout": 0.5}), "b": ("lora", {"lora_dropout": 0.5})}, "aabb"),
+    "dropout of loha": ({"a": ("loha", {"rank_dropout": 0.5}), "b": ("loha", {"rank_dropout": 0.5})}, "aabb"),
     "dropout of adalora": ({"a": ("adalora", {"lora_dropout": 0.5}), "b": ("adalora", {"lora_dropout": 0.5})}, "aabb"),
     "sides": (
         {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tanzaku as tz
-from close import assert_close
+from close import GRADIENT, assert_close
 from interop.oracle import scatter
 from models import batch, tiny
 from tanzaku.core.manager import manager_of
@@ -77,3 +77,20 @@ def test_module_dropout_leaves_the_change_out_for_a_pass() -> None:
                 outs.append(model(**given).logits)
     same = [torch.allclose(out, bare, atol=1e-6) for out in outs]
     assert any(same) and not all(same)
+
+
+def test_in_factors_it_is_what_the_whole_matrix_makes() -> None:
+    """As it is computed where r * r is small, and as it is where r * r is large; with its gradients."""
+    model = tiny("llama")
+    tz.attach(model, tz.LoHa(r=3, init_weights=False, target_modules=["v_proj"], layers_to_transform=[0]), "x", seed=0)
+    path, layer = next(manager_of(model).get("x").at())
+    module, x = model.get_submodule(path), torch.randn(3, 5, 32, requires_grad=True)
+    layer.requires_grad_(True)
+    found = []
+    for in_factors in (True, False):
+        assert not in_factors or layer.in_factors
+        layer.in_factors = in_factors
+        y = layer.outputs(module, x, module(x))
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
+    assert_close(found[0][0], found[1][0])
+    assert_close(found[0][1:], found[1][1:], GRADIENT)

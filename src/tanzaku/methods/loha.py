@@ -8,7 +8,7 @@ Hyeon-Woo et al. 2021 (FedPara), arXiv 2108.06098; as an adapter: Yeh et al. 202
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,19 @@ from torch import Tensor, nn
 from tanzaku.core.delta import kaiming, shape_of
 from tanzaku.core.method import About, trainable
 from tanzaku.core.space import Choice, Range, spaces
+from tanzaku.methods.low_rank import LowRankDelta
 from tanzaku.methods.lycoris import Lycoris, LycorisDelta, from_core, has_core
 from tanzaku.models.families import weight_of
 
 
-class HadamardDelta(LycorisDelta):
+class HadamardDelta(LycorisDelta, LowRankDelta):
     """`hada_w1_a`, `hada_w2_a` (out, r) and `hada_w1_b`, `hada_w2_b` (r, in), where in counts a convolution's kernel;
-    with cores `hada_t1`, `hada_t2` (r, r, *kernel) the former are (r, out)."""
+    with cores `hada_t1`, `hada_t2` (r, r, *kernel) the former are (r, out).
+
+    Attributes:
+        in_factors: the change is computed as one of rank r * r, and no matrix of (out, in) is made: where that has
+            fewer numbers.
+    """
 
     def __init__(self, module: nn.Module, r: int, core: bool, init: bool):
         super().__init__()
@@ -33,7 +39,8 @@ class HadamardDelta(LycorisDelta):
         def made(*size: int, fill: Callable[[Tensor], Any] | None = kaiming) -> nn.Parameter:
             return trainable(*size, like=weight, fill=fill)
 
-        self.core = core
+        self.core, self.r = core, r * r
+        self.in_factors = not kernel and self.r * (n_out + n_in) < n_out * n_in
         left, right = ((r, n_out), (r, n_in)) if core else ((n_out, r), (r, n_in * math.prod(kernel)))
         self.hada_w1_a, self.hada_w1_b = made(*left), made(*right)
         self.hada_w2_a, self.hada_w2_b = made(*left), made(*right, fill=None if init else kaiming)
@@ -47,6 +54,24 @@ class HadamardDelta(LycorisDelta):
         else:
             first, second = self.hada_w1_a @ self.hada_w1_b, self.hada_w2_a @ self.hada_w2_b
         return (first * second * self.scaling).view(self.shape)
+
+    def matrices(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+        """(r * r, in) and (out, r * r): every row, or column, of one factor times every one of the other's (the
+        Khatri-Rao product), since sum_k b_ik a_kj * sum_l d_il c_lj = sum_kl (b_ik d_il) (a_kj c_lj)."""
+        a = (self.hada_w1_b[:, None] * self.hada_w2_b).flatten(0, 1)
+        b = (self.hada_w1_a[:, :, None] * self.hada_w2_a[:, None]).flatten(1)
+        return a, b
+
+    def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        layer = LowRankDelta if self._in_factors(module) else LycorisDelta
+        return layer.outputs(self, module, x, y)
+
+    def batch_key(self, module: nn.Module) -> Hashable | None:
+        return super().batch_key(module) if self._in_factors(module) else None
+
+    def _in_factors(self, module: nn.Module) -> bool:
+        # What is left out is left out of the whole change.
+        return self.in_factors and not (module.training and (self.rank_dropout or self.module_dropout))
 
 
 @dataclass
@@ -65,9 +90,9 @@ class LoHa(Lycoris):
     about = About(
         where="query and value projections: y + (alpha / r) ((B1 A1) * (B2 A2)) x",
         parameters="2 r (in + out) a matrix",
-        cost="the whole change of each matrix is made anew, and a product with it",
+        cost="as lora of rank r * r, or, where that is more, the whole change of each matrix and a product with it",
         choose="for a change of rank up to r * r from few numbers, as image models are tuned",
-        limits="as slow as training full matrices, though it trains few numbers",
+        limits="where r * r (in + out) is above in * out, as slow as training full matrices",
     )
     by_default = False
     mergeable = True
