@@ -11,12 +11,25 @@ from models import tiny
 from tanzaku.core.manager import manager_of
 from tanzaku.core.method import ModuleLayer
 from tanzaku.methods.adalora import SvdDelta
+from tanzaku.methods.boft import Butterfly
+from tanzaku.methods.hra import Reflections
 from tanzaku.methods.ia3 import ScaleLayer
 from tanzaku.methods.loha import HadamardDelta
 from tanzaku.methods.lora_layers import LoraDelta
+from tanzaku.methods.oft import BlockRotation
 from tiers import in_families
 
-LAYERS = {"lora": LoraDelta, "adalora": SvdDelta, "ia3": ScaleLayer, "loha": HadamardDelta}
+LAYERS = {
+    "lora": LoraDelta,
+    "adalora": SvdDelta,
+    "ia3": ScaleLayer,
+    "loha": HadamardDelta,
+    "oft": BlockRotation,
+    "oft of one block": BlockRotation,
+    "boft": Butterfly,
+    "hra": Reflections,
+    "hra of orthogonal planes": Reflections,
+}
 
 
 @pytest.fixture
@@ -50,6 +63,11 @@ def method(name, **changes):
         "adalora": lambda **c: tz.AdaLoRA(**{"init_r": 3, "target_r": 2, **c}),
         "ia3": lambda **c: tz.IA3(**c),
         "loha": lambda **c: tz.LoHa(**{"r": 2, **c}),
+        "oft": lambda **c: tz.OFT(**{"oft_block_size": 8, **c}),
+        "oft of one block": lambda **c: tz.OFT(**{"oft_block_size": 8, "block_share": True, "coft": True, **c}),
+        "boft": lambda **c: tz.BOFT(**{"boft_n_butterfly_factor": 2, **c}),
+        "hra of orthogonal planes": lambda **c: tz.HRA(**{"r": 4, "apply_GS": True, **c}),
+        "hra": lambda **c: tz.HRA(**{"r": 4, **c}),
     }[name](**changes)
 
 
@@ -91,7 +109,8 @@ def test_neighbours_that_are_alike_are_computed_together(kind, name, rows, toget
     assert not together
     found = run(model, adapters, entries, inputs)
     sites = [layer for _, layer in adapters["a"].at() if isinstance(layer, ModuleLayer)]
-    assert sorted(together) == sorted(("inputs" if s.edits_input else "outputs", 3, 6) for s in sites)
+    edits = [edit for s in sites for edit in ("inputs", "outputs") if getattr(s, f"edits_{edit[:-1]}")]
+    assert sorted(together) == sorted((edit, 3, 6) for edit in edits)
     assert_same(found, expected)
 
 
@@ -124,6 +143,9 @@ UNLIKE = {
     "ranks of loha whose square is no small one": ({"a": ("loha", {"r": 5}), "b": ("loha", {"r": 5})}, "aabb"),
     "dropout": ({"a": ("lora", {"lora_dropout": 0.5}), "b": ("lora", {"lora_dropout": 0.5})}, "aabb"),
     "dropout of loha": ({"a": ("loha", {"rank_dropout": 0.5}), "b": ("loha", {"rank_dropout": 0.5})}, "aabb"),
+    "blocks of oft": ({"a": ("oft", {}), "b": ("oft", {"oft_block_size": 4})}, "aabb"),
+    "series of oft": ({"a": ("oft", {}), "b": ("oft", {"use_cayley_neumann": False})}, "aabb"),
+    "dropout of oft": ({"a": ("oft", {"module_dropout": 0.5}), "b": ("oft", {"module_dropout": 0.5})}, "aabb"),
     "dropout of adalora": ({"a": ("adalora", {"lora_dropout": 0.5}), "b": ("adalora", {"lora_dropout": 0.5})}, "aabb"),
     "sides": (
         {

@@ -9,7 +9,7 @@ Liu et al. 2023, arXiv 2311.06243.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tanzaku.core.delta import lies_turned
 from tanzaku.core.method import About, AdapterLayer, Place, trainable
+from tanzaku.core.routing import in_equal_shares
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.core.targeted import TargetedWithBiases
 from tanzaku.methods.turning import TurnedInput, blockwise, cayley, some_left_out
@@ -40,11 +41,14 @@ class Butterfly(TurnedInput):
         self.boft_R = trainable(factors, blocks, size, size, like=weight, fill=turn)
         self.boft_s = trainable(n_out, 1, like=weight, fill=scale)
 
-    def turned(self, x: Tensor, training: bool) -> Tensor:
-        numbers = self.boft_R.to(x.dtype)
-        blocks = cayley(0.5 * (numbers - numbers.mT).flatten(0, 1))
-        each = some_left_out(blocks, self.p if training else 0.0).view(numbers.shape)
-        for own, places in zip(reversed(each.unbind()), reversed(self.orders), strict=True):
+    def alike(self) -> Hashable:
+        return self.boft_R.shape
+
+    @staticmethod
+    def turn(layers: Sequence[Butterfly], x: Tensor, p: float) -> Tensor:
+        numbers = torch.stack([layer.boft_R.to(x.dtype) for layer in layers])
+        blocks = some_left_out(cayley(0.5 * (numbers - numbers.mT)), p)
+        for own, places in zip(reversed(blocks.unbind(1)), reversed(layers[0].orders), strict=True):
             if places is None:
                 x = blockwise(x, own)
             else:
@@ -53,10 +57,21 @@ class Butterfly(TurnedInput):
         return x
 
     def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return self.batched_outputs([self], (len(y),), module, x, y)
+
+    @staticmethod
+    def batched_outputs(
+        layers: Sequence[Butterfly], sizes: tuple[int, ...], module: nn.Module, x: Tensor, y: Tensor
+    ) -> Tensor:
         bias = module._parameters.get("bias")
-        scale = self.boft_s.flatten()
-        scaled = y * scale if bias is None else (y - bias) * scale + bias
-        return scaled.to(y.dtype)
+        scale = torch.stack([layer.boft_s.flatten() for layer in layers])[:, None]
+
+        def scaled(y: Tensor) -> Tensor:
+            each = y.reshape(len(layers), -1, y.shape[-1])
+            each = each * scale if bias is None else (each - bias) * scale + bias
+            return each.view(y.shape).to(y.dtype)
+
+        return in_equal_shares(sizes, scaled, y)
 
     def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
         merged = super().merged(module)

@@ -7,7 +7,7 @@ Yuan et al. 2024, arXiv 2405.17484.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,17 +32,22 @@ class Reflections(TurnedInput):
         n_in, _ = features(module)
         self.hra_u = trainable(n_in, r, like=weight_of(module), fill=_in_pairs if paired else kaiming)
 
-    def turned(self, x: Tensor, training: bool) -> Tensor:
+    def alike(self) -> Hashable:
+        return (self.orthogonal, self.hra_u.shape)
+
+    @staticmethod
+    def turn(layers: Sequence[Reflections], x: Tensor, p: float) -> Tensor:
         # r reflections are one change of rank r, I - U T U^T (the compact WY form): two products instead of 2 r.
-        if self.orthogonal:
-            u = torch.linalg.qr(self.hra_u.to(x.dtype))[0]
-            return x - 2 * F.linear(x @ u, u)
-        u = F.normalize(self.hra_u.to(x.dtype), dim=0)
-        r = u.shape[1]
+        u: Tensor = torch.stack([layer.hra_u.to(x.dtype) for layer in layers])
+        if layers[0].orthogonal:
+            u = torch.linalg.qr(u)[0]
+            return x - 2 * (x @ u) @ u.mT
+        u = F.normalize(u, dim=1)
+        r = u.shape[2]
         # T is the inverse of a triangular matrix, half of the identity with U^T U above it.
-        inverse = torch.triu(u.t() @ u, 1) + 0.5 * torch.eye(r, dtype=u.dtype, device=u.device)
-        within = torch.linalg.solve_triangular(inverse, u.t(), upper=True)  # T U^T
-        return x - F.linear(F.linear(x, within), u)
+        inverse = torch.triu(u.mT @ u, 1) + 0.5 * torch.eye(r, dtype=u.dtype, device=u.device)
+        within: Tensor = torch.linalg.solve_triangular(inverse, u.mT, upper=True)  # T U^T
+        return x - x @ within.mT @ u.mT
 
 
 def _in_pairs(t: Tensor) -> Any:

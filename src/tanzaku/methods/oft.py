@@ -8,7 +8,7 @@ Qiu et al. 2023, arXiv 2306.07280; on the input and with a series for the invers
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -53,20 +53,26 @@ class BlockRotation(TurnedInput):
         """Take the parameters to where they may be."""
         self.oft_R.weight.mul_(self.within())
 
-    def blocks(self, dtype: torch.dtype) -> Tensor:
-        """The orthogonal matrices, (blocks, size, size), as they stand to the right of a row."""
+    def numbers(self, dtype: torch.dtype) -> Tensor:
+        """Those above the diagonals, as a pass uses them."""
         numbers: Tensor = self.oft_R.weight
         if self.most is not None:  # the projection has no gradient, as if it had come after the last step
             numbers = numbers + (numbers * self.within() - numbers).detach()
-        numbers = numbers.to(dtype)
-        above = numbers.new_zeros(len(numbers), self.size, self.size)
-        rows, columns = torch.triu_indices(self.size, self.size, 1, device=numbers.device)
-        above[:, rows, columns] = numbers
-        skew = above - above.mT
-        return cayley(skew) if self.terms is None else neumann(skew, self.terms)
+        return numbers.to(dtype)
 
-    def turned(self, x: Tensor, training: bool) -> Tensor:
-        return blockwise(x, some_left_out(self.blocks(x.dtype), self.p if training else 0.0))
+    def alike(self) -> Hashable:
+        return (self.size, self.terms, self.oft_R.weight.shape)
+
+    @staticmethod
+    def turn(layers: Sequence[BlockRotation], x: Tensor, p: float) -> Tensor:
+        size, terms = layers[0].size, layers[0].terms
+        numbers = torch.stack([layer.numbers(x.dtype) for layer in layers])
+        above = numbers.new_zeros(*numbers.shape[:2], size, size)
+        rows, columns = torch.triu_indices(size, size, 1, device=numbers.device)
+        above[..., rows, columns] = numbers
+        skew = above - above.mT
+        blocks = cayley(skew) if terms is None else neumann(skew, terms)  # as they stand to the right of a row
+        return blockwise(x, some_left_out(blocks, p))
 
 
 def neumann(skew: Tensor, terms: int) -> Tensor:
