@@ -36,8 +36,10 @@ from tanzaku.tasks.task import Batch, Example
 SETTINGS: Mapping[str, dict[str, Any]] = {
     "adalora": {"total_step": STEPS},
     "bitfit": {"bias_scope": "add"},
+    "c3a": {"block_size": 128},
     "cpt": {"cpt_token_ids": [*range(10, 30)]},
     "llama_adapter": {"adapter_layers": 2},
+    "trainable_tokens": {"token_indices": [*range(10, 30)]},
 }
 ROUNDS = {1: 9, 8: 5}
 
