@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tanzaku.core.delta import WeightDelta, base_matrix, kaiming
@@ -44,6 +45,14 @@ class Product(nn.Module):
     def value(self) -> Tensor:
         return self.Xd @ self.Xu
 
+    def of(self, x: Tensor) -> Tensor:
+        """x by the matrix, as a linear layer has it."""
+        return F.linear(F.linear(x, self.Xu), self.Xd)
+
+    def scaled(self, weight: Tensor, x: Tensor) -> Tensor:
+        """x by a weight whose numbers are scaled by the matrix's."""
+        return F.linear(x, weight * self.value())
+
 
 class Numbers(nn.Module):
     """`X`, zero at first: numbers of a shape that is broadcast."""
@@ -54,6 +63,14 @@ class Numbers(nn.Module):
 
     def value(self) -> Tensor:
         return self.X
+
+    def of(self, x: Tensor) -> Tensor:
+        """x by a matrix (out, in) whose rows have one number each, or all have one."""
+        return x.sum(-1, keepdim=True) * self.X.flatten()
+
+    def scaled(self, weight: Tensor, x: Tensor) -> Tensor:
+        """x by a weight whose rows are scaled."""
+        return F.linear(x, weight) * self.X.flatten()
 
 
 class ScaledAndShifted(WeightDelta):
@@ -93,6 +110,13 @@ class ScaledAndShifted(WeightDelta):
         if self.glora_A is None or self.glora_B is None:
             return torch.zeros_like(weight)
         return weight * self.glora_A.value() + self.glora_B.value()
+
+    def added(self, module: nn.Module, x: Tensor) -> Tensor:
+        # Of all, only a product that scales the weight has to be made whole.
+        assert self.glora_A is not None and self.glora_B is not None
+        weight = base_matrix(module)
+        x = x.to(weight.dtype)
+        return self.glora_A.scaled(weight, x) + self.glora_B.of(x)
 
     def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         out = y if self.glora_A is None else y + self.added(module, x)
@@ -137,7 +161,7 @@ class GLoRA(Targeted):
     about = About(
         where="query and value projections: (W + W * A + B) x + b + b * D + E + W C",
         parameters="2 r (in + out) a matrix, and r (in + 1) + 2 where it has a bias; 2 out with config_A_B vector",
-        cost="the weight is read, changed and multiplied with, for each adapter of a batch",
+        cost="the weight is read, scaled and multiplied with, for each adapter of a batch",
         choose="where both LoRA and HiRA do well; with config_A_B vector, as a richer (IA)3",
         limits="as slow as training full matrices",
     )
