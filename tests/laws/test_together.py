@@ -12,6 +12,7 @@ from tanzaku.core.manager import manager_of
 from tanzaku.core.method import ModuleLayer
 from tanzaku.methods.adalora import SvdDelta
 from tanzaku.methods.boft import Butterfly
+from tanzaku.methods.fourierft import FourierDelta
 from tanzaku.methods.hra import Reflections
 from tanzaku.methods.ia3 import ScaleLayer
 from tanzaku.methods.loha import HadamardDelta
@@ -27,6 +28,7 @@ LAYERS = {
     "oft": BlockRotation,
     "oft of one block": BlockRotation,
     "boft": Butterfly,
+    "fourierft": FourierDelta,
     "hra": Reflections,
     "hra of orthogonal planes": Reflections,
 }
@@ -67,6 +69,7 @@ def method(name, **changes):
         "oft of one block": lambda **c: tz.OFT(**{"oft_block_size": 8, "block_share": True, "coft": True, **c}),
         "boft": lambda **c: tz.BOFT(**{"boft_n_butterfly_factor": 2, **c}),
         "hra of orthogonal planes": lambda **c: tz.HRA(**{"r": 4, "apply_GS": True, **c}),
+        "fourierft": lambda **c: tz.FourierFT(**{"n_frequency": 20, **c}),
         "hra": lambda **c: tz.HRA(**{"r": 4, **c}),
     }[name](**changes)
 
@@ -145,6 +148,7 @@ UNLIKE = {
     "dropout of loha": ({"a": ("loha", {"rank_dropout": 0.5}), "b": ("loha", {"rank_dropout": 0.5})}, "aabb"),
     "blocks of oft": ({"a": ("oft", {}), "b": ("oft", {"oft_block_size": 4})}, "aabb"),
     "series of oft": ({"a": ("oft", {}), "b": ("oft", {"use_cayley_neumann": False})}, "aabb"),
+    "places of fourierft": ({"a": ("fourierft", {}), "b": ("fourierft", {"random_loc_seed": 3})}, "aabb"),
     "dropout of oft": ({"a": ("oft", {"module_dropout": 0.5}), "b": ("oft", {"module_dropout": 0.5})}, "aabb"),
     "dropout of adalora": ({"a": ("adalora", {"lora_dropout": 0.5}), "b": ("adalora", {"lora_dropout": 0.5})}, "aabb"),
     "sides": (

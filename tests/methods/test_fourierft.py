@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tanzaku as tz
-from close import assert_close
+from close import GRADIENT, assert_close
 from models import tiny
 from tanzaku.core.manager import manager_of
 from tanzaku.methods.fourierft import FourierDelta
@@ -28,6 +28,20 @@ def test_the_change_has_the_coefficients_at_their_places() -> None:
     mirrored = expected.flip(0, 1).roll((1, 1), (0, 1))
     assert_close(transformed.real, (expected + mirrored) / 2)
     assert torch.linalg.matrix_rank(layer.delta(module)) > 8
+
+
+@pytest.mark.parametrize("tokens", [5, 500])
+def test_tokens_or_the_matrix_are_transformed_to_one_effect(tokens: int) -> None:
+    """Whichever is less: with its gradients."""
+    module, layer = layers(tz.FourierFT(n_frequency=12, scaling=3.0))[0]
+    layer.requires_grad_(True)
+    x = torch.randn(tokens, 1, 32, requires_grad=True)
+    found = layer.outputs(module, x, torch.zeros(tokens, 1, 32))
+    expected = x @ layer.delta(module).t()
+    assert_close(found, expected)
+    wanted = [x, layer.fourierft_spectrum]
+    own, whole = (torch.autograd.grad(each.square().sum(), wanted) for each in (found, expected))
+    assert_close(own, whole, GRADIENT)
 
 
 def test_modules_of_one_shape_share_their_places_and_a_seed_draws_others() -> None:

@@ -7,7 +7,8 @@ Gao et al. 2024, arXiv 2405.03003.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -15,8 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tanzaku.core.delta import WeightDelta, shape_of
+from tanzaku.core.delta import WeightDelta, shape_of, without_autocast
 from tanzaku.core.method import About, AdapterLayer, Place, home, trainable
+from tanzaku.core.routing import in_equal_shares, split
 from tanzaku.core.space import Range, spaces
 from tanzaku.core.targeted import TargetedWithBiases, pattern
 from tanzaku.models.families import weight_of
@@ -65,6 +67,36 @@ class FourierDelta(SparseSpectrum):
         spectrum: Tensor = torch.fft.ifft2(self.spread(self.fourierft_spectrum))
         return spectrum.real * self.scaling
 
+    def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return self.batched_outputs([self], (len(y),), module, x, y)
+
+    def batch_key(self, module: nn.Module) -> Hashable | None:
+        return (self.seed, len(self.places), self.scaling, self.fourierft_spectrum.dtype)
+
+    @staticmethod
+    def batched_outputs(
+        layers: Sequence[FourierDelta], sizes: tuple[int, ...], module: nn.Module, x: Tensor, y: Tensor
+    ) -> Tensor:
+        first, tokens = layers[0], x.numel() // x.shape[-1]
+        if tokens * len(first.places) > len(layers) * math.prod(first.shape):
+            each = zip(layers, split(x, sizes), split(y, sizes), strict=True)
+            return torch.cat([WeightDelta.outputs(layer, module, *own) for layer, *own in each])
+        # F^-1(C) is F^-1 C F^-1, of the numbers of outputs and of inputs: tokens are transformed in place of matrices,
+        # of which there is one for each adapter, and of a token's numbers a place takes one, to give one.
+        rows, columns = first.places // first.shape[1], first.places % first.shape[1]
+        kind = torch.promote_types(first.fourierft_spectrum.dtype, torch.float32)
+        numbers = torch.stack([layer.fourierft_spectrum.to(kind) for layer in layers], dim=1)[..., None]
+
+        def changed(x: Tensor, y: Tensor) -> Tensor:
+            read = torch.fft.ifft(x.reshape(-1, x.shape[-1]).to(kind)).t().index_select(0, columns)
+            given = (read.view(len(columns), len(layers), -1) * numbers).view(read.shape)
+            spectrum = given.new_zeros(first.shape[0], read.shape[1]).index_add(0, rows, given)
+            added: Tensor = torch.fft.ifft(spectrum, dim=0).real.t().view(y.shape)
+            return (y + added * first.scaling).to(y.dtype)
+
+        with without_autocast(x):
+            return in_equal_shares(sizes, changed, x, y)
+
 
 @dataclass
 class SpectrumTuning(TargetedWithBiases):
@@ -110,9 +142,9 @@ class FourierFT(SpectrumTuning):
     about = About(
         where="query and value projections: y + scaling Re(F^-1(C)) x, C with n_frequency numbers",
         parameters="n_frequency a matrix",
-        cost="a transform of each matrix's size, and a product with it",
+        cost="transforms of each token; of many tokens, one of each matrix's size, and a product with it",
         choose="for very small files with a change of full rank",
-        limits="as slow as training full matrices; starts with a change at random unless init_weights=True",
+        limits="starts with a change at random unless init_weights=True; with many tokens as slow as full matrices",
     )
     by_default = False
     mergeable = True
