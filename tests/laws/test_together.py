@@ -14,6 +14,7 @@ from tanzaku.methods.adalora import SvdDelta
 from tanzaku.methods.boft import Butterfly
 from tanzaku.methods.fourierft import FourierDelta
 from tanzaku.methods.hra import Reflections
+from tanzaku.methods.hyper import HyperLayer
 from tanzaku.methods.ia3 import ScaleLayer
 from tanzaku.methods.loha import HadamardDelta
 from tanzaku.methods.lora_layers import LoraDelta
@@ -29,6 +30,7 @@ LAYERS = {
     "oft of one block": BlockRotation,
     "boft": Butterfly,
     "fourierft": FourierDelta,
+    "hyper": HyperLayer,
     "hra": Reflections,
     "hra of orthogonal planes": Reflections,
 }
@@ -70,6 +72,7 @@ def method(name, **changes):
         "boft": lambda **c: tz.BOFT(**{"boft_n_butterfly_factor": 2, **c}),
         "hra of orthogonal planes": lambda **c: tz.HRA(**{"r": 4, "apply_GS": True, **c}),
         "fourierft": lambda **c: tz.FourierFT(**{"n_frequency": 20, **c}),
+        "hyper": lambda **c: tz.Hyper(**{"reduction_factor": 8, "embedding_dim": 6, "hidden_dim": 8, **c}),
         "hra": lambda **c: tz.HRA(**{"r": 4, **c}),
     }[name](**changes)
 

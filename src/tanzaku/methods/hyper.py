@@ -11,7 +11,7 @@ too; here they have none, so that they change nothing at first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tanzaku.core.context import task_ids
 from tanzaku.core.delta import in_full
 from tanzaku.core.method import About, AdapterLayer, Method, ModuleLayer, Place, trainable
+from tanzaku.core.routing import in_equal_shares
 from tanzaku.core.shared import Shared, reached
 from tanzaku.core.space import Choice, Range, spaces
 from tanzaku.errors import nearest
@@ -30,8 +31,8 @@ from tanzaku.support.refs import Ref
 
 
 class Written(NamedTuple):
-    """Adapters of all tasks and places: `down` (tasks, places, bottleneck, width) and its bias (tasks, places,
-    bottleneck), `up` (tasks, places, width, bottleneck) and its bias (tasks, places, width)."""
+    """Adapters of all tasks at one place: `down` (tasks, bottleneck, width) and its bias (tasks, bottleneck), `up`
+    (tasks, width, bottleneck) and its bias (tasks, width)."""
 
     down: Tensor
     down_bias: Tensor
@@ -71,7 +72,7 @@ class Hypernetwork(Shared):
             nn.init.normal_(self.down.weight, std=(size * width) ** -0.5)  # so that D y is of the size of y
             # H_U stays zero, and its bias.
 
-    def compute(self) -> Written:
+    def compute(self) -> list[Written]:
         places = torch.stack([torch.cat([self.layers[layer], self.kinds[kind]]) for layer, kind in self.at])
         tasks, number = self.tasks.shape[0], len(self.at)
         known = torch.cat([self.tasks[:, None].expand(-1, number, -1), places[None].expand(tasks, -1, -1)], dim=-1)
@@ -79,7 +80,9 @@ class Hypernetwork(Shared):
         down, down_bias = self.down(z).split([self.bottleneck * self.width, self.bottleneck], dim=-1)
         up, up_bias = self.up(z).split([self.bottleneck * self.width, self.width], dim=-1)
         shape = (tasks, number, self.bottleneck, self.width)
-        return Written(down.reshape(shape), down_bias, up.reshape(shape).mT, up_bias)
+        # All places at once: a gradient of each by itself would be one of all places, most of it zeros.
+        parts = (part.unbind(1) for part in (down.reshape(shape), down_bias, up.reshape(shape).mT, up_bias))
+        return [Written(*each) for each in zip(*parts, strict=True)]
 
 
 class HyperLayer(ModuleLayer):
@@ -87,12 +90,37 @@ class HyperLayer(ModuleLayer):
 
     def __init__(self, network: Hypernetwork, number: int, act: str):
         super().__init__()
-        self.network, self.number, self.act = Ref(network), number, activation(act)
+        self.network, self.number = Ref(network), number
+        self.activation, self.act = act, activation(act)
         self.width = network.width
 
-    def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def written(self) -> Written:
+        """The adapters at this place."""
+        found: Written = reached(self.network).value()[self.number]
+        return found
+
+    def batch_key(self, module: nn.Module) -> Hashable | None:
         network = reached(self.network)
-        down, down_bias, up, up_bias = (part[:, self.number] for part in network.value())
+        if len(network.tasks) > 1:  # its rows are asked for their tasks
+            return None
+        return (self.activation, network.bottleneck, network.tasks.dtype)
+
+    @staticmethod
+    def batched_outputs(
+        layers: Sequence[HyperLayer], sizes: tuple[int, ...], module: nn.Module, x: Tensor, y: Tensor
+    ) -> Tensor:
+        parts = zip(*(layer.written() for layer in layers), strict=True)
+        down, down_bias, up, up_bias = (torch.cat(part) for part in parts)
+
+        def change(_: Tensor, y: Tensor) -> Tensor:
+            z = y.to(down.dtype).reshape(len(layers), -1, y.shape[-1])
+            inner = layers[0].act(torch.baddbmm(down_bias[:, None], z, down.mT))
+            return (z + torch.baddbmm(up_bias[:, None], inner, up.mT)).view(y.shape)
+
+        return in_equal_shares(sizes, lambda y: in_full(change, down, y, y).to(y.dtype), y)
+
+    def outputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        down, down_bias, up, up_bias = self.written()
         own = None if len(down) == 1 else self._own(y, len(down))
 
         def change(_: Tensor, y: Tensor) -> Tensor:

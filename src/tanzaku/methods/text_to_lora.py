@@ -99,8 +99,9 @@ class LoraWriter(Shared):
             known = torch.cat([tasks[:, None].expand(-1, len(places), -1), places.expand(len(tasks), -1, -1)], dim=-1)
             z = F.silu(self.out(F.silu(self.hidden(known))))
             a, b = head(z).split([self.r * kind.n_in, self.r * kind.n_out], dim=-1)
-            for at, module in enumerate(self.members[number]):
-                out[module] = a[:, at].unflatten(-1, (self.r, -1)), b[:, at].unflatten(-1, (-1, self.r))
+            # All places at once: a gradient of each by itself would be one of all places, most of it zeros.
+            parts = (a.unflatten(-1, (self.r, -1)).unbind(1), b.unflatten(-1, (-1, self.r)).unbind(1))
+            out.update(zip(self.members[number], zip(*parts, strict=True), strict=True))
         return [out[number] for number in range(len(out))]
 
 
