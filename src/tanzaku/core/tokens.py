@@ -209,7 +209,7 @@ class VirtualTokens:
         own = given.get("position_ids")
         last = state.last = self._caches(module, given)
         if mixed:
-            self._check_apart(module, last)
+            self._check_apart(last)
         several = None if mask is not None or own is None else self._packed(counts, own, rows, last, given)
         if several is not None:
             lay = several[0]
@@ -345,13 +345,12 @@ class VirtualTokens:
         encoder = getattr(config, "is_decoder", None) is False
         return not encoder or any(getattr(m, "is_causal", False) is True for m in tree.modules(module))
 
-    def _check_apart(self, module: nn.Module, last: bool) -> None:
-        kind = self.base.kind
-        after = kind in _SEE_WHAT_WAS or self.base.by_columns is not None
-        if kind in _SEE_PADDING or (last and after) or "attention_mask" not in parameters(module):
+    def _check_apart(self, last: bool) -> None:
+        after = _sees_what_was(self.base)
+        if sees_padding(self.base, last):
             raise TanzakuError(
-                f"tokens of model type {kind!r} see padding: rows of one batch need the same number of virtual tokens"
-                f"{' (or use_cache=False)' if after else ''}"
+                f"tokens of model type {self.base.kind!r} see padding: rows of one batch need the same number of "
+                f"virtual tokens{' (or use_cache=False)' if after else ''}"
             )
 
     def _check_mark(self, mark: caches.Virtual | None) -> None:
@@ -679,6 +678,16 @@ def check_entrance(base: Base) -> None:
             f"{type(entrance).__name__} of model type {base.kind!r} reads {takes[0]}, no token ids, so virtual tokens "
             "have no place in it"
         )
+
+
+def sees_padding(base: Base, last: bool) -> bool:
+    """Whether tokens see padding in spite of the mask, where rows begin in the first column, or end in the `last`."""
+    takes = parameters(entrance_of(base))
+    return base.kind in _SEE_PADDING or (last and _sees_what_was(base)) or "attention_mask" not in takes
+
+
+def _sees_what_was(base: Base) -> bool:
+    return base.kind in _SEE_WHAT_WAS or base.by_columns is not None
 
 
 def without_cache(base: Base) -> dict[str, bool]:
