@@ -45,7 +45,7 @@ def _attention(
     packing, site = getattr(module, PACKING, None), getattr(module, ATTEND, None)
     base = _function(own, module)
     hook = None if site is None else site.now()
-    if packing is not None and packing.layout is not None:
+    if packing is not None and packing.holds(query):
         return cast(_Result, packing.attend(own, base, hook, module, query, key, value, options))
     if hook is None:
         return cast(_Result, base(module, query, key, value, attention_mask, **options))

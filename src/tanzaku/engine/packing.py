@@ -149,6 +149,8 @@ class Packing(Acceleration):
         embeds = given.get("inputs_embeds")
         if embeds is None:
             embeds = self.base.embedding(given["input_ids"])
+        if tuple(embeds.shape[:2]) != (len(layout.lengths), layout.width):
+            return None  # another pass within the batch's, such as one that a penalty is made of
         positions = given.get("position_ids")
         if positions is None:
             positions = torch.arange(layout.width, device=embeds.device)[None]
@@ -164,11 +166,17 @@ class Packing(Acceleration):
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         layout = self.layout
         assert layout is not None
+        if not self.holds(output["last_hidden_state"]):
+            return None
         hidden = layout.rows.pad(output["last_hidden_state"].squeeze(1))
         output["last_hidden_state"] = hidden.view(len(layout.lengths), layout.width, -1)
         return output
 
     # -- attention
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether hidden states, or (tokens, heads, 1, head_dim), are those of the batch that is packed now."""
+        return self.layout is not None and len(x) == sum(self.layout.lengths) and x.shape[-2] == 1
 
     def attend(
         self,

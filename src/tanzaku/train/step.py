@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -56,7 +57,7 @@ class SharedStep:
         self.model, self.task, self.device = model, task, model.device
         self.forward = Forward(model, task, pad_token_id)
         self.base = Base.of(model)
-        self.max_positions, self.settings = room(self.base), self.base.config.to_dict()
+        self.max_positions = room(self.base)
         self.wanted, self.accelerations = AUTO, Accelerations(self.base)
         self._entered = False
         self._route: tuple[list[Entry], Route] | None = None
@@ -98,6 +99,12 @@ class SharedStep:
         self._mode(training=False)
 
     @cached_property
+    def drops(self) -> bool:
+        """Whether a rate of dropout is set in the model, by its settings or, as heads have it, in a module."""
+        rates = (m.p for m in tree.modules(self.model) if isinstance(m, _DropoutNd))
+        return _drops(self.base.config.to_dict()) or any(rate > 0 for rate in rates)
+
+    @cached_property
     def of_one_width(self) -> bool:
         """Whether jobs may share a step only where their rows come to the same length: in a model that sees padding
         in spite of the mask, a job's rows are padded as they are when it is alone."""
@@ -130,7 +137,7 @@ class SharedStep:
         for active in active_jobs:
             if active.draws is None and self.base.tells_dropout and self.accelerations.packs:
                 quiet = not any(map(_may_draw, self._methods_of(active.adapter)))
-                active.draws = False if quiet and not _drops(self.settings) else None
+                active.draws = False if quiet and not self.drops else None
         # The mode costs time at every operation: it is left out where nobody is known to draw.
         drops = any(active.draws is not False for active in active_jobs)
         dropout = JobDropout(route, shares, together.width, lead, self._watched()) if drops else nullcontext()
