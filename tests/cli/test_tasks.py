@@ -47,6 +47,8 @@ def row(task: str, text: str) -> dict[str, Any]:
         return {"text": text, "label": 10.0 + 3 * len(WARM & {*text.split()}) - len(text.split())}
     if task == "tokens":
         return {"text": text, "spans": spans(text)}
+    if task == "generation":
+        return {"prompt": text, "completion": " mild" if WARM & {*text.split()} else " harsh"}
     raise NotImplementedError(f"rows for the task {task!r}: add some here")
 
 
@@ -58,6 +60,8 @@ def task(request: pytest.FixtureRequest, work: Path) -> str:
         lines = [json.dumps(row(name, before + text)) for text in TEXTS]
         Path(f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     recipe = Path("recipe.yaml").read_text(encoding="utf-8").replace(".tsv", ".jsonl")
+    if name == "generation":
+        recipe = recipe.replace("data: {", "data: {max_new_tokens: 3, ", 1)
     Path("recipe.yaml").write_text(f"task: {name}\n{recipe}", encoding="utf-8")
     return name
 

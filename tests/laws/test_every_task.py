@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from models import VOCAB, config_of, lively, with_parts
 from tanzaku.methods import METHODS
 from tanzaku.tasks import TASKS
 from tanzaku.tasks.classification import Classification
+from tanzaku.tasks.generation import Generation, Row
 from tanzaku.tasks.multilabel import Multilabel
 from tanzaku.tasks.regression import Regression
 from tanzaku.tasks.task import Example, Split, Task, TaskData
@@ -28,6 +28,15 @@ from tanzaku.train.results import Job
 from tanzaku.train.scheduler import train_jobs
 from tanzaku.train.settings import TrainSettings
 from task_data import rows
+from tiers import in_families
+
+
+class Numbers:
+    """Of ids, the text that their numbers are."""
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        return " ".join(map(str, ids))
+
 
 # One of each, for rows of `task_data`, whose label depends on their last token.
 EACH: dict[str, Task] = {
@@ -35,11 +44,13 @@ EACH: dict[str, Task] = {
     "multilabel": Multilabel(("a", "b", "c")),
     "regression": Regression(10.0, 4.0),
     "tokens": Tokens(("x",), "words", True),
+    "generation": Generation("pairs", {"prompt": "prompt"}, 3, tokenizer=Numbers()),
 }
-FAMILIES = ["llama", "bert"]
+FAMILIES_OF = {name: ["llama"] if name == "generation" else ["llama", "bert"] for name in EACH}
 
 every_task = pytest.mark.parametrize("name", TASKS)
-every_family = pytest.mark.parametrize("kind", FAMILIES)
+CASES = [(name, kind) for name in TASKS for kind in FAMILIES_OF[name]]
+every_family = pytest.mark.parametrize(("name", "kind"), CASES)
 
 
 def split_of(name: str, number: int, seed: int) -> Split:
@@ -51,6 +62,11 @@ def split_of(name: str, number: int, seed: int) -> Split:
         ids = list(example.inputs["input_ids"])
         if name == "multilabel":
             examples.append(Example(example.inputs, [at for at in range(3) if ids[-1] >> at & 1]))
+        elif name == "generation":
+            prompt = len(ids) - 2
+            reference = Numbers().decode(ids[prompt:])
+            labels = [-100] * prompt + ids[prompt:]
+            examples.append(Example(example.inputs, reference, 2.0, about=Row(prompt, labels)))
         elif name == "regression":
             examples.append(Example(example.inputs, 10.0 + ids[-1] / VOCAB * 8))
         else:
@@ -79,23 +95,23 @@ def test_every_task_is_here() -> None:
     assert EACH.keys() == TASKS.keys()
 
 
-@every_task
 @every_family
 def test_loss_is_the_models_own(name: str, kind: str) -> None:
     """The mean over rows, or over tagged tokens, that transformers' model gives with `labels`."""
     task, model, split = EACH[name], model_of(name, kind), split_of(name, 6, 3)
     batch = task.collate(split.examples, 0)
     [target] = batch.targets.values()
+    shifted = {"shift_labels": target} if name == "generation" else {}
     with torch.no_grad():
-        expected = model(**batch.inputs, labels=target)
-        sums = task.score(SimpleNamespace(logits=expected.logits), batch)
+        expected = model(**batch.inputs, labels=target, **shifted)
+        outputs = task.run(model, {**batch.inputs, "use_cache": False} if shifted else batch.inputs)
+        sums = task.score(outputs, batch)
     weight = sum(example.weight for example in split.examples)
     assert_close(sums.sum() / weight, expected.loss)
-    records = task.records(expected, batch)
+    records = task.records(outputs, batch)
     assert task.figures(records)["loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
 
 
-@every_task
 @every_family
 def test_figures_do_not_depend_on_batches(name: str, kind: str) -> None:
     found = []
@@ -109,8 +125,7 @@ def test_figures_do_not_depend_on_batches(name: str, kind: str) -> None:
         assert_close(other.test, found[0].test, RUN)
 
 
-@every_task
-@every_family
+@in_families(("name", "kind"), sorted(CASES, key=lambda case: case[1] != "llama"), by=1)
 def test_a_job_among_others_ends_as_it_does_alone(name: str, kind: str, tmp_path: Path) -> None:
     """Each with another batch size and accumulation: losses over tokens weigh every token alike."""
 
@@ -132,7 +147,7 @@ def test_a_job_among_others_ends_as_it_does_alone(name: str, kind: str, tmp_path
         assert_close(among[key], value, 4 * RUN, at=key)
 
 
-@every_task
+@in_families("name", list(TASKS))
 def test_every_method_learns_every_task(name: str, tmp_path: Path) -> None:
     """In steps of their own: the training loss falls."""
     settings = TrainSettings(epochs=12, learning_rate=0.02, batch_size=4)
@@ -188,14 +203,15 @@ def test_a_row_of_weight_two_counts_as_two_rows(name: str, tmp_path: Path) -> No
     assert not all(close(found[key], plain[key], 4 * RUN) for key in plain)
 
 
-@every_task
 @every_family
 def test_predictions_keep_all_that_figures_need(name: str, kind: str) -> None:
     """Also through JSON: a comparison that goes on after a kill computes nothing again."""
     task, model, split = EACH[name], model_of(name, kind), split_of(name, 9, 4)
     batch = task.collate(split.examples, 0)
     with torch.no_grad():
-        records = task.records(model(**batch.inputs), batch)
+        records = task.records(task.run(model, batch.inputs), batch)
+    if task.writes:
+        records["text"] = [example.target for example in split.examples[1:]] + ["another"]
     kept = json.loads(json.dumps(task.predictions(records)))
     again = task.recorded(kept, split.examples)
     assert task.figures(again) == pytest.approx(task.figures(records), rel=1e-5)

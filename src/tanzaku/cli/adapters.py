@@ -136,7 +136,7 @@ def read_adapter(name: str, path: Path) -> Saved:
         base=named if isinstance(named, str) and named else None,
         kind=kind if isinstance(kind, str) else None,
         task=task,
-        width=_width(path / TENSORS) if task is None else task.model_settings()["num_labels"],
+        width=_width(path / TENSORS) if task is None else task.model_settings().get("num_labels"),
         answers=None if task is None else task.describe(),
     )
 

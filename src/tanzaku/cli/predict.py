@@ -366,7 +366,7 @@ class _Run:
         batch_size: int,
         device: str,
     ):
-        self.adapters, self.rows, self.task = adapters, rows, _task_of(adapters)
+        self.adapters, self.rows, self.task = adapters, rows, _task_of(adapters).told_by(tokenizer)
         self.tokenizer, self.batch_size, self.device = tokenizer, batch_size, device
         self.accelerations: Accelerations | None = None
         self.lengths = list(dict.fromkeys(adapter.max_length for adapter in adapters))
@@ -406,7 +406,7 @@ class _Run:
         """Which rows have a text, and by length they are cut at, these rows as tokens."""
         from tanzaku.tasks.data import Table
 
-        columns = self.task.reads
+        columns = self.task.required
         there = [at for at, row in enumerate(chunk) if not any(self.task.blank(row[column]) for column in columns)]
         for column in columns:
             some = self.task.have_tokens([chunk[at][column] for at in there], self.tokenizer)
@@ -448,7 +448,8 @@ class _Run:
         for adapter in self.adapters:
             length = adapter.max_length
             numbers = [start + at + 1 for at in there]
-            check_rows(manager.base, splits[length], length, manager.get(adapter.name).before, numbers)
+            before = manager.get(adapter.name).before
+            check_rows(manager.base, splits[length], length, before, numbers, self.task)
         for precision in dict.fromkeys(adapter.precision for adapter in self.adapters):
             group = [adapter for adapter in self.adapters if adapter.precision == precision]
             texts = {adapter.name: splits[adapter.max_length] for adapter in group}

@@ -279,16 +279,16 @@ def _check_fit(
     from tanzaku.tasks.inference import check_rows
 
     for split in data.splits():
-        check_rows(Base.of(model), split, max_length)
+        check_rows(Base.of(model), split, max_length, task=data.task)
     with torch.device("meta"):
         twin = type(model)(model.config)
     others = {each.name: each.method for each in methods}
     for each in _distinct(methods):
         name, method = each.name, each.method
-        if method.task_type not in (None, "SEQ_CLS"):
+        if method.task_type not in (None, kind := data.task.peft_type):
             raise TanzakuError(
-                f"candidate {name!r}: task_type is {method.task_type!r}, and what is trained is a classifier; "
-                "expected 'SEQ_CLS', or leave it out"
+                f"candidate {name!r}: task_type is {method.task_type!r}, and what is trained is of the task "
+                f"{data.task.name}; expected {kind!r}, or leave it out"
             )
         try:
             method, brought = copy.copy(method), {}
@@ -303,7 +303,7 @@ def _check_fit(
                 raise TanzakuError("nothing of it is trained; let it learn something, such as a head")
             _check_memory(sum(parameter.numel() for _, parameter in adapter.trained()), method.largest(), device)
             for split in data.splits() if adapter.before else ():
-                check_rows(Base.of(model), split, max_length, adapter.before)
+                check_rows(Base.of(model), split, max_length, adapter.before, task=data.task)
             detach(twin, name)
         except TooLarge as error:
             raise TanzakuError(f"candidate {name!r}: {method.largest()}: {error}") from None

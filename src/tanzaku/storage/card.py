@@ -60,7 +60,8 @@ def card(
     auto, pipeline = AUTO_CLASSES.get(kind, "AutoModel"), PIPELINES.get(kind)
     task = _task(meta)
     metrics = _metrics(task, training)
-    number = f", num_labels={task.model_settings()['num_labels']}" if task is not None else ""
+    outputs = None if task is None else task.model_settings().get("num_labels")
+    number = "" if outputs is None else f", num_labels={outputs}"
     context = {
         "front": _front(method, hub, pipeline, training, metrics, ours),
         "title": f"{method.name} adapter of {base or 'an unnamed model'}",

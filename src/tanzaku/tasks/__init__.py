@@ -5,12 +5,15 @@ from typing import Any
 
 from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.tasks.classification import Classification
+from tanzaku.tasks.generation import Generation
 from tanzaku.tasks.multilabel import Multilabel
 from tanzaku.tasks.regression import Regression
 from tanzaku.tasks.task import Task
 from tanzaku.tasks.tokens import Tokens
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Multilabel, Regression, Tokens)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Classification, Multilabel, Regression, Tokens, Generation)
+}
 
 
 def task_in(about: Mapping[str, Any], where: str) -> Task | None:

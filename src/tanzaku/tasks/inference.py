@@ -13,10 +13,12 @@ from transformers import PreTrainedModel
 from tanzaku.core.attach import route
 from tanzaku.core.manager import find_manager, manager_of
 from tanzaku.core.positions import room
+from tanzaku.core.routing import Entry
 from tanzaku.core.tokens import without_cache
 from tanzaku.engine.accelerations import Accelerations
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models.families import Base
+from tanzaku.tasks.decoding import Written, decode
 from tanzaku.tasks.task import Batch, Example, Records, Split, Task, joined, take
 
 WINDOW = 256  # rows that are sorted together: little padding, yet the first results come early
@@ -59,11 +61,31 @@ class Forward:
         manager = find_manager(self.model)
         if manager is not None and (route := manager.route) is not None:
             route.context = batch.context
-        return self.model(**batch.inputs, **self.options)
+        return self.task.run(self.model, {**batch.inputs, **self.options})
 
     def records(self, batch: Batch) -> Records:
         """What metrics and predictions need of each row."""
         return self.task.records(self(batch), batch)
+
+    def write(self, splits: Mapping[str, Split], rows: range, batch_size: int) -> dict[str, list[Written]]:
+        """By adapter, what it writes for these rows."""
+        assert self.task.decoding is not None
+        some = {name: [split.examples[row] for row in rows] for name, split in splits.items()}
+        prompts: dict[Entry, list[Sequence[int]]] = {
+            name: [self.task.prompt(example) for example in examples] for name, examples in some.items()
+        }
+        found: dict[str, list[Written]] = {name: [] for name in splits}
+        for each in decode(
+            self.model,
+            prompts,
+            self.task.decoding,
+            self.pad_token_id,
+            batch_size=batch_size,
+            context=[example.context for example in next(iter(some.values()))],
+            first_row=rows.start,
+        ):
+            found[str(each.entry)].append(each)
+        return found
 
 
 def predictions(
@@ -103,12 +125,18 @@ def predictions(
 
 
 def check_rows(
-    base: Base, split: Split, max_length: int, virtual: int = 0, numbers: Sequence[int] | None = None
+    base: Base,
+    split: Split,
+    max_length: int,
+    virtual: int = 0,
+    numbers: Sequence[int] | None = None,
+    task: Task | None = None,
 ) -> None:
-    """Check that the model has a vector for each token, and a position.
+    """Check that the model has a vector for each token, and a position, also for those that it is to write.
 
     Args:
-        max_length: what the rows were cut at. virtual: tokens that an adapter puts before them.
+        max_length: what the rows were cut at. virtual: tokens that an adapter puts before them. task: whose rows they
+            are, where the model may write.
         numbers: of the rows in their file, counted from 1.
 
     Raises:
@@ -127,6 +155,16 @@ def check_rows(
             f"{where(longest)} has {lengths[longest]} tokens at max_length {max_length}{beside}, and the model "
             f"{limit} positions; {fix}"
         )
+    writes = task is not None and (task.writes or split.examples[0].target is None)
+    if limit is not None and writes and task is not None and task.decoding is not None:
+        prompts = [len(task.prompt(example)) for example in split.examples]
+        longest, new = max(range(len(prompts)), key=prompts.__getitem__), task.decoding.max_new_tokens
+        if (left := limit - virtual - prompts[longest]) < new:
+            fix = f"use --max-new-tokens {left}" if left > 0 else "shorten it"
+            raise TanzakuError(
+                f"{where(longest)} has a prompt of {prompts[longest]} tokens, and with {virtual} virtual and {new} new "
+                f"ones more than the model's {limit} positions; {fix}"
+            )
     try:
         known = base.vocab_size
     except TanzakuError:
@@ -200,6 +238,21 @@ def _records(
     forward: Forward, accelerations: Accelerations, splits: Mapping[str, Split], batch_size: int, rows: range
 ) -> dict[str, Records]:
     """By adapter, the records of these rows, in their order."""
+    task = forward.task
+    targets = all(split.examples[rows.start].target is not None for split in splits.values())
+    found: dict[str, Records] = {name: {} for name in splits}
+    if targets or task.decoding is None:
+        found = _passed(forward, accelerations, splits, batch_size, rows)
+    if task.decoding is not None and (task.writes or not targets):
+        written = forward.write(splits, rows, batch_size)
+        found = {name: task.put(records, written[name]) for name, records in found.items()}
+    return found
+
+
+def _passed(
+    forward: Forward, accelerations: Accelerations, splits: Mapping[str, Split], batch_size: int, rows: range
+) -> dict[str, Records]:
+    """By adapter, the records of passes over these rows."""
     model = forward.model.eval()
     manager = manager_of(model)
     lengths = {name: [split.examples[row].length for row in rows] for name, split in splits.items()}

@@ -113,10 +113,9 @@ def encode(read: Tables, tokenizer: PreTrainedTokenizerBase, max_length: int) ->
     Raises:
         TanzakuError: a row without text or tokens, or a `max_length` without room for text.
     """
-    splits = {
-        name: read.task.encode(table, name, tokenizer, max_length, read.data) for name, table in read.tables.items()
-    }
+    task = read.task.told_by(tokenizer)
+    splits = {name: task.encode(table, name, tokenizer, max_length, read.data) for name, table in read.tables.items()}
     for name, weights in read.weights.items():
         rows = zip(splits[name].examples, weights, strict=True)
         splits[name] = replace(splits[name], examples=[replace(row, factor=weight) for row, weight in rows])
-    return TaskData(splits["train"], splits.get("valid"), splits.get("test"), read.task, int(tokenizer.pad_token_id))
+    return TaskData(splits["train"], splits.get("valid"), splits.get("test"), task, int(tokenizer.pad_token_id))

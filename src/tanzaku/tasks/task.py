@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tanzaku.tasks.data import Table
+    from tanzaku.tasks.decoding import Decoding, Written
     from tanzaku.tasks.settings import Finding
 
     Array = np.ndarray[Any, np.dtype[Any]]
@@ -267,6 +268,11 @@ class Task(ABC):
         """Columns that a prediction is made from."""
 
     @property
+    def required(self) -> tuple[str, ...]:
+        """Those of them without which there is nothing to predict from."""
+        return self.reads
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Columns that rows must have to be predicted."""
         return self.reads if self.row_tasks is None else (*self.reads, self.row_tasks.column)
@@ -334,6 +340,10 @@ class Task(ABC):
                 f"the model has {config.num_labels} labels and the data {expected}: load it with num_labels={expected}"
             )
 
+    def run(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """The model's outputs for a batch, as `score` and `records` read them."""
+        return model(**inputs)
+
     @abstractmethod
     def score(self, outputs: Any, batch: Batch) -> Tensor:
         """The loss of each row, a sum over its `weight`: (rows,), differentiable, in fp32 at least."""
@@ -357,6 +367,30 @@ class Task(ABC):
     def decided(self, records: Records) -> Records:
         """An adapter's records of other rows, with what they come to by what was chosen."""
         return records
+
+    # -- text that the model writes, where that is what it predicts
+
+    @property
+    def decoding(self) -> Decoding | None:
+        """How text is written; None: nothing is."""
+        return None
+
+    @property
+    def writes(self) -> bool:
+        """Whether figures are of text that is written, too."""
+        return False
+
+    def told_by(self, tokenizer: PreTrainedTokenizerBase) -> Self:
+        """The task with what it keeps of a tokenizer."""
+        return self
+
+    def prompt(self, example: Example) -> Sequence[int]:
+        """The tokens of a row that the model writes on from."""
+        raise NotImplementedError(f"{self.name} writes nothing")
+
+    def put(self, records: Records, written: Sequence[Written]) -> Records:
+        """The records of rows with what was written for each."""
+        raise NotImplementedError(f"{self.name} writes nothing")
 
     # -- figures
 

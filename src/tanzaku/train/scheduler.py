@@ -612,11 +612,13 @@ class JobScheduler:
         if active.data.valid is not None:
             if active.records is None:
                 active.records = self.step.records(active, active.data.valid)
+            active.records = self.step.written(active, active.data.valid, active.records)
             active.result.valid = task.figures(active.records)
             self._keep(active, active.records)
             active.task = task.chosen(active.records)
         if active.data.test is not None:
-            records = active.task.decided(self.step.records(active, active.data.test))
+            records = self.step.written(active, active.data.test, self.step.records(active, active.data.test))
+            records = active.task.decided(records)
             self._keep(active, records)
             active.result.test = task.figures(records)
             active.result.test_intervals = intervals(task, records)

@@ -263,6 +263,16 @@ class SharedStep:
         batches = [[split.examples[row] for row in order[start : start + size]] for start in range(0, len(order), size)]
         return joined(self._evaluate(active, batches), order)
 
+    def written(self, active: ActiveJob, split: Split, records: Records) -> Records:
+        """The records of a split with what the job's adapter writes, where the task has that."""
+        if not self.task.writes:
+            return records
+        self._mode(training=False)
+        settings = active.job.settings
+        with autocast(self.device, settings.precision):
+            found = self.forward.write({active.job.name: split}, range(len(split)), settings.eval_batch_size)
+        return self.task.put(records, found[active.job.name])
+
     @torch.no_grad()
     def _evaluate(self, active: ActiveJob, batches: Sequence[Sequence[Example]]) -> list[Records]:
         self._mode(training=False)

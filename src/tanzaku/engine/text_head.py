@@ -1,0 +1,204 @@
+"""Losses of a language model without the logits of all tokens at once.
+
+A vocabulary may have a quarter of a million tokens: the logits of a batch then take many times the memory of the rest
+of a step. So a pass ends at the backbone, and the model's own head runs on the hidden states of those tokens whose
+successor is learnt, some at a time. Where nothing in it is trained, their gradient is computed right away, and no
+logits are kept for the backward pass.
+
+The idea of losses in chunks with their gradients: Hsu et al. 2024 (Liger Kernel), arXiv 2410.10989.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from tanzaku.core import dropout
+from tanzaku.models import tree
+from tanzaku.models.families import Base
+from tanzaku.support.autograd import once_differentiable
+
+IGNORED = -100  # a target that is none
+_BYTES = 2**26  # of the logits that are there at once
+_heads: WeakKeyDictionary[nn.Module, TextHead] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What a pass gives for a task of text.
+
+    Args:
+        states: (rows, tokens, hidden), what the backbone makes of the batch.
+    """
+
+    head: TextHead
+    states: Tensor
+
+    def losses(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of each token's successor, and whether it is the likeliest one.
+
+        Args:
+            targets: (rows, tokens), or IGNORED.
+
+        Returns:
+            Two tensors (rows, tokens), zero where there is no target; the first is differentiable, in fp32 at least.
+        """
+        return self.head.losses(self.states, targets)
+
+
+def text_head(model: PreTrainedModel) -> TextHead:
+    """The head of a language model, looked for once."""
+    if model not in _heads:
+        _heads[model] = TextHead(model)
+    return _heads[model]
+
+
+class TextHead:
+    """What a language model does behind its backbone: its last layer, and whatever scales or caps its result."""
+
+    def __init__(self, model: PreTrainedModel):
+        base = Base.of(model)
+        self._model, self.backbone = ref(model), base.backbone
+        self.size = base.vocab_size
+        inside = {id(module) for module in tree.modules(self.backbone)}
+        self._modules = [module for module in tree.modules(model) if id(module) not in inside and module is not model]
+        self._kind: Any = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """Whose head it is; a head is kept no longer than its model."""
+        model = self._model()
+        assert model is not None
+        return model
+
+    def run(self, inputs: dict[str, Any]) -> Hidden:
+        """A pass of the model as far as its backbone. The head runs on one token a row, and its result is dropped."""
+        found: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> Any:
+            hidden = output[0]
+            found.append(hidden)
+            self._kind = output
+            return _with(output, hidden[:, :1])
+
+        handle = self.backbone.register_forward_hook(keep)
+        try:
+            self.model(**inputs)
+        finally:
+            handle.remove()
+        return Hidden(self, found[-1])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(rows, tokens, vocabulary) of hidden states (rows, tokens, hidden), by the model's own code."""
+        model = self.model
+        path = next(path for path, module in tree.named_modules(model) if module is self.backbone)
+        shell = _replaced(model, path.split("."), _Given(self.backbone, _with(self._kind, hidden)))
+        return cast(Tensor, type(model).forward(shell, inputs_embeds=hidden).logits)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the head treats all rows alike, and has nothing to train."""
+        return not any(
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or "forward" in module.__dict__
+            or any(p is not None and p.requires_grad for p in module._parameters.values())
+            for module in self._modules
+        )
+
+    def losses(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Hidden.losses`."""
+        at = targets != IGNORED
+        losses = hidden.new_zeros(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        right = torch.zeros_like(at)
+        if not at.any():
+            return losses + 0 * hidden.sum(), right
+        size = max(1, _BYTES // (4 * self.size))
+        if self.plain:
+            found, hits = _Losses.apply(hidden[at], targets[at], self, size)  # type: ignore[no-untyped-call]
+            return losses.masked_scatter(at, found.to(losses.dtype)), right.masked_scatter(at, hits)
+        # Rows keep their places, since layers of the head go by them: those of each row stand at its beginning.
+        width = int(at.sum(dim=1).max())
+        order = at.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+        rows = torch.arange(len(at), device=at.device)[:, None]
+        parts = [
+            checkpoint(
+                dropout.replayed(partial(self._part)), hidden[rows, some], targets[rows, some], use_reentrant=False
+            )
+            for some in torch.split(order, max(1, size // len(at)), dim=1)
+        ]
+        losses = losses.index_put((rows, order), torch.cat([part[0] for part in parts], dim=1).to(losses.dtype))
+        return losses, right.index_put((rows, order), torch.cat([part[1] for part in parts], dim=1))
+
+    def _part(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.logits(hidden).float()
+        loss = cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+        return loss, logits.detach().argmax(-1) == targets
+
+
+class _Losses(torch.autograd.Function):
+    """Losses of tokens (n, hidden), and whether each is right, some at a time, with their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: TextHead, size: int) -> tuple[Tensor, Tensor]:
+        wanted = ctx.needs_input_grad[0]
+        losses, hits = [], []
+        gradients: list[Tensor] = []
+        for some, goals in zip(torch.split(hidden, size), torch.split(targets, size), strict=True):
+            with torch.set_grad_enabled(wanted):
+                some = some.detach().requires_grad_(wanted)
+                loss, right = head._part(some[None], goals[None])
+                if wanted:
+                    gradients += torch.autograd.grad(loss.sum(), some)
+            losses.append(loss.detach()[0])
+            hits.append(right[0])
+        ctx.save_for_backward(torch.cat(gradients) if wanted else None)
+        found, right = torch.cat(losses), torch.cat(hits)
+        ctx.mark_non_differentiable(right)
+        return found, right
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream[0][:, None]).to(gradient.dtype), None, None, None
+
+
+class _Given(nn.Module):
+    """In place of a backbone: what it gave."""
+
+    def __init__(self, backbone: nn.Module, output: Any):
+        super().__init__()
+        self.__dict__.update(_backbone=backbone, _output=output)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_backbone"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_output"]
+
+
+def _with(output: Any, hidden: Tensor) -> Any:
+    """A backbone's output with other hidden states, and nothing else of it."""
+    return (*output[:0], hidden) if isinstance(output, tuple) else type(output)(last_hidden_state=hidden)
+
+
+def _replaced(module: nn.Module, path: list[str], by: nn.Module) -> nn.Module:
+    """A module that shares all with another but what stands at a path inside; it has none of its hooks."""
+    shell = type(module).__new__(type(module))
+    shell.__dict__.update(module.__dict__)
+    hooks: dict[str, Any] = {key: OrderedDict() for key, value in module.__dict__.items() if key.endswith("_hooks")}
+    shell.__dict__.update(hooks)
+    first, *rest = path
+    inner = _replaced(cast(nn.Module, getattr(module, first)), rest, by) if rest else by
+    shell.__dict__["_modules"] = {**module._modules, first: inner}
+    return shell

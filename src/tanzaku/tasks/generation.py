@@ -1,0 +1,485 @@
+"""Generation: a causal language model learns to write what follows a prompt (instruction tuning)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
+
+from pydantic import Field
+
+from tanzaku.errors import TanzakuError, listed
+from tanzaku.support.lazy import Lazy
+from tanzaku.tasks.cells import missing, short
+from tanzaku.tasks.conversations import (
+    Reader,
+    Rendered,
+    Shape,
+    conversation_column,
+    messages_in,
+    shape_of,
+    words_in,
+)
+from tanzaku.tasks.settings import DataSettings, Finding
+from tanzaku.tasks.task import LOSS, Batch, Column, Example, Metric, Records, Said, Split, Statistics, Task
+from tanzaku.tasks.text import padded
+from tanzaku.tasks.text_metrics import Writing, text_metrics, writing_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from tanzaku.engine.text_head import Hidden
+    from tanzaku.tasks.data import Table
+    from tanzaku.tasks.decoding import Decoding, Written
+else:
+    np = Lazy("numpy")
+
+_IGNORED = -100
+# By shape, what is read of a row: the first always, others where they are.
+_ROLES: Mapping[str, tuple[str, ...]] = {
+    "pairs": ("prompt",),
+    "chat": ("messages",),
+    "instructions": ("instruction", "input", "system"),
+    "text": ("text",),
+}
+
+
+class GenerationSettings(DataSettings):
+    """Columns of prompts and completions, of conversations, of instructions, or of text."""
+
+    options: ClassVar[frozenset[str]] = frozenset({"too_long", "max_new_tokens"})
+
+    prompt: str = Field(default="prompt", min_length=1, description="column of what is written on from")
+    completion: str = Field(default="completion", min_length=1, description="column of what is to be written")
+    messages: str = Field(
+        default="messages", min_length=1, description="column of conversations, for the chat template"
+    )
+    instruction: str = Field(default="instruction", min_length=1, description="column of instructions (Alpaca)")
+    input: str = Field(default="input", min_length=1, description="column of what an instruction is about, if any")
+    output: str = Field(default="output", min_length=1, description="column of answers to instructions")
+    system: str = Field(default="system", min_length=1, description="column of what stands before a conversation")
+    text: str = Field(default="text", min_length=1, description="column of text that is learnt whole")
+    too_long: Literal["error", "cut"] = Field(
+        default="error", description="rows of more than max_length tokens: stop, or leave out what is behind"
+    )
+    max_new_tokens: int = Field(default=64, ge=1, description="tokens that are written for a prompt at most")
+
+
+# -- metrics
+
+
+def _perplexity(records: Records) -> Statistics:
+    rows = np.stack([records["loss"], records["weight"]], axis=1)
+    return Statistics(rows, lambda sums: np.exp(np.minimum(sums[0] / sums[1], 700.0)))
+
+
+def _token_accuracy(records: Records) -> Statistics:
+    return Statistics(np.stack([records["right"], records["weight"]], axis=1), lambda sums: sums[0] / sums[1])
+
+
+def _if_written(statistics: Any, records: Records) -> Statistics:
+    """Of a metric of text that was written: no number where none was."""
+    texts = records.get("text")
+    if texts is None or any(text is None for text in texts):
+        return Statistics(np.full((len(records["weight"]), 1), math.nan), lambda sums: sums[0])
+    found: Statistics = statistics(records)
+    return found
+
+
+def _of_text(metric: Metric) -> Metric:
+    return replace(metric, statistics=partial(_if_written, metric.statistics))
+
+
+PERPLEXITY = Metric("perplexity", "perplexity", "lower", (1.0, math.inf), _perplexity)
+TOKEN_ACCURACY = Metric("token_accuracy", "token accuracy", "higher", (0.0, 1.0), _token_accuracy)
+
+
+def _metrics(writing: Writing, shape: Shape = "pairs") -> tuple[Metric, ...]:
+    """Text that is learnt whole has nothing that what is written could be compared with."""
+    texts = () if shape == "text" else text_metrics(writing)
+    return (LOSS, PERPLEXITY, TOKEN_ACCURACY, *map(_of_text, texts))
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of a row beside its tokens: how many of them are its prompt, and what is learnt (-100: nothing)."""
+
+    prompt: int
+    labels: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Generation(Task):
+    """Text that is written on from a prompt. The loss is of completions alone, and of all tokens of plain text.
+
+    Args:
+        shape: of the rows. read: by role, the names of the columns that are read.
+        max_new_tokens: what is written for a prompt at most. writing: of the references, which decides how BLEU and
+            ROUGE-L cut them.
+    """
+
+    shape: Shape
+    read: Mapping[str, str]
+    max_new_tokens: int = 64
+    writing: Writing = "latin"
+    tokenizer: Any = field(default=None, compare=False, repr=False)
+
+    name = "generation"
+    summary = "text that follows a prompt"
+    auto_class = "AutoModelForCausalLM"
+    peft_type = "CAUSAL_LM"
+    metrics = _metrics("latin")
+    rank_by = "chrf"
+    Data = GenerationSettings
+    overrides: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "max_new_tokens": ("INTEGER", "tokens that are written for a prompt at most (as in training)"),
+    }
+    reading = ()
+    answer_keys = ("predicted",)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metrics", _metrics(self.writing, self.shape))
+
+    # -- rows
+
+    @classmethod
+    def learn(cls, tables: Mapping[str, Table], data: Any) -> Generation:
+        shape = shape_of(tables["train"], data)
+        read = _columns(tables["train"], data, shape)
+        task = cls(shape, read, data.max_new_tokens)
+        references: list[str] = []
+        for table in tables.values():
+            if not len(table):
+                raise TanzakuError(f"{table.source} has no rows; expected at least one")
+            references += [task._reference(row) for row in task._rows(table, data)]
+        return replace(task, writing=writing_of(references))
+
+    def _rows(self, table: Table, data: Any = None) -> Iterator[tuple[str, dict[str, Any], Any]]:
+        """Of each row where it stands, what is read of it by role, and what is to be written, where `data` says the
+        columns.
+
+        Raises:
+            TanzakuError: a cell that is missing, or none of its kind.
+        """
+        columns = [table.column(name) for name in self.read.values()]
+        answers: Sequence[Any] = [None] * len(table)
+        if data is not None and self.shape in ("pairs", "instructions"):
+            key = "completion" if self.shape == "pairs" else "output"
+            answers = table.column(getattr(data, key), key)
+        for number, (*cells, answer) in enumerate(zip(*columns, answers, strict=True), 1):
+            where = f"{table.source} row {number}"
+            own = {
+                role: self._cell(cell, f"{where}: column {name!r}", empty=role in ("input", "system"))
+                for cell, (role, name) in zip(cells, self.read.items(), strict=True)
+            }
+            if data is not None and self.shape in ("pairs", "instructions"):
+                answer = words_in(answer, f"{where}: column {getattr(data, key)!r}")
+            yield where, own, answer
+
+    def _cell(self, value: Any, where: str, empty: bool = False) -> Any:
+        return messages_in(value, where) if self.shape == "chat" else words_in(value, where, empty)
+
+    def _reference(self, row: tuple[str, dict[str, Any], Any]) -> str:
+        _, cells, answer = row
+        if self.shape == "chat":
+            said = [message["content"] for message in cells["messages"] if message["role"] == "assistant"]
+            return str(said[-1]) if said else ""
+        return str(cells["text"] if self.shape == "text" else answer)
+
+    @classmethod
+    def findings(cls, tables: Mapping[str, Table], data: Any) -> Iterator[Finding]:
+        yield from ()
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(self.read.values())
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        return self.reads[:1]
+
+    @classmethod
+    def targets(cls, table: Table, data: Any) -> list[str]:
+        task = cls(shape := shape_of(table, data), _columns(table, data, shape))
+        return [short(task._reference(row)) for row in task._rows(table, data)]
+
+    def check_cell(self, value: Any, where: str) -> None:
+        if not self.blank(value):
+            self._cell(value, where)
+
+    def blank(self, value: Any) -> bool:
+        return (
+            missing(value)
+            or (isinstance(value, str) and not value.strip())
+            or (not isinstance(value, str) and not len(value))
+        )
+
+    def have_tokens(self, values: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[bool]:
+        if self.shape == "chat":
+            return [True] * len(values)
+        found = tokenizer(list(values), add_special_tokens=False, verbose=False)["input_ids"] if values else []
+        return [bool(ids) for ids in found]
+
+    def told_by(self, tokenizer: PreTrainedTokenizerBase) -> Generation:
+        return replace(self, tokenizer=tokenizer)
+
+    def encode(
+        self, table: Table, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int, targets: Any = None
+    ) -> Split:
+        reader = _reader(tokenizer)
+        examples, texts = [], []
+        long: list[tuple[str, int]] = []
+        for where, cells, answer in self._rows(table, targets):
+            row = self._rendered(reader, cells, answer, where, targets is not None)
+            ids, labels, prompt = _tokens(tokenizer, row)
+            if not ids:
+                raise TanzakuError(f"{where} gives no tokens; fix or drop the row")
+            if len(ids) > max_length:
+                long.append((where, len(ids)))
+                if targets is None:  # what was asked last stays
+                    ids, prompt = ids[-max_length:], max_length
+                else:
+                    ids, labels = ids[:max_length], labels[:max_length]
+            texts.append(row.text[: row.prompt] or row.text)
+            if targets is None:
+                examples.append(Example({"input_ids": ids}, about=Row(prompt)))
+                continue
+            learnt = sum(label != _IGNORED for label in labels)
+            if not learnt and not (long and long[-1][0] == where and targets.too_long == "error"):
+                cut = f" in its first {max_length} tokens" if long and long[-1][0] == where else ""
+                raise TanzakuError(f"{where} has no token that is learnt{cut}; drop the row, or raise --max-length")
+            examples.append(
+                Example({"input_ids": ids}, row.reference, float(max(learnt, 1)), about=Row(prompt, labels))
+            )
+        if long and targets is not None and targets.too_long == "error":
+            most = max(size for _, size in long)
+            raise TanzakuError(
+                f"{len(long)} of {len(examples)} rows of {table.source} have more than {max_length} tokens, the first "
+                f"{long[0][0].rpartition(' row ')[2]} with {long[0][1]}: use --max-length {most}, or --too-long cut to "
+                "leave out what is behind"
+            )
+        return Split(name, examples, texts, len(long), table.source)
+
+    def _rendered(self, reader: Reader, cells: dict[str, Any], answer: Any, where: str, learnt: bool) -> Rendered:
+        if self.shape == "pairs":
+            return reader.pair(cells["prompt"], answer)
+        if self.shape == "text":
+            return reader.plain(cells["text"], learnt)
+        if self.shape == "chat":
+            return reader.conversation(cells["messages"], where, learnt)
+        asked = "\n".join(filter(None, (cells["instruction"], cells.get("input"))))
+        messages = [{"role": "user", "content": asked}]
+        if cells.get("system"):
+            messages.insert(0, {"role": "system", "content": cells["system"]})
+        if learnt:
+            messages.append({"role": "assistant", "content": answer})
+        return reader.conversation(messages, where, learnt)
+
+    def collate(self, examples: Sequence[Example], pad_token_id: int, width: int = 0) -> Batch:
+        import torch
+
+        inputs = padded(examples, pad_token_id, width)
+        if all(example.target is None for example in examples):
+            return Batch.of(inputs, {}, examples)
+        # A token's target is its successor.
+        goals = torch.full_like(inputs["input_ids"], _IGNORED)
+        for row, example in enumerate(examples):
+            goals[row, : example.length - 1] = torch.tensor(example.about.labels[1:], dtype=torch.int64)
+        return Batch.of(inputs, {"goals": goals}, examples)
+
+    # -- the model
+
+    def model_settings(self) -> dict[str, Any]:
+        return {}
+
+    def check_model(self, config: Any) -> None:
+        pass
+
+    def run(self, model: Any, inputs: dict[str, Any]) -> Hidden:
+        from tanzaku.engine.text_head import text_head
+
+        return text_head(model).run(inputs)
+
+    def score(self, outputs: Hidden, batch: Batch) -> Tensor:
+        return outputs.losses(batch.targets["goals"])[0].sum(dim=1)
+
+    def records(self, outputs: Hidden, batch: Batch) -> Records:
+        losses, right = outputs.losses(batch.targets["goals"])
+        return {
+            "loss": losses.detach().double().sum(dim=1).cpu().numpy(),
+            "right": right.sum(dim=1).cpu().numpy().astype(float),
+            **self._judged(batch.examples),
+        }
+
+    def _judged(self, examples: Sequence[Example]) -> Records:
+        return {
+            "weight": np.array([example.weight for example in examples]),
+            "reference": [example.target for example in examples],
+        }
+
+    # -- text that is written
+
+    @property
+    def writes(self) -> bool:
+        return self.shape != "text"
+
+    @property
+    def decoding(self) -> Decoding:
+        from tanzaku.tasks.decoding import Decoding
+
+        return Decoding(max_new_tokens=self.max_new_tokens)
+
+    def prompt(self, example: Example) -> Sequence[int]:
+        return example.inputs["input_ids"][: example.about.prompt]
+
+    def put(self, records: Records, written: Sequence[Written]) -> Records:
+        return {**records, "text": [each.text(self.tokenizer).strip() for each in written]}
+
+    # -- figures
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        return ("exact_match", "perplexity")
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        return ()
+
+    # -- predictions
+
+    def predictions(self, records: Records) -> list[Any]:
+        """Of each row, {"text": what was written or null, "loss": the sum over its tokens, "right": tokens}."""
+        rows = len(next(iter(records.values())))
+        texts = records.get("text") or [None] * rows
+        out: list[Any] = [{"text": text} for text in texts]
+        if "loss" in records:
+            for each, loss, right in zip(out, records["loss"].tolist(), records["right"].tolist(), strict=True):
+                each |= {"loss": float(f"{loss:.9g}"), "right": int(right)}
+        return out
+
+    def recorded(self, predictions: Sequence[Any], examples: Sequence[Example]) -> Records:
+        losses = [math.nan if row.get("loss") is None else row["loss"] for row in predictions]
+        return {
+            "loss": np.array(losses, dtype=float),
+            "right": np.array([row.get("right", math.nan) for row in predictions], dtype=float),
+            "text": [row["text"] for row in predictions],
+            **self._judged(examples),
+        }
+
+    def truth(self, example: Example) -> str:
+        return str(example.target)
+
+    def said(self, prediction: Any, example: Example) -> Said:
+        text = prediction["text"]
+        return Said("–" if text is None else text, None, None if text is None else text == example.target)
+
+    def columns(self) -> list[Column]:
+        return [Column("predicted", "text")]
+
+    def cells(self, prediction: Any) -> list[Any]:
+        return [prediction["text"]]
+
+    def answer(self, prediction: Any) -> dict[str, Any]:
+        return {"predicted": prediction["text"]}
+
+    # -- files and tables
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape,
+            "read": dict(self.read),
+            "max_new_tokens": self.max_new_tokens,
+            "writing": self.writing,
+        }
+
+    @classmethod
+    def from_json(cls, about: Mapping[str, Any], where: str) -> Generation:
+        shape, read, writing = (about.get(key) for key in ("shape", "read", "writing"))
+        if shape not in _ROLES:
+            raise TanzakuError(f"{where}shape is {short(shape)}, expected {listed(_ROLES)}")
+        roles = _ROLES[cast(Shape, shape)]
+        if not isinstance(read, dict) or not {roles[0]} <= read.keys() <= {*roles}:
+            raise TanzakuError(f"{where}read is {short(read)}, expected names of columns by {listed(roles)}")
+        if not all(isinstance(name, str) for name in read.values()):
+            raise TanzakuError(f"{where}read is {short(read)}, expected names of columns")
+        if writing not in get_args(Writing):
+            raise TanzakuError(f"{where}writing is {short(writing)}, expected {listed(get_args(Writing))}")
+        most = _whole(about.get("max_new_tokens"), f"{where}max_new_tokens")
+        return cls(cast(Shape, shape), read, most, cast(Writing, writing))
+
+    @classmethod
+    def overruled(cls, asked: Mapping[str, Any], about: Mapping[str, Any], path: Any) -> dict[str, Any]:
+        found = super().overruled(asked, about, path)
+        if "max_new_tokens" in found:
+            found["max_new_tokens"] = _whole(found["max_new_tokens"], "--max-new-tokens")
+        return found
+
+    @classmethod
+    def of_base(cls, config: Any, width: int | None, asked: Mapping[str, Any], path: str, base: str) -> Generation:
+        return cls("pairs", {"prompt": "prompt"}, _whole(asked.get("max_new_tokens", 64), "--max-new-tokens"))
+
+    def describe(self) -> str:
+        return {"pairs": "completions", "chat": "answers", "instructions": "answers", "text": "text"}[self.shape]
+
+    def answers(self) -> str:
+        return "It writes text that follows a prompt."
+
+    @classmethod
+    def table_of(cls, tables: Mapping[str, Table], data: Any) -> tuple[list[str], list[list[str]]]:
+        sizes = [[len(each) for each in cls.targets(table, data)] for table in tables.values()]
+        return ["rows"], [["to be written", *(f"{len(each):,}" for each in sizes)]]
+
+
+def _columns(table: Table, data: Any, shape: Shape) -> dict[str, str]:
+    """By role, the columns that rows of a shape are read from."""
+    if shape == "chat":
+        return {"messages": str(conversation_column(table, data))}
+    named = {role: str(getattr(data, role)) for role in _ROLES[shape]}
+    first = _ROLES[shape][0]
+    return {role: name for role, name in named.items() if role == first or name in table.columns}
+
+
+def _whole(value: Any, where: str) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = 0
+    if number < 1 or number != float(value):
+        raise TanzakuError(f"{where} is {short(value)}, expected a whole number of 1 or more")
+    return number
+
+
+def _reader(tokenizer: PreTrainedTokenizerBase) -> Reader:
+    if not tokenizer.is_fast:
+        raise TanzakuError(
+            f"the tokenizer {type(tokenizer).__name__} does not say where its tokens stand in a text, which task "
+            "generation needs; expected a model with tokenizer.json"
+        )
+
+    def template(messages: list[dict[str, Any]], asking: bool) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking))
+
+    has = getattr(tokenizer, "chat_template", None) is not None
+    marks = sorted((str(token) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+    return Reader(template if has else None, marks, tokenizer.eos_token or "", repr(tokenizer.name_or_path))
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, row: Rendered) -> tuple[list[int], list[int], int]:
+    """A row's ids, what is learnt of them (-100: nothing), and how many are its prompt."""
+    found = tokenizer(row.text, add_special_tokens=row.special, return_offsets_mapping=True, verbose=False)
+    ids, offsets, whose = found["input_ids"], found["offset_mapping"], found.sequence_ids()
+    while row.special and ids and whose[-1] is None and row.text:
+        # Of a tokenizer that ends all texts: the end of one that is learnt stands in it, and a prompt has none.
+        ids, offsets, whose = ids[:-1], offsets[:-1], whose[:-1]
+    labels = [
+        token if of is not None and any(first <= start and end <= last for first, last in row.learnt) else _IGNORED
+        for token, (start, end), of in zip(ids, offsets, whose, strict=True)
+    ]
+    prompt = next(
+        (at for at, (start, _) in enumerate(offsets) if whose[at] is not None and start >= row.prompt), len(ids)
+    )
+    return list(ids), labels, prompt
