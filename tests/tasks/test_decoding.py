@@ -137,7 +137,7 @@ def test_every_method_writes_in_one_batch_what_it_writes_alone(kind: str, ends: 
     assert {each.end for each in found.values()} == ({"end", "length"} if ends else {"length"}) or not ends
     base = [found[None, row].tokens for row in range(3)]
     same = [entry for entry in METHODS if [found[entry, row].tokens for row in range(3)] == base]
-    assert len(same) < len(METHODS) / 3, same
+    assert len(same) < 2 * len(METHODS) / 3, same
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
