@@ -46,6 +46,8 @@ def recipe_flags(
     def command(**given: Any) -> None:
         file, overwrite = given.pop("recipe"), given.pop("overwrite")
         flags: dict[str, Any] = {"methods": given.pop("method") or [], "set": given.pop("set") or []}
+        if (start := given.pop("init_from")) is not None:
+            flags["init_from"] = start
         for section, name, _ in fields(sections):
             if given[name] not in (None, []):
                 key = "name" if (section, name) == ("model", "model") else name
@@ -65,11 +67,13 @@ def _parameters(sections: Collection[str], switches: Mapping[str, str]) -> list[
     assign = typer.Option(
         "--set", metavar="KEY=VALUE", help="a method's setting: r=1, or lora.r=1 with several (repeatable)"
     )
+    start = typer.Option("--init-from", metavar="ADAPTER", help="go on from this adapter, with its method and settings")
     overwrite = "replace the run that the output directory holds"
     return [
         parameter("recipe", Path | None, recipe),
         parameter("method", list[str] | None, method),
         parameter("set", list[str] | None, assign),
+        parameter("init_from", str | None, start),
         *(flag_of(name, field) for _, name, field in fields(sections)),
         *(
             parameter(name, bool, typer.Option(flag(name), help=about), False)

@@ -113,6 +113,7 @@ def begin(run: Sitting, journal: Journal, model: PreTrainedModel, data: TaskData
 
     about = run.about(data)
     now = {"rows": checksum(data), "base model": base_checksum(model)}
+    now |= {f"adapter of {name}": digest for name, digest in run.starts.items()}
     if not resume:
         clear(run.out)
         recipe = {"command": run.command, "recipe": _anywhere(run.recipe), "started": about["started"]}
@@ -121,7 +122,7 @@ def begin(run: Sitting, journal: Journal, model: PreTrainedModel, data: TaskData
         return about
     kept = journal.about()
     for what, value in now.items():
-        if kept[what] != value:
+        if kept.get(what) != value:
             changed = "the rows have" if what == "rows" else f"the {what} has"
             raise TanzakuError(f"--resume: {changed} changed since {run.out} was begun; begin anew with --overwrite")
     journal.go_on()
@@ -161,6 +162,9 @@ def _anywhere(recipe: Recipe) -> dict[str, Any]:
     """The recipe with paths that hold in any directory."""
     raw = recipe.model_dump(mode="json")
     raw["model"] = recipe.model.model_copy(update={"name": portable(recipe.model.name)}).to_json()
+    for entry in raw["methods"]:
+        if "init_from" in entry:
+            entry["init_from"] = str(Path(entry["init_from"]).expanduser().resolve())
     for key in ("train", "valid", "test"):
         if raw["data"][key] and Path(raw["data"][key]).exists():
             raw["data"][key] = str(Path(raw["data"][key]).resolve())

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tanzaku.models.settings import ModelSettings
     from tanzaku.recipe.schema import Recipe
     from tanzaku.tasks.prepare import Tables
-    from tanzaku.tasks.task import TaskData
+    from tanzaku.tasks.task import Task, TaskData
     from tanzaku.train.settings import TrainSettings
 
 
@@ -45,6 +45,11 @@ class Tried(Protocol):
         """Candidates, or directories of adapters, that the method uses by its names for them."""
         ...
 
+    @property
+    def init_from(self) -> Path | None:
+        """The directory of the adapter that it goes on from."""
+        ...
+
 
 _MANY = 100  # settings of methods whose check takes seconds
 
@@ -62,6 +67,7 @@ class Sitting:
     out: Path
     device: str
     tables: Tables
+    starts: dict[str, str] = field(default_factory=dict)  # checksums of adapters that are gone on from, by candidate
     begun: bool = False  # whether the directory holds this run
     clock: float = field(default_factory=time.monotonic)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -82,6 +88,9 @@ class Sitting:
         display.data(data, recipe.train.max_length)
         if self.command != "train":  # a class that is too rare for the folds is told before the model is loaded
             resamples(data, recipe.compare.design(data.valid is not None), recipe.train.seed)
+        self.starts = _starts(methods)
+        _say_starts(display, methods, data.task)
+        _check_starts(recipe, methods, data, self.device)
         kind = _dtype([each.settings for each in methods])
         model, _ = load_for(recipe.model, data.task, dtype=kind, seed=recipe.train.seed)
         if len(distinct := _distinct(methods)) > _MANY:
@@ -172,6 +181,12 @@ def sitting(command: str, recipe: Recipe, methods: Sequence[Tried], overwrite: b
     device, folded = _check_settings(command, recipe, methods)
     tables = read_tables(recipe.kind, recipe.data, folded)
     out = Path(recipe.out).expanduser() if recipe.out else _new(command)
+    for each in methods if overwrite else ():
+        if each.init_from is not None and out.resolve() in each.init_from.resolve().parents:
+            raise TanzakuError(
+                f"candidate {each.name!r} goes on from {each.init_from}, which --overwrite would remove with {out}; "
+                "choose another --out"
+            )
     fresh = not out.is_dir()
     if fresh:
         prepare_out(out, overwrite)
@@ -258,7 +273,7 @@ def _distinct(methods: Sequence[Tried]) -> list[Tried]:
     """The first candidate of each settings of a method: how it is trained is nothing to the model."""
     first: dict[str, Tried] = {}
     for each in methods:
-        first.setdefault(repr((each.method, each.uses)), each)
+        first.setdefault(repr((each.method, each.uses, each.init_from)), each)
     return list(first.values())
 
 
@@ -275,7 +290,8 @@ def _check_fit(
     from tanzaku.core.attach import attach, detach
     from tanzaku.errors import TooLarge
     from tanzaku.models.families import Base
-    from tanzaku.storage.store import method_in
+    from tanzaku.storage.starts import begin
+    from tanzaku.storage.store import check_made_for, method_in
     from tanzaku.tasks.inference import check_rows
 
     for split in data.splits():
@@ -296,7 +312,11 @@ def _check_fit(
                 brought[label] = f"{name}-{label}"
                 attach(twin, others[used] if isinstance(used, str) else method_in(used), brought[label])
             method._under = brought
-            adapter = attach(twin, method, name)
+            if each.init_from is None:
+                adapter = attach(twin, method, name)
+            else:
+                adapter = begin(twin, method, name, each.init_from, data.task)
+                check_made_for(model, each.init_from)
             adapter.brought = [*brought.values()]
             _check_row_data(adapter.method, data)
             if not adapter.trained():
@@ -311,6 +331,30 @@ def _check_fit(
             raise TanzakuError(f"candidate {name!r}: {error}") from None
         except (RuntimeError, TypeError, OverflowError) as error:  # sizes that torch itself cannot count
             raise TanzakuError(f"candidate {name!r}: {method.largest()}: {str(error).splitlines()[0]}") from None
+
+
+def _starts(methods: Sequence[Tried]) -> dict[str, str]:
+    from tanzaku.storage.store import checksum
+
+    return {each.name: checksum(each.init_from) for each in methods if each.init_from is not None}
+
+
+def _say_starts(display: Display, methods: Sequence[Tried], task: Task) -> None:
+    """Which candidates that go on from an adapter have a new head."""
+    from tanzaku.storage.starts import said
+
+    for each in _distinct(methods):
+        if each.init_from is not None and (line := said(each.init_from, task)) is not None:
+            display.say(f"{each.name} {line}")
+
+
+def _check_starts(recipe: Recipe, methods: Sequence[Tried], data: TaskData, device: str) -> None:
+    """Check what goes on from an adapter against the model without its weights: all but whether these are the same."""
+    from tanzaku.models.loading import outline_for
+
+    if begun := [each for each in methods if each.init_from is not None]:
+        outline, _ = outline_for(recipe.model, data.task)
+        _check_fit(outline, begun, data, recipe.train.max_length, device)
 
 
 def _check_row_data(method: Method, data: TaskData) -> None:

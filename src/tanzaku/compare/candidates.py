@@ -15,7 +15,7 @@ from tanzaku.core.method import Method
 from tanzaku.core.space import Choice, Grid, Range, Space, Spaces, ends
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.recipe.comparison import CompareSettings
-from tanzaku.recipe.schema import MethodEntry, checked, named, spaces_of, used_by
+from tanzaku.recipe.schema import MethodEntry, checked, named, spaces_of, start_of, used_by
 from tanzaku.train.settings import TrainSettings
 
 Rate = Literal["default", "own", "shared"]
@@ -40,6 +40,7 @@ class Candidate:
     drawn: Mapping[str, Any] = field(default_factory=dict)
     rate: Rate = "default"  # whose its learning rate is: the method's, its own, or that of all methods
     uses: Mapping[str, str | Path] = field(default_factory=dict)  # candidates, or directories of adapters
+    init_from: Path | None = None  # the adapter that it goes on from
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,12 @@ class Searched:
     space: Spaces
     trials: int
     uses: Mapping[str, str | Path] = field(default_factory=dict)
+    init_from: Path | None = None
 
     def candidate(self, drawn: Mapping[str, Any], name: str) -> Candidate:
         """The candidate at one point of the space."""
-        return replace(_candidate(self.name, self.method, self.train, drawn, name, "search"), uses=self.uses)
+        found = _candidate(self.name, self.method, self.train, drawn, name, "search")
+        return replace(found, uses=self.uses, init_from=self.init_from)
 
     def corners(self) -> list[Candidate]:
         """Candidates at the extremes of the space, 64 at most: what a model refuses anywhere, it refuses there."""
@@ -88,23 +91,25 @@ def expand(
     uses_of = {str(entry.name): used_by(entry, entries) for entry in entries}
     parts = {used for uses in uses_of.values() for used in uses.values()}
     for entry in entries:
-        uses, found = uses_of[str(entry.name)], spaces_of(entry)
+        uses, found, start = uses_of[str(entry.name)], spaces_of(entry), start_of(entry)
         method, run = checked(_without(entry, found), train)
         own = {key: _typed(entry, found, key, train) for key in found}
         fixed = {key: getattr(method, key) for key in entry.settings} | {key: getattr(run, key) for key in entry.train}
         name = str(entry.name)
         opened = settings.trials is not None and name not in parts
         rest = type(method).open_space({**fixed, **own}) if opened else {}
+        if start is not None:  # its method's settings are the adapter's
+            rest = {key: space for key, space in rest.items() if key in TrainSettings.model_fields}
         if rest or any(not isinstance(space, Grid) for space in own.values()):
             drawn = {key: Choice(space.values) if isinstance(space, Grid) else space for key, space in own.items()}
-            searched.append(Searched(name, method, run, {**drawn, **rest}, settings.trials or TRIALS, uses))
+            searched.append(Searched(name, method, run, {**drawn, **rest}, settings.trials or TRIALS, uses, start))
         elif own:
             grids = {key: ends(space) for key, space in own.items()}
             product_of = _product(name, method, run, grids, taken, _rate(entry, train))
-            candidates += [replace(each, uses=uses) for each in product_of]
+            candidates += [replace(each, uses=uses, init_from=start) for each in product_of]
         else:
             rate = _rate(entry, train)
-            candidates.append(Candidate(name, method, run, entry=name, rate=rate, uses=uses))
+            candidates.append(Candidate(name, method, run, entry=name, rate=rate, uses=uses, init_from=start))
     _check_used(candidates, searched)
     _check_different(candidates, searched)
     _check_names(taken | {candidate.name for candidate in candidates}, searched)
@@ -212,8 +217,8 @@ def _check_used(candidates: Sequence[Candidate], searched: Sequence[Searched]) -
 
 def _check_different(candidates: Sequence[Candidate], searched: Sequence[Searched]) -> None:
     seen: dict[str, str] = {}
-    whole = [(c.name, c.method, c.settings, repr(c.uses)) for c in candidates]
-    drawn = [(s.name, s.method, s.train, repr((sorted(s.space.items()), s.uses))) for s in searched]
+    whole = [(c.name, c.method, c.settings, repr((c.uses, c.init_from))) for c in candidates]
+    drawn = [(s.name, s.method, s.train, repr((sorted(s.space.items()), s.uses, s.init_from))) for s in searched]
     for name, method, train, space in [*whole, *drawn]:
         same = repr((method.name, sorted(method.settings().items()), train, space))
         if same in seen:

@@ -520,7 +520,16 @@ class _Job:
         # A full copy of the model waiting at a rung would keep its memory, so what runs alone is never stopped.
         halved = self.stage == "search" and self.candidate.method.shares_batch and not self.save
         stops = tuple(rungs(settings.epochs, reduction)) if halved else ()
-        return Job(self.name, self.candidate.method, settings, self.at.data, stops, self.save, self.uses)
+        return Job(
+            self.name,
+            self.candidate.method,
+            settings,
+            self.at.data,
+            stops,
+            self.save,
+            self.uses,
+            self.candidate.init_from,
+        )
 
 
 def _name(candidate: str, what: str) -> str:

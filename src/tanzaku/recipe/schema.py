@@ -38,9 +38,13 @@ if TYPE_CHECKING:
     from tanzaku.train.results import Job
 
 
+_BESIDE = ("name", "train", "uses", "init_from")  # keys of a candidate beside its method
+
+
 class MethodEntry(BaseModel):
     """One candidate: `lora` or `{lora: {r: 1}}`, with a `name` and `train` settings of its own if it has them, and, of
-    a method that is made of other adapters, what it `uses`: candidates, or directories of adapters.
+    a method that is made of other adapters, what it `uses`: candidates, or directories of adapters. `init_from` names
+    an adapter's directory, whose method, settings and weights it begins with.
 
     For `tanzaku compare` a setting may be a space (:mod:`tanzaku.core.space`), and the entry then stands for several
     candidates. It is kept as it is written.
@@ -53,6 +57,7 @@ class MethodEntry(BaseModel):
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]+$")
     train: dict[str, Any] = {}
     uses: dict[str, str] = {}
+    init_from: str | None = Field(default=None, min_length=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -62,10 +67,10 @@ class MethodEntry(BaseModel):
         item = {item: None} if isinstance(item, str) else item
         if not isinstance(item, Mapping):
             raise TanzakuError(f"found {item!r}, expected a method such as lora or lora: {{r: 8}}")
-        methods = [str(key) for key in item if key not in ("name", "train", "uses")]
+        methods = [str(key) for key in item if key not in _BESIDE]
         if len(methods) != 1:
             found = listed(methods) or "no method"
-            raise TanzakuError(f"found {found}, expected one method, with name, train and uses beside it if need be")
+            raise TanzakuError(f"found {found}, expected one method, with {listed(_BESIDE)} beside it if need be")
         settings = _mapping(item.get(methods[0]), f"settings of {methods[0]}", "{r: 8}")
         train = _mapping(item.get("train"), "train", "{epochs: 3}")
         for key in train:
@@ -76,7 +81,8 @@ class MethodEntry(BaseModel):
         if "accelerations" in train:
             raise TanzakuError("all candidates share one model: accelerations go into the recipe's train section")
         uses = _uses(item.get("uses"))
-        return {"method": methods[0], "settings": settings, "name": item.get("name"), "train": train, "uses": uses}
+        kept = {"name": item.get("name"), "init_from": item.get("init_from")}
+        return {"method": methods[0], "settings": settings, "train": train, "uses": uses, **kept}
 
     @model_serializer
     def _to_item(self) -> dict[str, Any]:
@@ -84,7 +90,8 @@ class MethodEntry(BaseModel):
         item: dict[str, Any] = {self.method: self.settings}
         if self.name not in (None, self.method):
             item["name"] = self.name
-        return item | ({"train": self.train} if self.train else {}) | ({"uses": self.uses} if self.uses else {})
+        beside = {"train": self.train, "uses": self.uses, "init_from": self.init_from}
+        return item | {key: value for key, value in beside.items() if value}
 
 
 def _uses(value: Any) -> dict[str, str]:
@@ -184,6 +191,8 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     for entry in entries:
         if isinstance(entry, dict) and isinstance(uses := entry.get("uses"), list | dict):
             entry["uses"] = _beside_each(folder, uses, names)
+        if isinstance(entry, dict) and isinstance(start := entry.get("init_from"), str) and start.strip():
+            entry["init_from"] = str(folder / Path(start).expanduser())
     if isinstance(data, dict):
         raw["data"] = {
             key: _beside(folder, value) if key in ("train", "valid", "test") and isinstance(value, str) else value
@@ -218,15 +227,15 @@ def build_recipe(file: Path | None, flags: Mapping[str, Any], default_methods: S
     """A recipe file with flags over it.
 
     Args:
-        flags: nested as a recipe is, but for two. `methods` lists names: of candidates or methods that the file has,
+        flags: nested as a recipe is, but for three. `methods` lists names: of candidates or methods that the file has,
             whose settings there hold, or of other methods. `set` lists texts such as `r=1` or `lora.r=1`, their
-            values as in YAML.
+            values as in YAML. `init_from` is of the one candidate there is, or makes one.
         default_methods: the candidates where neither names any.
 
     Raises:
         TanzakuError: a key that is unknown or missing, or a value that does not fit, and where it stands.
     """
-    keys = {key: value for key, value in flags.items() if key not in ("methods", "set")}
+    keys = {key: value for key, value in flags.items() if key not in ("methods", "set", "init_from")}
     raw = laid_over(load_recipe(file) if file is not None else {}, keys)
     task = task_in(raw)
     try:
@@ -238,14 +247,35 @@ def build_recipe(file: Path | None, flags: Mapping[str, Any], default_methods: S
     for entry in recipe.methods:
         _check_metric(recipe, entry.train.get("metric"), "metric", f"{entry.method}: train", {}, file)
     entries = named(recipe.methods)
-    if names := flags.get("methods") or (default_methods if not entries else ()):
+    start = flags.get("init_from")
+    by_default = default_methods if not entries and start is None else ()
+    if names := flags.get("methods") or by_default:
         entries = named(
             [entry for name in names for entry in _meant(entries, name) or [MethodEntry.model_validate(name)]]
         )
+    if start is not None:
+        entries = [_started(entries, start)]
     for assignment in flags.get("set", []):
         entries = _assigned(entries, assignment)
     compare = recipe.compare.model_copy(update={"rank_by": recipe.ranked_by.name})
     return recipe.model_copy(update={"methods": entries, "compare": compare})
+
+
+def _started(entries: Sequence[MethodEntry], start: str) -> MethodEntry:
+    """The one candidate, going on from an adapter; without one, a candidate of that adapter's method."""
+    if len(entries) > 1:
+        whose = listed(str(entry.name) for entry in entries)
+        raise TanzakuError(
+            f"--init-from is of one candidate, and there are {len(entries)}: {whose}; name one with --method, or write "
+            "init_from beside it in the recipe"
+        )
+    if entries:
+        return entries[0].model_copy(update={"init_from": start})
+    from tanzaku.storage.starts import method_from
+
+    return named([MethodEntry.model_validate({method_from(Path(start).expanduser()).name: None, "init_from": start})])[
+        0
+    ]
 
 
 def _check_metric(
@@ -337,8 +367,13 @@ def jobs_of(recipe: Recipe) -> list[Job]:
                 f"give {key} one value, or use tanzaku compare"
             )
         uses = {label: Path(used) for label, used in used_by(entry, []).items()}
-        jobs.append(Job(str(entry.name), *checked(entry, recipe.train), uses=uses))
+        jobs.append(Job(str(entry.name), *checked(entry, recipe.train), uses=uses, init_from=start_of(entry)))
     return jobs
+
+
+def start_of(entry: MethodEntry) -> Path | None:
+    """The directory of the adapter that a candidate goes on from."""
+    return None if entry.init_from is None else Path(entry.init_from).expanduser()
 
 
 def used_by(entry: MethodEntry, entries: Sequence[MethodEntry]) -> dict[str, str | Path]:
@@ -394,6 +429,11 @@ def spaces_of(entry: MethodEntry) -> dict[str, Space]:
             raise TanzakuError(f"candidate {entry.name!r}: {key}: {error}") from None
         if space is not None:
             found[key] = space
+            if entry.init_from is not None and key in entry.settings:
+                raise TanzakuError(
+                    f"candidate {entry.name!r}: {key} has a {space.kind}, and {entry.init_from}, where it begins, "
+                    "has one value; only what stands in its train section may be searched"
+                )
     return found
 
 
@@ -411,9 +451,35 @@ def checked(entry: MethodEntry, train: TrainSettings) -> tuple[Method, TrainSett
         own = TrainSettings.model_validate({**train.model_dump(), **entry.train})
         used = {"adapters": [*entry.uses]} if entry.uses else {}
         method = _adapter(entry.method).validate_python({**used, **entry.settings})
+        method = _as_begun(entry, method)
         return method, for_method(own, method)
     except ValidationError as error:
         raise TanzakuError(complaint(error, f"candidate {entry.name!r}", {"": TrainSettings}, {})) from None
+
+
+def _as_begun(entry: MethodEntry, method: Method) -> Method:
+    """The method of the adapter that a candidate goes on from, if it does; what the candidate says of it must be so."""
+    if (start := start_of(entry)) is None:
+        return method
+    from tanzaku.storage.starts import method_from
+
+    try:
+        kept = method_from(start)
+    except TanzakuError as error:
+        raise TanzakuError(f"candidate {entry.name!r}: init_from: {error}") from None
+    if kept.name != method.name:
+        raise TanzakuError(
+            f"candidate {entry.name!r}: its method is {method.name}, and {start}, which it goes on from, is an adapter "
+            f"of {kept.name}; write {kept.name}, or leave init_from out"
+        )
+    for key in entry.settings:
+        asked, there = getattr(method, key), getattr(kept, key)
+        if asked != there and not (isinstance(asked, list) and isinstance(there, list) and {*asked} == {*there}):
+            raise TanzakuError(
+                f"candidate {entry.name!r}: {key} is {asked!r}, and {start}, which it goes on from, has {there!r}; "
+                "leave it out"
+            )
+    return kept
 
 
 @cache  # for the many candidates of a grid: it takes longer to build than to use

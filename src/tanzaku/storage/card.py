@@ -66,6 +66,7 @@ def card(
         "front": _front(method, hub, pipeline, training, metrics, ours),
         "title": f"{method.name} adapter of {base or 'an unnamed model'}",
         "what": _what(method, hub, base),
+        "start": _start(meta),
         "answers": "" if task is None else task.answers(),
         "rows": [(split, f"{n:,}", training.get("files", {}).get(split, "")) for split, n in _pairs(training, "rows")],
         "figures": _figures(training, metrics),
@@ -139,6 +140,14 @@ def _task(meta: Mapping[str, Any]) -> Task | None:
         return task_in(meta, "")
     except (TanzakuError, LookupError):
         return None  # what its user wrote by hand
+
+
+def _start(meta: Mapping[str, Any]) -> str:
+    """Which adapter it goes on from, if it does."""
+    found = meta.get("init_from")
+    if not isinstance(found, dict) or not isinstance(found.get("sha256"), str):
+        return ""
+    return f"It goes on from the adapter {found.get('adapter')} (sha256 of its files {found['sha256']})."
 
 
 def _metrics(task: Task | None, training: Mapping[str, Any]) -> dict[str, str]:

@@ -42,7 +42,7 @@ from tanzaku.merging.merge import before_merging
 from tanzaku.methods import METHODS
 from tanzaku.models import tree
 from tanzaku.models.families import Base
-from tanzaku.models.heads import Part, heads_of, resized
+from tanzaku.models.heads import Part, heads_of, resized, task_head
 from tanzaku.models.quantize import elsewhere
 from tanzaku.storage import adapterhub
 from tanzaku.storage.card import CARD, card, digest_of, kept
@@ -176,6 +176,7 @@ def load(
     strict: bool = True,
     method: Method | None = None,
     any_base: bool = False,
+    keep_head: bool = True,
 ) -> Adapter:
     """Attach the adapter saved in the directory `path`, by Tanzaku, by HF PEFT or by the Adapters library (AdapterHub),
     or below it by `save_pretrained` of a model in which it was active.
@@ -185,13 +186,14 @@ def load(
             and the adapter keeps its initial values where the file has none that fit.
         method: take these settings instead of the file's.
         any_base: another base than the adapter was made for is a warning, though all else is `strict`.
+        keep_head: False leaves a head in the file where it is: the adapter's own is that of a new one.
 
     Raises:
         TanzakuError: no adapter there, a damaged file, another base, or settings this version does not know.
     """
     folder = adapter_dir(Path(path))
     with from_file(folder):
-        return _load(model, folder, name, strict, method, any_base or not strict)
+        return _load(model, folder, name, strict, method, any_base or not strict, keep_head)
 
 
 def adapter_dir(folder: Path) -> Path:
@@ -207,7 +209,15 @@ def adapter_dir(folder: Path) -> Path:
     return found[0] if found else folder
 
 
-def _load(model: nn.Module, folder: Path, name: str, strict: bool, method: Method | None, any_base: bool) -> Adapter:
+def _load(
+    model: nn.Module,
+    folder: Path,
+    name: str,
+    strict: bool,
+    method: Method | None,
+    any_base: bool,
+    keep_head: bool,
+) -> Adapter:
     config = read_config(folder)
     if adapterhub.is_one(config):
         return _load_from_hub(model, folder, config, name, strict, method, any_base)
@@ -226,6 +236,8 @@ def _load(model: nn.Module, folder: Path, name: str, strict: bool, method: Metho
         method.modules_to_save = _ending(model, method.modules_to_save)
         method._as_peft = True
         _drop_strangers(model, method)
+    elif not keep_head:
+        method.modules_to_save = _but_heads(model, method.modules_to_save)
     else:
         method._copies = _copies(model, about.get("copies"), method.modules_to_save or [], folder)
     with bringing(model, method, name) as brought:
@@ -233,9 +245,32 @@ def _load(model: nn.Module, folder: Path, name: str, strict: bool, method: Metho
         adapter = _attached(model, method, name, tensors, folder)
     adapter.meta = (about or {}).get("meta") or {}
     with _attached_or_not(model, name):
+        if not keep_head:
+            tensors = _with_new_head(model, adapter, tensors, (about or {}).get("copies"))
         _own_embeddings(model, adapter, tensors)
         _fill(model, adapter, tensors, folder, about, strict)
     return adapter
+
+
+def _but_heads(model: nn.Module, names: list[str] | None) -> list[str] | None:
+    """Paths of modules that are trained whole, without those that make a task's head here, or are nowhere in it."""
+    there, heads = {path for path, _ in tree.named_modules(model)}, task_head(model)
+    return [name for name in names or [] if name in there and not any(part.has(name) for part in heads)] or None
+
+
+def _with_new_head(model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor], copies: Any) -> dict[str, Tensor]:
+    """A file's tensors, with the head's as they are in the adapter, and without those of a head that has no place."""
+    own, heads = entries(adapter), task_head(model)
+    places = {id(layer): path for path, layer in adapter.at() if isinstance(layer, WeightCopy)}
+    new = {
+        key: torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor.detach()
+        for key, (tensor, layer) in own.items()
+        if any(part.path == (path := places.get(id(layer))) or (path and part.has(path)) for part in heads)
+    }
+    recorded = [str(each.get("path")) for each in copies or []] or [*_HEADS]
+    base = {key: _base_name(adapter.method, key) for key in tensors}
+    strange = {key for key in base.keys() - own.keys() if any(base[key].startswith(f"{path}.") for path in recorded)}
+    return {key: tensor for key, tensor in tensors.items() if key not in strange} | new
 
 
 def _load_from_hub(
@@ -823,6 +858,14 @@ def _check_base(model: nn.Module, described: dict[str, Any], folder: Path, stric
         if strict:
             raise TanzakuError(message + "; load the base that it names")
         warnings.warn(message, stacklevel=3)
+
+
+def check_made_for(model: nn.Module, path: str | Path) -> None:
+    """A TanzakuError where the adapter in a directory was made for another base than this, as far as it tells."""
+    folder = adapter_dir(Path(path))
+    about = read_about(folder)
+    if about is not None:
+        _check_base(model, about.get("base") or {}, folder, strict=True)
 
 
 def _other_weights(base: Base, theirs: dict[str, str], folder: Path) -> str | None:

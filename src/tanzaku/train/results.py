@@ -19,7 +19,8 @@ class Job:
     """One training run of a candidate. `name` is unique in a run.
 
     `data` has its own rows, such as a fold's; without it the run's are used. After the epochs in `rungs` it waits to be
-    told whether to go on. `uses` has the directories of adapters that its method uses, by the method's names for them.
+    told whether to go on. `uses` has the directories of adapters that its method uses, by the method's names for them;
+    `init_from` is that of the adapter whose weights it begins with.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Job:
     rungs: tuple[int, ...] = ()
     save: bool = True  # its adapter, where the run has a directory
     uses: Mapping[str, Path] = field(default_factory=dict)
+    init_from: Path | None = None
 
     def __post_init__(self) -> None:
         self.settings = for_method(self.settings, self.method)
@@ -81,6 +83,7 @@ class JobResult:
     seconds: float = 0.0  # of all threads: its share, by rows, of the steps it took part in, and its evaluation
     peak_memory_bytes: int = 0  # of the process that ran it (CPU), the base included, or of the device (CUDA)
     step_bytes: int = 0  # of tensors that a step of it needs beside the base, with gradients and optimizer state; or 0
+    init_from: dict[str, Any] | None = None  # the adapter it went on from: its name and `sha256`
     adapter: str | None = None  # directory, relative to the run's
 
     def to_json(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from tanzaku.engine.memory import Need, in_use, peak, reset_peak
 from tanzaku.engine.precision import precision_for
 from tanzaku.errors import TanzakuError
 from tanzaku.models.families.structure import block_of
-from tanzaku.storage import store
+from tanzaku.storage import starts, store
 from tanzaku.storage.card import training_record
 from tanzaku.tasks.metrics import interval_of
 from tanzaku.tasks.task import Records, Split, Task, TaskData
@@ -337,7 +337,9 @@ class JobScheduler:
                 reset_peak(self.device)
             adapter = self._attached(job)
             self._arrange(job)
-            if adapter.method.calibrates:
+            if job.init_from is not None:
+                result.init_from = starts.described(job.init_from)
+            elif adapter.method.calibrates:
                 rows = self._rows_of(job)
                 self.step.calibrate(job, adapter, rows.examples, self._sightings.of(job, rows))
                 self._sightings.keep((each, self._rows_of(each)) for each in self.queue if each is not job)
@@ -402,6 +404,8 @@ class JobScheduler:
     def _attached(self, job: Job) -> Adapter:
         """The job's adapter, with those that it uses."""
         method = copy.deepcopy(job.method)
+        if job.init_from is not None:
+            return starts.begin(self.model, method, job.name, job.init_from, (job.data or self.data).task)
         with store.bringing(self.model, method, job.name) as block:
             for label, folder in job.uses.items():
                 block.bring(label, folder)
@@ -601,6 +605,8 @@ class JobScheduler:
             spared = {} if active.adapter.method.row_data() else active.data.task.tasks_to_json()
             meta = {key: value for key, value in self.meta.items() if key not in spared}
             meta |= {key: value for key, value in active.task.to_json().items() if key in meta}  # with what was chosen
+            if active.result.init_from is not None:
+                meta["init_from"] = active.result.init_from
             meta["precision"] = active.job.settings.precision
             store.save(self.model, active.job.name, self.out / where, meta=meta, training=record)
             active.result.adapter = where.as_posix()

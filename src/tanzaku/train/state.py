@@ -153,6 +153,7 @@ def _about(active: ActiveJob) -> dict[str, Any]:
             "base model": base_checksum(active.adapter.base.model),
             "data": checksum(active.data),
             **{f"adapter {label}": adapter_checksum(folder) for label, folder in job.uses.items()},
+            **({} if job.init_from is None else {"init_from": adapter_checksum(job.init_from)}),
         }
         active.about = json.loads(json.dumps(about, default=str))
     return active.about
