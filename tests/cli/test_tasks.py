@@ -41,6 +41,8 @@ def spans(text: str) -> list[dict[str, Any]]:
 def row(task: str, text: str) -> dict[str, Any]:
     if task == "classification":
         return {"text": text, "label": "mild" if WARM & {*text.split()} else "harsh"}
+    if task == "ordinal":
+        return {"text": text, "label": len(WARM & {*text.split()})}
     if task == "multilabel":
         return {"text": text, "label": [name for name, of in KINDS.items() if of & {*text.split()}]}
     if task == "regression":
@@ -204,7 +206,7 @@ def test_a_flag_of_another_task_is_refused(task: str, tanzaku: Tanzaku) -> None:
 
 def test_class_weights_are_for_classes(task: str, tanzaku: Tanzaku) -> None:
     said = tanzaku("train", "recipe.yaml", "--class-weights", "--out", "run")
-    if task == "classification":
+    if task in ("classification", "ordinal"):
         assert said.code == 0, said.err
     else:
         assert_refused(said, "class_weights", task)

@@ -21,6 +21,7 @@ from tanzaku.tasks import TASKS
 from tanzaku.tasks.classification import Classification
 from tanzaku.tasks.generation import Generation, Row
 from tanzaku.tasks.multilabel import Multilabel
+from tanzaku.tasks.ordinal import Ordinal
 from tanzaku.tasks.regression import Regression
 from tanzaku.tasks.task import Example, Split, Task, TaskData
 from tanzaku.tasks.tokens import Tokens
@@ -41,6 +42,7 @@ class Numbers:
 # One of each, for rows of `task_data`, whose label depends on their last token.
 EACH: dict[str, Task] = {
     "classification": Classification(("a", "b")),
+    "ordinal": Ordinal(("a", "b")),
     "multilabel": Multilabel(("a", "b", "c")),
     "regression": Regression(10.0, 4.0),
     "tokens": Tokens(("x",), "words", True),
@@ -55,7 +57,7 @@ every_family = pytest.mark.parametrize(("name", "kind"), CASES)
 
 def split_of(name: str, number: int, seed: int) -> Split:
     split = rows(number, (4, 9, 3, 7), seed)
-    if name == "classification":
+    if name in ("classification", "ordinal"):
         return split
     examples = []
     for example in split.examples:

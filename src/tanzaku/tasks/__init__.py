@@ -7,12 +7,13 @@ from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.tasks.classification import Classification
 from tanzaku.tasks.generation import Generation
 from tanzaku.tasks.multilabel import Multilabel
+from tanzaku.tasks.ordinal import Ordinal
 from tanzaku.tasks.regression import Regression
 from tanzaku.tasks.task import Task
 from tanzaku.tasks.tokens import Tokens
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Classification, Multilabel, Regression, Tokens, Generation)
+    task.name: task for task in (Classification, Ordinal, Multilabel, Regression, Tokens, Generation)
 }
 
 

@@ -18,7 +18,7 @@ from tanzaku.tasks.losses import focal
 from tanzaku.tasks.metrics import ACCURACY, MACRO_F1, ROC_AUC
 from tanzaku.tasks.row_tasks import RowTasks
 from tanzaku.tasks.settings import TextSettings
-from tanzaku.tasks.task import LEARNED, LOSS, Batch, Column, Example, Records, Said, ignorance
+from tanzaku.tasks.task import LEARNED, LOSS, Batch, Column, Example, Metric, Records, Said, ignorance
 from tanzaku.tasks.text import TextTask, check_columns, columns_in
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Classification(TextTask):
     summary = "one of some labels for each text"
     auto_class = "AutoModelForSequenceClassification"
     peft_type = "SEQ_CLS"
-    metrics = (LOSS, ROC_AUC, ACCURACY, MACRO_F1)
+    metrics: ClassVar[tuple[Metric, ...]] = (LOSS, ROC_AUC, ACCURACY, MACRO_F1)
     rank_by = "roc_auc"
     has_focal = True
     Data = ClassificationSettings
@@ -71,12 +71,16 @@ class Classification(TextTask):
         check_columns(
             tables, {"text": data.text, "text_pair": data.text_pair, "label": data.label}, ("text", "text_pair")
         )
-        labels = labels_of(tables["train"].column(data.label), tables["train"].source)
-        task = cls(labels, data.text, data.text_pair)
+        task = cls(cls.labels_in(tables["train"], data), data.text, data.text_pair)
         for table in tables.values():
             for row, value in enumerate(table.column(data.label), 1):
                 task.target_of(value, f"{table.source} row {row}")
         return task
+
+    @classmethod
+    def labels_in(cls, table: Table, data: Any) -> tuple[str, ...]:
+        """The labels of the training rows, in the order of their ids."""
+        return labels_of(table.column(data.label), table.source)
 
     @classmethod
     def findings(cls, tables: Mapping[str, Table], data: Any) -> Iterator[Finding]:
@@ -145,7 +149,7 @@ class Classification(TextTask):
 
     def doubts(self, runs: Sequence[Mapping[str, Any]], examples: Sequence[Example]) -> list[str]:
         counts = np.bincount([example.target for example in examples], minlength=len(self.labels))
-        shares, ignorant = counts / counts.sum(), ignorance(counts)
+        shares, ignorant = counts / counts.sum(), self.ignorant(counts.tolist())
         out = []
         if ignorant > 0 and min(run["loss"] for run in runs) > LEARNED * ignorant:
             out.append("did not learn: its loss stayed that of the labels' frequencies; try another learning rate")
@@ -158,6 +162,10 @@ class Classification(TextTask):
                 f"label of the training rows always is right for {shares.max():.1%} of those"
             )
         return out
+
+    def ignorant(self, counts: Sequence[int]) -> float:
+        """The loss of one who knows how many rows of each label there are, and nothing of a row."""
+        return ignorance(counts)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -252,7 +260,7 @@ class Classification(TextTask):
     @classmethod
     def table_of(cls, tables: Mapping[str, Table], data: Any) -> tuple[list[str], list[list[str]]]:
         counts = {split: Counter(cls.targets(table, data)) for split, table in tables.items()}
-        names = labels_of(tables["train"].column(data.label), tables["train"].source)
+        names = cls.labels_in(tables["train"], data)
         lines = [[_short(name), *(f"{each[name]:,}" for each in counts.values())] for name in names[:_SHOWN]]
         if len(names) > _SHOWN:
             lines.append([f"and {len(names) - _SHOWN} more labels", *("" for _ in counts)])
