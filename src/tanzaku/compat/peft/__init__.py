@@ -23,8 +23,10 @@ from tanzaku.compat.peft.config import (
     AdaLoraConfig,
     AdaptionPromptConfig,
     CPTConfig,
+    EvaConfig,
     IA3Config,
     LoraConfig,
+    LoraGAConfig,
     LoraRuntimeConfig,
     PeftConfig,
     PeftType,
@@ -52,6 +54,7 @@ from tanzaku.compat.peft.peft_model import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from tanzaku.compat.peft.starts import initialize_lora_eva_weights, preprocess_loraga
 from tanzaku.compat.peft.status import get_layer_status, get_model_status
 from tanzaku.compat.peft.tuner import AdaLoraModel, AdaptionPromptModel, IA3Model, LoraModel
 from tanzaku.compat.peft.utils import (
@@ -76,9 +79,11 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "CPTConfig",
+    "EvaConfig",
     "IA3Config",
     "IA3Model",
     "LoraConfig",
+    "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
     "NoMatchingPeftModuleError",
@@ -106,8 +111,10 @@ __all__ = [
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize_lora_eva_weights",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
+    "preprocess_loraga",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     *_more,

@@ -105,6 +105,48 @@ class LoraRuntimeConfig:
     ephemeral_gpu_offload: bool = False
 
 
+@dataclass
+class EvaConfig:
+    """What :class:`tanzaku.LoRA` has as `eva_config`."""
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+
+@dataclass
+class CordaConfig:
+    """What :class:`tanzaku.LoRA` has as `corda_config`.
+
+    Raises:
+        TanzakuError: a file, which would be a pickle, or covariances in half precision.
+    """
+
+    cache_file: str | None = None
+    covariance_file: str | None = None
+    corda_method: str = "ipm"
+    verbose: bool = False
+    use_float16_for_covariance: bool = False
+    prune_temporary_fields: bool = True
+
+    def __post_init__(self) -> None:
+        for key in ("cache_file", "covariance_file", "use_float16_for_covariance"):
+            if value := getattr(self, key):
+                raise TanzakuError(f"CordaConfig: found {key}={value!r}, which is not supported; leave it out")
+
+
+@dataclass
+class LoraGAConfig:
+    """What :class:`tanzaku.LoRA` has as `lora_ga_config`."""
+
+    direction: str = "ArB2r"
+    scale: str = "stable"
+    stable_gamma: int = 16
+
+
 # Settings that PEFT has and that change something only when they are on, with PEFT's defaults.
 _LORA_ELSEWHERE: dict[str, Any] = {
     "megatron_config": None,
@@ -383,6 +425,8 @@ def plain(value: Any) -> Any:
     """A setting as files have it."""
     if isinstance(value, enum.Enum):
         return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
     if isinstance(value, set):
         return sorted(value)
     if isinstance(value, list | tuple):

@@ -39,6 +39,7 @@ from tanzaku.compat.peft.layers import dress, undress_all
 from tanzaku.compat.peft.merged import Merging
 from tanzaku.compat.peft.prompts import Prompting
 from tanzaku.compat.peft.seeding import draw_as_peft
+from tanzaku.compat.peft.starts import begin
 from tanzaku.compat.peft.targets import fit
 from tanzaku.compat.peft.tuner import TUNERS
 from tanzaku.compat.peft.wrapped import STATE, Forward, from_peft_names, managed
@@ -136,6 +137,11 @@ class PeftModel(Prompting, Merging):
         fit(mine, base)
         adapter = attach(base, mine.built(), name)
         draw_as_peft(adapter, before)
+        try:
+            begin(adapter)
+        except TanzakuError:
+            detach(base, name)
+            raise
         self._note(adapter, config, autocast)
 
     def _note(self, adapter: Adapter, config: PeftConfig, autocast: bool = True) -> None:
