@@ -37,6 +37,7 @@ from tanzaku.compat.peft.config import (
     PromptTuningConfig,
     PromptTuningInit,
     TaskType,
+    XLoraConfig,
 )
 from tanzaku.compat.peft.config import (
     __version__ as __version__,
@@ -56,7 +57,7 @@ from tanzaku.compat.peft.peft_model import (
 )
 from tanzaku.compat.peft.starts import initialize_lora_eva_weights, preprocess_loraga
 from tanzaku.compat.peft.status import get_layer_status, get_model_status
-from tanzaku.compat.peft.tuner import AdaLoraModel, AdaptionPromptModel, IA3Model, LoraModel
+from tanzaku.compat.peft.tuner import AdaLoraModel, AdaptionPromptModel, IA3Model, LoraModel, XLoraModel
 from tanzaku.compat.peft.utils import (
     get_base_model_state_dict,
     get_peft_model_state_dict,
@@ -105,6 +106,8 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "TaskType",
+    "XLoraConfig",
+    "XLoraModel",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",

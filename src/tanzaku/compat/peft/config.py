@@ -20,7 +20,7 @@ from tanzaku.compat.peft.hub import folder_of
 from tanzaku.compat.peft.isinstances import seen_as
 from tanzaku.core.method import Attached, Method
 from tanzaku.errors import TanzakuError, nearest
-from tanzaku.methods import CPT, IA3, AdaLoRA, LlamaAdapter, LoRA, PrefixTuning, PromptTuning, PTuning
+from tanzaku.methods import CPT, IA3, AdaLoRA, LlamaAdapter, LoRA, PrefixTuning, PromptTuning, PTuning, XLora
 from tanzaku.methods.lora_starts import PISSA
 from tanzaku.models.families import Base
 from tanzaku.storage.store import CONFIG
@@ -81,6 +81,7 @@ class PeftType(enum.StrEnum):
     VBLORA = "VBLORA"
     VERA = "VERA"
     WAVEFT = "WAVEFT"
+    XLORA = "XLORA"
 
 
 class PromptTuningInit(enum.StrEnum):
@@ -650,6 +651,42 @@ class AdaptionPromptConfig(PeftConfig, LlamaAdapter):
     adapter_layers: int | None = None
 
 
+@dataclass(init=False)
+class XLoraConfig(PeftConfig, XLora):
+    """X-LoRA: :class:`tanzaku.XLora` has the settings, but that `adapters` names directories, as PEFT has it."""
+
+    method = XLora
+    peft_type = PeftType.XLORA
+    order = (
+        "hidden_size",
+        "adapters",
+        "enable_softmax",
+        "enable_softmax_topk",
+        "layerwise_scalings",
+        "xlora_depth",
+        "xlora_size",
+        "xlora_dropout_p",
+        "use_trainable_adapters",
+        "softmax_temperature",
+        "top_k_lora",
+        "scaling_pass_value",
+        "global_scaling_weight",
+    )
+    elsewhere = {"use_trainable_adapters": False}  # noqa: RUF012 (it is annotated above)
+
+    adapters: dict[str, str] = dataclasses.field(default_factory=dict)  # type: ignore[assignment]
+
+    def built(self) -> PeftConfig:
+        new = cast(Any, super().built())
+        plain_one = cast(XLora, XLora.from_settings({"adapters": new.adapters}))
+        new.__dict__.update(adapters=plain_one.adapters, _brings=plain_one.brings())
+        return cast(PeftConfig, new)
+
+    @classmethod
+    def takes(cls, key: str, value: Any) -> bool:
+        return XLora.takes(key, value) if key == "adapters" else super().takes(key, value)
+
+
 CONFIGS: dict[str, type[PeftConfig]] = {
     kind.peft_type.value: kind
     for kind in (
@@ -661,5 +698,6 @@ CONFIGS: dict[str, type[PeftConfig]] = {
         CPTConfig,
         IA3Config,
         AdaptionPromptConfig,
+        XLoraConfig,
     )
 }

@@ -53,7 +53,7 @@ from tanzaku.merging.merge import merge, unmerge
 from tanzaku.methods.poly import Poly
 from tanzaku.models import tree
 from tanzaku.models.quantize import plain as plain_tensor
-from tanzaku.storage.store import TENSORS, load
+from tanzaku.storage.store import TENSORS, bringing, load
 
 _TRAINER = "model.safetensors"  # where Trainer looks for a model's weights
 
@@ -135,7 +135,11 @@ class PeftModel(Prompting, Merging):
         before = torch.get_rng_state()
         mine = self._with_head(config)
         fit(mine, base)
-        adapter = attach(base, mine.built(), name)
+        built = mine.built()
+        with bringing(base, built, name) as block:
+            for label, where in built.brings().items():
+                block.bring(label, folder_of("get_peft_model", where, None, {}))
+            adapter = attach(base, built, name)
         draw_as_peft(adapter, before)
         try:
             begin(adapter)
@@ -147,9 +151,10 @@ class PeftModel(Prompting, Merging):
     def _note(self, adapter: Adapter, config: PeftConfig, autocast: bool = True) -> None:
         """Keep the program's own configuration of an adapter, with what building it has found out."""
         base, built = self.get_base_model(), cast(PeftConfig, adapter.method)
-        for field in dataclasses.fields(config):
-            if field.name != "inference_mode" and plain(getattr(config, field.name)) != getattr(built, field.name):
-                setattr(config, field.name, copy.deepcopy(getattr(built, field.name)))
+        told = [field.name for field in dataclasses.fields(config) if field.name not in ("inference_mode", "adapters")]
+        for key in told:
+            if plain(getattr(config, key)) != getattr(built, key):
+                setattr(config, key, copy.deepcopy(getattr(built, key)))
         config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
         self.peft_config[adapter.name] = config
         base.__dict__.setdefault(_WRAPPED, set()).add(adapter.name)

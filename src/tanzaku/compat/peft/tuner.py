@@ -83,11 +83,18 @@ class AdaptionPromptModel(BaseTuner):
     prefix = "adaption_"
 
 
+class XLoraModel(BaseTuner):
+    """With X-LoRA."""
+
+    prefix = "internal_xlora_classifier"
+
+
 TUNERS: dict[str, type[BaseTuner]] = {
     PeftType.LORA: LoraModel,
     PeftType.ADALORA: AdaLoraModel,
     PeftType.IA3: IA3Model,
     PeftType.ADAPTION_PROMPT: AdaptionPromptModel,
+    PeftType.XLORA: XLoraModel,
 }
 PREFIXES: dict[str, str] = {
     **{kind: tuner.prefix for kind, tuner in TUNERS.items()},

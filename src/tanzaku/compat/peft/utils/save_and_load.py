@@ -21,6 +21,7 @@ from tanzaku.methods.lora_layers import StartedDelta
 from tanzaku.methods.lora_parameters import ParameterDelta
 from tanzaku.methods.prompt_tuning import PromptLearning
 from tanzaku.methods.trainable_tokens import Vectors
+from tanzaku.methods.xlora import Gate
 from tanzaku.models import tree
 from tanzaku.storage.store import entries, read_tensors
 
@@ -56,6 +57,8 @@ def in_peft(adapter: Adapter, path: str, layer: AdapterLayer, name: str) -> str:
     first, _, rest = name.partition(".")
     if isinstance(layer, Vectors):  # of tokens, which PEFT has at their embedding
         return f"{root}{name}.{adapter.name}"
+    if isinstance(layer, Gate):  # PEFT has one of it in a model
+        return f"base_model.{name}"
     if not path:  # what layers share: each has it there, and a walk finds it at the first
         path = next(p for p, s in adapter.at() if p and not isinstance(s, BiasCopy | WeightCopy))
     return f"{root}{path}.{first}.{adapter.name}" + (f".{rest}" if rest else "")
