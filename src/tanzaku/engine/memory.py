@@ -132,10 +132,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
     """Those among the arguments or results of an operation, which may be lists of tensors. A weight in oneDNN's layout
-    has no storage to tell it by; none is made in a step."""
+    has no storage to tell it by, and none is made in a step; a sparse tensor has its parts'."""
     for value in values:
         if isinstance(value, torch.Tensor):
-            if not value.is_mkldnn:
+            if value.layout == torch.strided:
                 yield value
         elif isinstance(value, tuple | list):
             yield from _tensors(value)
