@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +24,7 @@ from variants import all_kinds, attached, bamboo, logits, method, plain_logits, 
 
 import tanzaku as tz
 from close import GRADIENT, assert_close, close
-from models import batch, tiny
+from models import batch, saved_parts, tiny
 from tanzaku.compat.peft import get_peft_model
 from tanzaku.compat.peft.config import CONFIGS
 from tanzaku.core.manager import manager_of
@@ -54,7 +56,10 @@ def active(name, api="native", kind="llama", head="cls"):
         return model
     settings = {key: value for key, value in vars(method(name)).items() if value is not None}
     task = "CAUSAL_LM" if name == "cpt" else "SEQ_CLS"  # the only one that PEFT has it for
-    model = get_peft_model(model, IN_PEFT[name](**{**settings, "task_type": task}))
+    with TemporaryDirectory() as folder:
+        parts = saved_parts(model, method(name), Path(folder))
+        settings |= {"adapters": {label: str(path) for label, path in parts.items()}} if parts else {}
+        model = get_peft_model(model, IN_PEFT[name](**{**settings, "task_type": task}))
     with torch.no_grad():
         generator = torch.Generator().manual_seed(3)
         for parameter in trained(model):
