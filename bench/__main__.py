@@ -22,6 +22,7 @@ TABLES = {
     "curve": ("concurrent", "curve"),
     "workers": ("concurrent", "workers"),
     "inference": ("inference", "table"),
+    "decoding": ("decoding", "table"),
     "files": ("files", "table"),
     "startup": ("startup", "table"),
     "busy": ("busy", "table"),
