@@ -252,3 +252,21 @@ def test_the_example_of_the_docs(
     said = tanzaku("predict", f"run/{results['candidates'][0]['adapter']}", "--data", "valid.jsonl", "--out", "out.tsv")
     assert said.code == 0, said.err
     assert Path("out.tsv").read_text(encoding="utf-8").splitlines()[0] == "text\tlabel\tpredicted"
+
+
+@pytest.mark.parametrize("task", ["generation"], indirect=True)
+def test_text_is_written_for_some_rows_after_each_epoch_and_for_all_at_the_end(task: str, tanzaku: Tanzaku) -> None:
+    said = tanzaku("train", "recipe.yaml", "--sample", "3", "--metric", "chrf", "--restore-best", "--out", "run")
+    assert said.code == 0, said.err
+    [job] = results_of(Path("run"))["jobs"]
+    assert all(math.isfinite(epoch["valid"]["chrf"]) for epoch in job["epochs"]) and job["best_epoch"] is not None
+    assert f"validation loss {job['valid']['loss']:.4f}"[:20] in said.out
+    rows = [json.loads(line) for line in Path("valid.jsonl").read_text(encoding="utf-8").splitlines()]
+    texts = [each["text"] for each in job["predictions"]]
+    assert len(texts) == len(rows) and all(isinstance(text, str) for text in texts)
+
+
+@pytest.mark.parametrize("task", ["generation"], indirect=True)
+def test_no_room_to_write_is_told_before_training(task: str, tanzaku: Tanzaku) -> None:
+    said = tanzaku("train", "recipe.yaml", "--max-new-tokens", "60", "--out", "run")
+    assert_refused(said, "has a prompt of 5 tokens, and with 0 virtual and 60 new ones", "--max-new-tokens 59")

@@ -128,6 +128,9 @@ class Display:
             keys = list(next(iter(by_class.values())))
             rows = [[name, *map(_plain, own.values())] for name, own in by_class.items()]
             self.table(["", *keys], rows, right=range(1, len(keys) + 1))
+        if task.writes and result.valid is not None:  # after each epoch they were of some rows
+            found = ", ".join(f"{each.title} {_number(result.valid.get(each.name))}" for each in task.metrics)
+            self.say(f"validation {found}")
         if result.test is not None:
             self.say(f"test {', '.join(_tested(result, task))}")
         self.say(f"peak memory {_mebibytes(result)} MiB, {result.seconds:.1f} seconds")

@@ -51,7 +51,7 @@ _ROLES: Mapping[str, tuple[str, ...]] = {
 class GenerationSettings(DataSettings):
     """Columns of prompts and completions, of conversations, of instructions, or of text."""
 
-    options: ClassVar[frozenset[str]] = frozenset({"too_long", "max_new_tokens"})
+    options: ClassVar[frozenset[str]] = frozenset({"too_long", "max_new_tokens", "sample"})
 
     prompt: str = Field(default="prompt", min_length=1, description="column of what is written on from")
     completion: str = Field(default="completion", min_length=1, description="column of what is to be written")
@@ -67,6 +67,7 @@ class GenerationSettings(DataSettings):
         default="error", description="rows of more than max_length tokens: stop, or leave out what is behind"
     )
     max_new_tokens: int = Field(default=64, ge=1, description="tokens that are written for a prompt at most")
+    sample: int = Field(default=16, ge=1, description="validation rows that are written for after each epoch")
 
 
 # -- metrics
@@ -118,14 +119,15 @@ class Generation(Task):
 
     Args:
         shape: of the rows. read: by role, the names of the columns that are read.
-        max_new_tokens: what is written for a prompt at most. writing: of the references, which decides how BLEU and
-            ROUGE-L cut them.
+        max_new_tokens: what is written for a prompt at most. sample: rows that are written for after each epoch.
+        writing: of the references, which decides how BLEU and ROUGE-L cut them.
     """
 
     shape: Shape
     read: Mapping[str, str]
     max_new_tokens: int = 64
     writing: Writing = "latin"
+    sample: int = 16
     tokenizer: Any = field(default=None, compare=False, repr=False)
 
     name = "generation"
@@ -150,7 +152,7 @@ class Generation(Task):
     def learn(cls, tables: Mapping[str, Table], data: Any) -> Generation:
         shape = shape_of(tables["train"], data)
         read = _columns(tables["train"], data, shape)
-        task = cls(shape, read, data.max_new_tokens)
+        task = cls(shape, read, data.max_new_tokens, sample=data.sample)
         references: list[str] = []
         for table in tables.values():
             if not len(table):

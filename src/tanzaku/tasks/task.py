@@ -380,6 +380,11 @@ class Task(ABC):
         """Whether figures are of text that is written, too."""
         return False
 
+    @property
+    def sample(self) -> int:
+        """Validation rows that are written for after each epoch, where figures are of text."""
+        return 0
+
     def told_by(self, tokenizer: PreTrainedTokenizerBase) -> Self:
         """The task with what it keeps of a tokenizer."""
         return self
@@ -597,3 +602,11 @@ def subset(split: Split, rows: Sequence[int], name: str) -> Split:
 def take(records: Records, rows: slice) -> Records:
     """The records of some rows."""
     return {key: column[rows] for key, column in records.items()}
+
+
+def picked(records: Records, rows: Sequence[int]) -> Records:
+    """The records of rows by their numbers."""
+    return {
+        key: column[list(rows)] if isinstance(column, np.ndarray) else [column[row] for row in rows]
+        for key, column in records.items()
+    }

@@ -577,7 +577,7 @@ class JobScheduler:
         valid: dict[str, float] = {}
         if active.data.valid is not None:
             active.records = self.step.records(active, active.data.valid)
-            valid = active.data.task.figures(active.records)
+            valid = self.step.figures(active, active.data.valid, active.records)
         active.spend(self.share * (time.monotonic() - began))
         record = active.end_epoch(valid)
         if active.job.name in self._trackers:

@@ -33,7 +33,7 @@ from tanzaku.models import tree
 from tanzaku.models.families import Base
 from tanzaku.support.seeds import seed_of, seeded
 from tanzaku.tasks.inference import Forward
-from tanzaku.tasks.task import Batch, Example, Records, Split, Task, joined
+from tanzaku.tasks.task import Batch, Example, Records, Split, Task, joined, picked, subset
 from tanzaku.train.active_job import ActiveJob
 from tanzaku.train.results import Job
 
@@ -262,6 +262,15 @@ class SharedStep:
         size = active.job.settings.eval_batch_size
         batches = [[split.examples[row] for row in order[start : start + size]] for start in range(0, len(order), size)]
         return joined(self._evaluate(active, batches), order)
+
+    def figures(self, active: ActiveJob, split: Split, records: Records) -> dict[str, float]:
+        """Figures after an epoch: those of text are of what is written for some of the rows, spread over all."""
+        found, rows = self.task.figures(records), len(split)
+        if self.task.writes and (size := min(self.task.sample, rows)):
+            at = [number * rows // size for number in range(size)]
+            some = self.written(active, subset(split, at, split.name), picked(records, at))
+            found = {**self.task.figures(some), **{key: value for key, value in found.items() if value == value}}
+        return found
 
     def written(self, active: ActiveJob, split: Split, records: Records) -> Records:
         """The records of a split with what the job's adapter writes, where the task has that."""
