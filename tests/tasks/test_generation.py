@@ -252,3 +252,8 @@ def test_losses_in_chunks_are_those_of_all_logits(kind: str, at: str, monkeypatc
     assert right.tolist() == ((logits.argmax(-1) == goals) & (goals != IGNORED)).tolist()
     assert_close(list(found), list(gradients), GRADIENT)
     assert any(g.any() for g in found) and max(widths) <= 5
+
+
+def test_a_model_that_looks_ahead_is_refused() -> None:
+    with pytest.raises(TanzakuError, match="in BertForMaskedLM tokens see what stands behind"):
+        text_head(tiny("bert", "lm"))

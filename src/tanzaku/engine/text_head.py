@@ -23,6 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from tanzaku.core import dropout
+from tanzaku.core.quiet import quiet
+from tanzaku.core.tokens import without_cache
+from tanzaku.errors import TanzakuError
 from tanzaku.models import tree
 from tanzaku.models.families import Base
 from tanzaku.support.autograd import once_differentiable
@@ -67,6 +70,7 @@ class TextHead:
 
     def __init__(self, model: PreTrainedModel):
         base = Base.of(model)
+        _check_causal(base)
         self._model, self.backbone = ref(model), base.backbone
         self.size = base.vocab_size
         inside = {id(module) for module in tree.modules(self.backbone)}
@@ -143,6 +147,32 @@ class TextHead:
         logits = self.logits(hidden).float()
         loss = cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
         return loss, logits.detach().argmax(-1) == targets
+
+
+@torch.no_grad()
+def _check_causal(base: Base) -> None:
+    """A TanzakuError where a token sees what stands behind it: it then sees what it is to foretell. Two rows are
+    computed that differ in their last token alone."""
+    weight = base.embedding.weight
+    if weight.is_meta:
+        return
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=base.device("")) % len(weight)
+    training = [module for module in tree.modules(base.backbone) if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with quiet():
+            mask = torch.ones_like(ids)
+            states = base.backbone(input_ids=ids, attention_mask=mask, **without_cache(base))[0].float()
+    finally:
+        for module in training:
+            module.training = True
+    apart = (states[0] - states[1]).abs().amax(-1)
+    if apart[:-1].max() > 1e-3 * apart[-1]:
+        raise TanzakuError(
+            f"in {type(base.model).__name__} tokens see what stands behind them, so it cannot learn to write on; "
+            "expected a causal language model"
+        )
 
 
 class _Losses(torch.autograd.Function):
