@@ -43,14 +43,26 @@ class RandomBases(LowRankDelta):
         self.randlora_gamma = trainable(bases, few, like=weight, fill=lambda t: t.fill_(start))
 
     def matrices(self, module: nn.Module) -> tuple[Tensor, Tensor]:
-        scales, gamma = self.randlora_lambda, self.randlora_gamma
+        """(A, B), of which lambda scales what A makes of a token: that has fewer numbers than A."""
+        gamma = self.randlora_gamma
         shared = reached(self.projection).value()
         bases, few = gamma.shape
         a = shared["randlora_A"][:, :, :few].to(gamma)
         b = shared["randlora_B"][: max(self.n_in, self.n_out), :bases].to(gamma)
         # (rows of A, bases) beside (bases, columns of B): the order in which HF PEFT pairs them, too.
-        first, second = (scales[:, :, None] * a * gamma).flatten(0, 1), b.flatten(1)
+        first, second = (a * gamma).flatten(0, 1), b.flatten(1)
         return (first, second) if few == self.n_in else (second.t(), first.t())
+
+    def hidden(self, module: nn.Module, x: Tensor, a: Tensor) -> Tensor:
+        return super().hidden(module, x, a) * self.randlora_lambda.flatten()
+
+    def delta(self, module: nn.Module) -> Tensor:
+        a, b = self.matrices(module)
+        return b @ (self.randlora_lambda.flatten()[:, None] * a) * self.scaling
+
+    def batch_key(self, module: nn.Module) -> None:
+        # Put together, matrices as large as the module's take longer than products with them one by one.
+        return None
 
 
 def bases(method: RandLoRA, n_in: int, n_out: int) -> dict[str, Tensor]:
