@@ -27,7 +27,8 @@ from tanzaku.core.tokens import entrance_of
 from tanzaku.errors import TanzakuError
 from tanzaku.methods import METHODS
 from tanzaku.models.families import Base
-from tanzaku.tasks.decoding import Decoding, NotWritten, Written, decode
+from tanzaku.tasks.decoding import NotWritten, Written, decode
+from tanzaku.tasks.sampling import Decoding
 from tiers import in_families
 
 GENERATORS = ["llama", "gpt2", "gemma3", "opt", "t5", "bart"]
@@ -378,7 +379,7 @@ def test_a_rows_draws_are_its_own(seed: int, temperature: float, top_p: float | 
     settings_ = Decoding(max_new_tokens=6, temperature=temperature, top_p=top_p, seed=seed)
     together = all_of(model, dict.fromkeys(["lora", None, "long"], prompts), settings_, batch_size=5)
     alone = {
-        (entry, row): all_of(model, {entry: [prompts[row]]}, settings_, first_row=row)[entry, 0].tokens
+        (entry, row): all_of(model, {entry: [prompts[row]]}, settings_, numbers=[row])[entry, 0].tokens
         for entry in ("lora", None, "long")
         for row in range(len(prompts))
     }
@@ -457,7 +458,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     ({"lora": []}, {}, "adapter 'lora' has no prompts; expected at least one"),
     ({"lora": [[5], []]}, {}, "adapter 'lora': the prompt of row 2 has no tokens; expected at least one"),
     ({None: [[5, 128]]}, {}, "the base: the prompt of row 1 has token number 128, and the model knows 128 tokens"),
-    ({None: [[5, -100]]}, {"first_row": 6}, "the prompt of row 7 has token number -100"),
+    ({None: [[5, -100]]}, {"numbers": [6]}, "the prompt of row 7 has token number -100"),
     ({"laro": [[5]]}, {}, "laro"),
     ({"lora": [[5] * 125]}, {}, "row 1 has 125 tokens, and with 4 new ones more than the model's 128 positions; "),
     ({"lora": [[5] * 125]}, {}, "max_new_tokens may be 3 at most"),
@@ -504,7 +505,7 @@ def test_scores_that_are_no_numbers_are_told_with_their_row() -> None:
     with pytest.raises(
         NotWritten, match="adapter 'lora': the scores of token 1 of row 5 are nan, expected numbers"
     ) as told:
-        list(decode(model, {"other": [[5], [6]], "lora": [[5], [6]]}, Decoding(), 0, first_row=4))
+        list(decode(model, {"other": [[5], [6]], "lora": [[5], [6]]}, Decoding(), 0, numbers=[4, 5]))
     assert (told.value.entry, told.value.row) == ("lora", 0)
     assert len(list(decode(model, {"other": [[5], [6]], None: [[5]]}, Decoding(max_new_tokens=2), 0))) == 3
 

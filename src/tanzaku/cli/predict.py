@@ -92,7 +92,7 @@ def predict(
         str | None, typer.Option(metavar="|".join(_PRECISIONS), help="arithmetic (as in training)")
     ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|mps", help="where the model runs")] = "auto",
-    **overrides: str | None,
+    **overrides: str | list[str] | None,
 ) -> None:
     """Say what trained adapters make of rows.
 
@@ -123,7 +123,8 @@ def predict(
     from tanzaku.tasks.stream import open_rows
 
     quieten()
-    asked = {"model": model, "max_length": max_length, **overrides}
+    said = {name: value for name, value in overrides.items() if value != []}
+    asked = {"model": model, "max_length": max_length, **said}
     given = [_adapter(name, path, asked, precision) for name, path in zip(names_of(paths), paths, strict=True)]
     _check_fit(given)
     task = _task_of(given)
@@ -191,8 +192,12 @@ predict.__signature__ = _own.replace(  # type: ignore[attr-defined]
     parameters=[
         *(each for name, each in _own.parameters.items() if name != "overrides"),
         *(
-            parameter(name, str | None, typer.Option(flag(name), metavar=metavar, help=about, show_default=False))
-            for name, (metavar, about) in _overrides.items()
+            parameter(
+                name,
+                list[str] | None if each.repeatable else str | None,
+                typer.Option(flag(name), metavar=each.metavar, help=each.about, show_default=False),
+            )
+            for name, each in _overrides.items()
         ),
     ]
 )
@@ -458,7 +463,7 @@ class _Run:
                     pad = int(self.tokenizer.pad_token_id)
                     own = {adapter.name: adapter.task for adapter in group}
                     args = (texts, pad, self.batch_size, self.accelerations, own)
-                    found = list(predictions(model, self.task, *args))
+                    found = list(predictions(model, self.task, *args, numbers=[start + at for at in there]))
             except NotFinite as error:
                 path = next(adapter.path for adapter in group if adapter.name == error.name)
                 fix = "" if precision == "fp32" else ", or --precision fp32"

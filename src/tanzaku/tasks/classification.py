@@ -18,7 +18,7 @@ from tanzaku.tasks.losses import focal
 from tanzaku.tasks.metrics import ACCURACY, MACRO_F1, ROC_AUC
 from tanzaku.tasks.row_tasks import RowTasks
 from tanzaku.tasks.settings import TextSettings
-from tanzaku.tasks.task import LEARNED, LOSS, Batch, Column, Example, Metric, Records, Said, ignorance
+from tanzaku.tasks.task import LEARNED, LOSS, Batch, Column, Example, Metric, Override, Records, Said, ignorance
 from tanzaku.tasks.text import TextTask, check_columns, columns_in
 
 if TYPE_CHECKING:
@@ -58,9 +58,9 @@ class Classification(TextTask):
     rank_by = "roc_auc"
     has_focal = True
     Data = ClassificationSettings
-    overrides: ClassVar[Mapping[str, tuple[str, str]]] = {
+    overrides: ClassVar[Mapping[str, Override]] = {
         **TextTask.overrides,
-        "labels": ("A,B,...", "names of the labels, where the adapter does not say them"),
+        "labels": Override("A,B,...", "names of the labels, where the adapter does not say them"),
     }
     answer_keys = ("predicted", "probabilities")
 

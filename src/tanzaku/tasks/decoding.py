@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -38,40 +37,12 @@ from tanzaku.errors import TanzakuError
 from tanzaku.models import tree
 from tanzaku.models.families import Base
 from tanzaku.support.seeds import seed_of
+from tanzaku.tasks.sampling import Decoding
 
 WINDOW = 64  # rows that are sorted together: little padding, yet the first results come early
 _TAIL = 8  # tokens looked at for a stop string beside one for each of its bytes: what some of them begin with
 
 End = Literal["end", "stop", "length"]
-
-
-class Decoding(BaseModel):
-    """How a text is written, and when it ends. Whatever else a checkpoint's generation settings ask for (sampling,
-    beams, penalties, lengths) is left out; its special tokens are used."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    max_new_tokens: int = Field(64, ge=1, description="tokens that a text has at most")
-    stop: tuple[str, ...] = Field((), description="a text ends before the first of these (repeatable)")
-    temperature: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="of the draw of each token; 0 takes the likeliest"
-    )
-    top_k: int | None = Field(None, ge=1, description="draw from this many likeliest tokens (all)")
-    top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest tokens of this share (all)")
-    seed: int = Field(0, ge=-(2**62), lt=2**62, description="of the draws")
-
-    @field_validator("stop")
-    @classmethod
-    def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if "" in value:
-            raise ValueError("found an empty text, expected characters to stop at")
-        return value
-
-    @model_validator(mode="after")
-    def _drawn(self) -> Self:
-        if not self.temperature and (self.top_k is not None or self.top_p is not None):
-            raise ValueError("top_k and top_p are of draws, and temperature is 0; expected one above 0, such as 1")
-        return self
 
 
 @dataclass(frozen=True)
@@ -114,7 +85,7 @@ def decode(
     tokenizer: PreTrainedTokenizerBase | None = None,
     batch_size: int = 8,
     context: Sequence[Mapping[str, int]] = (),
-    first_row: int = 0,
+    numbers: Sequence[int] = (),
     on_token: Callable[[Entry, int, int], None] | None = None,
 ) -> Iterator[Written]:
     """Write on from prompts: for each row, in order, what each entry that has the row writes.
@@ -136,7 +107,7 @@ def decode(
         tokenizer: for `stop`.
         batch_size: rows a step; a batch has so many for each entry.
         context: of each row, a number by name that adapters may read.
-        first_row: the number of the first row, for draws and messages, where rows come in parts.
+        numbers: of the rows, from 0, for draws and messages, where rows come in parts (0, 1, ...).
         on_token: called with entry, row and token id as each token is written.
 
     Raises:
@@ -145,7 +116,7 @@ def decode(
             tokenizer, or a batch size below 1; while writing, what a method says of the model.
         NotWritten: scores that are no numbers.
     """
-    job = _Job(model, settings, pad_token_id, tokenizer, on_token, first_row, context)
+    job = _Job(model, settings, pad_token_id, tokenizer, on_token, numbers, context)
     _check(job, prompts, batch_size)
     return _windows(job, prompts, batch_size)
 
@@ -174,8 +145,12 @@ class _Job:
     pad: int
     tokenizer: PreTrainedTokenizerBase | None
     on_token: Callable[[Entry, int, int], None] | None
-    first: int
+    numbers: Sequence[int]
     context: Sequence[Mapping[str, int]]
+
+    def number(self, row: int) -> int:
+        """Which row it is, to draws and messages."""
+        return self.numbers[row] if self.numbers else row
 
     @property
     def base(self) -> Base:
@@ -262,7 +237,7 @@ def _write(job: _Job, rows: list[_Row]) -> list[Written]:
     model, settings, every = job.model.eval(), job.settings, rows
     for row in rows:
         if settings.temperature:
-            row.rng = np.random.default_rng(seed_of("decoding", settings.seed, job.first + row.row))
+            row.rng = np.random.default_rng(seed_of("decoding", settings.seed, job.number(row.row)))
     inputs = _padded(job, [row.prompt for row in rows])
     cache: dict[str, Any] = {}
     while True:
@@ -422,7 +397,7 @@ class _Checked(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         for row, broken in zip(self.rows, scores.isnan().any(-1).tolist(), strict=True):
             if broken and row.end is None:
-                raise NotWritten(row.entry, row.row, self.job.first + row.row, len(row.tokens))
+                raise NotWritten(row.entry, row.row, self.job.number(row.row), len(row.tokens))
         return scores
 
 
@@ -470,6 +445,8 @@ def _check(job: _Job, prompts: Mapping[Entry, Sequence[Sequence[int]]], batch_si
             raise TanzakuError(f"{_called(entry)} has no prompts; expected at least one")
         _check_prompts(job, entry, some)
     rows = max(map(len, prompts.values()))
+    if job.numbers and len(job.numbers) < rows:
+        raise TanzakuError(f"numbers are of {len(job.numbers)} rows, expected one for each of {rows}")
     if job.context and len(job.context) < rows:
         raise TanzakuError(f"context is of {len(job.context)} rows, expected one for each of {rows}")
 
@@ -478,8 +455,8 @@ def _check_prompts(job: _Job, entry: Entry, prompts: Sequence[Sequence[int]]) ->
     base, new = job.base, job.settings.max_new_tokens
     known, limit = base.vocab_size, room(base)
     virtual, before = job.virtual(entry), job.before(entry)
-    for row, prompt in enumerate(prompts, job.first + 1):
-        where = f"{_called(entry)}: the prompt of row {row}"
+    for row, prompt in enumerate(prompts):
+        where = f"{_called(entry)}: the prompt of row {job.number(row) + 1}"
         if not len(prompt):
             raise TanzakuError(f"{where} has no tokens; expected at least one")
         if not 0 <= min(prompt) <= max(prompt) < known:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
 from pydantic import Field
 
-from tanzaku.errors import TanzakuError, listed
+from tanzaku.errors import TanzakuError, flag, listed
 from tanzaku.support.lazy import Lazy
 from tanzaku.tasks.cells import missing, short
 from tanzaku.tasks.conversations import (
@@ -22,8 +22,9 @@ from tanzaku.tasks.conversations import (
     shape_of,
     words_in,
 )
+from tanzaku.tasks.sampling import Decoding, decoding_of
 from tanzaku.tasks.settings import DataSettings, Finding
-from tanzaku.tasks.task import LOSS, Batch, Column, Example, Metric, Records, Said, Split, Statistics, Task
+from tanzaku.tasks.task import LOSS, Batch, Column, Example, Metric, Override, Records, Said, Split, Statistics, Task
 from tanzaku.tasks.text import padded
 from tanzaku.tasks.text_metrics import Writing, text_metrics, writing_of
 
@@ -34,11 +35,14 @@ if TYPE_CHECKING:
 
     from tanzaku.engine.text_head import Hidden
     from tanzaku.tasks.data import Table
-    from tanzaku.tasks.decoding import Decoding, Written
+    from tanzaku.tasks.decoding import Written
 else:
     np = Lazy("numpy")
 
 _IGNORED = -100
+_GREEDY = Decoding()
+# Flags of how text is written, beside how much of it.
+_SAMPLING = {"temperature": "NUMBER", "top_k": "INTEGER", "top_p": "NUMBER", "seed": "INTEGER", "stop": "TEXT"}
 # By shape, what is read of a row: the first always, others where they are.
 _ROLES: Mapping[str, tuple[str, ...]] = {
     "pairs": ("prompt",),
@@ -119,13 +123,13 @@ class Generation(Task):
 
     Args:
         shape: of the rows. read: by role, the names of the columns that are read.
-        max_new_tokens: what is written for a prompt at most. sample: rows that are written for after each epoch.
-        writing: of the references, which decides how BLEU and ROUGE-L cut them.
+        decoding: how text is written. writing: of the references, which decides how BLEU and ROUGE-L cut them.
+        sample: rows that are written for after each epoch.
     """
 
     shape: Shape
     read: Mapping[str, str]
-    max_new_tokens: int = 64
+    decoding: Decoding = _GREEDY
     writing: Writing = "latin"
     sample: int = 16
     tokenizer: Any = field(default=None, compare=False, repr=False)
@@ -137,8 +141,12 @@ class Generation(Task):
     metrics = _metrics("latin")
     rank_by = "chrf"
     Data = GenerationSettings
-    overrides: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "max_new_tokens": ("INTEGER", "tokens that are written for a prompt at most (as in training)"),
+    overrides: ClassVar[Mapping[str, Override]] = {
+        "max_new_tokens": Override("INTEGER", "tokens that are written for a prompt at most (as in training)"),
+        **{
+            name: Override(metavar, str(Decoding.model_fields[name].description), repeatable=name == "stop")
+            for name, metavar in _SAMPLING.items()
+        },
     }
     reading = ()
     answer_keys = ("predicted",)
@@ -152,7 +160,7 @@ class Generation(Task):
     def learn(cls, tables: Mapping[str, Table], data: Any) -> Generation:
         shape = shape_of(tables["train"], data)
         read = _columns(tables["train"], data, shape)
-        task = cls(shape, read, data.max_new_tokens, sample=data.sample)
+        task = cls(shape, read, Decoding(max_new_tokens=data.max_new_tokens), sample=data.sample)
         references: list[str] = []
         for table in tables.values():
             if not len(table):
@@ -329,17 +337,11 @@ class Generation(Task):
     def writes(self) -> bool:
         return self.shape != "text"
 
-    @property
-    def decoding(self) -> Decoding:
-        from tanzaku.tasks.decoding import Decoding
-
-        return Decoding(max_new_tokens=self.max_new_tokens)
-
     def prompt(self, example: Example) -> Sequence[int]:
         return example.inputs["input_ids"][: example.about.prompt]
 
     def put(self, records: Records, written: Sequence[Written]) -> Records:
-        return {**records, "text": [each.text(self.tokenizer).strip() for each in written]}
+        return {**records, "text": [each.text(self.tokenizer, self.decoding.stop).strip() for each in written]}
 
     # -- figures
 
@@ -394,9 +396,14 @@ class Generation(Task):
         return {
             "shape": self.shape,
             "read": dict(self.read),
-            "max_new_tokens": self.max_new_tokens,
+            "max_new_tokens": self.decoding.max_new_tokens,
+            **({"sampling": sampling} if (sampling := self._sampling()) else {}),
             "writing": self.writing,
         }
+
+    def _sampling(self) -> dict[str, Any]:
+        """What of decoding is otherwise than by default; a run's own figures are of greedy text."""
+        return self.decoding.model_dump(mode="json", exclude={"max_new_tokens"}, exclude_defaults=True)
 
     @classmethod
     def from_json(cls, about: Mapping[str, Any], where: str) -> Generation:
@@ -410,19 +417,25 @@ class Generation(Task):
             raise TanzakuError(f"{where}read is {short(read)}, expected names of columns")
         if writing not in get_args(Writing):
             raise TanzakuError(f"{where}writing is {short(writing)}, expected {listed(get_args(Writing))}")
-        most = _whole(about.get("max_new_tokens"), f"{where}max_new_tokens")
-        return cls(cast(Shape, shape), read, most, cast(Writing, writing))
+        sampling = about.get("sampling", {})
+        if not isinstance(sampling, dict) or not sampling.keys() <= _SAMPLING.keys():
+            raise TanzakuError(f"{where}sampling is {short(sampling)}, expected settings by {listed(_SAMPLING)}")
+        settings = {"max_new_tokens": about.get("max_new_tokens"), **sampling}
+        decoding = decoding_of(settings, lambda key: f"{where}{'sampling.' if key in _SAMPLING else ''}{key}")
+        return cls(cast(Shape, shape), read, decoding, cast(Writing, writing))
 
     @classmethod
     def overruled(cls, asked: Mapping[str, Any], about: Mapping[str, Any], path: Any) -> dict[str, Any]:
         found = super().overruled(asked, about, path)
-        if "max_new_tokens" in found:
-            found["max_new_tokens"] = _whole(found["max_new_tokens"], "--max-new-tokens")
-        return found
+        decoding_of(found, flag)
+        sampling = {key: found.pop(key) for key in _SAMPLING if key in found}
+        kept = about.get("sampling", {})
+        return {**found, "sampling": {**kept, **sampling}} if sampling and isinstance(kept, dict) else found
 
     @classmethod
     def of_base(cls, config: Any, width: int | None, asked: Mapping[str, Any], path: str, base: str) -> Generation:
-        return cls("pairs", {"prompt": "prompt"}, _whole(asked.get("max_new_tokens", 64), "--max-new-tokens"))
+        own = {key: asked[key] for key in cls.overrides if key in asked}
+        return cls("pairs", {"prompt": "prompt"}, decoding_of(own, flag))
 
     def describe(self) -> str:
         return {"pairs": "completions", "chat": "answers", "instructions": "answers", "text": "text"}[self.shape]
@@ -443,16 +456,6 @@ def _columns(table: Table, data: Any, shape: Shape) -> dict[str, str]:
     named = {role: str(getattr(data, role)) for role in _ROLES[shape]}
     first = _ROLES[shape][0]
     return {role: name for role, name in named.items() if role == first or name in table.columns}
-
-
-def _whole(value: Any, where: str) -> int:
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = 0
-    if number < 1 or number != float(value):
-        raise TanzakuError(f"{where} is {short(value)}, expected a whole number of 1 or more")
-    return number
 
 
 def _reader(tokenizer: PreTrainedTokenizerBase) -> Reader:

@@ -67,8 +67,14 @@ class Forward:
         """What metrics and predictions need of each row."""
         return self.task.records(self(batch), batch)
 
-    def write(self, splits: Mapping[str, Split], rows: range, batch_size: int) -> dict[str, list[Written]]:
-        """By adapter, what it writes for these rows."""
+    def write(
+        self, splits: Mapping[str, Split], rows: range, batch_size: int, numbers: Sequence[int] = ()
+    ) -> dict[str, list[Written]]:
+        """By adapter, what it writes for these rows.
+
+        Args:
+            numbers: of all rows, where they are not 0, 1, ...
+        """
         assert self.task.decoding is not None
         some = {name: [split.examples[row] for row in rows] for name, split in splits.items()}
         prompts: dict[Entry, list[Sequence[int]]] = {
@@ -80,9 +86,10 @@ class Forward:
             prompts,
             self.task.decoding,
             self.pad_token_id,
+            tokenizer=self.task.tokenizer,
             batch_size=batch_size,
             context=[example.context for example in next(iter(some.values()))],
-            first_row=rows.start,
+            numbers=numbers[rows.start : rows.stop] if numbers else rows,
         ):
             found[str(each.entry)].append(each)
         return found
@@ -96,6 +103,7 @@ def predictions(
     batch_size: int,
     accelerations: Accelerations | None = None,
     tasks: Mapping[str, Task] | None = None,
+    numbers: Sequence[int] = (),
 ) -> Iterator[dict[str, Any]]:
     """For each row, in the order of the splits: by adapter, the task's prediction.
 
@@ -109,6 +117,7 @@ def predictions(
         batch_size: rows a step; a pass has so many for each of its adapters.
         accelerations: of this model, for who calls again and again: they take a while to make.
         tasks: by adapter, the task with what was chosen for it.
+        numbers: of the rows, from 0, which draws go by where text is sampled; 0, 1, ... where nothing is said.
 
     Raises:
         TanzakuError: no adapter, one that is not attached, rows that differ in number, or a batch size below 1.
@@ -120,7 +129,7 @@ def predictions(
     forward, fast = Forward(model, task, pad_token_id), accelerations or Accelerations(manager_of(model).base)
     return _each(
         {name: (tasks or {}).get(name, task) for name in splits},
-        (_records(forward, fast, splits, batch_size, part) for part in parts),
+        (_records(forward, fast, splits, batch_size, part, numbers) for part in parts),
     )
 
 
@@ -235,7 +244,12 @@ def _check_finite(name: str, records: Records, before: int) -> None:
 # On a function and not on a generator: while a caller holds a row, gradients and the route are the caller's.
 @torch.no_grad()
 def _records(
-    forward: Forward, accelerations: Accelerations, splits: Mapping[str, Split], batch_size: int, rows: range
+    forward: Forward,
+    accelerations: Accelerations,
+    splits: Mapping[str, Split],
+    batch_size: int,
+    rows: range,
+    numbers: Sequence[int] = (),
 ) -> dict[str, Records]:
     """By adapter, the records of these rows, in their order."""
     task = forward.task
@@ -244,7 +258,7 @@ def _records(
     if targets or task.decoding is None:
         found = _passed(forward, accelerations, splits, batch_size, rows)
     if task.decoding is not None and (task.writes or not targets):
-        written = forward.write(splits, rows, batch_size)
+        written = forward.write(splits, rows, batch_size, numbers)
         found = {name: task.put(records, written[name]) for name, records in found.items()}
     return found
 

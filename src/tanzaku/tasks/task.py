@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.support.lazy import Lazy
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tanzaku.tasks.data import Table
-    from tanzaku.tasks.decoding import Decoding, Written
+    from tanzaku.tasks.decoding import Written
+    from tanzaku.tasks.sampling import Decoding
     from tanzaku.tasks.settings import Finding
 
     Array = np.ndarray[Any, np.dtype[Any]]
@@ -225,6 +226,14 @@ class Said:
     right: bool | None = None
 
 
+class Override(NamedTuple):
+    """A flag of prediction: what its value is called, its help, and whether it may be given several times."""
+
+    metavar: str
+    about: str
+    repeatable: bool = False
+
+
 class Task(ABC):
     """One task, as the training rows define it. Settings that prediction needs are its fields, kept in tanzaku.json."""
 
@@ -236,14 +245,13 @@ class Task(ABC):
     rank_by: ClassVar[str]  # what candidates are ranked by where nothing is said
     Data: ClassVar[type[DataSettings]]  # the recipe's `data` section, with the task's columns
 
-    overrides: ClassVar[
-        Mapping[str, tuple[str, str]]
-    ] = {}  # what prediction may be told: by flag, its metavar and help
+    overrides: ClassVar[Mapping[str, Override]] = {}  # what prediction may be told, by flag
     has_focal: ClassVar[bool] = False  # whether `score` is of cross entropies, and looks at a row's `focal`
     reading: ClassVar[tuple[str, ...]] = ()  # of these, the names of columns
     of_adapters: ClassVar[frozenset[str]] = frozenset()  # keys of `to_json` in which adapters of one pass may differ
     answer_keys: ClassVar[tuple[str, ...]]  # of `answer`
 
+    tokenizer: Any = None  # where `told_by` keeps it, for text that is written
     row_tasks: RowTasks | None = None  # which of several tasks a row is of; a field where the task has a place for it
 
     # -- rows

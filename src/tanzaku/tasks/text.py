@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tanzaku.errors import TanzakuError, flag
 from tanzaku.tasks.cells import missing, short
-from tanzaku.tasks.task import Batch, Example, Split, Task
+from tanzaku.tasks.task import Batch, Example, Override, Split, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,9 +30,9 @@ class TextTask(Task):
     def reads(self) -> tuple[str, ...]:
         return (self.text,) if self.text_pair is None else (self.text, self.text_pair)
 
-    overrides: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "text": ("TEXT", "column of the text (as in training)"),
-        "text_pair": ("TEXT", "column of a second text"),
+    overrides: ClassVar[Mapping[str, Override]] = {
+        "text": Override("TEXT", "column of the text (as in training)"),
+        "text_pair": Override("TEXT", "column of a second text"),
     }
     reading = ("text", "text_pair")
 

@@ -25,6 +25,7 @@ from tanzaku.tasks.task import (
     Column,
     Example,
     Metric,
+    Override,
     Records,
     Said,
     Split,
@@ -130,8 +131,8 @@ class Tokens(Task):
     rank_by = "f1"
     has_focal = True
     Data = TokensSettings
-    overrides: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "column": ("TEXT", "column of the text, or of the words of task tokens (as in training)")
+    overrides: ClassVar[Mapping[str, Override]] = {
+        "column": Override("TEXT", "column of the text, or of the words of task tokens (as in training)")
     }
     reading = ("column",)
     answer_keys = ("predicted",)
