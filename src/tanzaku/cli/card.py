@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from tanzaku.cli.display import Display
+from tanzaku.cli.rows import SHOWN, show_rows, words
 from tanzaku.errors import printable
 from tanzaku.tasks.checks import TITLES, findings
 from tanzaku.tasks.prepare import Tables, open_tables
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from tanzaku.tasks.task import Split, Task
 
 _ALL = 2**24  # tokens of a row, more than any has
-_SHOWN = 3  # rows, as the model reads them
-_WIDE, _LONG = 200, 40  # characters of a row, and of its target
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,18 @@ class _Tokens:
     lengths: dict[str, list[int]]
 
 
-def show_card(kind: type[Task], data: DataSettings, model: str | None, max_length: int, folded: bool = False) -> Tables:
+def show_card(
+    kind: type[Task],
+    data: DataSettings,
+    model: str | None,
+    max_length: int,
+    folded: bool = False,
+    show: int | None = None,
+) -> Tables:
     """Print the card of the tables that are returned; without a model, in characters alone.
+
+    Args:
+        show: training rows that are printed; None: a few.
 
     Raises:
         TanzakuError: rows that cannot be read, or no such model.
@@ -56,7 +65,9 @@ def show_card(kind: type[Task], data: DataSettings, model: str | None, max_lengt
         display.say(printable(f"{what}: {each.text if what == 'allowed' else each}"))
     if not (notes or found):
         display.say("nothing odd was found")
-    _first_rows(display, read, tokens, tokenizer)
+    show_rows(
+        display, read, None if tokens is None else tokens.splits["train"], tokenizer, SHOWN if show is None else show
+    )
     if stops:
         raise typer.Exit(1)
     return read
@@ -83,7 +94,7 @@ def _rows(display: Display, read: Tables, tokens: _Tokens | None, max_length: in
     head = ["", "rows", "characters"] + ([] if tokens is None else ["tokens", f"cut at {max_length}"]) + ["from"]
     lines = []
     for name, table in read.tables.items():
-        lengths = [sum(map(len, row)) for row in _read(read, name)]
+        lengths = [sum(map(len, row)) for row in words(read, name)]
         cells = [TITLES[name], f"{len(table):,}", _spread(lengths)]
         if tokens is not None:
             cells += [_spread(tokens.lengths[name]), f"{tokens.splits[name].truncated:,}"]
@@ -95,15 +106,6 @@ def _spread(lengths: Sequence[int]) -> str:
     return f"{min(lengths):,} to {max(lengths):,}, median {statistics.median(lengths):,.0f}"
 
 
-def _read(read: Tables, split: str) -> list[tuple[str, ...]]:
-    """Of each row, what the model reads of it, in words."""
-    columns = [read.tables[split].column(column) for column in read.task.reads]
-    return [
-        tuple(" ".join(cell) if isinstance(cell, list) else str(cell) for cell in row)
-        for row in zip(*columns, strict=True)
-    ]
-
-
 def _targets(display: Display, read: Tables) -> None:
     head, lines = read.task.table_of(read.tables, read.data)
     display.say("")
@@ -111,21 +113,3 @@ def _targets(display: Display, read: Tables) -> None:
     display.table(
         [*head, *splits], [[printable(line[0]), *line[1:]] for line in lines], right=range(1, len(splits) + 1)
     )
-
-
-def _first_rows(
-    display: Display, read: Tables, tokens: _Tokens | None, tokenizer: PreTrainedTokenizerBase | None
-) -> None:
-    display.say(f"\nthe first rows{'' if tokens is None else ', token by token as the model reads them'}")
-    targets = read.task.targets(read.tables["train"], read.data)
-    for row, (target, columns) in enumerate(zip(targets[:_SHOWN], _read(read, "train"), strict=False)):
-        if tokens is None or tokenizer is None:
-            text = " | ".join(columns)
-        else:
-            ids = next(iter(tokens.splits["train"].examples[row].inputs.values()))
-            text = "|".join(tokenizer.decode([token]) for token in ids)
-        display.say(f"{_cut(target, _LONG)}: {_cut(text, _WIDE)}")
-
-
-def _cut(text: str, length: int) -> str:
-    return printable(text if len(text) <= length else f"{text[:length]}...")

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from pydantic import BaseModel, ValidationError, create_model
 
-from tanzaku.cli.flags import flag_of, parameter
+from tanzaku.cli.flags import flag_of, parameter, show_flag
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models.settings import Model
 from tanzaku.recipe.comparison import CompareSettings
@@ -33,13 +33,13 @@ class _Rows(BaseModel):
 def check(**given: Any) -> None:
     """Look at rows before training.
 
-    Prints rows, targets, lengths, what is odd, and three rows as the model reads them. DATA is training, validation and
+    Prints rows, targets, lengths, what is odd, and some rows as the model reads them. DATA is training, validation and
     test rows in this order, or a recipe. Exit code 1: train would refuse the rows.
     """
     from tanzaku.cli.card import show_card
 
     sources, model, max_length = given.pop("sources") or [], given.pop("model"), given.pop("max_length")
-    task = given.pop("task")
+    task, show = given.pop("task"), given.pop("show")
     raw, file = {}, ""
     if sources and Path(sources[0]).suffix in (".yaml", ".yml"):
         file, *sources = sources
@@ -62,7 +62,8 @@ def check(**given: Any) -> None:
         rows: Any = schema.model_validate(raw)
     except ValidationError as error:
         raise TanzakuError(complaint(error, file, sections(kind.name), flags)) from None
-    show_card(kind, rows.data, rows.model and rows.model.name, rows.train.max_length, rows.compare.folds is not None)
+    model, folded = rows.model and rows.model.name, rows.compare.folds is not None
+    show_card(kind, rows.data, model, rows.train.max_length, folded, show)
 
 
 check.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -74,5 +75,6 @@ check.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         flag_of("task", Recipe.model_fields["task"]),
         flag_of("model", SECTIONS["model"].model_fields["name"]),
         flag_of("max_length", TrainSettings.model_fields["max_length"]),
+        show_flag("3"),
     ]
 )

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tanzaku.cli.flags import recipe_flags
+from tanzaku.cli.flags import recipe_flags, show_flag
 from tanzaku.cli.methods import by_default
-from tanzaku.cli.resume import DRY_RUN, begin, resumed, switch
+from tanzaku.cli.resume import DRY_RUN, SHOWN, begin, resumed, switch
 from tanzaku.cli.run import Interrupted, rehearse, settled, sitting
 from tanzaku.errors import TanzakuError
 from tanzaku.recipe.schema import SECTIONS, Recipe, build_recipe
@@ -28,8 +28,15 @@ _APART = 10.0  # seconds at least between two reports of what is not finished
 _REST = 10  # times as long as writing one takes
 
 
-@partial(recipe_flags, sections=SECTIONS, switches={"resume": switch("a comparison"), "dry_run": DRY_RUN})
-def compare(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: bool, dry_run: bool) -> None:
+@partial(
+    recipe_flags,
+    sections=SECTIONS,
+    switches={"resume": switch("a comparison"), "dry_run": DRY_RUN},
+    own=[show_flag(SHOWN)],
+)
+def compare(
+    file: Path | None, flags: dict[str, Any], overwrite: bool, resume: bool, dry_run: bool, show: int | None
+) -> None:
     """Train many candidates at once, and say which is better.
 
     All share one frozen model and its steps. Where no method is named, those that suit any model are
@@ -39,11 +46,11 @@ def compare(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: b
     recipe = resumed("compare", file, flags, default) if resume else build_recipe(file, flags, default)
     if dry_run:
         recipe = settled(recipe)
-        return rehearse("compare", recipe, _every(recipe)[2])
-    run_comparison("compare", recipe, overwrite, resume)
+        return rehearse("compare", recipe, _every(recipe)[2], show)
+    run_comparison("compare", recipe, overwrite, resume, show)
 
 
-def run_comparison(command: str, recipe: Recipe, overwrite: bool, resume: bool) -> None:
+def run_comparison(command: str, recipe: Recipe, overwrite: bool, resume: bool, show: int | None = None) -> None:
     """Run a comparison and report on it.
 
     Raises:
@@ -54,7 +61,7 @@ def run_comparison(command: str, recipe: Recipe, overwrite: bool, resume: bool) 
     recipe = settled(recipe)
     candidates, searched, methods = _every(recipe)
     recipe.compare.design(recipe.data.valid is not None)
-    with sitting(command, recipe, methods, overwrite, resume) as run:
+    with sitting(command, recipe, methods, overwrite, resume, show) as run:
         from tanzaku.cli.live import Live
         from tanzaku.compare.candidates import as_written
         from tanzaku.compare.comparison import Comparison

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from tanzaku.cli.record import RESULTS
 from tanzaku.support.numbers import written
@@ -54,6 +55,23 @@ class Display:
         self.bar.stop()
 
     def say(self, line: str) -> None:
+        self.console.print(line)
+
+    @property
+    def marking(self) -> str:
+        """How what is marked can be told, in words."""
+        return "in reverse video" if self._styled else "in [[ ]]"
+
+    @property
+    def _styled(self) -> bool:
+        return self.console.is_terminal and self.console.color_system is not None
+
+    def marked(self, parts: Sequence[tuple[str, bool]], between: str) -> None:
+        """Print a line, some parts of it marked."""
+        line = Text()
+        for at, (part, is_marked) in enumerate(parts):
+            line.append(between if at else "")
+            line.append(f"[[{part}]]" if is_marked and not self._styled else part, "reverse" if is_marked else None)
         self.console.print(line)
 
     def data(self, data: TaskData, max_length: int) -> None:

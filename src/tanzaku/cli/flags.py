@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +32,10 @@ def fields(sections: Collection[str] = _TRAIN) -> list[tuple[str, str, FieldInfo
 
 
 def recipe_flags(
-    run: Callable[..., None], sections: Collection[str] = _TRAIN, switches: Mapping[str, str] = _NONE
+    run: Callable[..., None],
+    sections: Collection[str] = _TRAIN,
+    switches: Mapping[str, str] = _NONE,
+    own: Sequence[inspect.Parameter] = (),
 ) -> Callable[..., None]:
     """A command line for `run(recipe file, flags nested as a recipe is, overwrite)`.
 
@@ -41,6 +44,7 @@ def recipe_flags(
     Args:
         sections: those of the recipe whose keys are flags.
         switches: further flags of the verb that are on or off, with their help; `run` gets them by name.
+        own: its flags that have a value; the same.
     """
 
     def command(**given: Any) -> None:
@@ -52,10 +56,10 @@ def recipe_flags(
             if given[name] not in (None, []):
                 key = "name" if (section, name) == ("model", "model") else name
                 (flags.setdefault(section, {}) if section else flags)[key] = given[name]
-        run(file, flags, overwrite, **{name: given[name] for name in switches})
+        run(file, flags, overwrite, **{name: given[name] for name in [*switches, *(each.name for each in own)]})
 
     command.__name__, command.__doc__ = run.__name__, run.__doc__
-    command.__signature__ = inspect.Signature(_parameters(sections, switches))  # type: ignore[attr-defined]
+    command.__signature__ = inspect.Signature([*_parameters(sections, switches), *own])  # type: ignore[attr-defined]
     return command
 
 
@@ -92,6 +96,16 @@ def flag_of(name: str, field: FieldInfo) -> inspect.Parameter:
     if typing.get_origin(field.annotation) is list:
         return parameter(name, list[str] | None, typer.Option(flag(name), metavar="NAME", help=about))
     return parameter(name, str | None, typer.Option(flag(name), metavar=_metavar(field.annotation), help=about))
+
+
+def show_flag(default: str) -> inspect.Parameter:
+    """The flag of how many rows are printed as the model reads them.
+
+    Args:
+        default: what is shown where nothing is said, in words.
+    """
+    about = f"print this many training rows, token by token, those that are learnt marked ({default})"
+    return parameter("show", int | None, typer.Option("--show", metavar="INTEGER", min=0, help=about))
 
 
 def parameter(name: str, kind: Any, info: Any, default: Any = None) -> inspect.Parameter:

@@ -67,6 +67,7 @@ class Sitting:
     out: Path
     device: str
     tables: Tables
+    show: int | None = None  # training rows that are printed; None: as many as the task's runs have
     starts: dict[str, str] = field(default_factory=dict)  # checksums of adapters that are gone on from, by candidate
     begun: bool = False  # whether the directory holds this run
     clock: float = field(default_factory=time.monotonic)
@@ -78,6 +79,7 @@ class Sitting:
         Raises:
             TanzakuError: no such model, rows that cannot be encoded, or a method that does not fit the model.
         """
+        from tanzaku.cli.rows import show_rows
         from tanzaku.compare.resamples import resamples
         from tanzaku.models.loading import load_for, load_tokenizer
         from tanzaku.tasks.prepare import encode
@@ -86,6 +88,9 @@ class Sitting:
         tokenizer = load_tokenizer(recipe.model.name, on_progress=display.say)
         data = encode(self.tables, tokenizer, recipe.train.max_length)
         display.data(data, recipe.train.max_length)
+        # What is learnt of a text is easily not what was meant.
+        show = int(data.task.decoding is not None) if self.show is None else self.show
+        show_rows(display, self.tables, data.train, tokenizer, show)
         if self.command != "train":  # a class that is too rare for the folds is told before the model is loaded
             resamples(data, recipe.compare.design(data.valid is not None), recipe.train.seed)
         self.starts = _starts(methods)
@@ -131,7 +136,7 @@ class Sitting:
         }
 
 
-def rehearse(command: str, recipe: Recipe, methods: Sequence[Tried]) -> None:
+def rehearse(command: str, recipe: Recipe, methods: Sequence[Tried], show: int | None = None) -> None:
     """Check what a run checks of its settings, its rows and the model, without weights, and print what `tanzaku check`
     prints.
 
@@ -145,7 +150,7 @@ def rehearse(command: str, recipe: Recipe, methods: Sequence[Tried]) -> None:
     from tanzaku.tasks.prepare import encode
 
     device, folded = _check_settings(command, recipe, methods)
-    tables = show_card(recipe.kind, recipe.data, recipe.model.name, recipe.train.max_length, folded)
+    tables = show_card(recipe.kind, recipe.data, recipe.model.name, recipe.train.max_length, folded, show)
     model, tokenizer = outline_for(recipe.model, tables.task)
     data = encode(tables, tokenizer, recipe.train.max_length)
     if command != "train":
@@ -167,7 +172,14 @@ def _check_settings(command: str, recipe: Recipe, methods: Sequence[Tried]) -> t
 
 
 @contextmanager
-def sitting(command: str, recipe: Recipe, methods: Sequence[Tried], overwrite: bool, resume: bool) -> Iterator[Sitting]:
+def sitting(
+    command: str,
+    recipe: Recipe,
+    methods: Sequence[Tried],
+    overwrite: bool,
+    resume: bool,
+    show: int | None = None,
+) -> Iterator[Sitting]:
     """Check all that is cheap to check, and make the run's directory. One that stays empty goes again.
 
     Raises:
@@ -193,7 +205,7 @@ def sitting(command: str, recipe: Recipe, methods: Sequence[Tried], overwrite: b
     with locked(out):
         if not fresh and not resume:
             prepare_out(out, overwrite)
-        run = Sitting(command, recipe, out, device, tables, begun=resume)
+        run = Sitting(command, recipe, out, device, tables, show, begun=resume)
         try:
             yield run
         except KeyboardInterrupt:

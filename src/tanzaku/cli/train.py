@@ -7,15 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tanzaku.cli.flags import recipe_flags
-from tanzaku.cli.resume import DRY_RUN, begin, resumed, switch
+from tanzaku.cli.flags import recipe_flags, show_flag
+from tanzaku.cli.resume import DRY_RUN, SHOWN, begin, resumed, switch
 from tanzaku.cli.run import Interrupted, rehearse, settled, sitting
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.recipe.schema import build_recipe, jobs_of
 
 
-@partial(recipe_flags, switches={"resume": switch("a run"), "dry_run": DRY_RUN})
-def train(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: bool, dry_run: bool) -> None:
+@partial(recipe_flags, switches={"resume": switch("a run"), "dry_run": DRY_RUN}, own=[show_flag(SHOWN)])
+def train(
+    file: Path | None, flags: dict[str, Any], overwrite: bool, resume: bool, dry_run: bool, show: int | None
+) -> None:
     """Train one adapter.
 
     Shows figures after each epoch and a confusion matrix; the adapter goes into the run's directory. A run that is cut
@@ -28,8 +30,8 @@ def train(file: Path | None, flags: dict[str, Any], overwrite: bool, resume: boo
     recipe = settled(recipe)
     [job] = jobs_of(recipe)
     if dry_run:
-        return rehearse("train", recipe, [job])
-    with sitting("train", recipe, [job], overwrite, resume) as run:
+        return rehearse("train", recipe, [job], show)
+    with sitting("train", recipe, [job], overwrite, resume, show) as run:
         from tanzaku.cli.display import Display
         from tanzaku.cli.record import Record, clear
         from tanzaku.compare.journal import Journal

@@ -274,6 +274,9 @@ class Generation(Task):
             )
         return Split(name, examples, texts, len(long), table.source)
 
+    def learnt(self, example: Example) -> list[bool]:
+        return [label != _IGNORED for label in example.about.labels]
+
     def _rendered(self, reader: Reader, cells: dict[str, Any], answer: Any, where: str, learnt: bool) -> Rendered:
         if self.shape == "pairs":
             return reader.pair(cells["prompt"], answer)

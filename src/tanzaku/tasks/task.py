@@ -310,6 +310,10 @@ class Task(ABC):
             TanzakuError: a row (counted from 1) without text or tokens, or no room for any.
         """
 
+    def learnt(self, example: Example) -> list[bool] | None:
+        """Of each token of a row, whether it is learnt; None where no tokens are."""
+        return None
+
     @abstractmethod
     def check_cell(self, value: Any, where: str) -> None:
         """A TanzakuError where a cell of a column that is read is neither blank nor what `encode` takes."""
