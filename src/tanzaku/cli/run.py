@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tanzaku.errors import TanzakuError, listed, nearest
-from tanzaku.tasks import TASKS
 
 if TYPE_CHECKING:
     import torch
@@ -274,6 +273,8 @@ def _check_sense(recipe: Recipe, name: str, settings: TrainSettings) -> None:
         key = "restore_best" if settings.restore_best else "patience"
         raise TanzakuError(f"candidate {name!r}: {key} needs validation rows; give --valid, or leave it out")
     if settings.focal_gamma and not recipe.kind.has_focal:
+        from tanzaku.tasks import TASKS
+
         which = listed(task for task, kind in TASKS.items() if kind.has_focal)
         raise TanzakuError(
             f"candidate {name!r}: focal_gamma is {settings.focal_gamma:g}, and {recipe.task} has no focal loss; "
