@@ -19,6 +19,7 @@ from models import VOCAB, config_of, lively, with_parts
 from tanzaku.methods import METHODS
 from tanzaku.tasks import TASKS
 from tanzaku.tasks.classification import Classification
+from tanzaku.tasks.decoding import Decoding
 from tanzaku.tasks.generation import Generation, Row
 from tanzaku.tasks.multilabel import Multilabel
 from tanzaku.tasks.ordinal import Ordinal
@@ -46,7 +47,7 @@ EACH: dict[str, Task] = {
     "multilabel": Multilabel(("a", "b", "c")),
     "regression": Regression(10.0, 4.0),
     "tokens": Tokens(("x",), "words", True),
-    "generation": Generation("pairs", {"prompt": "prompt"}, 3, tokenizer=Numbers()),
+    "generation": Generation("pairs", {"prompt": "prompt"}, Decoding(max_new_tokens=3), tokenizer=Numbers()),
 }
 FAMILIES_OF = {name: ["llama"] if name == "generation" else ["llama", "bert"] for name in EACH}
 

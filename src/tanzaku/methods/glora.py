@@ -47,7 +47,7 @@ class Product(nn.Module):
 
     def of(self, x: Tensor) -> Tensor:
         """x by the matrix, as a linear layer has it."""
-        return F.linear(F.linear(x, self.Xu), self.Xd)
+        return F.linear(F.linear(x, self.Xu.to(x.dtype)), self.Xd.to(x.dtype))
 
     def scaled(self, weight: Tensor, x: Tensor) -> Tensor:
         """x by a weight whose numbers are scaled by the matrix's."""
@@ -130,7 +130,8 @@ class ScaledAndShifted(WeightDelta):
             scale = self.glora_D.value()
             parts = [in_memory(module, "bias").to(scale) * scale + self.glora_E.value()]
         if self.glora_C is not None:
-            parts += [(base_matrix(module) @ self.glora_C.value()).squeeze(-1)]
+            weight = base_matrix(module)
+            parts += [(weight @ self.glora_C.value().to(weight.dtype)).squeeze(-1)]
         return sum(parts[1:], parts[0]) if parts else None
 
     def merged(self, module: nn.Module) -> dict[str, Tensor] | None:
