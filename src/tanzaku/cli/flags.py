@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic.fields import FieldInfo
 
-from tanzaku.errors import flag
+from tanzaku.errors import TanzakuError, flag, listed, nearest
 from tanzaku.recipe.schema import SECTIONS
+from tanzaku.tasks.task import Override
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 _TRAIN = ("", "model", "data", "train")  # sections that every verb with a recipe reads
@@ -106,6 +107,28 @@ def show_flag(default: str) -> inspect.Parameter:
     """
     about = f"print this many training rows, token by token, those that are learnt marked ({default})"
     return parameter("show", int | None, typer.Option("--show", metavar="INTEGER", min=0, help=about))
+
+
+def take_overrides(command: Callable[..., None], overrides: Mapping[str, Override]) -> None:
+    """Give a command a flag for each override, in place of its parameter of that name."""
+    own = inspect.signature(command, eval_str=True)
+    flags = [
+        parameter(
+            name,
+            list[str] | None if each.repeatable else str | None,
+            typer.Option(flag(name), metavar=each.metavar, help=each.about, show_default=False),
+        )
+        for name, each in overrides.items()
+    ]
+    kept = [each for name, each in own.parameters.items() if name != "overrides"]
+    command.__signature__ = own.replace(parameters=[*kept, *flags])  # type: ignore[attr-defined]
+
+
+def check_choices(given: Mapping[str, tuple[str | None, Collection[str]]]) -> None:
+    """An error where the value of a flag is none of those that it may have."""
+    for name, (value, known) in given.items():
+        if value is not None and value not in known:
+            raise TanzakuError(f"{name} is {value!r}{nearest(value, known)}, expected {listed(known)}")
 
 
 def parameter(name: str, kind: Any, info: Any, default: Any = None) -> inspect.Parameter:

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
 from tanzaku.cli.adapters import check_paths, names_of, note
-from tanzaku.cli.flags import parameter
+from tanzaku.cli.flags import check_choices, take_overrides
 from tanzaku.cli.run import Interrupted
+from tanzaku.cli.trained import PRECISIONS, Trained, check_base, load_model, read_trained
 from tanzaku.errors import TanzakuError, flag, listed, nearest, printable
-from tanzaku.models.settings import ModelSettings
-from tanzaku.tasks import TASKS, kind_in
-from tanzaku.tasks.cells import short
+from tanzaku.tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,18 +31,6 @@ if TYPE_CHECKING:
 
 _FORMATS = ("tsv", "csv", "jsonl", "parquet")
 _TEXTS = ("tsv", "csv", "jsonl", "json")
-_PRECISIONS = ("fp32", "bf16", "fp16")
-
-
-@dataclass(frozen=True)
-class _Adapter:
-    name: str  # in the output and on the model
-    path: Path
-    task: Task
-    model: str
-    max_length: int
-    precision: str
-    loading: dict[str, Any] = field(default_factory=dict)  # of the base, beside its name
 
 
 def predict(
@@ -89,7 +73,7 @@ def predict(
         int, typer.Option(metavar="INTEGER", min=1, help="texts a step; each goes through every adapter")
     ] = 8,
     precision: Annotated[
-        str | None, typer.Option(metavar="|".join(_PRECISIONS), help="arithmetic (as in training)")
+        str | None, typer.Option(metavar="|".join(PRECISIONS), help="arithmetic (as in training)")
     ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|mps", help="where the model runs")] = "auto",
     **overrides: str | list[str] | None,
@@ -108,13 +92,13 @@ def predict(
     check_paths(paths)
     kind = _format(out, kind, as_json)
     _check_out(out, data, overwrite, resume)
-    for name, value, known in (
-        ("--device", device, ("auto", "cpu", "cuda", "mps")),
-        ("--precision", precision, _PRECISIONS),
-        ("--data-format", data_format, _TEXTS),
-    ):
-        if value is not None and value not in known:
-            raise TanzakuError(f"{name} is {value!r}{nearest(value, known)}, expected {listed(known)}")
+    check_choices(
+        {
+            "--device": (device, ("auto", "cpu", "cuda", "mps")),
+            "--precision": (precision, PRECISIONS),
+            "--data-format": (data_format, _TEXTS),
+        }
+    )
     from tanzaku.cli.machine import device_named, quieten
     from tanzaku.cli.output import Partial
     from tanzaku.models.loading import load_tokenizer
@@ -125,7 +109,7 @@ def predict(
     quieten()
     said = {name: value for name, value in overrides.items() if value != []}
     asked = {"model": model, "max_length": max_length, **said}
-    given = [_adapter(name, path, asked, precision) for name, path in zip(names_of(paths), paths, strict=True)]
+    given = [read_trained(name, path, asked, precision) for name, path in zip(names_of(paths), paths, strict=True)]
     _check_fit(given)
     task = _task_of(given)
     place = device_named(device)
@@ -186,102 +170,16 @@ def predict(
         note(f"{len(rows)} rows written to {out}")
 
 
-_own = inspect.signature(predict, eval_str=True)
-_overrides = {name: about for kind in TASKS.values() for name, about in kind.overrides.items()}
-predict.__signature__ = _own.replace(  # type: ignore[attr-defined]
-    parameters=[
-        *(each for name, each in _own.parameters.items() if name != "overrides"),
-        *(
-            parameter(
-                name,
-                list[str] | None if each.repeatable else str | None,
-                typer.Option(flag(name), metavar=each.metavar, help=each.about, show_default=False),
-            )
-            for name, each in _overrides.items()
-        ),
-    ]
-)
+take_overrides(predict, {name: each for kind in TASKS.values() for name, each in kind.overrides.items()})
 
 
 # -- which adapters
 
 
-def _adapter(name: str, path: Path, asked: dict[str, Any], precision: str | None) -> _Adapter:
-    """What is known of an adapter; a flag overrules what it says."""
-    from tanzaku.storage.store import adapter_dir, read_about
-
-    known = _ours if read_about(adapter_dir(path)) is not None else _foreign
-    return known(name, path, {key: value for key, value in asked.items() if value is not None}, precision)
-
-
-def _ours(name: str, path: Path, asked: dict[str, Any], precision: str | None) -> _Adapter:
-    """What Tanzaku has written beside an adapter."""
-    from tanzaku.storage.store import META, read_meta
-
-    meta = {"precision": "fp32", **read_meta(path)}
-    whose = f"{path / META}: meta."
-    for key in ("model", "max_length"):
-        if meta.get(key) is None and key not in asked:
-            raise TanzakuError(
-                f"{path} does not say its {key}; expected an adapter that tanzaku train or compare has written"
-            )
-    model, length = asked.get("model", meta.get("model")), asked.get("max_length", meta.get("max_length"))
-    if not isinstance(model, str):
-        raise TanzakuError(f"{whose}model is {short(model)}, expected a name; give --model")
-    if type(length) is not int or not 0 < length <= _LONGEST:
-        raise TanzakuError(f"{whose}max_length is {short(length)}, expected 1 to {_LONGEST}; give --max-length")
-    if meta["precision"] not in _PRECISIONS:
-        raise TanzakuError(f"{whose}precision is {short(meta['precision'])}, expected {listed(_PRECISIONS)}")
-    if (kind := kind_in({**meta, **asked})) is None:
-        raise TanzakuError(f"{whose}task is {short(meta.get('task'))}, expected one of {listed(TASKS)}")
-    _check_flags(kind, asked, path)
-    task = kind.from_json({**meta, **kind.overruled(asked, meta, path)}, whose)
-    loading = meta.get("loading") or {}
-    try:
-        ModelSettings.model_validate({**loading, "name": model})
-    except (ValidationError, TypeError):
-        raise TanzakuError(f"{whose}loading is {short(loading)}, expected dtype and attention by their names") from None
-    return _Adapter(name, path, task, model, length, precision or meta["precision"], loading)
-
-
-_LONGEST = 2**24  # tokens of a text, more than any model reads
-
-
-def _check_flags(kind: type[Task], asked: Mapping[str, Any], path: Path) -> None:
-    """A flag of another task would be passed over in silence."""
-    for key in asked.keys() - {"model", "max_length"} - kind.overrides.keys():
-        raise TanzakuError(f"{flag(key)} says nothing of {path}, an adapter for the task {kind.name}; leave it out")
-
-
-def _foreign(name: str, path: Path, asked: dict[str, Any], precision: str | None) -> _Adapter:
-    """What HF PEFT's files and the base say of an adapter."""
-    from tanzaku.cli.adapters import read_adapter
-    from tanzaku.models.loading import read_config, read_tokenizer
-    from tanzaku.storage.store import read_config as adapter_config
-
-    found = read_adapter(name, path)
-    named = adapter_config(found.path).get("task_type")
-    known = dict.fromkeys(each.peft_type for each in TASKS.values())
-    if named not in known:
-        raise TanzakuError(
-            f"{path} is an adapter for {'no task' if named is None else repr(named)}, which is not predicted with; "
-            f"expected task_type {listed(map(repr, known))}"
-        )
-    base = asked.get("model") or found.base
-    if base is None:
-        raise TanzakuError(f"{path} does not name its base model; say with --model where it is")
-    config = read_config(base, on_progress=note)
-    kind = next(each for each in TASKS.values() if each.peft_type == named and each.fits(found.width, config))
-    _check_flags(kind, asked, path)
-    task = kind.of_base(config, found.width, asked, str(path), base)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    limits = [read_tokenizer(base, on_progress=note).model_max_length, positions or _LONGEST, _LONGEST]
-    return _Adapter(name, path, task, base, int(asked.get("max_length") or min(limits)), precision or "fp32")
-
-
-def _check_fit(adapters: Sequence[_Adapter]) -> None:
+def _check_fit(adapters: Sequence[Trained]) -> None:
     """Adapters in one pass have one base and one task; a flag overrules what they say."""
     one_by_one = "predict with them one by one"
+    check_base(adapters, one_by_one)
     of_all = _task_of(adapters)
     whose = next(each for each in adapters if each.task is of_all)
     expected = {"task": of_all.name, **of_all.to_json()}
@@ -289,14 +187,6 @@ def _check_fit(adapters: Sequence[_Adapter]) -> None:
         theirs = {"task": adapter.task.name, **adapter.task.to_json()}
         if adapter.task.row_tasks is None:  # it reads no such column, whichever that is
             theirs |= of_all.tasks_to_json()
-        if adapters[0].model != adapter.model:
-            found = f"{adapters[0].path} has {adapters[0].model!r}, {adapter.path} has {adapter.model!r}"
-            fix = f"{one_by_one}, or say with --model where the one base of both is"
-            raise TanzakuError(f"adapters with different base models: {found}; {fix}")
-        if adapters[0].loading != adapter.loading:
-            first, second = (each.loading or "nothing" for each in (adapters[0], adapter))
-            found = f"{adapters[0].path} says {first}, {adapter.path} says {second}"
-            raise TanzakuError(f"adapters whose base was loaded differently: {found}; {one_by_one}")
         for key, mine in expected.items():
             if key not in of_all.of_adapters and mine != theirs.get(key):
                 found = f"{whose.path} has {_shown(mine)}, {adapter.path} has {_shown(theirs.get(key))}"
@@ -307,7 +197,7 @@ def _check_fit(adapters: Sequence[_Adapter]) -> None:
                 raise TanzakuError(f"adapters with different {key.replace('_', ' ')}: {found}; {one_by_one}{fix}")
 
 
-def _task_of(adapters: Sequence[_Adapter]) -> Task:
+def _task_of(adapters: Sequence[Trained]) -> Task:
     """The task of adapters in one pass: that of the first which reads of rows which of several tasks they are of."""
     return next((each.task for each in adapters if each.task.row_tasks is not None), adapters[0].task)
 
@@ -316,26 +206,7 @@ def _shown(value: Any) -> str:
     return listed(value) if isinstance(value, list) else "none" if value is None else repr(value)
 
 
-def _load(model: PreTrainedModel, adapters: Sequence[_Adapter]) -> None:
-    """Attach the adapters to the model, and say what is not as one might expect."""
-    from tanzaku.core.weights import copied_in
-    from tanzaku.models.heads import left_random
-    from tanzaku.storage.store import load
-
-    for adapter in adapters:
-        loaded = load(model, adapter.path, adapter.name)
-        if drawn := left_random(model, copied_in(loaded.at())):
-            raise TanzakuError(
-                f"neither {adapter.path} nor its base has {listed(drawn, 3)}, which would stay random; expected the "
-                "model that the adapter was trained on (--model)"
-            )
-        if len(adapters) > 1 and adapter.name != adapter.path.name:
-            note(f"{adapter.name} is {adapter.path}")
-        if len(adapters) > 1 and not loaded.method.shares_batch:
-            note(f"{adapter.name} ({loaded.method.name}) changes every weight: it takes a pass of its own")
-
-
-def _digest(adapters: Sequence[_Adapter]) -> str:
+def _digest(adapters: Sequence[Trained]) -> str:
     from tanzaku.storage.store import checksum
 
     return " ".join(f"{adapter.name} {checksum(adapter.path)}" for adapter in adapters)
@@ -365,7 +236,7 @@ class _Run:
 
     def __init__(
         self,
-        adapters: Sequence[_Adapter],
+        adapters: Sequence[Trained],
         rows: Rows | Piped,
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int,
@@ -391,7 +262,8 @@ class _Run:
             there, splits = self._encoded(chunk, counts)
             found: list[dict[str, Any] | None] = [None] * len(chunk)
             if there:
-                model = self._model() if model is None else model  # the first rows are encoded: they can be used
+                if model is None:  # the first rows are encoded: they can be used
+                    model = load_model(self.adapters, self.task, self.device)
                 for at, row in zip(there, self._predictions(model, splits, start, there), strict=True):
                     found[at] = row
             yield chunk, found
@@ -425,19 +297,6 @@ class _Run:
             splits[length] = self.task.encode(table, "data", self.tokenizer, length)
             counts[f"cut at {length}"] += splits[length].truncated
         return there, splits
-
-    def _model(self) -> PreTrainedModel:
-        import torch
-
-        from tanzaku.models.loading import load_for
-
-        half = all(adapter.precision == "bf16" for adapter in self.adapters)  # as in training
-        kind = torch.bfloat16 if half else torch.float32
-        first = self.adapters[0]
-        model, _ = load_for(ModelSettings(name=first.model, **first.loading), self.task, dtype=kind)
-        _load(model, self.adapters)
-        model.to(self.device)
-        return model
 
     def _predictions(
         self, model: PreTrainedModel, splits: dict[int, Split], start: int, there: Sequence[int]
@@ -571,7 +430,7 @@ def _form(kind: str, rows: Rows | Piped, added: dict[str, str], out: Path | None
 def _written(
     chunk: Sequence[Row],
     found: Sequence[dict[str, Any] | None],
-    adapters: Sequence[_Adapter],
+    adapters: Sequence[Trained],
     kind: str,
     prefix: str,
 ) -> list[Row]:

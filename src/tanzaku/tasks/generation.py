@@ -400,11 +400,12 @@ class Generation(Task):
             "shape": self.shape,
             "read": dict(self.read),
             "max_new_tokens": self.decoding.max_new_tokens,
-            **({"sampling": sampling} if (sampling := self._sampling()) else {}),
+            **({"sampling": sampling} if (sampling := self.sampling) else {}),
             "writing": self.writing,
         }
 
-    def _sampling(self) -> dict[str, Any]:
+    @property
+    def sampling(self) -> dict[str, Any]:
         """What of decoding is otherwise than by default; a run's own figures are of greedy text."""
         return self.decoding.model_dump(mode="json", exclude={"max_new_tokens"}, exclude_defaults=True)
 
