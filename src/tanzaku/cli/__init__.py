@@ -31,6 +31,7 @@ VERBS = {
     "train": "Train one adapter.",
     "compare": "Train many candidates at once, and say which is better.",
     "predict": "Say what trained adapters make of rows.",
+    "chat": "Ask trained adapters, and their bare base, in the terminal.",
     "merge": "Fold adapters into their base model.",
     "convert": "Make an adapter one of another method.",
     "export": "Write an adapter as GGUF, for llama.cpp and Ollama.",
