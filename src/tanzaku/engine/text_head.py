@@ -162,8 +162,7 @@ def _check_causal(base: Base) -> None:
         for module in training:
             module.training = False
         with quiet():
-            mask = torch.ones_like(ids)
-            states = base.backbone(input_ids=ids, attention_mask=mask, **without_cache(base))[0].float()
+            states = base.backbone(ids, **without_cache(base))[0].float()
     finally:
         for module in training:
             module.training = True
