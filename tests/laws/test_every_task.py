@@ -19,11 +19,11 @@ from models import VOCAB, config_of, lively, with_parts
 from tanzaku.methods import METHODS
 from tanzaku.tasks import TASKS
 from tanzaku.tasks.classification import Classification
-from tanzaku.tasks.decoding import Decoding
 from tanzaku.tasks.generation import Generation, Row
 from tanzaku.tasks.multilabel import Multilabel
 from tanzaku.tasks.ordinal import Ordinal
 from tanzaku.tasks.regression import Regression
+from tanzaku.tasks.sampling import Decoding
 from tanzaku.tasks.task import Example, Split, Task, TaskData
 from tanzaku.tasks.tokens import Tokens
 from tanzaku.train.results import Job

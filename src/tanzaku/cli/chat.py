@@ -19,8 +19,7 @@ from tanzaku.cli.run import Interrupted
 from tanzaku.cli.trained import LONGEST, PRECISIONS, Trained, check_base, load_model, read_trained
 from tanzaku.errors import TanzakuError, flag, listed, nearest, printable
 from tanzaku.tasks.conversations import Message, words_in
-from tanzaku.tasks.generation import Generation
-from tanzaku.tasks.sampling import Decoding, decoding_of
+from tanzaku.tasks.sampling import OVERRIDES, Decoding, decoding_of
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
     from tanzaku.core.routing import Entry
     from tanzaku.tasks.decoding import Written
+    from tanzaku.tasks.task import Task
 
 _COMMANDS = ("/new", "/quit")
 _BASE = "base model"  # with a space, which no adapter's name has
@@ -75,14 +75,13 @@ def chat(
     asked = {} if model is None else {"model": model}
     named = zip(names_of(adapters), adapters, strict=True)
     given = [read_trained(name, path, asked, precision) for name, path in named]
-    tasks = _checked(given)
+    own = _checked(given)
     place = device_named(device)
-    own = {**tasks[0].decoding.model_dump(), "max_new_tokens": max(task.decoding.max_new_tokens for task in tasks)}
-    settings = decoding_of({**own, **flags}, flag)
+    settings = decoding_of({**own.model_dump(), **flags}, flag)
     tokenizer = load_tokenizer(given[0].model, on_progress=note)
-    speakers = _speakers(given, tasks, tokenizer, base, template, system)
+    speakers = _speakers(given, tokenizer, base, template, system)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    talk = _Chat(load_model(given, tasks[0], place), tokenizer, speakers, settings, given[0].precision, terminal)
+    talk = _Chat(load_model(given, given[0].task, place), tokenizer, speakers, settings, given[0].precision, terminal)
     if terminal:
         note(f"{listed(each.name for each in speakers)}; /new begins anew, /quit ends")
     try:
@@ -91,7 +90,7 @@ def chat(
         raise Interrupted("interrupted") from None
 
 
-take_overrides(chat, Generation.overrides)
+take_overrides(chat, OVERRIDES)
 
 
 # -- who speaks
@@ -108,57 +107,54 @@ class _Speaker:
 
     name: str
     adapter: str | None
-    task: Generation
+    task: Task
     begins: list[Message] = field(default_factory=list)
     said: list[Message] = field(default_factory=list)
-
-    @property
-    def converses(self) -> bool:
-        return self.task.shape == "chat"
 
     def hears(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:
         """The tokens that it writes on from."""
         from tanzaku.tasks.data import Table
 
         asked = [*self.begins, *self.said, {"role": "user", "content": prompt}]
-        table = Table({self.task.reads[0]: [asked if self.converses else prompt]}, "the prompt in")
+        [column] = self.task.reads
+        table = Table({column: [asked if self.task.converses else prompt]}, "the prompt in")
         [example] = self.task.encode(table, "chat", tokenizer, LONGEST).examples
         return self.task.prompt(example)
 
     def remember(self, prompt: str, answer: str) -> None:
-        if self.converses:
+        if self.task.converses:
             self.said += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def _checked(given: Sequence[Trained]) -> list[Generation]:
-    """The tasks of adapters that can answer together."""
+def _checked(given: Sequence[Trained]) -> Decoding:
+    """How adapters that can answer together write."""
     one_by_one = "talk to them one by one"
-    tasks: list[Generation] = []
+    own: list[Decoding] = []
     for adapter in given:
-        if not isinstance(adapter.task, Generation):
+        if adapter.task.decoding is None:
             raise TanzakuError(
-                f"{adapter.path} is an adapter for the task {adapter.task.name}, which writes no text; expected one "
-                f"for {Generation.name} (tanzaku predict answers with others)"
+                f"{adapter.path} is an adapter for the task {adapter.task.name}, which writes no text; tanzaku predict "
+                "answers with it"
             )
-        tasks.append(adapter.task)
+        own.append(adapter.task.decoding)
     check_base(given, one_by_one)
-    for adapter, task in zip(given, tasks, strict=True):
-        if adapter.precision != given[0].precision:
+    first = given[0]
+    for adapter, decoding in zip(given, own, strict=True):
+        if adapter.precision != first.precision:
             raise TanzakuError(
-                f"adapters with different arithmetic: {given[0].path} has {given[0].precision}, {adapter.path} has "
+                f"adapters with different arithmetic: {first.path} has {first.precision}, {adapter.path} has "
                 f"{adapter.precision}; say with --precision which all are to have"
             )
-        if task.sampling != tasks[0].sampling:
+        if decoding.sampling != own[0].sampling:
             raise TanzakuError(
-                f"adapters with different sampling: {given[0].path} says {tasks[0].sampling or 'nothing'}, "
-                f"{adapter.path} says {task.sampling or 'nothing'}; {one_by_one}"
+                f"adapters with different sampling: {first.path} says {own[0].sampling or 'nothing'}, {adapter.path} "
+                f"says {decoding.sampling or 'nothing'}; {one_by_one}"
             )
-    return tasks
+    return max(own, key=lambda each: each.max_new_tokens)
 
 
 def _speakers(
     given: Sequence[Trained],
-    tasks: Sequence[Generation],
     tokenizer: PreTrainedTokenizerBase,
     base: bool,
     template: bool | None,
@@ -166,21 +162,19 @@ def _speakers(
 ) -> list[_Speaker]:
     """The adapters and, if it is to speak, the base, which hears what the first adapter hears."""
     speakers = []
-    for adapter, task in zip(given, tasks, strict=True):
-        converses = task.shape in ("chat", "instructions") if template is None else template
+    for adapter in given:
+        converses = adapter.task.converses if template is None else template
         if converses and getattr(tokenizer, "chat_template", None) is None:
             found = f"{adapter.path} was trained on conversations" if template is None else "--template is given"
             raise TanzakuError(
                 f"{found}, and the tokenizer of {adapter.model!r} has no chat template; expected a model that has one "
                 "(--model), or --no-template, for plain prompts"
             )
-        shape, column = ("chat", "messages") if converses else ("pairs", "prompt")
-        heard: Any = {"shape": shape, "read": {column: column}}
-        speaker = _Speaker(adapter.name, adapter.name, replace(task, **heard).told_by(tokenizer))
+        speaker = _Speaker(adapter.name, adapter.name, adapter.task.typed(converses).told_by(tokenizer))
         if system is not None and converses:
             speaker.begins = [{"role": "system", "content": words_in(system, "--system")}]
         speakers.append(speaker)
-    if system is not None and not any(each.converses for each in speakers):
+    if system is not None and not any(each.task.converses for each in speakers):
         raise TanzakuError("--system stands before a conversation, and all adapters write on from plain prompts")
     if base:
         speakers.append(replace(speakers[0], name=_BASE, adapter=None, said=[]))

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from tanzaku.errors import TanzakuError, flag, listed, nearest
 from tanzaku.recipe.schema import SECTIONS
-from tanzaku.tasks.task import Override
+from tanzaku.tasks.settings import Override
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 _TRAIN = ("", "model", "data", "train")  # sections that every verb with a recipe reads

@@ -17,8 +17,8 @@ from tanzaku.tasks.labels import NUMBER, check_labels, label_name, odd_labels, s
 from tanzaku.tasks.losses import focal
 from tanzaku.tasks.metrics import ACCURACY, MACRO_F1, ROC_AUC
 from tanzaku.tasks.row_tasks import RowTasks
-from tanzaku.tasks.settings import TextSettings
-from tanzaku.tasks.task import LEARNED, LOSS, Batch, Column, Example, Metric, Override, Records, Said, ignorance
+from tanzaku.tasks.settings import Override, TextSettings
+from tanzaku.tasks.task import LEARNED, LOSS, Batch, Column, Example, Metric, Records, Said, ignorance
 from tanzaku.tasks.text import TextTask, check_columns, columns_in
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from tanzaku.tasks.conversations import (
     shape_of,
     words_in,
 )
-from tanzaku.tasks.sampling import Decoding, decoding_of
+from tanzaku.tasks.sampling import OVERRIDES, SAMPLING, Decoding, decoding_of
 from tanzaku.tasks.settings import DataSettings, Finding
-from tanzaku.tasks.task import LOSS, Batch, Column, Example, Metric, Override, Records, Said, Split, Statistics, Task
+from tanzaku.tasks.task import LOSS, Batch, Column, Example, Metric, Records, Said, Split, Statistics, Task
 from tanzaku.tasks.text import padded
 from tanzaku.tasks.text_metrics import Writing, text_metrics, writing_of
 
@@ -41,8 +41,6 @@ else:
 
 _IGNORED = -100
 _GREEDY = Decoding()
-# Flags of how text is written, beside how much of it.
-_SAMPLING = {"temperature": "NUMBER", "top_k": "INTEGER", "top_p": "NUMBER", "seed": "INTEGER", "stop": "TEXT"}
 # By shape, what is read of a row: the first always, others where they are.
 _ROLES: Mapping[str, tuple[str, ...]] = {
     "pairs": ("prompt",),
@@ -141,13 +139,7 @@ class Generation(Task):
     metrics = _metrics("latin")
     rank_by = "chrf"
     Data = GenerationSettings
-    overrides: ClassVar[Mapping[str, Override]] = {
-        "max_new_tokens": Override("INTEGER", "tokens that are written for a prompt at most (as in training)"),
-        **{
-            name: Override(metavar, str(Decoding.model_fields[name].description), repeatable=name == "stop")
-            for name, metavar in _SAMPLING.items()
-        },
-    }
+    overrides = OVERRIDES
     reading = ()
     answer_keys = ("predicted",)
 
@@ -340,6 +332,14 @@ class Generation(Task):
     def writes(self) -> bool:
         return self.shape != "text"
 
+    @property
+    def converses(self) -> bool:
+        return self.shape in ("chat", "instructions")
+
+    def typed(self, converses: bool) -> Generation:
+        name = "messages" if converses else "prompt"
+        return replace(self, shape="chat" if converses else "pairs", read={name: name})
+
     def prompt(self, example: Example) -> Sequence[int]:
         return example.inputs["input_ids"][: example.about.prompt]
 
@@ -400,14 +400,9 @@ class Generation(Task):
             "shape": self.shape,
             "read": dict(self.read),
             "max_new_tokens": self.decoding.max_new_tokens,
-            **({"sampling": sampling} if (sampling := self.sampling) else {}),
+            **({"sampling": sampling} if (sampling := self.decoding.sampling) else {}),
             "writing": self.writing,
         }
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """What of decoding is otherwise than by default; a run's own figures are of greedy text."""
-        return self.decoding.model_dump(mode="json", exclude={"max_new_tokens"}, exclude_defaults=True)
 
     @classmethod
     def from_json(cls, about: Mapping[str, Any], where: str) -> Generation:
@@ -422,17 +417,17 @@ class Generation(Task):
         if writing not in get_args(Writing):
             raise TanzakuError(f"{where}writing is {short(writing)}, expected {listed(get_args(Writing))}")
         sampling = about.get("sampling", {})
-        if not isinstance(sampling, dict) or not sampling.keys() <= _SAMPLING.keys():
-            raise TanzakuError(f"{where}sampling is {short(sampling)}, expected settings by {listed(_SAMPLING)}")
+        if not isinstance(sampling, dict) or not sampling.keys() <= SAMPLING.keys():
+            raise TanzakuError(f"{where}sampling is {short(sampling)}, expected settings by {listed(SAMPLING)}")
         settings = {"max_new_tokens": about.get("max_new_tokens"), **sampling}
-        decoding = decoding_of(settings, lambda key: f"{where}{'sampling.' if key in _SAMPLING else ''}{key}")
+        decoding = decoding_of(settings, lambda key: f"{where}{'sampling.' if key in SAMPLING else ''}{key}")
         return cls(cast(Shape, shape), read, decoding, cast(Writing, writing))
 
     @classmethod
     def overruled(cls, asked: Mapping[str, Any], about: Mapping[str, Any], path: Any) -> dict[str, Any]:
         found = super().overruled(asked, about, path)
         decoding_of(found, flag)
-        sampling = {key: found.pop(key) for key in _SAMPLING if key in found}
+        sampling = {key: found.pop(key) for key in SAMPLING if key in found}
         kept = about.get("sampling", {})
         return {**found, "sampling": {**kept, **sampling}} if sampling and isinstance(kept, dict) else found
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tanzaku.errors import TanzakuError
 from tanzaku.tasks.cells import short
+from tanzaku.tasks.settings import Override
 
 
 class Decoding(BaseModel):
@@ -27,6 +28,11 @@ class Decoding(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest tokens of this share (all)")
     seed: int = Field(0, ge=-(2**62), lt=2**62, description="of the draws")
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What is said beside how much is written, fit for JSON; nothing of greedy text."""
+        return self.model_dump(mode="json", exclude={"max_new_tokens"}, exclude_defaults=True)
+
     @field_validator("stop")
     @classmethod
     def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -39,6 +45,16 @@ class Decoding(BaseModel):
         if not self.temperature and (self.top_k is not None or self.top_p is not None):
             raise ValueError("top_k and top_p are of draws, and temperature is 0; expected one above 0, such as 1")
         return self
+
+
+SAMPLING = {"temperature": "NUMBER", "top_k": "INTEGER", "top_p": "NUMBER", "seed": "INTEGER", "stop": "TEXT"}
+OVERRIDES: Mapping[str, Override] = {
+    "max_new_tokens": Override("INTEGER", "tokens that are written for a prompt at most (as in training)"),
+    **{
+        name: Override(metavar, str(Decoding.model_fields[name].description), repeatable=name == "stop")
+        for name, metavar in SAMPLING.items()
+    },
+}
 
 
 def decoding_of(settings: Mapping[str, Any], named: Callable[[str], str]) -> Decoding:

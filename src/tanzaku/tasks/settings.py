@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -27,6 +27,14 @@ class Finding:
 
     def __str__(self) -> str:
         return self.text if self.check is None else f"{self.text}; if it is meant, pass --allow {self.check}"
+
+
+class Override(NamedTuple):
+    """A flag of prediction: what its value is called, its help, and whether it may be given several times."""
+
+    metavar: str
+    about: str
+    repeatable: bool = False
 
 
 class DataSettings(BaseModel):

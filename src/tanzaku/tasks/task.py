@@ -11,13 +11,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.support.lazy import Lazy
 from tanzaku.tasks.cells import plain
 from tanzaku.tasks.row_tasks import CONTEXT, RowTasks
-from tanzaku.tasks.settings import DataSettings
+from tanzaku.tasks.settings import DataSettings, Override
 
 if TYPE_CHECKING:
     import numpy as np
@@ -226,14 +226,6 @@ class Said:
     right: bool | None = None
 
 
-class Override(NamedTuple):
-    """A flag of prediction: what its value is called, its help, and whether it may be given several times."""
-
-    metavar: str
-    about: str
-    repeatable: bool = False
-
-
 class Task(ABC):
     """One task, as the training rows define it. Settings that prediction needs are its fields, kept in tanzaku.json."""
 
@@ -400,6 +392,15 @@ class Task(ABC):
     def told_by(self, tokenizer: PreTrainedTokenizerBase) -> Self:
         """The task with what it keeps of a tokenizer."""
         return self
+
+    @property
+    def converses(self) -> bool:
+        """Whether it writes answers in conversations, for the tokenizer's chat template."""
+        return False
+
+    def typed(self, converses: bool) -> Self:
+        """The task for what a person types: of rows with one column, of messages if it converses, else of prompts."""
+        raise NotImplementedError(f"{self.name} writes nothing")
 
     def prompt(self, example: Example) -> Sequence[int]:
         """The tokens of a row that the model writes on from."""

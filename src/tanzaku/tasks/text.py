@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tanzaku.errors import TanzakuError, flag
 from tanzaku.tasks.cells import missing, short
-from tanzaku.tasks.task import Batch, Example, Override, Split, Task
+from tanzaku.tasks.settings import Override
+from tanzaku.tasks.task import Batch, Example, Split, Task
 
 if TYPE_CHECKING:
     from torch import Tensor

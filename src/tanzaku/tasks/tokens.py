@@ -17,7 +17,7 @@ from tanzaku.support.lazy import Lazy
 from tanzaku.tasks.cells import missing
 from tanzaku.tasks.losses import focal
 from tanzaku.tasks.row_tasks import RowTasks
-from tanzaku.tasks.settings import DataSettings, Finding
+from tanzaku.tasks.settings import DataSettings, Finding, Override
 from tanzaku.tasks.task import (
     LEARNED,
     LOSS,
@@ -25,7 +25,6 @@ from tanzaku.tasks.task import (
     Column,
     Example,
     Metric,
-    Override,
     Records,
     Said,
     Split,
