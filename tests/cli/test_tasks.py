@@ -269,4 +269,46 @@ def test_text_is_written_for_some_rows_after_each_epoch_and_for_all_at_the_end(t
 @pytest.mark.parametrize("task", ["generation"], indirect=True)
 def test_no_room_to_write_is_told_before_training(task: str, tanzaku: Tanzaku) -> None:
     said = tanzaku("train", "recipe.yaml", "--max-new-tokens", "60", "--out", "run")
-    assert_refused(said, "has a prompt of 5 tokens, and with 0 virtual and 60 new ones", "--max-new-tokens 59")
+    assert_refused(said, "has a prompt of 5 tokens, and with 60 new ones", "--max-new-tokens 59")
+
+
+@pytest.mark.parametrize("task", ["generation"], indirect=True)
+def test_what_goes_by_the_end_of_a_row_cannot_write(task: str, tanzaku: Tanzaku) -> None:
+    options = ["--method", "reft", "--set", "suffix_positions=2", "--set", "prefix_positions=1"]
+    said = tanzaku("train", "recipe.yaml", *options, "--out", "run")
+    assert_refused(said, "suffix_positions=2 goes by where a row ends", "set it to 0")
+
+
+@pytest.mark.parametrize("task", ["generation"], indirect=True)
+def test_plain_text_is_compared_by_its_loss(task: str, tanzaku: Tanzaku) -> None:
+    for split in ("train", "valid", "test"):
+        lines = [json.loads(line) for line in Path(f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+        texts = "".join(json.dumps({"text": line["prompt"]}) + "\n" for line in lines)
+        Path(f"{split}.jsonl").write_text(texts, encoding="utf-8")
+    options = ["--method", "lora", "--method", "ia3", "--workers", "1", "--rank-by", "loss"]
+    said = tanzaku("compare", "recipe.yaml", *options, "--out", "run")
+    assert said.code == 0, said.err
+    assert "perplexity" in said.out
+
+
+@pytest.mark.parametrize("task", ["generation"], indirect=True)
+def test_conversations_are_looked_at(task: str, tanzaku: Tanzaku) -> None:
+    for split in ("train", "valid", "test"):
+        lines = [json.loads(line) for line in Path(f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+        chats = [
+            [{"role": "user", "content": line["prompt"]}, {"role": "assistant", "content": line["completion"]}]
+            for line in lines
+        ]
+        Path(f"{split}.jsonl").write_text("".join(json.dumps({"messages": c}) + "\n" for c in chats), encoding="utf-8")
+    said = tanzaku("check", "train.jsonl", "valid.jsonl", "--task", task)
+    assert said.code == 0 and "assistant" in said.out, said.err
+    assert_refused(tanzaku("train", "recipe.yaml", "--out", "run"), "has no chat template", "prompt and completion")
+    Path("odd.jsonl").write_text('{"messages": 7}\n{"prompt": 5}\n', encoding="utf-8")
+
+
+@pytest.mark.parametrize("task", ["generation"], indirect=True)
+def test_a_prompt_that_is_no_text(task: str, tanzaku: Tanzaku) -> None:
+    assert tanzaku("train", "recipe.yaml", "--out", "run").code == 0
+    Path("odd.jsonl").write_text('{"prompt": "a"}\n{"prompt": 5}\n', encoding="utf-8")
+    said = tanzaku("predict", "run/adapters/lora", "--data", "odd.jsonl")
+    assert_refused(said, "odd.jsonl row 2", "expected text")

@@ -69,7 +69,7 @@ def split_of(name: str, number: int, seed: int) -> Split:
             prompt = len(ids) - 2
             reference = Numbers().decode(ids[prompt:])
             labels = [-100] * prompt + ids[prompt:]
-            examples.append(Example(example.inputs, reference, 2.0, about=Row(prompt, labels)))
+            examples.append(Example(example.inputs, reference, 2.0, about=Row(ids[:prompt], labels)))
         elif name == "regression":
             examples.append(Example(example.inputs, 10.0 + ids[-1] / VOCAB * 8))
         else:

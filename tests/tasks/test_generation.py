@@ -257,3 +257,77 @@ def test_losses_in_chunks_are_those_of_all_logits(kind: str, at: str, monkeypatc
 def test_a_model_that_looks_ahead_is_refused() -> None:
     with pytest.raises(TanzakuError, match="in BertForMaskedLM tokens see what stands behind"):
         text_head(tiny("bert", "lm"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_full_fine_tuning_trains_the_head_too(tied: bool) -> None:
+    model = tiny("llama", "lm", tie_word_embeddings=tied)
+    adapter = tz.attach(model, tz.Full(), "full")
+    with torch.no_grad():
+        for _, p in adapter.trained():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    ids = torch.randint(3, 120, (2, 7), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    goals = ids.roll(-1, 1)
+    goals[:, -1] = IGNORED
+    trained = [p for _, p in adapter.trained()]
+    with tz.route(model, ["full"]):
+        logits = model(**inputs).logits
+        expected = cross_entropy(logits.transpose(1, 2), goals, ignore_index=IGNORED, reduction="none")
+        gradients = torch.autograd.grad(expected.sum(), trained)
+        losses, _ = text_head(model).run(inputs).losses(goals)
+        found = torch.autograd.grad(losses.sum(), trained, allow_unused=True)
+    assert_close(losses, expected)
+    assert_close(
+        [torch.zeros_like(p) if g is None else g for g, p in zip(found, trained, strict=True)],
+        list(gradients),
+        GRADIENT,
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("the cold ", "wind of"), ("the war", "m rain"), ("a cold", " wind")]
+)
+def test_no_token_reaches_from_a_prompt_into_what_is_learnt(prompt: str, completion: str) -> None:
+    """And a row is asked with the tokens that `predict` gives its prompt."""
+    tokenizer = tokenizer_of()
+    task, split = encoded([{"prompt": prompt, "completion": completion}], tokenizer)
+    [example] = split.examples
+    assert learnt(tokenizer, example) == f"{completion}</s>"
+    [alone] = task.encode(Table({"prompt": [prompt]}, "rows"), "data", tokenizer, 400).examples
+    assert list(task.prompt(example)) == list(task.prompt(alone)) == list(alone.inputs["input_ids"])
+    assert tokenizer.decode(example.inputs["input_ids"]) == f"{prompt}{completion}</s>"
+
+
+def test_a_completion_that_ends_by_itself() -> None:
+    """It is learnt as one that does not, and what is written is compared with it without the mark."""
+    tokenizer = tokenizer_of()
+    (one, first), (two, second) = (
+        encoded([{"prompt": "a cold", "completion": text}], tokenizer) for text in (" wind", " wind</s>")
+    )
+    assert first.examples == second.examples
+    assert one.truth(first.examples[0]) == two.truth(second.examples[0]) == "wind"
+
+
+def test_what_stands_before_a_conversation_is_not_learnt() -> None:
+    tokenizer = tokenizer_of((STOCK / "qwen2_5.jinja").read_text(encoding="utf-8"))
+    greeting = [{"role": "assistant", "content": "spring"}, *CHATS[1]]
+    _, split = encoded([{"messages": greeting}], tokenizer)
+    assert learnt(tokenizer, split.examples[0]) == "Yes!<|im_end|>\n"
+
+
+def test_a_row_that_is_cut_is_asked_whole() -> None:
+    tokenizer = tokenizer_of((STOCK / "qwen2_5.jinja").read_text(encoding="utf-8"))
+    task, whole = encoded([{"messages": chat} for chat in CHATS], tokenizer)
+    longest = whole.examples[0]
+    _, cut = encoded([{"messages": chat} for chat in CHATS], tokenizer, longest.length - 12, too_long="cut")
+    assert cut.truncated == 1 and cut.examples[0].length == longest.length - 12
+    assert list(task.prompt(cut.examples[0]))[-9:] == list(task.prompt(longest))[-9:]
+
+
+def test_columns_that_may_be_missing() -> None:
+    tokenizer = tokenizer_of((STOCK / "qwen2_5.jinja").read_text(encoding="utf-8"))
+    task, _ = encoded([{"instruction": "Say it", "input": "again.", "output": "Yes!"}], tokenizer)
+    assert task.needs == ("instruction",)
+    [example] = task.encode(Table({"instruction": ["Say it"]}, "rows"), "data", tokenizer, 400).examples
+    assert "Say it<|im_end|>" in tokenizer.decode(example.inputs["input_ids"])

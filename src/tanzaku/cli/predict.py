@@ -291,7 +291,9 @@ class _Run:
         counts["blank"] += len(chunk) - len(there)
         if not there:
             return [], {}
-        table = Table({column: [chunk[at][column] for at in there] for column in self.task.needs}, self.rows.source)
+        read = [column for column in self.task.reads if column in chunk[0]]
+        names = dict.fromkeys([*self.task.needs, *read])
+        table = Table({column: [chunk[at][column] for at in there] for column in names}, self.rows.source)
         splits = {}
         for length in self.lengths:
             splits[length] = self.task.encode(table, "data", self.tokenizer, length)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tanzaku.cli.display import Display
 from tanzaku.errors import printable
@@ -48,13 +49,17 @@ def show_rows(
         display.marked(parts, between="|")
 
 
+def _words_of(cell: Any) -> str:
+    if cell is None or isinstance(cell, str):
+        return cell or ""
+    words = isinstance(cell, list) and all(isinstance(word, str) for word in cell)
+    return " ".join(cell) if words else json.dumps(cell, ensure_ascii=False, default=str)
+
+
 def words(read: Tables, split: str) -> list[tuple[str, ...]]:
     """Of each row, what the model reads of it, in words."""
     columns = [read.tables[split].column(column) for column in read.task.reads]
-    return [
-        tuple(" ".join(cell) if isinstance(cell, list) else str(cell) for cell in row)
-        for row in zip(*columns, strict=True)
-    ]
+    return [tuple(_words_of(cell) for cell in row) for row in zip(*columns, strict=True)]
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Iterator[str]:

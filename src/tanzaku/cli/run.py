@@ -332,6 +332,10 @@ def _check_fit(
                 check_made_for(model, each.init_from)
             adapter.brought = [*brought.values()]
             _check_row_data(adapter.method, data)
+            if data.task.decoding is not None and (setting := adapter.method.reads_ends()):
+                raise TanzakuError(
+                    f"{setting} goes by where a row ends, which text that is being written does not show; set it to 0"
+                )
             if not adapter.trained():
                 raise TanzakuError("nothing of it is trained; let it learn something, such as a head")
             _check_memory(sum(parameter.numel() for _, parameter in adapter.trained()), method.largest(), device)

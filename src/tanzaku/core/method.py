@@ -302,6 +302,10 @@ class Method:
         """Of each of :meth:`uses`, in which directory it lies, where HF PEFT's file says that and brings none along."""
         return {}
 
+    def reads_ends(self) -> str | None:
+        """The setting by which its layers go by where a row ends, which text that is being written does not show."""
+        return None
+
     def row_data(self) -> Mapping[str, int]:
         """What its layers read of each row (see `context.py`), by name, and how many values there may be."""
         return {}

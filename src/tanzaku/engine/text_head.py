@@ -11,6 +11,7 @@ The idea of losses in chunks with their gradients: Hsu et al. 2024 (Liger Kernel
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -23,8 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from tanzaku.core import dropout
+from tanzaku.core.manager import find_manager
 from tanzaku.core.quiet import quiet
 from tanzaku.core.tokens import without_cache
+from tanzaku.core.weights import WeightCopy, stacked
 from tanzaku.errors import TanzakuError
 from tanzaku.models import tree
 from tanzaku.models.families import Base
@@ -108,10 +111,16 @@ class TextHead:
         shell = _replaced(model, path.split("."), _Given(self.backbone, _with(self._kind, hidden)))
         return cast(Tensor, type(model).forward(shell, inputs_embeds=hidden).logits)
 
+    def _whole(self) -> WeightCopy | None:
+        """The weights of the whole model that are in force here, which a pass has put back where it ends."""
+        manager = find_manager(self.model)
+        force = None if manager is None else manager.sites.in_force()
+        return None if force is None else force.whole
+
     @property
     def plain(self) -> bool:
         """Whether the head treats all rows alike, and has nothing to train."""
-        return not any(
+        return self._whole() is None and not any(
             module._forward_hooks
             or module._forward_pre_hooks
             or "forward" in module.__dict__
@@ -136,15 +145,19 @@ class TextHead:
         rows = torch.arange(len(at), device=at.device)[:, None]
         parts = [
             checkpoint(
-                dropout.replayed(partial(self._part)), hidden[rows, some], targets[rows, some], use_reentrant=False
+                dropout.replayed(partial(self._part, self._whole())),
+                hidden[rows, some],
+                targets[rows, some],
+                use_reentrant=False,
             )
             for some in torch.split(order, max(1, size // len(at)), dim=1)
         ]
         losses = losses.index_put((rows, order), torch.cat([part[0] for part in parts], dim=1).to(losses.dtype))
         return losses, right.index_put((rows, order), torch.cat([part[1] for part in parts], dim=1))
 
-    def _part(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.logits(hidden).float()
+    def _part(self, whole: WeightCopy | None, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        with nullcontext() if whole is None else stacked([whole], self.model):
+            logits = self.logits(hidden).float()
         loss = cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
         return loss, logits.detach().argmax(-1) == targets
 
@@ -185,7 +198,7 @@ class _Losses(torch.autograd.Function):
         for some, goals in zip(torch.split(hidden, size), torch.split(targets, size), strict=True):
             with torch.set_grad_enabled(wanted):
                 some = some.detach().requires_grad_(wanted)
-                loss, right = head._part(some[None], goals[None])
+                loss, right = head._part(None, some[None], goals[None])
                 if wanted:
                     gradients += torch.autograd.grad(loss.sum(), some)
             losses.append(loss.detach()[0])

@@ -219,6 +219,9 @@ class ReFT(Method):
         settings = {key: value for key, value in self.settings().items() if key not in own}
         return {"architecture": "reft", "dtype": None, "output_reft": True, "init_weights_seed": None, **settings}
 
+    def reads_ends(self) -> str | None:
+        return f"suffix_positions={self.suffix_positions}" if self.suffix_positions else None
+
     def build(self, place: Place) -> Iterator[tuple[str, AdapterLayer]]:
         self._check()
         paths = place.base.layer_paths()

@@ -150,8 +150,9 @@ class Reader:
         """A prompt, and what is to be written on from it."""
         if completion is None:
             return Rendered(prompt, (), len(prompt), "", special=True)
-        text = prompt + completion + ("" if completion.endswith(self.end) else self.end)
-        return Rendered(text, ((len(prompt), len(text)),), len(prompt), completion.strip(), special=True)
+        said = completion.removesuffix(self.end)
+        text = prompt + said + self.end
+        return Rendered(text, ((len(prompt), len(text)),), len(prompt), said.strip(), special=True)
 
     def plain(self, text: str, learnt: bool) -> Rendered:
         """A text that is learnt whole."""
@@ -185,7 +186,9 @@ class Reader:
         text = self._render(messages, False, where)
         spans: dict[int, Span] = {}
         for at in answers:
-            before = self._render(messages[:at], True, where) if at else ""
+            if not at:  # nothing is asked, and what stands before it is the template's
+                continue
+            before = self._render(messages[:at], True, where)
             # What closes a whole conversation does not stand behind an answer that others follow.
             until = self._render(messages[: at + 1], False, where)
             end = len(commonprefix([text, until]))  # noqa: RUF071 - of characters

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
 from pydantic import Field
@@ -109,9 +110,9 @@ def _metrics(writing: Writing, shape: Shape = "pairs") -> tuple[Metric, ...]:
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of a row beside its tokens: how many of them are its prompt, and what is learnt (-100: nothing)."""
+    """What is known of a row beside its tokens: those that are written on from, and what is learnt (-100: nothing)."""
 
-    prompt: int
+    asked: Sequence[int]
     labels: Sequence[int] = ()
 
 
@@ -167,7 +168,10 @@ class Generation(Task):
         Raises:
             TanzakuError: a cell that is missing, or none of its kind.
         """
-        columns = [table.column(name) for name in self.read.values()]
+        columns = [
+            table.column(name) if at == 0 or name in table.columns else [None] * len(table)
+            for at, name in enumerate(self.read.values())
+        ]
         answers: Sequence[Any] = [None] * len(table)
         if data is not None and self.shape in ("pairs", "instructions"):
             key = "completion" if self.shape == "pairs" else "output"
@@ -204,6 +208,10 @@ class Generation(Task):
     def required(self) -> tuple[str, ...]:
         return self.reads[:1]
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return self.required
+
     @classmethod
     def targets(cls, table: Table, data: Any) -> list[str]:
         task = cls(shape := shape_of(table, data), _columns(table, data, shape))
@@ -217,7 +225,7 @@ class Generation(Task):
         return (
             missing(value)
             or (isinstance(value, str) and not value.strip())
-            or (not isinstance(value, str) and not len(value))
+            or (isinstance(value, Sized) and not len(value))
         )
 
     def have_tokens(self, values: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[bool]:
@@ -237,26 +245,22 @@ class Generation(Task):
         long: list[tuple[str, int]] = []
         for where, cells, answer in self._rows(table, targets):
             row = self._rendered(reader, cells, answer, where, targets is not None)
-            ids, labels, prompt = _tokens(tokenizer, row)
+            ids, labels, asked = _tokens(tokenizer, row)
             if not ids:
                 raise TanzakuError(f"{where} gives no tokens; fix or drop the row")
             if len(ids) > max_length:
                 long.append((where, len(ids)))
-                if targets is None:  # what was asked last stays
-                    ids, prompt = ids[-max_length:], max_length
-                else:
-                    ids, labels = ids[:max_length], labels[:max_length]
+                ids, labels = ids[:max_length], labels[:max_length]
+            asked = asked[-max_length:]  # what was asked last stays
             texts.append(row.text[: row.prompt] or row.text)
             if targets is None:
-                examples.append(Example({"input_ids": ids}, about=Row(prompt)))
+                examples.append(Example({"input_ids": asked}, about=Row(asked)))
                 continue
             learnt = sum(label != _IGNORED for label in labels)
             if not learnt and not (long and long[-1][0] == where and targets.too_long == "error"):
                 cut = f" in its first {max_length} tokens" if long and long[-1][0] == where else ""
                 raise TanzakuError(f"{where} has no token that is learnt{cut}; drop the row, or raise --max-length")
-            examples.append(
-                Example({"input_ids": ids}, row.reference, float(max(learnt, 1)), about=Row(prompt, labels))
-            )
+            examples.append(Example({"input_ids": ids}, row.reference, float(max(learnt, 1)), about=Row(asked, labels)))
         if long and targets is not None and targets.too_long == "error":
             most = max(size for _, size in long)
             raise TanzakuError(
@@ -341,7 +345,8 @@ class Generation(Task):
         return replace(self, shape="chat" if converses else "pairs", read={name: name})
 
     def prompt(self, example: Example) -> Sequence[int]:
-        return example.inputs["input_ids"][: example.about.prompt]
+        asked: Sequence[int] = example.about.asked
+        return asked
 
     def put(self, records: Records, written: Sequence[Written]) -> Records:
         return {**records, "text": [each.text(self.tokenizer, self.decoding.stop).strip() for each in written]}
@@ -350,7 +355,7 @@ class Generation(Task):
 
     @property
     def beside(self) -> tuple[str, ...]:
-        return ("exact_match", "perplexity")
+        return ("exact_match", "perplexity") if self.writes else ("perplexity",)
 
     @property
     def held(self) -> tuple[str, ...]:
@@ -472,18 +477,31 @@ def _reader(tokenizer: PreTrainedTokenizerBase) -> Reader:
     return Reader(template if has else None, marks, tokenizer.eos_token or "", repr(tokenizer.name_or_path))
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, row: Rendered) -> tuple[list[int], list[int], int]:
-    """A row's ids, what is learnt of them (-100: nothing), and how many are its prompt."""
-    found = tokenizer(row.text, add_special_tokens=row.special, return_offsets_mapping=True, verbose=False)
-    ids, offsets, whose = found["input_ids"], found["offset_mapping"], found.sequence_ids()
-    while row.special and ids and whose[-1] is None and row.text:
-        # Of a tokenizer that ends all texts: the end of one that is learnt stands in it, and a prompt has none.
-        ids, offsets, whose = ids[:-1], offsets[:-1], whose[:-1]
-    labels = [
-        token if of is not None and any(first <= start and end <= last for first, last in row.learnt) else _IGNORED
-        for token, (start, end), of in zip(ids, offsets, whose, strict=True)
-    ]
-    prompt = next(
-        (at for at, (start, _) in enumerate(offsets) if whose[at] is not None and start >= row.prompt), len(ids)
-    )
-    return list(ids), labels, prompt
+def _tokens(tokenizer: PreTrainedTokenizerBase, row: Rendered) -> tuple[list[int], list[int], list[int]]:
+    """A row's ids, what is learnt of them (-100: nothing), and the ids that are written on from: those that its prompt
+    has by itself, so that it is asked as it was learnt."""
+    asked, _ = _encoded(tokenizer, row.text[: row.prompt], row.special)
+    if not row.learnt:
+        return asked, [_IGNORED] * len(asked), asked
+    edges = sorted({0, len(row.text), *(first for first, _ in row.learnt)})
+    ids, offsets = _encoded(tokenizer, row.text, row.special)
+    if ids[: len(asked)] != asked or any(start < edge < end for start, end in offsets for edge in edges):
+        # A token would reach from what is given into what is learnt: each part has tokens of its own.
+        ids, offsets = [], []
+        for first, last in pairwise(edges):
+            part, own = _encoded(tokenizer, row.text[first:last], row.special and not first)
+            ids += part
+            offsets += [(first + start, first + end) for start, end in own]
+        asked = ids[: sum(end <= row.prompt for _, end in offsets)]
+    learnt = [end > start and any(a <= start and end <= b for a, b in row.learnt) for start, end in offsets]
+    return ids, [token if own else _IGNORED for token, own in zip(ids, learnt, strict=True)], asked
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids, and which characters each stands for: none at the beginning, those of a special token that a tokenizer puts
+    there. One at the end is left out: a text that is learnt has its own, and a prompt goes on."""
+    found = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+    ids, offsets, whose = list(found["input_ids"]), list(found["offset_mapping"]), found.sequence_ids()
+    while special and text and ids and whose[len(ids) - 1] is None:
+        ids.pop()
+    return ids, [(0, 0) if whose[at] is None else offsets[at] for at in range(len(ids))]

@@ -170,9 +170,10 @@ def check_rows(
         longest, new = max(range(len(prompts)), key=prompts.__getitem__), task.decoding.max_new_tokens
         if (left := limit - virtual - prompts[longest]) < new:
             fix = f"use --max-new-tokens {left}" if left > 0 else "shorten it"
+            beside = f" and {virtual} virtual ones" if virtual else ""
             raise TanzakuError(
-                f"{where(longest)} has a prompt of {prompts[longest]} tokens, and with {virtual} virtual and {new} new "
-                f"ones more than the model's {limit} positions; {fix}"
+                f"{where(longest)} has a prompt of {prompts[longest]} tokens{beside}, and with {new} new ones more "
+                f"than the model's {limit} positions; {fix}"
             )
     try:
         known = base.vocab_size
