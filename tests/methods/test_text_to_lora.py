@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import tanzaku as tz
-from close import HALF, assert_close, close
+from close import GRADIENT, HALF, assert_close, close
 from models import batch, tiny
 from tanzaku.core.manager import manager_of
 from tanzaku.methods.text_to_lora import LoraWriter
@@ -185,14 +185,15 @@ VECTORS = st.lists(st.floats(-3, 3, width=16), min_size=4, max_size=4)
 @settings(max_examples=8, deadline=None)
 @given(vector=VECTORS, kind=st.sampled_from(["llama", "bert", "t5", "gpt2"]))
 def test_a_written_lora_is_what_a_row_of_it_would_get(vector: list[float], kind: str) -> None:
-    """Among the tasks' own descriptions, and of a description that it has not seen."""
+    """Among the tasks' own descriptions, and of a description that it has not seen. Matrices that are written first
+    round otherwise than those of a row, in a T5 by more than a pass does."""
     model = tiny(kind)
     writer = described(model)
     expected = logits(model, ["t2l"] * 2, [1, 2])
     for task in (1, 2):
         lora = tz.write_lora(model, "t2l", THREE[task], f"own-{task}")
         assert lora.method.name == "lora"
-        assert_close(logits(model, [f"own-{task}"], rows=[task - 1]), expected[[task - 1]])
+        assert_close(logits(model, [f"own-{task}"], rows=[task - 1]), expected[[task - 1]], GRADIENT)
     tz.write_lora(model, "t2l", torch.tensor(vector))
     found = logits(model, ["t2l-lora"] * 2)
     with torch.no_grad():
@@ -202,13 +203,13 @@ def test_a_written_lora_is_what_a_row_of_it_would_get(vector: list[float], kind:
         writer.descriptions.add_(common - writer.descriptions.mean(0))
         moved = writer.descriptions[0].clone()
     tz.write_lora(model, "t2l", moved, "moved")
-    assert_close(logits(model, ["moved"] * 2), logits(model, ["t2l"] * 2, [0, 0]))
+    assert_close(logits(model, ["moved"] * 2), logits(model, ["t2l"] * 2, [0, 0]), GRADIENT)
     with torch.no_grad():
         writer.descriptions.copy_(torch.tensor(THREE))
-    assert_close(logits(model, ["t2l"] * 2, [1, 2]), expected)
+    assert_close(logits(model, ["t2l"] * 2, [1, 2]), expected, GRADIENT)
     if not close(torch.tensor(vector), torch.tensor(THREE[1])):
         tz.write_lora(model, "t2l", vector, "again")
-        assert_close(logits(model, ["again"] * 2), found)
+        assert_close(logits(model, ["again"] * 2), found, GRADIENT)
 
 
 def test_a_written_lora_is_one_as_any_other(tmp_path: Path, tokenizer: str) -> None:
