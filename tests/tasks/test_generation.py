@@ -93,10 +93,13 @@ def ours(task: Any, split: Any, model: Any) -> tuple[Any, Any, Any]:
     return batch.inputs["input_ids"], labels, loss / sum(example.weight for example in split.examples)
 
 
-@pytest.mark.parametrize("shape", ["pairs", "chats"])
+@pytest.mark.parametrize("shape", ["pairs", "chats", "text"])
 def test_rows_losses_and_gradients_are_those_of_trl(shape: str) -> None:
     if shape == "pairs":
         tokenizer, rows, theirs = tokenizer_of(), PAIRS, PAIRS
+    elif shape == "text":
+        tokenizer = tokenizer_of()
+        rows = theirs = [{"text": text} for text in TEXT]
     else:
         tokenizer = tokenizer_of((STOCK / "qwen2_5.jinja").read_text(encoding="utf-8"))
         rows = [{"messages": chat[-2:]} for chat in CHATS]
@@ -107,7 +110,7 @@ def test_rows_losses_and_gradients_are_those_of_trl(shape: str) -> None:
     (gradient,) = torch.autograd.grad(loss, weight)
     task, split = encoded(rows, tokenizer)
     own = ours(task, split, model.eval())
-    assert own[0].tolist() == ids.tolist() and own[1].tolist() == labels.tolist()
+    assert own[0].tolist() == ids.tolist() and own[1][:, 1:].tolist() == labels[:, 1:].tolist()
     assert_close(own[2], loss)
     assert_close(torch.autograd.grad(own[2], weight)[0], gradient, GRADIENT)
 
@@ -137,7 +140,7 @@ def test_stock_templates_that_mark_nothing(name: str) -> None:
         own, said = ("".join(text.split()) for text in (learnt(tokenizer, example).replace("¦", ""), said))
         # An answer before the last whose thoughts the stock template leaves out is not learnt without them.
         assert own == said or (name == "qwen3" and said.endswith(own) and "winter" in own)
-        assert example.weight == sum(label != IGNORED for label in example.about.labels)
+        assert example.weight == sum(label != IGNORED for label in example.about.labels[1:])
 
 
 def test_the_end_of_each_turn_is_learnt() -> None:
@@ -176,7 +179,9 @@ def test_shapes_of_conversations(rows: list[dict[str, Any]]) -> None:
 def test_plain_text_is_learnt_whole() -> None:
     tokenizer = tokenizer_of()
     task, split = encoded([{"text": "the warm rain"}], tokenizer)
-    assert learnt(tokenizer, split.examples[0]) == "the warm rain</s>"
+    [example] = split.examples
+    assert learnt(tokenizer, example) == "the warm rain</s>"
+    assert example.weight == example.length - 1, "nothing foretells the first token"
     assert not task.writes and [metric.name for metric in task.metrics] == ["loss", "perplexity", "token_accuracy"]
 
 

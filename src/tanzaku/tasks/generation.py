@@ -256,7 +256,7 @@ class Generation(Task):
             if targets is None:
                 examples.append(Example({"input_ids": asked}, about=Row(asked)))
                 continue
-            learnt = sum(label != _IGNORED for label in labels)
+            learnt = sum(label != _IGNORED for label in labels[1:])  # nothing foretells the first
             if not learnt and not (long and long[-1][0] == where and targets.too_long == "error"):
                 cut = f" in its first {max_length} tokens" if long and long[-1][0] == where else ""
                 raise TanzakuError(f"{where} has no token that is learnt{cut}; drop the row, or raise --max-length")
