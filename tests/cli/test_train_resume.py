@@ -255,7 +255,7 @@ def test_one_run_at_a_time(work: Path, whole: Path, tanzaku: Tanzaku) -> None:
         "tanzaku.train.step.SharedStep.__enter__",
     ],
 )
-@pytest.mark.parametrize("kill", [False, True])
+@pytest.mark.parametrize("kill", [True, pytest.param(False, marks=pytest.mark.product)])
 def test_the_same_command_works_again(work: Path, tanzaku: Tanzaku, verb: str, place: str, kill: bool) -> None:
     """Ctrl-C or a kill before anything was finished: the advice holds, and nothing is in the way."""
 

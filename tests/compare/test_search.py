@@ -392,7 +392,7 @@ def test_a_kill_at_any_write_changes_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("write", [5, 45])
+@pytest.mark.parametrize("write", [5, pytest.param(45, marks=pytest.mark.product)])
 def test_a_process_that_is_killed(tmp_path: Path, write: int) -> None:
     path = tmp_path / "s.db"
     code = f"""

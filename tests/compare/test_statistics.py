@@ -20,6 +20,7 @@ from tanzaku.tasks.classification import Classification
 from tanzaku.tasks.metrics import ACCURACY, ROC_AUC
 from tanzaku.tasks.task import LOSS, Metric, Statistics
 from task_data import labelled
+from tiers import costly
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -709,7 +710,8 @@ def split_told(gap: float, unsteady: float, seeds: int, times: int, metric: Metr
 
 
 @pytest.mark.parametrize(
-    ("unsteady", "seeds", "metric"), [(0, 3, ACCURACY), (0.3, 3, ROC_AUC), (0.5, 2, ACCURACY), (1.5, 2, LOSS)]
+    ("unsteady", "seeds", "metric"),
+    costly([(0, 3, ACCURACY), (0.3, 3, ROC_AUC)], [(0.5, 2, ACCURACY), (1.5, 2, LOSS)]),
 )
 def test_noise_of_a_split_is_rarely_told_apart(
     unsteady: float, seeds: int, metric: Metric, monkeypatch: pytest.MonkeyPatch

@@ -277,7 +277,7 @@ def test_a_cache_changes_no_token(name, kind):
             mask = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], 1)
 
 
-@pytest.mark.parametrize("kind", GENERATORS)
+@in_families("kind", GENERATORS)
 def test_adapters_write_differently(kind):
     """Routed rows differ from bare ones, or the equalities above would say little."""
     model = full_bamboo(kind, "lm")

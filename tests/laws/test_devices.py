@@ -96,7 +96,7 @@ def trained(device: str, jobs: list[Job], out: Path, **options) -> tuple[list[Jo
 
 
 @devices
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, pytest.param(True, marks=pytest.mark.product)])
 def test_candidates_end_as_they_end_alone(device, checkpointed, tmp_path):
     jobs = company(gradient_checkpointing=checkpointed)
     _, among = trained(device, jobs, tmp_path / "among")
