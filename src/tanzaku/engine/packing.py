@@ -130,6 +130,7 @@ class Packing(Acceleration):
                 with quiet(), self, self.batch(layout, Route.of([None])) if packed else nullcontext():
                     out = backbone(input_ids=ids, attention_mask=mask, **without_cache(self.base))
                 found.append(layout.rows.pack(out["last_hidden_state"].flatten(0, 1)).float())
+                del out
         except Exception:  # whatever a model may say to rows like these, it is computed as it is made
             return False
         finally:
