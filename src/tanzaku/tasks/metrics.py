@@ -55,9 +55,7 @@ def _macro_f1(records: Records) -> Statistics:
 
 def _roc_auc(records: Records) -> Statistics:
     """Of the probability of class 1 for two classes; beyond, the mean over classes of one against the rest, without the
-    classes that every row or no row belongs to.
-
-    """
+    classes that every row or no row belongs to."""
     probabilities, target = records["probabilities"], records["target"]
     classes = probabilities.shape[1]
     ones = [1] if classes == 2 else list(range(classes))
