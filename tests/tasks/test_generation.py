@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -336,3 +337,15 @@ def test_columns_that_may_be_missing() -> None:
     assert task.needs == ("instruction",)
     [example] = task.encode(Table({"instruction": ["Say it"]}, "rows"), "data", tokenizer, 400).examples
     assert "Say it<|im_end|>" in tokenizer.decode(example.inputs["input_ids"])
+
+
+def test_nothing_of_a_pass_is_kept() -> None:
+    """A step that runs out of memory is tried again with half of its rows, and needs what the first one had."""
+    model = tiny("llama", "lm")
+    kept: list[weakref.ref[torch.Tensor]] = []
+    model.model.norm.register_forward_hook(lambda module, args, output: kept.append(weakref.ref(output)))
+    ids = torch.randint(3, 120, (2, 7))
+    hidden = text_head(model).run({"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False})
+    hidden.losses(ids)[0].sum().backward()
+    del hidden
+    assert kept and not any(ref() is not None for ref in kept)

@@ -94,8 +94,8 @@ class TextHead:
         def keep(module: nn.Module, args: Any, output: Any) -> Any:
             hidden = output[0]
             found.append(hidden)
-            self._kind = output
-            return _with(output, hidden[:, :1])
+            self._kind = type(output)  # and not the output, with which a step's activations would stay
+            return _with(self._kind, hidden[:, :1])
 
         handle = self.backbone.register_forward_hook(keep)
         try:
@@ -229,9 +229,9 @@ class _Given(nn.Module):
         return self.__dict__["_output"]
 
 
-def _with(output: Any, hidden: Tensor) -> Any:
-    """A backbone's output with other hidden states, and nothing else of it."""
-    return (*output[:0], hidden) if isinstance(output, tuple) else type(output)(last_hidden_state=hidden)
+def _with(kind: Any, hidden: Tensor) -> Any:
+    """A backbone's output of this kind, with hidden states and nothing else."""
+    return (hidden,) if kind is tuple else kind(last_hidden_state=hidden)
 
 
 def _replaced(module: nn.Module, path: list[str], by: nn.Module) -> nn.Module:
