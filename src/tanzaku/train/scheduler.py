@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -34,11 +34,11 @@ from tanzaku.train.executor import Executor, kind_of_workers, number_of_workers
 from tanzaku.train.results import EpochRecord, Job, JobResult, Observer
 from tanzaku.train.sightings import Sightings
 from tanzaku.train.state import States
-from tanzaku.train.step import SharedStep
+from tanzaku.train.step import FAILURES, SharedStep, is_memory
+from tanzaku.train.texts import Texts
 from tanzaku.train.workers import Forked
 
 ROWS_PER_STEP = {"cuda": 32}  # where nothing is said; the processors of a PC are busy with half of that
-_FAILURES = (TanzakuError, RuntimeError, ValueError, MemoryError, ArithmeticError, LookupError, TypeError, OSError)
 _SPARE = 1.1  # a batch of several jobs needs a little more than they need alone: parts are put together in copies
 
 
@@ -377,7 +377,7 @@ class JobScheduler:
                     )
             if job.settings.tracker:
                 self._trackers[job.name] = self._tracker(job)
-        except _FAILURES as error:
+        except FAILURES as error:
             self.queue.remove(job)
             self.results[job.name] = result
             result.status, result.error = "failed", _line(error)
@@ -398,7 +398,7 @@ class JobScheduler:
         self.active_jobs[job.name], self.results[job.name] = active, result
         self.observer.job_started(job, result, active.steps)
         if active.finished:  # it was cut off between its last epoch and its end
-            self._guarded(self._finish, active)
+            self._finish([active])
         return True
 
     def _attached(self, job: Job) -> Adapter:
@@ -491,9 +491,9 @@ class JobScheduler:
         kept = [active.gradients() for active in active_jobs]
         try:
             trained, failure = self._step(active_jobs), None
-        except _FAILURES as error:
+        except FAILURES as error:
             # Only what it says is kept: the error itself holds the activations of all rows.
-            failure = (_line(error), _is_memory(error))
+            failure = (_line(error), is_memory(error))
         if failure is not None:
             for active, gradients in zip(active_jobs, kept, strict=True):
                 active.reset_gradients(gradients)
@@ -515,21 +515,20 @@ class JobScheduler:
             try:
                 if active.backward_done():
                     ended.append(active)
-            except _FAILURES as error:
+            except FAILURES as error:
                 self._end(active, "failed", _line(error))
         seconds, rows = time.monotonic() - began, sum(active.rows_done for active in trained)
         for active in trained:
             active.spend(self.share * seconds * active.rows_done / rows)
             if active.job.name in self.active_jobs:
                 self.observer.step_done(active.job, active.step, active.steps, active.last_loss)
-        for active in ended:
-            self._guarded(self._end_epoch, active)
+        self._end_epochs(ended)
 
     def _guarded(self, work: Callable[[ActiveJob], None], active: ActiveJob) -> None:
         """Where the work fails, the job ends."""
         try:
             work(active)
-        except _FAILURES as error:
+        except FAILURES as error:
             self._end(active, "failed", _line(error))
 
     def _parts(self, active_jobs: list[ActiveJob], too_large: bool) -> list[list[ActiveJob]]:
@@ -572,12 +571,27 @@ class JobScheduler:
                     active.accept(value)
         return fine
 
-    def _end_epoch(self, active: ActiveJob) -> None:
+    def _end_epochs(self, ended: Sequence[ActiveJob]) -> None:
+        """Jobs that have come to the end of an epoch, all of them at once."""
+        texts = self._texts(ended, "valid", sample=True)
+        for active in ended:
+            self._guarded(partial(self._end_epoch, texts), active)
+        self._finish([active for active in self._live(ended) if active.finished])
+
+    def _live(self, active_jobs: Sequence[ActiveJob]) -> list[ActiveJob]:
+        return [active for active in active_jobs if active.job.name in self.active_jobs]
+
+    def _texts(self, active_jobs: Sequence[ActiveJob], which: Literal["valid", "test"], sample: bool = False) -> Texts:
+        texts = Texts(self.step, which, sample)
+        # What a batch of several would need is not known: under a limit each writes alone.
+        return texts if self.room < float("inf") else texts.together(active_jobs, self.rows_per_step, self.share)
+
+    def _end_epoch(self, texts: Texts, active: ActiveJob) -> None:
         began = time.monotonic()
         valid: dict[str, float] = {}
         if active.data.valid is not None:
             active.records = self.step.records(active, active.data.valid)
-            valid = self.step.figures(active, active.data.valid, active.records)
+            valid = texts.figures(active, active.records)
         active.spend(self.share * (time.monotonic() - began))
         record = active.end_epoch(valid)
         if active.job.name in self._trackers:
@@ -588,14 +602,19 @@ class JobScheduler:
         if self.states is not None:
             self.states.keep(active)
         self.observer.epoch_done(active.job, record)
-        if active.finished:
-            self._finish(active)
 
-    def _finish(self, active: ActiveJob) -> None:
-        """The figures and the adapter of a job that has done its epochs."""
+    def _finish(self, done: Sequence[ActiveJob]) -> None:
+        """The figures and the adapters of jobs that have done their epochs."""
+        for active in done:
+            self._guarded(ActiveJob.restore_best, active)
+        done = self._live(done)
+        valid, test = self._texts(done, "valid"), self._texts(done, "test")
+        for active in done:
+            self._guarded(partial(self._close, valid, test), active)
+
+    def _close(self, valid: Texts, test: Texts, active: ActiveJob) -> None:
         began = time.monotonic()
-        active.restore_best()
-        self._judge(active)
+        self._judge(active, valid, test)
         active.spend(self.share * (time.monotonic() - began))
         if self.out is not None and active.job.save:
             where = Path("adapters") / active.job.name
@@ -612,19 +631,18 @@ class JobScheduler:
             active.result.adapter = where.as_posix()
         self._end(active, "done")
 
-    def _judge(self, active: ActiveJob) -> None:
+    def _judge(self, active: ActiveJob, valid: Texts, test: Texts) -> None:
         """Final figures of the weights as they are: the validation rows', and the test rows' where there are some."""
         task = active.data.task
         if active.data.valid is not None:
             if active.records is None:
                 active.records = self.step.records(active, active.data.valid)
-            active.records = self.step.written(active, active.data.valid, active.records)
+            active.records = valid.records(active, active.records)
             active.result.valid = task.figures(active.records)
             self._keep(active, active.records)
             active.task = task.chosen(active.records)
         if active.data.test is not None:
-            records = self.step.written(active, active.data.test, self.step.records(active, active.data.test))
-            records = active.task.decided(records)
+            records = active.task.decided(test.records(active, self.step.records(active, active.data.test)))
             self._keep(active, records)
             active.result.test = task.figures(records)
             active.result.test_intervals = intervals(task, records)
@@ -690,10 +708,6 @@ def _goes_with(active: ActiveJob, first: ActiveJob) -> bool:
     a, b = active.job.settings, first.job.settings
     same = (a.precision, a.gradient_checkpointing) == (b.precision, b.gradient_checkpointing)
     return same and active.job.method.shares_batch
-
-
-def _is_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _line(error: BaseException) -> str:

@@ -28,15 +28,18 @@ from tanzaku.core.survey import odd_dropouts, sees_padding
 from tanzaku.engine.accelerations import Accelerations
 from tanzaku.engine.memory import Need, bytes_needed
 from tanzaku.engine.names import AUTO
+from tanzaku.errors import TanzakuError
 from tanzaku.methods import METHODS
 from tanzaku.models import tree
 from tanzaku.models.families import Base
 from tanzaku.support.seeds import seed_of, seeded
+from tanzaku.tasks.decoding import Written
 from tanzaku.tasks.inference import Forward
-from tanzaku.tasks.task import Batch, Example, Records, Split, Task, joined, picked, subset
+from tanzaku.tasks.task import Batch, Example, Records, Split, Task, joined
 from tanzaku.train.active_job import ActiveJob
 from tanzaku.train.results import Job
 
+FAILURES = (TanzakuError, RuntimeError, ValueError, MemoryError, ArithmeticError, LookupError, TypeError, OSError)
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,6 +47,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The arithmetic of a forward pass, by the name it has in the settings."""
     kind = _AUTOCAST[precision]
     return torch.autocast(device.type, kind or torch.bfloat16, enabled=kind is not None)
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether it tells that there is too little memory."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 class SharedStep:
@@ -263,24 +271,18 @@ class SharedStep:
         batches = [[split.examples[row] for row in order[start : start + size]] for start in range(0, len(order), size)]
         return joined(self._evaluate(active, batches), order)
 
-    def figures(self, active: ActiveJob, split: Split, records: Records) -> dict[str, float]:
-        """Figures after an epoch: those of text are of what is written for some of the rows, spread over all."""
-        found, rows = self.task.figures(records), len(split)
-        if self.task.writes and (size := min(self.task.sample, rows)):
-            at = [number * rows // size for number in range(size)]
-            some = self.written(active, subset(split, at, split.name), picked(records, at))
-            found = {**self.task.figures(some), **{key: value for key, value in found.items() if value == value}}
-        return found
+    def write(self, active_jobs: Sequence[ActiveJob], split: Split, rows_per_step: int = 0) -> dict[str, list[Written]]:
+        """By job, what each one's adapter writes for the rows of a split, all of them in one batch of the base.
 
-    def written(self, active: ActiveJob, split: Split, records: Records) -> Records:
-        """The records of a split with what the job's adapter writes, where the task has that."""
-        if not self.task.writes:
-            return records
+        Args:
+            rows_per_step: of all jobs; each has as many as its settings want where that is less.
+        """
         self._mode(training=False)
-        settings = active.job.settings
+        settings = active_jobs[0].job.settings
+        size = max(1, max(rows_per_step, settings.eval_batch_size) // len(active_jobs))
         with autocast(self.device, settings.precision):
-            found = self.forward.write({active.job.name: split}, range(len(split)), settings.eval_batch_size)
-        return self.task.put(records, found[active.job.name])
+            splits = {active.job.name: split for active in active_jobs}
+            return self.forward.write(splits, range(len(split)), min(size, settings.eval_batch_size))
 
     @torch.no_grad()
     def _evaluate(self, active: ActiveJob, batches: Sequence[Sequence[Example]]) -> list[Records]:
