@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from cli_kit import Tanzaku, assert_refused, results_of
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
 import tanzaku as tz
 from tanzaku import tasks
@@ -312,3 +312,32 @@ def test_a_prompt_that_is_no_text(task: str, tanzaku: Tanzaku) -> None:
     Path("odd.jsonl").write_text('{"prompt": "a"}\n{"prompt": 5}\n', encoding="utf-8")
     said = tanzaku("predict", "run/adapters/lora", "--data", "odd.jsonl")
     assert_refused(said, "odd.jsonl row 2", "expected text")
+
+
+@pytest.mark.parametrize("task", ["generation"], indirect=True)
+def test_the_base_without_training_stands_beside_what_it_learns(task: str, tanzaku: Tanzaku, model_dir: Path) -> None:
+    said = tanzaku("compare", "recipe.yaml", "--folds", "2", "--workers", "1", "--out", "run")
+    assert said.code == 0, said.err
+    results = results_of(Path("run"))
+    base, metric = results["base"], results["design"]["metric"]
+    assert base["scores"].keys() == results["candidates"][0]["scores"].keys()
+    assert len(base["scores"][metric]) == results["design"]["runs"] == 2
+    assert base["comparison"]["a"] == "the base" or base["comparison"]["b"] == "the base"
+    assert "the base, not trained" in said.out and "Without training, the base has" in said.out
+    assert len(results["rows"]["base"]) == len(TEXTS) and set(base["test"]) == set(base["scores"])
+
+    # By transformers' own program: the base as it was given, one row at a time.
+    model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    rows = [json.loads(line) for line in Path("test.jsonl").read_text(encoding="utf-8").splitlines()]
+    for line, found in zip(rows, results["rows"]["base"], strict=True):
+        asked = tokenizer(line["prompt"], return_tensors="pt")["input_ids"]
+        out = model.generate(asked, max_new_tokens=3, do_sample=False, pad_token_id=0)[0, asked.shape[1] :]
+        assert found["text"] == tokenizer.decode(out, skip_special_tokens=True).strip()
+
+    state = Path("run/state/base.json")
+    state.write_text(
+        json.dumps({"predictions": [{**p, "text": "mild"} for p in json.loads(state.read_text())["predictions"]]})
+    )
+    said = tanzaku("compare", "--resume", "--out", "run")
+    assert said.code == 0 and results_of(Path("run"))["base"]["scores"]["exact_match"] != base["scores"]["exact_match"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tanzaku.compare.statistics import Comparison, Design, Ranking, Run, Scored, Standing, rank
-from tanzaku.compare.verdict import sentences
+from tanzaku.compare.verdict import against_base, sentences
 from tanzaku.tasks.classification import Classification
 from tanzaku.tasks.metrics import ACCURACY, ROC_AUC
 from tanzaku.tasks.task import LOSS
@@ -208,3 +208,23 @@ def test_every_candidate_is_spoken_of_once(seed: int) -> None:
     for name in ["six", "seven", *([] if everyone else set(names) - {ranking.best})]:
         about = [s for s in found if re.search(rf"\b{name}\b", s) and not s.startswith(("Of these", "Nothing"))]
         assert len(about) == 1, name
+
+
+def beside_base(best: Scored, base: Sequence[float], design: Design = FOLDS) -> str:
+    ranking = rank([best, folded("the base", base, 0)], design)
+    return against_base(ranking, ranking.comparisons[0], design)
+
+
+def test_the_base_without_training() -> None:
+    assert beside_base(LORA, 0.55 + NOISE[::-1]) == (
+        "Without training, the base has 0.550; lora is better by 0.321 to 0.379 (p below 0.001)."
+    )
+    assert beside_base(LORA, 0.95 + NOISE) == (
+        "Without training, the base has 0.950; lora is worse by 0.031 to 0.069 (p 0.002)."
+    )
+    assert re.fullmatch(
+        r"Without training, the base has 0\.895, and the data cannot tell lora from it \(p 0\.\d+\)\.",
+        beside_base(LORA, 0.895 - NOISE),
+    )
+    assert beside_base(once(LORA), [0.5]) == "Without training, the base has 0.500."
+    assert "no figure" in beside_base(LORA, [math.nan] * 5)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tanzaku.train.events import Event
 
 _STAGES = {
+    "base": "base: what it does without training",
     "search": "search: drawn settings, on one split",
     "measure": "measure: every candidate on every split and seed",
     "final": "final: the finalists on all rows",
@@ -217,6 +218,9 @@ class Live(Display):
                     f"{each['seconds']:.1f}",
                 ]
             )
+        if base := results["base"]:
+            tests = [_tested(base["test"], metric) for metric in tested]
+            rows.append(["-", "the base, not trained", _number(base["mean"]), *tests, "0", "-", "-"])
         tests = [f"test {metric.title}" for metric in tested]
         head = ["", "candidate", f"{self.word} (95%{of})", *tests, "trained parameters", "MiB", "seconds"]
         self.table(head, rows, right=range(2, len(head)))

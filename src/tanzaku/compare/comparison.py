@@ -22,8 +22,10 @@ from tanzaku.compare.flags import flags
 from tanzaku.compare.journal import Journal
 from tanzaku.compare.resamples import Resample, pooled, resamples
 from tanzaku.compare.search import Outcome, Search, direction, rungs, survivors
+from tanzaku.compare.statistics import Comparison as Pair
 from tanzaku.compare.statistics import Design, Ranking, Run, Scored, losses, rank
-from tanzaku.compare.verdict import sentences
+from tanzaku.compare.verdict import against_base, sentences
+from tanzaku.compare.zero_shot import ZeroShot, predicted
 from tanzaku.core.attach import activate, detach
 from tanzaku.engine.accelerations import Accelerations
 from tanzaku.files.writing import finite
@@ -31,7 +33,7 @@ from tanzaku.models.families import Base
 from tanzaku.recipe.comparison import CompareSettings, bytes_of
 from tanzaku.storage import store
 from tanzaku.tasks.inference import records_of
-from tanzaku.tasks.task import Metric, Split, Statistics, Task, TaskData, metric_named
+from tanzaku.tasks.task import Metric, Records, Split, Statistics, Task, TaskData, metric_named
 from tanzaku.train.events import Emitter, Event, Listener
 from tanzaku.train.results import Job
 from tanzaku.train.scheduler import JobScheduler, intervals
@@ -84,6 +86,7 @@ class Comparison:
         self.finalists: list[str] = []
         self.rows_per_step: int | None = None
         self.tested: dict[str, Any] = {}
+        self.zero_shot: ZeroShot | None = None
         self._jobs: dict[str, _Job] = {}  # of the stage under way, by name
 
     def run(self) -> None:
@@ -92,6 +95,7 @@ class Comparison:
         Raises:
             Interrupted: Ctrl-C.
         """
+        self._look_at_the_base()
         while self._wave():
             pass
         self.measured = [*self.candidates]
@@ -106,6 +110,22 @@ class Comparison:
         return {candidate.name for candidate in self.measured}
 
     # -- stages
+
+    def _look_at_the_base(self) -> None:
+        """Measure the base as it is, where it can do the task: first, so that it is seen at once."""
+        if not self.task.zero_shot:
+            return
+        if (kept := self.journal.kept("base")) is None:
+            self.events.emit("stage", stage="base", jobs=0, done=0)
+            each = [*self.candidates, *(corner for search in self.searched for corner in search.corners())][0].settings
+            with autocast(self.model.device, each.precision):
+                kept = {
+                    "predictions": predicted(
+                        self.model, self.task, self.resamples, self.data.pad_token_id, each.accelerations
+                    )
+                }
+            self.journal.keep_as("base", kept)
+        self.zero_shot = ZeroShot(self.task, self.resamples, kept["predictions"])
 
     def _wave(self) -> bool:
         """The next wave of every search, on the first split; False where none has one."""
@@ -207,17 +227,23 @@ class Comparison:
         there = [c for c in best if (self.out / ADAPTERS / c.name).is_dir()]
         if split is None:
             return out
+        base = self.zero_shot is not None  # goes with the first of them
         for precision in dict.fromkeys(c.settings.precision for c in there):
             group = [c for c in there if c.settings.precision == precision]
             for candidate in group:
                 store.load(self.model, self.out / ADAPTERS / candidate.name, candidate.name)
             with autocast(self.model.device, precision):
-                splits = {c.name: split for c in group}
+                splits: dict[str | None, Split] = {c.name: split for c in group}
+                if base:
+                    splits[None] = split
                 fast = Accelerations(Base.of(self.model), group[0].settings.accelerations)  # of all candidates alike
                 found = records_of(self.model, self.task, splits, self.data.pad_token_id, 8, fast)
             activate(self.model, None)
             for candidate in reversed(group):  # a later one may use an earlier one
                 detach(self.model, candidate.name)
+            if base:
+                base = False
+                out["base"] = {"predictions": self.task.predictions(found[None]), **self._figures(found[None])}
             for candidate in group:
                 own = self._chosen(candidate)
                 records = own.decided(found[candidate.name])
@@ -226,11 +252,14 @@ class Comparison:
                     "confusion": self.task.confusion(records),
                     "by_class": own.by_class(records),
                 }
-                if self.data.test is not None:
-                    figures["test"] = self.task.figures(records)
-                    figures["test_intervals"] = intervals(self.task, records)
-                out["figures"][candidate.name] = figures
+                out["figures"][candidate.name] = figures | self._figures(records)
         return out
+
+    def _figures(self, records: Records) -> dict[str, Any]:
+        """Of the test rows, where there are any."""
+        if self.data.test is None:
+            return {}
+        return {"test": self.task.figures(records), "test_intervals": intervals(self.task, records)}
 
     def _chosen(self, candidate: Candidate) -> Task:
         """The task with what was chosen for a finalist's adapter."""
@@ -368,7 +397,6 @@ class Comparison:
     def results(self) -> dict[str, Any]:
         """The part of results.json that the comparison fills, as far as it has come; docs/results.md says what."""
         design = self._statistics(self.metric)
-        failed = self._failed()
         names = [standing.name for standing in self.ranking.candidates] if self.ranking else []
         order = [*names, *(c.name for c in self.measured or self.candidates if c.name not in names)]
         by_name = {c.name: c for c in self.measured or self.candidates}
@@ -388,19 +416,10 @@ class Comparison:
                 "memory_limit_bytes": self.memory,
             },
             "candidates": [self._candidate(by_name[name]) for name in order],
-            "comparisons": [
-                {
-                    "a": pair.a,
-                    "b": pair.b,
-                    "difference": pair.difference,
-                    "interval": pair.interval,
-                    "p": pair.p,
-                    "p_adjusted": pair.p_adjusted,
-                }
-                for pair in (self.ranking.comparisons if self.ranking else ())
-            ],
+            "base": self._base(design),
+            "comparisons": [_pair_json(pair) for pair in (self.ranking.comparisons if self.ranking else ())],
             "verdict": {
-                "sentences": sentences(self.ranking, design, failed, self._tested()) if done else [],
+                "sentences": self._sentences(design) if done else [],
                 "best": self.ranking.best if self.ranking else None,
                 "tied": list(self.ranking.tied) if self.ranking else [],
                 "cheapest": self.ranking.cheapest if self.ranking else None,
@@ -408,6 +427,32 @@ class Comparison:
             "search": [self._searched(search) for search in self.searches],
             "rows": self._rows(),
             "jobs": [_job_json(record) for record in sorted(self.journal.jobs.values(), key=_place)],
+        }
+
+    def _sentences(self, design: Design) -> list[str]:
+        found = sentences(self.ranking, design, self._failed(), self._tested())
+        return [*found, against_base(*pair, design)] if (pair := self._against_base(design)) else found
+
+    def _against_base(self, design: Design) -> tuple[Ranking, Pair] | None:
+        """The base beside the best candidate."""
+        if self.zero_shot is None or self.ranking is None:
+            return None
+        best = next(each for each in self._all_scored(self.metric) if each.name == self.ranking.best)
+        return self.zero_shot.against(best, design, self._strata)
+
+    def _base(self, design: Design) -> dict[str, Any] | None:
+        """What the base has without training."""
+        if self.zero_shot is None:
+            return None
+        scored = {metric.name: self.zero_shot.scored(metric, self._strata) for metric in self.task.metrics}
+        pair = self._against_base(design)
+        tested = self.tested.get("base", {})
+        return {
+            "scores": {name: [run.value for run in each.runs] for name, each in scored.items()},
+            "mean": plain.fmean(run.value for run in scored[self.metric.name].runs),
+            "comparison": None if pair is None else _pair_json(pair[1]),
+            "test": tested.get("test"),
+            "test_intervals": tested.get("test_intervals"),
         }
 
     def _tested(self) -> float | None:
@@ -501,6 +546,7 @@ class Comparison:
             "texts": split.shown,
             "targets": [example.target for example in split.examples],
             "predictions": self.tested["predictions"],
+            "base": self.tested.get("base", {}).get("predictions"),
         }
 
 
@@ -549,6 +595,10 @@ def _place(record: Mapping[str, Any]) -> tuple[Any, ...]:
     """Of a job among all, whenever it was trained."""
     stage = ("search", "measure", "final").index(record["stage"])
     return stage, record["candidate"], record["repeat"], record["fold"], record["seed"]
+
+
+def _pair_json(pair: Pair) -> dict[str, Any]:
+    return {key: getattr(pair, key) for key in ("a", "b", "difference", "interval", "p", "p_adjusted")}
 
 
 def _job_json(record: Mapping[str, Any]) -> dict[str, Any]:

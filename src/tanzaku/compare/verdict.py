@@ -60,6 +60,26 @@ def sentences(
     return out + failures
 
 
+def against_base(ranking: Ranking, pair: Comparison, design: Design) -> str:
+    """What training has changed.
+
+    Args:
+        ranking: of the base, which trains nothing, and the best candidate; `pair` is of these two.
+    """
+    (base,) = (each for each in ranking.candidates if not each.trainable_parameters)
+    (best,) = (each for each in ranking.candidates if each.trainable_parameters)
+    if math.isnan(base.mean):
+        return f"The base without training has no figure: in a run, {design.metric.on_validation} was no number."
+    start = f"Without training, the base has {_number(base.mean)}"
+    if pair.p is None or math.isnan(pair.difference):
+        return f"{start}."
+    if not pair.told:
+        return f"{start}, and the data cannot tell {best.name} from it ({_p(pair.p, True)})."
+    sizes = sorted(map(abs, pair.interval)) if pair.interval else [abs(pair.difference)] * 2
+    better = "better" if ranking.best == best.name else "worse"
+    return f"{start}; {best.name} is {better} by {_range((sizes[0], sizes[1]))} ({_p(pair.p, True)})."
+
+
 def _best(best: Standing, runs: int, metric: str, alone: bool) -> str:
     metric = f"mean {metric}" if runs > 1 and not metric.startswith("mean ") else metric
     of = "other validation rows: " if best.of_rows else "95% interval "

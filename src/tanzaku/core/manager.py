@@ -176,3 +176,9 @@ def find_manager(model: nn.Module) -> AdapterManager | None:
     """The manager of a model that has adapters."""
     place = model._modules.get(tree.PLACE)
     return cast(AdapterManager, place.__dict__["manager"]) if isinstance(place, tree.Adapters) else None
+
+
+def base_of(model: nn.Module) -> Base:
+    """What is known of a model, with adapters or without."""
+    manager = find_manager(model)
+    return Base.of(model) if manager is None else manager.base

@@ -29,7 +29,7 @@ from transformers.generation import (
 from tanzaku.core import caches
 from tanzaku.core.adapter import Adapter
 from tanzaku.core.attach import route
-from tanzaku.core.manager import find_manager, manager_of
+from tanzaku.core.manager import base_of, find_manager, manager_of
 from tanzaku.core.positions import parameters, room
 from tanzaku.core.routing import Entry
 from tanzaku.core.tokens import entrance_of, sees_padding
@@ -154,8 +154,7 @@ class _Job:
 
     @property
     def base(self) -> Base:
-        manager = find_manager(self.model)
-        return Base.of(self.model) if manager is None else manager.base
+        return base_of(self.model)
 
     def adapters(self, entry: Entry) -> list[Adapter]:
         names = () if entry is None else (entry,) if isinstance(entry, str) else entry

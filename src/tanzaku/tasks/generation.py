@@ -330,6 +330,10 @@ class Generation(Task):
             "reference": [example.target for example in examples],
         }
 
+    @property
+    def zero_shot(self) -> bool:
+        return True
+
     # -- text that is written
 
     @property

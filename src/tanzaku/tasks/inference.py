@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from tanzaku.core.adapter import Adapter
 from tanzaku.core.attach import route
-from tanzaku.core.manager import find_manager, manager_of
+from tanzaku.core.manager import base_of, find_manager, manager_of
 from tanzaku.core.positions import room
 from tanzaku.core.routing import Entry
 from tanzaku.core.tokens import without_cache
@@ -21,6 +23,7 @@ from tanzaku.models.families import Base
 from tanzaku.tasks.decoding import Written, decode
 from tanzaku.tasks.task import Batch, Example, Records, Split, Task, joined, take
 
+E = TypeVar("E", str, str | None)  # an adapter; where None is one of them, it is the bare base
 WINDOW = 256  # rows that are sorted together: little padding, yet the first results come early
 
 
@@ -68,9 +71,9 @@ class Forward:
         return self.task.records(self(batch), batch)
 
     def write(
-        self, splits: Mapping[str, Split], rows: range, batch_size: int, numbers: Sequence[int] = ()
-    ) -> dict[str, list[Written]]:
-        """By adapter, what it writes for these rows.
+        self, splits: Mapping[E, Split], rows: range, batch_size: int, numbers: Sequence[int] = ()
+    ) -> dict[E, list[Written]]:
+        """By adapter (None: the bare base), what it writes for these rows.
 
         Args:
             numbers: of all rows, where they are not 0, 1, ...
@@ -80,7 +83,7 @@ class Forward:
         prompts: dict[Entry, list[Sequence[int]]] = {
             name: [self.task.prompt(example) for example in examples] for name, examples in some.items()
         }
-        found: dict[str, list[Written]] = {name: [] for name in splits}
+        found: dict[Any, list[Written]] = {name: [] for name in splits}
         for each in decode(
             self.model,
             prompts,
@@ -91,7 +94,7 @@ class Forward:
             context=[example.context for example in next(iter(some.values()))],
             numbers=numbers[rows.start : rows.stop] if numbers else rows,
         ):
-            found[str(each.entry)].append(each)
+            found[each.entry].append(each)
         return found
 
 
@@ -195,31 +198,31 @@ def window_of(batch_size: int) -> int:
 def records_of(
     model: PreTrainedModel,
     task: Task,
-    splits: Mapping[str, Split],
+    splits: Mapping[E, Split],
     pad_token_id: int,
     batch_size: int,
     accelerations: Accelerations | None = None,
-) -> dict[str, Records]:
-    """By adapter, the records behind :func:`predictions`, of all rows at once."""
+) -> dict[E, Records]:
+    """By adapter (None: the bare base), the records behind :func:`predictions`, of all rows at once."""
     rows = _number_of_rows(model, splits, batch_size)
-    fast = accelerations or Accelerations(manager_of(model).base)
+    fast = accelerations or Accelerations(base_of(model))
     return _records(Forward(model, task, pad_token_id), fast, splits, batch_size, range(rows))
 
 
-def _number_of_rows(model: PreTrainedModel, splits: Mapping[str, Split], batch_size: int) -> int:
+def _number_of_rows(model: PreTrainedModel, splits: Mapping[E, Split], batch_size: int) -> int:
     if batch_size < 1:
         raise TanzakuError(f"batch_size is {batch_size}, expected at least 1")
     if not splits:
         raise TanzakuError("no adapter to compute with; expected at least one and its rows")
     for name in splits:
-        manager_of(model).get(name)
-    sizes = {name: len(split) for name, split in splits.items()}
-    if len({*sizes.values()}) > 1:
-        found = listed(f"{size} for {name}" for name, size in sizes.items())
+        _adapter(model, name)
+    sizes = {len(split) for split in splits.values()}
+    if len(sizes) > 1:
+        found = listed(f"{len(split)} for {name or 'the base'}" for name, split in splits.items())
         raise TanzakuError(f"adapters in one pass need the same rows, found {found}")
-    if 0 in sizes.values():
+    if 0 in sizes:
         raise TanzakuError("there are no rows; expected at least one")
-    return sizes.popitem()[1]
+    return sizes.pop()
 
 
 def _each(tasks: Mapping[str, Task], windows: Iterator[dict[str, Records]]) -> Iterator[dict[str, Any]]:
@@ -247,15 +250,15 @@ def _check_finite(name: str, records: Records, before: int) -> None:
 def _records(
     forward: Forward,
     accelerations: Accelerations,
-    splits: Mapping[str, Split],
+    splits: Mapping[E, Split],
     batch_size: int,
     rows: range,
     numbers: Sequence[int] = (),
-) -> dict[str, Records]:
+) -> dict[E, Records]:
     """By adapter, the records of these rows, in their order."""
     task = forward.task
     targets = all(split.examples[rows.start].target is not None for split in splits.values())
-    found: dict[str, Records] = {name: {} for name in splits}
+    found: dict[E, Records] = {name: {} for name in splits}
     if targets or task.decoding is None:
         found = _passed(forward, accelerations, splits, batch_size, rows)
     if task.decoding is not None and (task.writes or not targets):
@@ -265,43 +268,50 @@ def _records(
 
 
 def _passed(
-    forward: Forward, accelerations: Accelerations, splits: Mapping[str, Split], batch_size: int, rows: range
-) -> dict[str, Records]:
+    forward: Forward, accelerations: Accelerations, splits: Mapping[E, Split], batch_size: int, rows: range
+) -> dict[E, Records]:
     """By adapter, the records of passes over these rows."""
     model = forward.model.eval()
-    manager = manager_of(model)
+    manager = find_manager(model)
     lengths = {name: [split.examples[row].length for row in rows] for name, split in splits.items()}
     longest = [max(of_row) for of_row in zip(*lengths.values(), strict=True)]
     order = sorted(range(len(rows)), key=lambda at: longest[at])
-    found: dict[str, list[Records]] = {name: [] for name in splits}
+    found: dict[E, list[Records]] = {name: [] for name in splits}
     for names in _passes(model, lengths):
         # One entry an adapter: a batch of as many rows for each repeats the entries in place, so groups are views.
-        with accelerations, route(model, names):
+        with accelerations, nullcontext() if manager is None else route(model, names):
             for start in range(0, len(order), batch_size):
                 at = order[start : start + batch_size]
                 batch = forward.batch([splits[name].examples[rows[i]] for name in names for i in at])
-                with accelerations.batch(batch, [manager.get(name) for name in names for _ in at], manager.route):
+                adapters = [_adapter(model, name) for name in names for _ in at]
+                with accelerations.batch(batch, adapters, None if manager is None else manager.route):
                     records = forward.records(batch)
                 for place, name in enumerate(names):
                     found[name].append(take(records, slice(place * len(at), (place + 1) * len(at))))
     return {name: joined(parts, order) for name, parts in found.items()}
 
 
-def _passes(model: PreTrainedModel, lengths: Mapping[str, list[int]]) -> Iterator[list[str]]:
+def _adapter(model: PreTrainedModel, entry: str | None) -> Adapter | None:
+    return None if entry is None else manager_of(model).get(entry)
+
+
+def _passes(model: PreTrainedModel, lengths: Mapping[E, list[int]]) -> Iterator[list[E]]:
     """Which adapters go through the base together, all that share a batch, have room for one and read no padding.
 
     Rows that are cut at different lengths are padded to the longest, and beside another adapter's virtual tokens these
     may be more than the model has positions for, though each adapter alone has room. Then only adapters with rows of
     the same lengths go together.
     """
-    manager = manager_of(model)
-    limit = room(manager.base)
-    shared = [name for name in lengths if manager.get(name).method.shares_batch and not manager.get(name).reads_padding]
-    alike: dict[tuple[int, ...], list[str]] = {}
+    limit, own = room(base_of(model)), {name: _adapter(model, name) for name in lengths}
+    shared = [
+        name for name, each in own.items() if each is None or (each.method.shares_batch and not each.reads_padding)
+    ]
+    alike: dict[tuple[int, ...], list[E]] = {}
     for name in shared:
         alike.setdefault(tuple(lengths[name]), []).append(name)
     if len(alike) > 1:
-        longest, lead = max(map(max, alike)), max(manager.get(name).before for name in shared)
+        longest = max(map(max, alike))
+        lead = max(0 if (each := own[name]) is None else each.before for name in shared)
         if limit is None or longest + lead <= limit:
             alike = {(): shared}
     yield from alike.values()

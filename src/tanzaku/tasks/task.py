@@ -372,6 +372,13 @@ class Task(ABC):
         """An adapter's records of other rows, with what they come to by what was chosen."""
         return records
 
+    # -- the bare base
+
+    @property
+    def zero_shot(self) -> bool:
+        """Whether a base does it without an adapter, by what it was pretrained for: a comparison measures that, too."""
+        return False
+
     # -- text that the model writes, where that is what it predicts
 
     @property
