@@ -19,13 +19,14 @@ from models import VOCAB, config_of, lively, with_parts
 from tanzaku.methods import METHODS
 from tanzaku.tasks import TASKS
 from tanzaku.tasks.classification import Classification
-from tanzaku.tasks.generation import Generation, Row
+from tanzaku.tasks.generation import Generation
 from tanzaku.tasks.multilabel import Multilabel
 from tanzaku.tasks.ordinal import Ordinal
 from tanzaku.tasks.regression import Regression
 from tanzaku.tasks.sampling import Decoding
 from tanzaku.tasks.task import Example, Split, Task, TaskData
 from tanzaku.tasks.tokens import Tokens
+from tanzaku.tasks.written import Row
 from tanzaku.train.results import Job
 from tanzaku.train.scheduler import train_jobs
 from tanzaku.train.settings import TrainSettings
@@ -47,7 +48,7 @@ EACH: dict[str, Task] = {
     "multilabel": Multilabel(("a", "b", "c")),
     "regression": Regression(10.0, 4.0),
     "tokens": Tokens(("x",), "words", True),
-    "generation": Generation("pairs", {"prompt": "prompt"}, Decoding(max_new_tokens=3), tokenizer=Numbers()),
+    "generation": Generation("pairs", {"prompt": "prompt"}, decoding=Decoding(max_new_tokens=3), tokenizer=Numbers()),
 }
 FAMILIES_OF = {name: ["llama"] if name == "generation" else ["llama", "bert"] for name in EACH}
 

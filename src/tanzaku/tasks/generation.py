@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import Field
 
-from tanzaku.errors import TanzakuError, flag, listed
-from tanzaku.support.lazy import Lazy
+from tanzaku.errors import TanzakuError, listed
 from tanzaku.tasks.cells import missing, short
 from tanzaku.tasks.conversations import (
     Reader,
@@ -23,25 +20,17 @@ from tanzaku.tasks.conversations import (
     shape_of,
     words_in,
 )
-from tanzaku.tasks.sampling import OVERRIDES, SAMPLING, Decoding, decoding_of
-from tanzaku.tasks.settings import DataSettings, Finding
-from tanzaku.tasks.task import LOSS, Batch, Column, Example, Metric, Records, Said, Split, Statistics, Task
+from tanzaku.tasks.sampling import Decoding
+from tanzaku.tasks.task import Batch, Example, Split
 from tanzaku.tasks.text import padded
-from tanzaku.tasks.text_metrics import Writing, text_metrics, writing_of
+from tanzaku.tasks.text_metrics import writing_of
+from tanzaku.tasks.written import IGNORED, Row, WrittenSettings, WrittenTask, check_lengths
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from tanzaku.engine.text_head import Hidden
     from tanzaku.tasks.data import Table
-    from tanzaku.tasks.decoding import Written
-else:
-    np = Lazy("numpy")
 
-_IGNORED = -100
-_GREEDY = Decoding()
 # By shape, what is read of a row: the first always, others where they are.
 _ROLES: Mapping[str, tuple[str, ...]] = {
     "pairs": ("prompt",),
@@ -51,10 +40,8 @@ _ROLES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-class GenerationSettings(DataSettings):
+class GenerationSettings(WrittenSettings):
     """Columns of prompts and completions, of conversations, of instructions, or of text."""
-
-    options: ClassVar[frozenset[str]] = frozenset({"too_long", "max_new_tokens", "sample"})
 
     prompt: str = Field(default="prompt", min_length=1, description="column of what is written on from")
     completion: str = Field(default="completion", min_length=1, description="column of what is to be written")
@@ -66,86 +53,24 @@ class GenerationSettings(DataSettings):
     output: str = Field(default="output", min_length=1, description="column of answers to instructions")
     system: str = Field(default="system", min_length=1, description="column of what stands before a conversation")
     text: str = Field(default="text", min_length=1, description="column of text that is learnt whole")
-    too_long: Literal["error", "cut"] = Field(
-        default="error", description="rows of more than max_length tokens: stop, or leave out what is behind"
-    )
-    max_new_tokens: int = Field(default=64, ge=1, description="tokens that are written for a prompt at most")
-    sample: int = Field(default=16, ge=1, description="validation rows that are written for after each epoch")
-
-
-# -- metrics
-
-
-def _perplexity(records: Records) -> Statistics:
-    rows = np.stack([records["loss"], records["weight"]], axis=1)
-    return Statistics(rows, lambda sums: np.exp(np.minimum(sums[0] / sums[1], 700.0)))
-
-
-def _token_accuracy(records: Records) -> Statistics:
-    return Statistics(np.stack([records["right"], records["weight"]], axis=1), lambda sums: sums[0] / sums[1])
-
-
-def _if_written(statistics: Any, records: Records) -> Statistics:
-    """Of a metric of text that was written: no number where none was."""
-    texts = records.get("text")
-    if texts is None or any(text is None for text in texts):
-        return Statistics(np.full((len(records["weight"]), 1), math.nan), lambda sums: sums[0])
-    found: Statistics = statistics(records)
-    return found
-
-
-def _of_text(metric: Metric) -> Metric:
-    return replace(metric, statistics=partial(_if_written, metric.statistics))
-
-
-PERPLEXITY = Metric("perplexity", "perplexity", "lower", (1.0, math.inf), _perplexity)
-TOKEN_ACCURACY = Metric("token_accuracy", "token accuracy", "higher", (0.0, 1.0), _token_accuracy)
-
-
-def _metrics(writing: Writing, shape: Shape = "pairs") -> tuple[Metric, ...]:
-    """Text that is learnt whole has nothing that what is written could be compared with."""
-    texts = () if shape == "text" else text_metrics(writing)
-    return (LOSS, PERPLEXITY, TOKEN_ACCURACY, *map(_of_text, texts))
 
 
 @dataclass(frozen=True)
-class Row:
-    """What is known of a row beside its tokens: those that are written on from, and what is learnt (-100: nothing)."""
-
-    asked: Sequence[int]
-    labels: Sequence[int] = ()
-
-
-@dataclass(frozen=True)
-class Generation(Task):
+class Generation(WrittenTask):
     """Text that is written on from a prompt. The loss is of completions alone, and of all tokens of plain text.
 
     Args:
         shape: of the rows. read: by role, the names of the columns that are read.
-        decoding: how text is written. writing: of the references, which decides how BLEU and ROUGE-L cut them.
-        sample: rows that are written for after each epoch.
     """
 
     shape: Shape
     read: Mapping[str, str]
-    decoding: Decoding = _GREEDY
-    writing: Writing = "latin"
-    sample: int = 16
-    tokenizer: Any = field(default=None, compare=False, repr=False)
 
     name = "generation"
     summary = "text that follows a prompt"
     auto_class = "AutoModelForCausalLM"
     peft_type = "CAUSAL_LM"
-    metrics = _metrics("latin")
-    rank_by = "chrf"
     Data = GenerationSettings
-    overrides = OVERRIDES
-    reading = ()
-    answer_keys = ("predicted",)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "metrics", _metrics(self.writing, self.shape))
 
     # -- rows
 
@@ -153,7 +78,7 @@ class Generation(Task):
     def learn(cls, tables: Mapping[str, Table], data: Any) -> Generation:
         shape = shape_of(tables["train"], data)
         read = _columns(tables["train"], data, shape)
-        task = cls(shape, read, Decoding(max_new_tokens=data.max_new_tokens), sample=data.sample)
+        task = cls(shape, read, decoding=Decoding(max_new_tokens=data.max_new_tokens), sample=data.sample)
         references: list[str] = []
         for table in tables.values():
             if not len(table):
@@ -196,10 +121,6 @@ class Generation(Task):
             return str(said[-1]) if said else ""
         return str(cells["text"] if self.shape == "text" else answer)
 
-    @classmethod
-    def findings(cls, tables: Mapping[str, Table], data: Any) -> Iterator[Finding]:
-        yield from ()
-
     @property
     def reads(self) -> tuple[str, ...]:
         return tuple(self.read.values())
@@ -234,9 +155,6 @@ class Generation(Task):
         found = tokenizer(list(values), add_special_tokens=False, verbose=False)["input_ids"] if values else []
         return [bool(ids) for ids in found]
 
-    def told_by(self, tokenizer: PreTrainedTokenizerBase) -> Generation:
-        return replace(self, tokenizer=tokenizer)
-
     def encode(
         self, table: Table, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int, targets: Any = None
     ) -> Split:
@@ -256,22 +174,17 @@ class Generation(Task):
             if targets is None:
                 examples.append(Example({"input_ids": asked}, about=Row(asked)))
                 continue
-            learnt = sum(label != _IGNORED for label in labels[1:])  # nothing foretells the first
+            learnt = sum(label != IGNORED for label in labels[1:])  # nothing foretells the first
             if not learnt and not (long and long[-1][0] == where and targets.too_long == "error"):
                 cut = f" in its first {max_length} tokens" if long and long[-1][0] == where else ""
                 raise TanzakuError(f"{where} has no token that is learnt{cut}; drop the row, or raise --max-length")
             examples.append(Example({"input_ids": ids}, row.reference, float(max(learnt, 1)), about=Row(asked, labels)))
-        if long and targets is not None and targets.too_long == "error":
-            most = max(size for _, size in long)
-            raise TanzakuError(
-                f"{len(long)} of {len(examples)} rows of {table.source} have more than {max_length} tokens, the first "
-                f"{long[0][0].rpartition(' row ')[2]} with {long[0][1]}: use --max-length {most}, or --too-long cut to "
-                "leave out what is behind"
-            )
+        if targets is not None and targets.too_long == "error":
+            check_lengths(long, len(examples), table.source, max_length)
         return Split(name, examples, texts, len(long), table.source)
 
     def learnt(self, example: Example) -> list[bool]:
-        return [label != _IGNORED for label in example.about.labels]
+        return [label != IGNORED for label in example.about.labels]
 
     def _rendered(self, reader: Reader, cells: dict[str, Any], answer: Any, where: str, learnt: bool) -> Rendered:
         if self.shape == "pairs":
@@ -295,44 +208,10 @@ class Generation(Task):
         if all(example.target is None for example in examples):
             return Batch.of(inputs, {}, examples)
         # A token's target is its successor.
-        goals = torch.full_like(inputs["input_ids"], _IGNORED)
+        goals = torch.full_like(inputs["input_ids"], IGNORED)
         for row, example in enumerate(examples):
             goals[row, : example.length - 1] = torch.tensor(example.about.labels[1:], dtype=torch.int64)
         return Batch.of(inputs, {"goals": goals}, examples)
-
-    # -- the model
-
-    def model_settings(self) -> dict[str, Any]:
-        return {}
-
-    def check_model(self, config: Any) -> None:
-        pass
-
-    def run(self, model: Any, inputs: dict[str, Any]) -> Hidden:
-        from tanzaku.engine.text_head import text_head
-
-        return text_head(model).run(inputs)
-
-    def score(self, outputs: Hidden, batch: Batch) -> Tensor:
-        return outputs.losses(batch.targets["goals"])[0].sum(dim=1)
-
-    def records(self, outputs: Hidden, batch: Batch) -> Records:
-        losses, right = outputs.losses(batch.targets["goals"])
-        return {
-            "loss": losses.detach().double().sum(dim=1).cpu().numpy(),
-            "right": right.sum(dim=1).cpu().numpy().astype(float),
-            **self._judged(batch.examples),
-        }
-
-    def _judged(self, examples: Sequence[Example]) -> Records:
-        return {
-            "weight": np.array([example.weight for example in examples]),
-            "reference": [example.target for example in examples],
-        }
-
-    @property
-    def zero_shot(self) -> bool:
-        return True
 
     # -- text that is written
 
@@ -348,74 +227,18 @@ class Generation(Task):
         name = "messages" if converses else "prompt"
         return replace(self, shape="chat" if converses else "pairs", read={name: name})
 
-    def prompt(self, example: Example) -> Sequence[int]:
-        asked: Sequence[int] = example.about.asked
-        return asked
-
-    def put(self, records: Records, written: Sequence[Written]) -> Records:
-        return {**records, "text": [each.text(self.tokenizer, self.decoding.stop).strip() for each in written]}
-
-    # -- figures
-
-    @property
-    def beside(self) -> tuple[str, ...]:
-        return ("exact_match", "perplexity") if self.writes else ("perplexity",)
-
-    @property
-    def held(self) -> tuple[str, ...]:
-        return ()
-
-    # -- predictions
-
-    def predictions(self, records: Records) -> list[Any]:
-        """Of each row, {"text": what was written or null, "loss": the sum over its tokens, "right": tokens}."""
-        rows = len(next(iter(records.values())))
-        texts = records.get("text") or [None] * rows
-        out: list[Any] = [{"text": text} for text in texts]
-        if "loss" in records:
-            for each, loss, right in zip(out, records["loss"].tolist(), records["right"].tolist(), strict=True):
-                each |= {"loss": float(f"{loss:.9g}"), "right": int(right)}
-        return out
-
-    def recorded(self, predictions: Sequence[Any], examples: Sequence[Example]) -> Records:
-        losses = [math.nan if row.get("loss") is None else row["loss"] for row in predictions]
-        return {
-            "loss": np.array(losses, dtype=float),
-            "right": np.array([row.get("right", math.nan) for row in predictions], dtype=float),
-            "text": [row["text"] for row in predictions],
-            **self._judged(examples),
-        }
-
-    def truth(self, example: Example) -> str:
-        return str(example.target)
-
-    def said(self, prediction: Any, example: Example) -> Said:
-        text = prediction["text"]
-        return Said("–" if text is None else text, None, None if text is None else text == example.target)
-
-    def columns(self) -> list[Column]:
-        return [Column("predicted", "text")]
-
-    def cells(self, prediction: Any) -> list[Any]:
-        return [prediction["text"]]
-
-    def answer(self, prediction: Any) -> dict[str, Any]:
-        return {"predicted": prediction["text"]}
-
     # -- files and tables
 
     def to_json(self) -> dict[str, Any]:
         return {
             "shape": self.shape,
             "read": dict(self.read),
-            "max_new_tokens": self.decoding.max_new_tokens,
-            **({"sampling": sampling} if (sampling := self.decoding.sampling) else {}),
-            "writing": self.writing,
+            **super().to_json(),
         }
 
     @classmethod
     def from_json(cls, about: Mapping[str, Any], where: str) -> Generation:
-        shape, read, writing = (about.get(key) for key in ("shape", "read", "writing"))
+        shape, read = about.get("shape"), about.get("read")
         if shape not in _ROLES:
             raise TanzakuError(f"{where}shape is {short(shape)}, expected {listed(_ROLES)}")
         roles = _ROLES[cast(Shape, shape)]
@@ -423,38 +246,17 @@ class Generation(Task):
             raise TanzakuError(f"{where}read is {short(read)}, expected names of columns by {listed(roles)}")
         if not all(isinstance(name, str) for name in read.values()):
             raise TanzakuError(f"{where}read is {short(read)}, expected names of columns")
-        if writing not in get_args(Writing):
-            raise TanzakuError(f"{where}writing is {short(writing)}, expected {listed(get_args(Writing))}")
-        sampling = about.get("sampling", {})
-        if not isinstance(sampling, dict) or not sampling.keys() <= SAMPLING.keys():
-            raise TanzakuError(f"{where}sampling is {short(sampling)}, expected settings by {listed(SAMPLING)}")
-        settings = {"max_new_tokens": about.get("max_new_tokens"), **sampling}
-        decoding = decoding_of(settings, lambda key: f"{where}{'sampling.' if key in SAMPLING else ''}{key}")
-        return cls(cast(Shape, shape), read, decoding, cast(Writing, writing))
-
-    @classmethod
-    def overruled(cls, asked: Mapping[str, Any], about: Mapping[str, Any], path: Any) -> dict[str, Any]:
-        found = super().overruled(asked, about, path)
-        decoding_of(found, flag)
-        sampling = {key: found.pop(key) for key in SAMPLING if key in found}
-        kept = about.get("sampling", {})
-        return {**found, "sampling": {**kept, **sampling}} if sampling and isinstance(kept, dict) else found
+        return cls(cast(Shape, shape), read, **cls.how(about, where))
 
     @classmethod
     def of_base(cls, config: Any, width: int | None, asked: Mapping[str, Any], path: str, base: str) -> Generation:
-        own = {key: asked[key] for key in cls.overrides if key in asked}
-        return cls("pairs", {"prompt": "prompt"}, decoding_of(own, flag))
+        return cls("pairs", {"prompt": "prompt"}, decoding=cls.asked_for(asked))
 
     def describe(self) -> str:
         return {"pairs": "completions", "chat": "answers", "instructions": "answers", "text": "text"}[self.shape]
 
     def answers(self) -> str:
         return "It writes text that follows a prompt."
-
-    @classmethod
-    def table_of(cls, tables: Mapping[str, Table], data: Any) -> tuple[list[str], list[list[str]]]:
-        sizes = [[len(each) for each in cls.targets(table, data)] for table in tables.values()]
-        return ["rows"], [["to be written", *(f"{len(each):,}" for each in sizes)]]
 
 
 def _columns(table: Table, data: Any, shape: Shape) -> dict[str, str]:
@@ -486,7 +288,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, row: Rendered) -> tuple[list[int
     has by itself, so that it is asked as it was learnt."""
     asked, _ = _encoded(tokenizer, row.text[: row.prompt], row.special)
     if not row.learnt:
-        return asked, [_IGNORED] * len(asked), asked
+        return asked, [IGNORED] * len(asked), asked
     edges = sorted({0, len(row.text), *(first for first, _ in row.learnt)})
     ids, offsets = _encoded(tokenizer, row.text, row.special)
     if ids[: len(asked)] != asked or any(start < edge < end for start, end in offsets for edge in edges):
@@ -498,7 +300,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, row: Rendered) -> tuple[list[int
             offsets += [(first + start, first + end) for start, end in own]
         asked = ids[: sum(end <= row.prompt for _, end in offsets)]
     learnt = [end > start and any(a <= start and end <= b for a, b in row.learnt) for start, end in offsets]
-    return ids, [token if own else _IGNORED for token, own in zip(ids, learnt, strict=True)], asked
+    return ids, [token if own else IGNORED for token, own in zip(ids, learnt, strict=True)], asked
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
