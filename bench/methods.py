@@ -44,11 +44,15 @@ SETTINGS: Mapping[str, dict[str, Any]] = {
     "trainable_tokens": {"token_indices": [*range(10, 30)]},
     "vblora": {"vector_length": 128},
 }
+PARTS = ("part-0", "part-1", "part-2")  # LoRA adapters that those are made of which are made of others
 ROUNDS = {1: 9, 8: 5}
 
 
 def ours(model: PreTrainedModel, name: str, adapters: int = 1) -> Stepper:
     """Tanzaku's step of so many adapters, which share its rows out."""
+    if METHODS[name].uses_others:
+        for at, part in enumerate(PARTS):
+            tz.attach(model, tz.LoRA(), part, seed=100 + at)
     made = [tz.attach(model, method(name), f"bench-{at}", seed=at) for at in range(adapters)]
     for adapter in made:
         adapter.method.prepare(adapter, STEPS)
@@ -103,7 +107,8 @@ def theirs(model: PreTrainedModel, name: str) -> Stepper:
 
 
 def method(name: str) -> tz.Method:
-    return METHODS[name].from_settings(dict(SETTINGS.get(name, {})))
+    parts = {"adapters": [*PARTS]} if METHODS[name].uses_others else {}
+    return METHODS[name].from_settings({**SETTINGS.get(name, {}), **parts})
 
 
 def in_turns(steppers: Mapping[str, Stepper], rows: int) -> dict[str, float]:
@@ -132,7 +137,7 @@ def peak(stepper: Stepper) -> float:
 def row_of(name: str, model: PreTrainedModel) -> str:
     """A line of the table."""
     one = {"ours": ours(copy.deepcopy(model), name)}
-    if METHODS[name].in_peft:
+    if METHODS[name].in_peft and not METHODS[name].uses_others:  # PEFT reads parts from directories alone
         try:
             one["theirs"] = theirs(copy.deepcopy(model), name)
         except Exception:  # whatever PEFT says of a model that it has no such method for
