@@ -209,8 +209,9 @@ def table(arguments: Sequence[str]) -> None:
         names = [BESIDE, *(name for name in asked if name != BESIDE)]
         out.mkdir(parents=True, exist_ok=True)
         with locked(out):
+            bench = Bench(options, out)
             _begin(out, options)
-            _run(names, Bench(options, out), options.minutes)
+            _run(names, bench, options.minutes)
             _print(out, names, options)
     except TanzakuError as error:
         sys.exit(f"bench: {error}")
