@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
 import math
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from tanzaku.tasks.text_metrics import (
     ROUGE_L,
     ROUGE_L_CHARACTERS,
     VALID_JSON,
+    metric_from,
     user_metric,
     writing_of,
 )
@@ -228,9 +231,11 @@ def test_a_users_own_function_is_a_metric(tmp_path: Path) -> None:
         def length_ratio(text, reference):
             assert isinstance(text, str) and isinstance(reference, str)
             return np.float32(Ratio(len(text) / len(reference)).value)
+
+        length_ratio.better, length_ratio.bounds = "lower", (0, float("inf"))
     """
     written(tmp_path, "\n".join(line[8:] for line in code.splitlines()))
-    metric = user_metric("mine.py:length_ratio", tmp_path, better="lower", bounds=(0.0, math.inf))
+    metric = user_metric("mine.py:length_ratio", tmp_path)
     assert (metric.name, metric.title, metric.sign, metric.bounded) == ("length_ratio", "length ratio", -1, False)
     found = metric.statistics(RECORDS)
     assert found.value() == pytest.approx((1 + 1 + 3) / 3)
@@ -238,19 +243,63 @@ def test_a_users_own_function_is_a_metric(tmp_path: Path) -> None:
     assert found.drawn(counts) == pytest.approx([1.0, (1 + 3 + 3) / 3])
     again = pickle.loads(pickle.dumps(metric))  # as another process has it
     assert again == metric and again.statistics(RECORDS).value() == found.value()
+    told = metric_from(json.loads(json.dumps(metric.to_json())), "")
+    assert replace(told, statistics=metric.statistics) == metric and told.to_json() == metric.to_json()
+    with pytest.raises(TanzakuError, match="length_ratio is a function of whoever trained, and is not run again"):
+        told.statistics(RECORDS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "a b"},
+        {"name": 3},
+        {"better": "more"},
+        {"bounds": [1, 0]},
+        {"bounds": None},
+        {"file": 1},
+        {"sha256": 0},
+    ],
+)
+def test_what_a_file_says_of_a_metric_is_checked(change: dict[str, Any]) -> None:
+    about = {"name": "f", "better": "lower", "bounds": [0, None], "file": "mine.py", "sha256": "00"}
+    assert metric_from(about, "").bounds == (0.0, math.inf)
+    with pytest.raises(TanzakuError, match=r"^tanzaku.json: measured is .*, expected name, better"):
+        metric_from({**about, **change}, "tanzaku.json: ")
+
+
+def test_a_file_that_changes_during_a_run_is_noticed(tmp_path: Path) -> None:
+    """In another process, say, that loads it later."""
+    path = written(tmp_path, "def f(text, reference): return 1.0")
+    first = user_metric("mine.py:f", tmp_path)
+    path.write_text("def f(text, reference): return 2.0", encoding="utf-8")
+    assert user_metric("mine.py:f", tmp_path).statistics(RECORDS).value() == 2.0
+    text_metrics._loaded.cache_clear()
+    with pytest.raises(TanzakuError, match=r"mine\.py has changed since the run began"):
+        first.statistics(RECORDS)
 
 
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("def f(text, reference):\n    raise KeyError('no\\nsuch')", r"f of mine\.py raised KeyError: .* at row 1$"),
-        ("def f(text, reference):\n    return 1 / (len(text) - 2)", "raised ZeroDivisionError: .* at row 2$"),
-        ("def f(text):\n    return 1.0", "raised TypeError: .*takes 1 positional argument.* at row 1$"),
-        ("def f(text, reference):\n    return None", r"returned None \(NoneType\) at row 1, expected a number"),
+        (
+            "def f(text, reference):\n    raise KeyError('no\\nsuch')",
+            r"f of mine\.py raised KeyError: .* \(line 2\) at row 1, of",
+        ),
+        (
+            "def f(text, reference):\n    return 1 / (len(text) - 2)",
+            r"\(line 2\) at row 2, of the text 'bb' and the reference 'yy'$",
+        ),
+        ("def f(text):\n    return 1.0", "raised TypeError: .*takes 1 positional argument.* at row 1, of"),
+        ("def f(text, reference):\n    return None", r"returned None \(NoneType\) at row 1, .*; expected a number"),
         ("def f(text, reference):\n    return [1.0]", r"returned \[1.0\] \(list\) at row 1"),
         ("def f(text, reference):\n    return float('nan') if len(text) > 2 else 1", "returned nan at row 3"),
-        ("def f(text, reference):\n    return float('inf')", "returned inf at row 1, expected a finite number"),
+        ("def f(text, reference):\n    return float('inf')", "returned inf at row 1, .*; expected a finite number"),
         ("def f(text, reference):\n    return '1'", r"returned '1' \(str\)"),
+        (
+            "def f(text, reference):\n    return len(text)\nf.bounds = (0, 2)",
+            "returned 3 at row 3, .*; expected 0 to 2, its",
+        ),
     ],
 )
 def test_what_a_users_function_does_wrong_is_told(tmp_path: Path, code: str, message: str) -> None:
@@ -271,15 +320,19 @@ def test_what_a_users_function_does_wrong_is_told(tmp_path: Path, code: str, mes
         ("mine.txt:f", r"mine\.txt is no Python file"),
         ("mine.py:similarty", r"has no function similarty \(did you mean 'similarity'\?\); it has similarity"),
         ("mine.py:number", "has no function number"),
-        ("mine.py:chrf", "chrf is a metric already, as are loss, chrf, bleu.*; rename the function"),
+        ("mine.py:chrf", "chrf is a metric already, as are loss, .*bleu.*; rename the function"),
         ("broken.py:f", r"broken\.py cannot be run: SyntaxError"),
         ("failing.py:f", r"failing\.py cannot be run: ModuleNotFoundError: No module named 'nothing_of_the_kind'"),
         ("leaving.py:f", r"leaving\.py cannot be run: SystemExit: 3"),
         ("folder.py:f", r"folder\.py is a directory; expected a file"),
+        ("mine.py:least", "least.better is 'less', expected 'higher' or 'lower'"),
+        ("mine.py:wide", r"wide.bounds is \(1, 0\), expected two numbers, as in \(0, 1\)"),
     ],
 )
 def test_a_function_that_is_not_there_is_told_at_once(tmp_path: Path, named: str, message: str) -> None:
-    written(tmp_path, "number = 3\ndef similarity(text, reference): return 1.0\ndef chrf(a, b): return 1.0")
+    code = "number = 3\ndef similarity(text, reference): return 1.0\ndef chrf(a, b): return 1.0\n"
+    code += "def least(a, b): return 1.0\ndef wide(a, b): return 1.0\nleast.better = 'less'\nwide.bounds = (1, 0)"
+    written(tmp_path, code)
     for name, code in {"broken": "def f(:", "failing": "import nothing_of_the_kind", "leaving": "exit(3)"}.items():
         (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
     (tmp_path / "folder.py").mkdir()

@@ -114,7 +114,8 @@ def begin(run: Sitting, journal: Journal, model: PreTrainedModel, data: TaskData
     from tanzaku.train.state import base_checksum, checksum
 
     about = run.about(data)
-    now = {"rows": checksum(data), "base model": base_checksum(model)}
+    now = {f"file of {metric.name}": metric.sha256 for metric in run.recipe.own_metrics}
+    now |= {"rows": checksum(data), "base model": base_checksum(model)}
     now |= {f"adapter of {name}": digest for name, digest in run.starts.items()}
     if not resume:
         clear(run.out)
@@ -167,6 +168,7 @@ def _anywhere(recipe: Recipe) -> dict[str, Any]:
     for entry in raw["methods"]:
         if "init_from" in entry:
             entry["init_from"] = str(Path(entry["init_from"]).expanduser().resolve())
+    raw["measure"] = [str(Path(each).expanduser().absolute()) for each in recipe.measure]
     for key in ("train", "valid", "test"):
         if raw["data"][key] and Path(raw["data"][key]).exists():
             raw["data"][key] = str(Path(raw["data"][key]).resolve())

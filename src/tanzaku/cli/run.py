@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
@@ -81,11 +81,10 @@ class Sitting:
         from tanzaku.cli.rows import show_rows
         from tanzaku.compare.resamples import resamples
         from tanzaku.models.loading import load_for, load_tokenizer
-        from tanzaku.tasks.prepare import encode
 
         recipe = self.recipe
         tokenizer = load_tokenizer(recipe.model.name, on_progress=display.say)
-        data = encode(self.tables, tokenizer, recipe.train.max_length)
+        data = _encoded(recipe, self.tables, tokenizer)
         display.data(data, recipe.train.max_length)
         # What is learnt of a text is easily not what was meant.
         show = int(data.task.decoding is not None) if self.show is None else self.show
@@ -146,15 +145,26 @@ def rehearse(command: str, recipe: Recipe, methods: Sequence[Tried], show: int |
     from tanzaku.cli.card import show_card
     from tanzaku.compare.resamples import resamples
     from tanzaku.models.loading import outline_for
-    from tanzaku.tasks.prepare import encode
 
     device, folded = _check_settings(command, recipe, methods)
     tables = show_card(recipe.kind, recipe.data, recipe.model.name, recipe.train.max_length, folded, show)
     model, tokenizer = outline_for(recipe.model, tables.task)
-    data = encode(tables, tokenizer, recipe.train.max_length)
+    data = _encoded(recipe, tables, tokenizer)
     if command != "train":
         resamples(data, recipe.compare.design(data.valid is not None), recipe.train.seed)
     _check_fit(model, methods, data, recipe.train.max_length, device)
+
+
+def _encoded(recipe: Recipe, tables: Tables, tokenizer: Any) -> TaskData:
+    """The rows as tokens, and their task with the metrics of the recipe, whose functions are called for a row: what
+    they do wrong shall not come out after hours."""
+    from tanzaku.tasks.prepare import encode
+
+    own = recipe.own_metrics
+    data = encode(replace(tables, task=tables.task.measured_by(own)), tokenizer, recipe.train.max_length)
+    for metric in own:
+        metric.try_out(str(data.train.examples[0].target))
+    return data
 
 
 def _check_settings(command: str, recipe: Recipe, methods: Sequence[Tried]) -> tuple[str, bool]:

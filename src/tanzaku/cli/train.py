@@ -38,7 +38,7 @@ def train(
         from tanzaku.train.events import EVENTS, Emitter, EventLog
         from tanzaku.train.scheduler import train_jobs
 
-        display = Display(recipe.kind.metrics)
+        display = Display(recipe.metrics)
         model, data = run.load(display, [job])
         journal = Journal(run.out)
         record = Record(run.out, begin(run, journal, model, data, resume), run.clock)

@@ -91,8 +91,9 @@ def _view(results: dict[str, Any]) -> dict[str, Any]:
     kind = task_named((results.get("recipe") or {}).get("task") or "classification")
     known = (results.get("data") or {}).get("task")
     task = None if known is None else kind.from_json(known, "results.json: data.task.")  # no rows were read yet
-    metric = metric_named(kind, design.get("metric") or kind.rank_by)
-    titles = {each.name: each.title for each in sorted(kind.metrics, key=lambda each: each is LOSS)}
+    judged = kind if task is None or not design else task  # which knows the user's own metrics, too
+    metric = metric_named(judged, design.get("metric") or kind.rank_by)
+    titles = {each.name: each.title for each in sorted(judged.metrics, key=lambda each: each is LOSS)}
     candidates = sorted(results.get("candidates") or [], key=lambda candidate: candidate["rank"] is None)
     number = {candidate["name"]: at for at, candidate in enumerate(candidates)}
     ends = [end for entry in candidates for end in _ends(entry["mean"], entry["interval"])]
@@ -140,7 +141,7 @@ def _view(results: dict[str, Any]) -> dict[str, Any]:
         "scale": scale,
         "tested": tested_by({**results, "candidates": candidates}, task) if design and task is not None else [],
         "metrics": titles,
-        "kinds": {each.name: kind_of(each) for each in kind.metrics},
+        "kinds": {each.name: kind_of(each) for each in judged.metrics},
         "of_rows": any(candidate.get("interval_of") == "rows" for candidate in candidates),
         "pairs": pairs,
         "costs": costs,
@@ -155,7 +156,7 @@ def _view(results: dict[str, Any]) -> dict[str, Any]:
         "data": {
             "hues": _HUES,
             "percent": kind_of(metric) == "percent",
-            "percents": [each.name for each in kind.metrics if kind_of(each) == "percent"],
+            "percents": [each.name for each in judged.metrics if kind_of(each) == "percent"],
             "candidates": [
                 {"short": _short(entry["name"])} | {key: entry[key] for key in ("name", "mean", "interval", *_COSTS)}
                 for entry in candidates

@@ -30,7 +30,8 @@ from tanzaku.recipe.yaml import parse_yaml, read_yaml
 from tanzaku.tasks import TASKS, task_named
 from tanzaku.tasks.settings import DataSettings
 from tanzaku.tasks.sources import SPLIT, STDIN, SUFFIXES, is_address, suffix_of
-from tanzaku.tasks.task import Metric, Task, metric_named
+from tanzaku.tasks.task import Metric, OwnMetric, Task, metric_named
+from tanzaku.tasks.text_metrics import user_metric
 from tanzaku.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -130,6 +131,11 @@ class Recipe(BaseModel):
     train: TrainSettings = TrainSettings.model_validate({})
     compare: CompareSettings = CompareSettings.model_validate({})
     methods: list[MethodEntry] = []
+    measure: list[str] = Field(
+        default=[],
+        description="a function of your own that text is measured by, as my_file.py:function; its file is run "
+        "(repeatable)",
+    )
     out: str | None = Field(default=None, min_length=1, description="directory of the run (runs/<verb>-<time>)")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where the model runs")
 
@@ -139,9 +145,69 @@ class Recipe(BaseModel):
         return task_named(self.task)
 
     @property
+    def own_metrics(self) -> list[OwnMetric]:
+        """Metrics that are functions of the user's own; their files are run.
+
+        Raises:
+            TanzakuError: a function that is not there, or that is none, two of one name, or a task without texts.
+        """
+        return _functions(self.task, tuple(self.measure))
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """What the task's rows are measured by."""
+        return [*self.kind.metrics, *self.own_metrics]
+
+    @property
     def ranked_by(self) -> Metric:
         """The figure that candidates are ranked by."""
-        return metric_named(self.kind, self.compare.rank_by or self.kind.rank_by)
+        name = self.compare.rank_by or self.kind.rank_by
+        return next((metric for metric in self.own_metrics if metric.name == name), None) or metric_named(
+            self.kind, name
+        )
+
+
+def _functions(task: str, named: Sequence[str]) -> list[OwnMetric]:
+    if named and not task_named(task).takes_functions:
+        which = listed(name for name, kind in TASKS.items() if kind.takes_functions)
+        raise TanzakuError(
+            f"{named[0]} compares a text that is written with its reference, and task {task} writes none; leave it "
+            f"out, since it is of {which}"
+        )
+    own = [user_metric(each) for each in named]
+    for at, metric in enumerate(own):
+        if metric.name in (each.name for each in own[:at]):
+            raise TanzakuError(f"{listed(named)}: two functions are named {metric.name}; rename one")
+    return own
+
+
+def is_function(value: Any) -> bool:
+    """Whether a metric's name is that of a function in a file."""
+    return isinstance(value, str) and (":" in value or value.endswith(".py"))
+
+
+def _measured(recipe: Recipe) -> Recipe:
+    """The recipe with the user's own functions in `measure`, wherever they are named, and by their names elsewhere."""
+    named = [*recipe.measure]
+
+    def name(value: Any) -> Any:
+        if not is_function(value):
+            return value
+        named.append(value)
+        return value.rpartition(":")[2]
+
+    train = recipe.train.model_copy(update={"metric": name(recipe.train.metric)})
+    compare = recipe.compare.model_copy(update={"rank_by": name(recipe.compare.rank_by)})
+    methods = [
+        entry.model_copy(update={"train": {**entry.train, "metric": name(entry.train["metric"])}})
+        if "metric" in entry.train
+        else entry
+        for entry in recipe.methods
+    ]
+    changes = {"train": train, "compare": compare, "methods": methods, "measure": [*dict.fromkeys(named)]}
+    found = recipe.model_copy(update=changes)
+    _functions(found.task, found.measure)
+    return found
 
 
 @cache
@@ -177,7 +243,7 @@ def task_in(raw: Mapping[str, Any]) -> str:
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
-    """A recipe as it is written; relative paths of its data and model are taken from its own folder.
+    """A recipe as it is written; relative paths of its data, model and functions are taken from its own folder.
 
     Raises:
         TanzakuError: no file, no YAML (with the line), or no mapping of keys.
@@ -198,6 +264,15 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
             key: _beside(folder, value) if key in ("train", "valid", "test") and isinstance(value, str) else value
             for key, value in data.items()
         }
+    for section, key in [(raw.get("train"), "metric"), (raw.get("compare"), "rank_by")] + [
+        (entry.get("train"), "metric") for entry in entries if isinstance(entry, dict)
+    ]:
+        if isinstance(section, dict) and is_function(section.get(key)):
+            section[key] = str(folder / Path(section[key]).expanduser())
+    if isinstance(own := raw.get("measure"), list):
+        raw["measure"] = [
+            str(folder / Path(each).expanduser()) if isinstance(each, str) and each.strip() else each for each in own
+        ]
     name = model.get("name") if isinstance(model, dict) else None
     if isinstance(name, str) and (name.startswith(".") or (folder / name / "config.json").is_file()):
         raw["model"] = {**model, "name": str(folder / name)}
@@ -242,6 +317,7 @@ def build_recipe(file: Path | None, flags: Mapping[str, Any], default_methods: S
         recipe = schema(task).model_validate(raw)
     except ValidationError as error:
         raise TanzakuError(complaint(error, str(file or ""), sections(task), keys)) from None
+    recipe = _measured(recipe)
     _check_metric(recipe, recipe.train.metric, "metric", "train", keys, file)
     _check_metric(recipe, recipe.compare.rank_by, "rank_by", "compare", keys, file)
     for entry in recipe.methods:
@@ -282,7 +358,7 @@ def _check_metric(
     recipe: Recipe, value: Any, key: str, section: str, flags: Mapping[str, Any], file: Path | None
 ) -> None:
     """A TanzakuError unless the value is a metric of the recipe's task, or something that is checked elsewhere."""
-    known = [metric.name for metric in recipe.kind.metrics]
+    known = [metric.name for metric in recipe.metrics]
     if isinstance(value, str) and value not in known:
         where = flag(key) if key in flags.get(section, {}) else f"{file or 'the recipe'}: {section}.{key}"
         raise TanzakuError(

@@ -200,6 +200,32 @@ class Metric:
         return "validation loss" if self is LOSS else self.title
 
 
+@dataclass(frozen=True)
+class OwnMetric(Metric):
+    """A metric by a function of the user's.
+
+    Args:
+        file: that the function stands in, without its folder. sha256: of what it says.
+    """
+
+    file: str = ""
+    sha256: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """What can be known of it without the function."""
+        bounds = [end if np.isfinite(end) else None for end in self.bounds]
+        return {"name": self.name, "better": self.better, "bounds": bounds, "file": self.file, "sha256": self.sha256}
+
+    def try_out(self, reference: str) -> None:
+        """Call the function for a text that is as it should be, and for one that is empty.
+
+        Raises:
+            TanzakuError: what it does wrong.
+        """
+        for text in (reference, ""):
+            self.statistics({"text": [text], "reference": [reference]})
+
+
 def _loss(records: Records) -> Statistics:
     return Statistics(np.stack([records["loss"], records["weight"]], axis=1), lambda sums: sums[0] / sums[1])
 
@@ -238,6 +264,7 @@ class Task(ABC):
     Data: ClassVar[type[DataSettings]]  # the recipe's `data` section, with the task's columns
 
     overrides: ClassVar[Mapping[str, Override]] = {}  # what prediction may be told, by flag
+    takes_functions: ClassVar[bool] = False  # whether functions of the user's own may be metrics, of text and reference
     has_focal: ClassVar[bool] = False  # whether `score` is of cross entropies, and looks at a row's `focal`
     reading: ClassVar[tuple[str, ...]] = ()  # of these, the names of columns
     of_adapters: ClassVar[frozenset[str]] = frozenset()  # keys of `to_json` in which adapters of one pass may differ
@@ -422,6 +449,16 @@ class Task(ABC):
     def figures(self, records: Records) -> dict[str, float]:
         """Every metric by name; nan where it is no number."""
         return {metric.name: metric.statistics(records).value() for metric in self.metrics}
+
+    def measured_by(self, own: Sequence[OwnMetric]) -> Self:
+        """The task with metrics that are functions of the user's own as well.
+
+        Raises:
+            TanzakuError: it writes no text that they could compare.
+        """
+        if own:
+            raise TanzakuError(f"{own[0].name} compares texts, and {self.name} writes none; leave it out")
+        return self
 
     @property
     def beside(self) -> tuple[str, ...]:

@@ -11,20 +11,23 @@ Japanese sentence one word; that of the second leaves nothing of a Russian one. 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.support.lazy import Lazy
-from tanzaku.tasks.task import Metric, Records, Statistics
+from tanzaku.tasks.cells import short
+from tanzaku.tasks.task import Metric, OwnMetric, Records, Statistics
 
 if TYPE_CHECKING:
     import numpy as np
@@ -244,37 +247,87 @@ VALID_JSON = Metric("valid_json", "valid JSON", "higher", (0.0, 1.0), _valid_jso
 # -- a user's own
 
 
-def user_metric(
-    named: str,
-    folder: Path = Path(),
-    *,
-    better: Literal["higher", "lower"] = "higher",
-    bounds: tuple[float, float] = (-math.inf, math.inf),
-) -> Metric:
+def user_metric(named: str, folder: Path = Path()) -> OwnMetric:
     """A metric by a function of the user's, which is run as it stands, with all that it may do to the machine. So call
     this with what a user wrote into a command or a recipe, and never with what a file beside an adapter says.
 
     The function is called as `function(text, reference)` for each row, both str, and returns one number; the figure is
-    the mean over the rows. Its name is the metric's.
+    the mean over the rows. Its name is the metric's. Where less is better it says so by an attribute,
+    `function.better = "lower"`, and what its numbers can be by another, `function.bounds = (0, 1)`.
 
     Args:
         named: `my_file.py:function`. folder: the recipe's, from which a relative path leads.
-        better, bounds: of the numbers, see :class:`Metric`.
 
     Raises:
         TanzakuError: no such file, one that cannot be run or stands in an adapter's directory, no such function, or one
-            with the name of another metric. When figures are computed: the function raised an error, or returned what
-            is no finite number, and at which row, counted from 1.
+            with the name of another metric, or with attributes that say nothing. When figures are computed: the
+            function raised an error, or returned what is no finite number within its bounds, and at which row, counted
+            from 1.
     """
     file, colon, function = named.rpartition(":")
     if not colon or not file or not function.isidentifier():
         raise TanzakuError(f"found metric {named!r}, expected a file and a function in it: my_file.py:function")
-    known = ["loss", *(metric.name for metric in text_metrics())]
+    known = ["loss", "perplexity", "token_accuracy", *(metric.name for metric in text_metrics())]
     if function in known:
         raise TanzakuError(f"{named}: {function} is a metric already, as are {listed(known)}; rename the function")
-    statistics = _OfUser((folder / Path(file).expanduser()).absolute(), function)
-    statistics.load()
-    return Metric(function, function.replace("_", " "), better, bounds, statistics)
+    path = (folder / Path(file).expanduser()).absolute()
+    own = _OfUser(path, function, _sha256(path))
+    found = own.load()
+    better, bounds = getattr(found, "better", "higher"), getattr(found, "bounds", (-math.inf, math.inf))
+    if better not in ("higher", "lower"):
+        raise TanzakuError(f"{named}: {function}.better is {better!r}, expected 'higher' or 'lower'")
+    if not _are_bounds(bounds):
+        raise TanzakuError(f"{named}: {function}.bounds is {bounds!r}, expected two numbers, as in (0, 1)")
+    low, high = map(float, bounds)
+    return _own(function, better, (low, high), replace(own, bounds=(low, high)), path.name, own.sha256)
+
+
+def metric_from(about: Any, where: str) -> OwnMetric:
+    """What a file tells of a metric by a function of somebody's. Its figures can be read, and not computed: no code is
+    run that a file names.
+
+    Raises:
+        TanzakuError: begins with `where`; it does not tell.
+    """
+    bounds = about.get("bounds") if isinstance(about, dict) else None
+    ends = (
+        [inf if end is None else end for end, inf in zip(bounds, (-math.inf, math.inf), strict=False)]
+        if isinstance(bounds, list)
+        else []
+    )
+    if (
+        not isinstance(about, dict)
+        or not isinstance(about.get("name"), str)
+        or not about["name"].isidentifier()
+        or about.get("better") not in ("higher", "lower")
+        or not _are_bounds(ends)
+        or not all(isinstance(about.get(key), str) for key in ("file", "sha256"))
+    ):
+        raise TanzakuError(f"{where}measured is {short(about)}, expected name, better, bounds, file and sha256")
+    name = about["name"]
+    return _own(name, about["better"], (ends[0], ends[1]), _Unknown(name), about["file"], about["sha256"])
+
+
+def _own(name: str, better: Any, bounds: tuple[float, float], statistics: Any, file: str, sha256: str) -> OwnMetric:
+    return OwnMetric(name, name.replace("_", " "), better, bounds, statistics, file=file, sha256=sha256)
+
+
+def _are_bounds(found: Any) -> bool:
+    """Whether these are two numbers, the second one larger."""
+    if not isinstance(found, tuple | list) or len(found) != 2:
+        return False
+    numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in found)
+    return bool(numbers and found[0] < found[1])
+
+
+@dataclass(frozen=True)
+class _Unknown:
+    """In place of a function that is known by its name alone."""
+
+    name: str
+
+    def __call__(self, records: Records) -> Statistics:
+        raise TanzakuError(f"{self.name} is a function of whoever trained, and is not run again")
 
 
 @dataclass(frozen=True)
@@ -283,9 +336,11 @@ class _OfUser:
 
     path: Path
     function: str
+    sha256: str
+    bounds: tuple[float, float] = (-math.inf, math.inf)
 
     def load(self) -> Callable[[str, str], Any]:
-        module = _loaded(self.path)
+        module = _loaded(self.path, self.sha256)
         found: Callable[[str, str], Any] | None = getattr(module, self.function, None)
         if not callable(found):
             functions = [name for name, each in vars(module).items() if callable(each) and not name.startswith("_")]
@@ -294,30 +349,33 @@ class _OfUser:
         return found
 
     def __call__(self, records: Records) -> Statistics:
-        function, values = self.load(), []
+        function, values, (low, high) = self.load(), [], self.bounds
         for row, (text, reference) in enumerate(_pairs(records), 1):
             where = f"metric {self.function} of {self.path.name}"
+            asked = f"at row {row}, of the text {short(text)} and the reference {short(reference)}"
             try:
                 value = function(text, reference)
             except Exception as error:
-                raise TanzakuError(f"{where} raised {_told(error)} at row {row}") from error
+                raise TanzakuError(f"{where} raised {_told(error, self.path)} {asked}") from error
             if not isinstance(value, int | float | np.number | np.bool_):
-                raise TanzakuError(
-                    f"{where} returned {value!r} ({type(value).__name__}) at row {row}, expected a number"
-                )
+                found = f"{short(value)} ({type(value).__name__})"
+                raise TanzakuError(f"{where} returned {found} {asked}; expected a number")
             if not math.isfinite(value):
-                raise TanzakuError(f"{where} returned {value} at row {row}, expected a finite number")
+                raise TanzakuError(f"{where} returned {value} {asked}; expected a finite number")
+            if not low <= value <= high:
+                raise TanzakuError(f"{where} returned {value} {asked}; expected {low:g} to {high:g}, its bounds")
             values.append(float(value))
         return _means(values)
 
 
-def _told(error: BaseException) -> str:
-    """An error's type, and the first line of what it says."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}".removesuffix(": ")
+def _told(error: BaseException, path: Path) -> str:
+    """An error's type, the first line of what it says, and which line of the file it came from."""
+    said = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}".removesuffix(": ")
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f"{said} (line {lines[-1]})" if lines else said
 
 
-@lru_cache(maxsize=64)
-def _loaded(path: Path) -> Any:
+def _read(path: Path) -> bytes:
     from tanzaku.files.untrusted import is_there
 
     if path.suffix != ".py":
@@ -326,14 +384,28 @@ def _loaded(path: Path) -> Any:
         raise TanzakuError(f"there is no {path}; a metric's file is looked for from the recipe's folder")
     if (path.resolve().parent / "adapter_config.json").exists():
         raise TanzakuError(f"{path} stands in an adapter's directory, from which no code is run; move it elsewhere")
-    name = f"tanzaku_metric_{path.stem}_{abs(hash(path))}"
-    spec = spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None  # of a file with this suffix
-    module = module_from_spec(spec)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise TanzakuError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(_read(path)).hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _loaded(path: Path, sha256: str) -> Any:
+    code = _read(path)
+    if hashlib.sha256(code).hexdigest() != sha256:
+        raise TanzakuError(f"{path} has changed since the run began; begin anew with it, or put it back")
+    name = f"tanzaku_metric_{path.stem}_{sha256[:16]}"
+    module = ModuleType(name)
+    module.__file__ = str(path)
     sys.modules[name] = module  # where its classes look for themselves
     try:
-        spec.loader.exec_module(module)
+        exec(compile(code, str(path), "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise TanzakuError(f"{path} cannot be run: {_told(error)}") from error
+        raise TanzakuError(f"{path} cannot be run: {_told(error, path)}") from error
     return module

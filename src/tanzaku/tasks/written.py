@@ -15,8 +15,8 @@ from tanzaku.support.lazy import Lazy
 from tanzaku.tasks.cells import short
 from tanzaku.tasks.sampling import OVERRIDES, SAMPLING, Decoding, decoding_of
 from tanzaku.tasks.settings import DataSettings, Finding
-from tanzaku.tasks.task import LOSS, Batch, Column, Example, Metric, Records, Said, Statistics, Task
-from tanzaku.tasks.text_metrics import Writing, text_metrics
+from tanzaku.tasks.task import LOSS, Batch, Column, Example, Metric, OwnMetric, Records, Said, Statistics, Task
+from tanzaku.tasks.text_metrics import Writing, metric_from, text_metrics
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,7 +66,7 @@ def _if_written(statistics: Any, records: Records) -> Statistics:
     return found
 
 
-def _of_text(metric: Metric) -> Metric:
+def _of_text(metric: Any) -> Any:
     return replace(metric, statistics=partial(_if_written, metric.statistics))
 
 
@@ -74,9 +74,9 @@ PERPLEXITY = Metric("perplexity", "perplexity", "lower", (1.0, math.inf), _perpl
 TOKEN_ACCURACY = Metric("token_accuracy", "token accuracy", "higher", (0.0, 1.0), _token_accuracy)
 
 
-def _metrics(writing: Writing, writes: bool = True) -> tuple[Metric, ...]:
+def _metrics(writing: Writing, writes: bool = True, measured: Sequence[OwnMetric] = ()) -> tuple[Metric, ...]:
     """Where nothing is written, there is nothing that a reference could be compared with."""
-    texts = text_metrics(writing) if writes else ()
+    texts = (*text_metrics(writing), *measured) if writes else ()
     return (LOSS, PERPLEXITY, TOKEN_ACCURACY, *map(_of_text, texts))
 
 
@@ -95,12 +95,13 @@ class WrittenTask(Task):
 
     Args:
         decoding: how text is written. writing: of the references, which decides how BLEU and ROUGE-L cut them.
-        sample: rows that are written for after each epoch.
+        sample: rows that are written for after each epoch. measured: metrics by functions of the user's own.
     """
 
     decoding: Decoding = field(default=_GREEDY, kw_only=True)
     writing: Writing = field(default="latin", kw_only=True)
     sample: int = field(default=16, kw_only=True)
+    measured: tuple[OwnMetric, ...] = field(default=(), kw_only=True)
     tokenizer: Any = field(default=None, compare=False, repr=False, kw_only=True)
 
     metrics = _metrics("latin")
@@ -108,9 +109,10 @@ class WrittenTask(Task):
     overrides = OVERRIDES
     reading = ()
     answer_keys = ("predicted",)
+    takes_functions = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "metrics", _metrics(self.writing, self.writes))
+        object.__setattr__(self, "metrics", _metrics(self.writing, self.writes, self.measured))
 
     # -- rows
 
@@ -170,9 +172,17 @@ class WrittenTask(Task):
 
     # -- figures
 
+    def measured_by(self, own: Sequence[OwnMetric]) -> Self:
+        if own and not self.writes:
+            raise TanzakuError(
+                f"{own[0].name} compares what is written, and for rows of plain text nothing is; leave it out"
+            )
+        return replace(self, measured=tuple(own))
+
     @property
     def beside(self) -> tuple[str, ...]:
-        return ("exact_match", "perplexity") if self.writes else ("perplexity",)
+        own = tuple(metric.name for metric in self.measured)
+        return (*own, "exact_match", "perplexity") if self.writes else ("perplexity",)
 
     @property
     def held(self) -> tuple[str, ...]:
@@ -222,6 +232,7 @@ class WrittenTask(Task):
             "max_new_tokens": self.decoding.max_new_tokens,
             **({"sampling": sampling} if (sampling := self.decoding.sampling) else {}),
             "writing": self.writing,
+            **({"measured": [metric.to_json() for metric in self.measured]} if self.measured else {}),
         }
 
     @staticmethod
@@ -238,7 +249,11 @@ class WrittenTask(Task):
             raise TanzakuError(f"{where}sampling is {short(sampling)}, expected settings by {listed(SAMPLING)}")
         settings = {"max_new_tokens": about.get("max_new_tokens"), **sampling}
         decoding = decoding_of(settings, lambda key: f"{where}{'sampling.' if key in SAMPLING else ''}{key}")
-        return {"decoding": decoding, "writing": cast(Writing, writing)}
+        measured = about.get("measured", [])
+        if not isinstance(measured, list):
+            raise TanzakuError(f"{where}measured is {short(measured)}, expected a list of metrics")
+        own = tuple(metric_from(each, where) for each in measured)
+        return {"decoding": decoding, "writing": cast(Writing, writing), "measured": own}
 
     @classmethod
     def overruled(cls, asked: Mapping[str, Any], about: Mapping[str, Any], path: Any) -> dict[str, Any]:
