@@ -349,3 +349,24 @@ def test_nothing_of_a_pass_is_kept() -> None:
     hidden.losses(ids)[0].sum().backward()
     del hidden
     assert kept and not any(ref() is not None for ref in kept)
+
+
+@pytest.mark.parametrize("mark", [False, True])
+def test_a_held_text_is_cut_into_windows(mark: bool) -> None:
+    """All of it, in order; each window begins as any text does."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer, text = tokenizer_of(), "\n".join(TEXT)
+    if mark:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+        )
+    task, _ = encoded(PAIRS, tokenizer)
+    split = task.probe(text, tokenizer, 6)
+    windows = [list(example.inputs["input_ids"]) for example in split.examples]
+    assert all(len(window) == 6 for window in windows[:-1]) and all(
+        (window[0] == tokenizer.bos_token_id) == mark for window in windows
+    )
+    assert tokenizer.decode([token for window in windows for token in window[mark:]]) == text
+    assert [example.weight for example in split.examples] == [len(window) - 1 for window in windows]
+    assert task.probe(text, tokenizer, 1) is None

@@ -151,6 +151,9 @@ class Display:
             self.say(f"validation {found}")
         if result.test is not None:
             self.say(f"test {', '.join(_tested(result, task))}")
+        if data.probe is not None:
+            base, own = _number(data.probe.base), _number(result.held_perplexity)
+            self.say(f"perplexity on held text: base {base}, {result.name} {own}")
         self.say(f"peak memory {_mebibytes(result)} MiB, {result.seconds:.1f} seconds")
         self.say(f"adapter: {out / (result.adapter or '')}\nresults: {out / RESULTS}")
 

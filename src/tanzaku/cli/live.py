@@ -224,6 +224,12 @@ class Live(Display):
         tests = [f"test {metric.title}" for metric in tested]
         head = ["", "candidate", f"{self.word} (95%{of})", *tests, "trained parameters", "MiB", "seconds"]
         self.table(head, rows, right=range(2, len(head)))
+        if probe := results["forgetting"]:
+            parts = [("base", probe["base"])] + [
+                (each["name"], each["held_perplexity"]) for each in results["candidates"]
+            ]
+            known = ", ".join(f"{name} {_number(value)}" for name, value in parts if value is not None)
+            self.say(f"perplexity on held text: {known}")
         for each in results["candidates"]:
             if each["status"] != "done":
                 self.say(f"{each['name']} {each['status']}: {each['error'] or 'not all of its runs were done'}")

@@ -14,6 +14,7 @@ from tanzaku.cli.run import portable
 from tanzaku.errors import TanzakuError, flag
 from tanzaku.recipe.errors import complaint
 from tanzaku.recipe.schema import Recipe, build_recipe, schema, sections, task_in
+from tanzaku.tasks.probe import BUNDLED, NONE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,6 +116,7 @@ def begin(run: Sitting, journal: Journal, model: PreTrainedModel, data: TaskData
 
     about = run.about(data)
     now = {f"file of {metric.name}": metric.sha256 for metric in run.recipe.own_metrics}
+    now |= {} if data.probe is None else {"held text": data.probe.sha256}
     now |= {"rows": checksum(data), "base model": base_checksum(model)}
     now |= {f"adapter of {name}": digest for name, digest in run.starts.items()}
     if not resume:
@@ -169,6 +171,8 @@ def _anywhere(recipe: Recipe) -> dict[str, Any]:
         if "init_from" in entry:
             entry["init_from"] = str(Path(entry["init_from"]).expanduser().resolve())
     raw["measure"] = [str(Path(each).expanduser().absolute()) for each in recipe.measure]
+    if recipe.forgetting not in (BUNDLED, NONE):
+        raw["forgetting"] = str(Path(recipe.forgetting).expanduser().absolute())
     for key in ("train", "valid", "test"):
         if raw["data"][key] and Path(raw["data"][key]).exists():
             raw["data"][key] = str(Path(raw["data"][key]).resolve())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tanzaku.errors import TanzakuError, listed, nearest
+from tanzaku.support.numbers import written
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from tanzaku.models.settings import ModelSettings
     from tanzaku.recipe.schema import Recipe
     from tanzaku.tasks.prepare import Tables
-    from tanzaku.tasks.task import Task, TaskData
+    from tanzaku.tasks.task import Probe, Task, TaskData
     from tanzaku.train.settings import TrainSettings
 
 
@@ -98,10 +99,15 @@ class Sitting:
         model, _ = load_for(recipe.model, data.task, dtype=kind, seed=recipe.train.seed)
         if len(distinct := _distinct(methods)) > _MANY:
             display.say(f"checking {len(distinct):,} settings of methods against the model")
-        _check_fit(model, methods, data, recipe.train.max_length, self.device)
+        before = _check_fit(model, methods, data, recipe.train.max_length, self.device)
         model.to(self.device)
         display.say(f"model: {recipe.model.name}, {model.num_parameters():,} parameters, on {self.device}")
-        return model, data
+        probe = _probe(recipe, data, model, tokenizer, before, methods[0].settings)
+        if probe is not None:
+            display.say(
+                f"held text: {probe.name}, {probe.tokens:,} tokens; the base's perplexity is {written(probe.base, 4)}"
+            )
+        return model, replace(data, probe=probe)
 
     def about(self, data: TaskData) -> dict[str, Any]:
         """What results.json says of the run itself."""
@@ -115,6 +121,7 @@ class Sitting:
             "device": self.device,
             "machine": machine(self.device),
             "data": data_record(data),
+            "forgetting": None if data.probe is None else data.probe.to_json(),
             "started": self.started.isoformat(timespec="seconds"),
         }
 
@@ -167,12 +174,56 @@ def _encoded(recipe: Recipe, tables: Tables, tokenizer: Any) -> TaskData:
     return data
 
 
+def _probe(
+    recipe: Recipe, data: TaskData, model: PreTrainedModel, tokenizer: Any, before: int, settings: TrainSettings
+) -> Probe | None:
+    """The held text with what the base has of it.
+
+    Args:
+        before: virtual tokens at most, which have to find room beside its windows.
+    """
+    from tanzaku.core.positions import room
+    from tanzaku.models.families import Base
+    from tanzaku.tasks.inference import check_rows, perplexity_of
+    from tanzaku.tasks.probe import probe_text, sha256_of
+    from tanzaku.tasks.task import Probe
+    from tanzaku.train.step import autocast
+
+    if (named := probe_text(recipe.forgetting)) is None:
+        return None
+    name, text = named
+    limit = room(Base.of(model))
+    longest = recipe.train.max_length if limit is None else min(recipe.train.max_length, limit - before)
+    if (rows := data.task.probe(text, tokenizer, longest)) is None:
+        return None
+    check_rows(Base.of(model), rows, longest, before)
+    with autocast(model.device, settings.precision):
+        base = perplexity_of(model, data.task, rows, data.pad_token_id, settings.accelerations)
+    return Probe(name, rows, sha256_of(text), base)
+
+
+def _check_probe(recipe: Recipe) -> None:
+    """A TanzakuError where a held text is given to a task that foretells none, or cannot be read."""
+    from tanzaku.tasks import TASKS
+    from tanzaku.tasks.probe import BUNDLED, NONE, probe_text
+    from tanzaku.tasks.task import Task
+
+    if recipe.forgetting not in (BUNDLED, NONE) and recipe.kind.probe is Task.probe:
+        which = listed(name for name, kind in TASKS.items() if kind.probe is not Task.probe)
+        raise TanzakuError(
+            f"forgetting is {recipe.forgetting!r}, and task {recipe.task} has no perplexity of a text; leave it out, "
+            f"since it is of {which}"
+        )
+    probe_text(recipe.forgetting)
+
+
 def _check_settings(command: str, recipe: Recipe, methods: Sequence[Tried]) -> tuple[str, bool]:
     """What takes no look at rows or model; the device, and whether rows are cut into folds."""
     from tanzaku.cli.machine import device_named, quieten
 
     for each in methods:
         _check_sense(recipe, each.name, each.settings)
+    _check_probe(recipe)
     for tracker in dict.fromkeys(each.settings.tracker for each in methods):
         _check_tracker(tracker)
     quieten()
@@ -306,8 +357,9 @@ def _check_fit(
     data: TaskData,
     max_length: int,
     device: str,
-) -> None:
-    """Attach every method to a copy without weights, so that the last of many does not fail after hours."""
+) -> int:
+    """Attach every method to a copy without weights, so that the last of many does not fail after hours; the most
+    virtual tokens that one has."""
     import torch
 
     from tanzaku.core.attach import attach, detach
@@ -321,7 +373,7 @@ def _check_fit(
         check_rows(Base.of(model), split, max_length, task=data.task)
     with torch.device("meta"):
         twin = type(model)(model.config)
-    others = {each.name: each.method for each in methods}
+    others, most = {each.name: each.method for each in methods}, 0
     for each in _distinct(methods):
         name, method = each.name, each.method
         if method.task_type not in (None, kind := data.task.peft_type):
@@ -351,6 +403,7 @@ def _check_fit(
             _check_memory(sum(parameter.numel() for _, parameter in adapter.trained()), method.largest(), device)
             for split in data.splits() if adapter.before else ():
                 check_rows(Base.of(model), split, max_length, adapter.before, task=data.task)
+            most = max(most, adapter.before)
             detach(twin, name)
         except TooLarge as error:
             raise TanzakuError(f"candidate {name!r}: {method.largest()}: {error}") from None
@@ -358,6 +411,7 @@ def _check_fit(
             raise TanzakuError(f"candidate {name!r}: {error}") from None
         except (RuntimeError, TypeError, OverflowError) as error:  # sizes that torch itself cannot count
             raise TanzakuError(f"candidate {name!r}: {method.largest()}: {str(error).splitlines()[0]}") from None
+    return most
 
 
 def _starts(methods: Sequence[Tried]) -> dict[str, str]:

@@ -143,7 +143,8 @@ class Comparison:
         return True
 
     def _trial_run(self) -> Resample:
-        return replace(self.resamples[0], seed=self.seed + _SEARCH_SEED)
+        first = self.resamples[0]
+        return replace(first, seed=self.seed + _SEARCH_SEED, data=replace(first.data, probe=None))
 
     def _outcome(self, name: str) -> Outcome:
         record = self.journal.jobs[name]
@@ -497,6 +498,7 @@ class Comparison:
             "rank": place,
             "seconds": plain.fmean(record["seconds"] for record in records) if records else None,
             "peak_memory_bytes": first.get("step_bytes") or None,
+            "held_perplexity": self._held_perplexity(candidate, first),
             "finalist": candidate.name in self.finalists,
             "adapter": f"{ADAPTERS}/{candidate.name}" if adapter.is_dir() else None,
             "test": tested.get("test"),
@@ -504,6 +506,12 @@ class Comparison:
             "confusion": tested.get("confusion"),
             "by_class": tested.get("by_class") or {},
         }
+
+    def _held_perplexity(self, candidate: Candidate, first: Mapping[str, Any]) -> float | None:
+        """That of the adapter which is kept, or else of the first run's."""
+        final = self.journal.jobs.get(_name(candidate.name, "final"), first)
+        found: float | None = final.get("held_perplexity")
+        return found
 
     def _flags(self, candidate: Candidate, records: Sequence[Mapping[str, Any]]) -> list[str]:
         """What a figure does not say of itself, in a few words each."""

@@ -127,6 +127,7 @@ def _view(results: dict[str, Any]) -> dict[str, Any]:
         "results": results,
         "model": _name_of((results.get("recipe") or {}).get("model")),
         "metric": metric.name,
+        "held": results.get("forgetting"),
         "kind": kind_of(metric),
         "aim": metric.title,
         "counted": _counted(len(candidates), (results.get("data") or {}).get("rows") or {}),

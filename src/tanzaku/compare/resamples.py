@@ -41,7 +41,7 @@ def resamples(data: TaskData, design: Design, seed: int) -> list[Resample]:
     if design.folds is None:
         if data.valid is None:
             raise TanzakuError("there are no validation rows to compare on; give --valid, or --folds 5")
-        return [Resample(0, 0, each, replace(data, test=None), folded=False) for each in seeds]
+        return _probed_once([Resample(0, 0, each, replace(data, test=None), folded=False) for each in seeds])
     rows = pooled(data)
     texts = _by_text(rows)
     given = [data.task.stratum(example) for example in rows.examples]
@@ -64,7 +64,12 @@ def resamples(data: TaskData, design: Design, seed: int) -> list[Resample]:
             train, valid = (sorted(row for each in side for row in texts[each]) for side in sides)
             part = replace(data, train=subset(rows, train, "train"), valid=subset(rows, valid, "valid"), test=None)
             out += [Resample(repeat, fold, each, part) for each in seeds]
-    return out
+    return _probed_once(out)
+
+
+def _probed_once(found: list[Resample]) -> list[Resample]:
+    """What the base forgets is measured in the first run of each candidate."""
+    return [found[0], *(replace(each, data=replace(each.data, probe=None)) for each in found[1:])]
 
 
 def _by_text(split: Split) -> list[list[int]]:

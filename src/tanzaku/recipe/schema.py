@@ -17,6 +17,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     create_model,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -28,6 +29,7 @@ from tanzaku.recipe.comparison import CompareSettings
 from tanzaku.recipe.errors import complaint
 from tanzaku.recipe.yaml import parse_yaml, read_yaml
 from tanzaku.tasks import TASKS, task_named
+from tanzaku.tasks.probe import BUNDLED, NONE
 from tanzaku.tasks.settings import DataSettings
 from tanzaku.tasks.sources import SPLIT, STDIN, SUFFIXES, is_address, suffix_of
 from tanzaku.tasks.task import Metric, OwnMetric, Task, metric_named
@@ -136,8 +138,18 @@ class Recipe(BaseModel):
         description="a function of your own that text is measured by, as my_file.py:function; its file is run "
         "(repeatable)",
     )
+    forgetting: str = Field(
+        default=BUNDLED,
+        min_length=1,
+        description="a text by whose perplexity is measured what the base forgets: a file, bundled or none",
+    )
     out: str | None = Field(default=None, min_length=1, description="directory of the run (runs/<verb>-<time>)")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where the model runs")
+
+    @field_validator("forgetting", mode="before")
+    @classmethod
+    def _yes_or_no(cls, value: Any) -> Any:
+        return {True: BUNDLED, False: NONE}[value] if isinstance(value, bool) else value
 
     @property
     def kind(self) -> type[Task]:
@@ -243,7 +255,7 @@ def task_in(raw: Mapping[str, Any]) -> str:
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
-    """A recipe as it is written; relative paths of its data, model and functions are taken from its own folder.
+    """A recipe as it is written; relative paths of what it names are taken from its own folder.
 
     Raises:
         TanzakuError: no file, no YAML (with the line), or no mapping of keys.
@@ -269,6 +281,8 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     ]:
         if isinstance(section, dict) and is_function(section.get(key)):
             section[key] = str(folder / Path(section[key]).expanduser())
+    if isinstance(text := raw.get("forgetting"), str) and text not in ("", BUNDLED, NONE):
+        raw["forgetting"] = str(folder / Path(text).expanduser())
     if isinstance(own := raw.get("measure"), list):
         raw["measure"] = [
             str(folder / Path(each).expanduser()) if isinstance(each, str) and each.strip() else each for each in own

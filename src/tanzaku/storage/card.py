@@ -24,7 +24,8 @@ from tanzaku.models.task_types import AUTO_CLASSES, PIPELINES
 from tanzaku.support.numbers import written
 from tanzaku.support.versions import VERSION, versions_of
 from tanzaku.tasks import task_in
-from tanzaku.tasks.task import LOSS, Task
+from tanzaku.tasks.probe import BUNDLED
+from tanzaku.tasks.task import LOSS, Probe, Task
 
 CARD = "README.md"
 
@@ -70,6 +71,7 @@ def card(
         "answers": "" if task is None else task.answers(),
         "rows": [(split, f"{n:,}", training.get("files", {}).get(split, "")) for split, n in _pairs(training, "rows")],
         "figures": _figures(training, metrics),
+        "held": _held(training),
         "parameters": f"{numbers:,}",
         "size": f"{size / 1000:,.0f}",
         "training": bool(training.get("settings")),
@@ -118,8 +120,11 @@ def digest_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def training_record(result: Any, rows: dict[str, int], files: dict[str, str]) -> dict[str, Any]:
-    """What a run tells the card: how many rows, the names of their files, the settings and the final figures."""
+def training_record(
+    result: Any, rows: dict[str, int], files: dict[str, str], probe: Probe | None = None
+) -> dict[str, Any]:
+    """What a run tells the card: how many rows, the names of their files, the settings and the final figures, and what
+    it has of a text that nothing was trained on."""
     record = {
         "files": files,
         "rows": rows,
@@ -127,6 +132,7 @@ def training_record(result: Any, rows: dict[str, int], files: dict[str, str]) ->
         "epochs": len(result.epochs),
         "valid": result.valid,
         "test": result.test,
+        **({} if probe is None else {"held": {**probe.to_json(), "own": result.held_perplexity}}),
     }
     return {key: finite(value) for key, value in record.items()}
 
@@ -220,6 +226,16 @@ def _figures(training: dict[str, Any], known: Mapping[str, str]) -> list[tuple[s
     # One table: what one split lacks is left out of the other.
     both = set.intersection(*({key for key, _ in values} for _, values in out)) if out else set()
     return [(split, [pair for pair in values if pair[0] in both]) for split, values in out]
+
+
+def _held(training: Mapping[str, Any]) -> str:
+    """What the base has forgotten, in a sentence."""
+    found = training.get("held") or {}
+    if found.get("own") is None or found.get("base") is None:
+        return ""
+    text = "a text that comes with Tanzaku" if found["text"] == BUNDLED else found["text"]
+    figures = f"base {written(found['base'], 4)}, with this adapter {written(found['own'], 4)}"
+    return f"Perplexity on held text ({text}, {found['tokens']:,} tokens, which nothing was trained on): {figures}."
 
 
 def _settings(config: dict[str, Any], training: dict[str, Any]) -> str:

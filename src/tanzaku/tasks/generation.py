@@ -215,6 +215,18 @@ class Generation(WrittenTask):
 
     # -- text that is written
 
+    def probe(self, text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Split | None:
+        whole, own = (_encoded(tokenizer, text, special)[0] for special in (True, False))
+        before = whole[: len(whole) - len(own)]  # what stands before any text, such as <s>
+        size = max_length - len(before)
+        rows = []
+        for start in range(0, len(own), max(size, 1)):
+            labels = [IGNORED] * len(before) + own[start : start + size]
+            ids = [*before, *own[start : start + size]]
+            if learnt := sum(label != IGNORED for label in labels[1:]):
+                rows.append(Example({"input_ids": ids}, "", float(learnt), about=Row((), labels)))
+        return Split("held", rows, [""] * len(rows), 0, "the held text") if rows else None
+
     @property
     def writes(self) -> bool:
         return self.shape != "text"

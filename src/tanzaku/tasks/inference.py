@@ -21,7 +21,7 @@ from tanzaku.engine.accelerations import Accelerations
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models.families import Base
 from tanzaku.tasks.decoding import Written, decode
-from tanzaku.tasks.task import Batch, Example, Records, Split, Task, joined, take
+from tanzaku.tasks.task import LOSS, Batch, Example, Records, Split, Task, joined, take
 
 E = TypeVar("E", str, str | None)  # an adapter; where None is one of them, it is the bare base
 WINDOW = 256  # rows that are sorted together: little padding, yet the first results come early
@@ -207,6 +207,19 @@ def records_of(
     rows = _number_of_rows(model, splits, batch_size)
     fast = accelerations or Accelerations(base_of(model))
     return _records(Forward(model, task, pad_token_id), fast, splits, batch_size, range(rows))
+
+
+@torch.no_grad()
+def perplexity_of(model: PreTrainedModel, task: Task, rows: Split, pad_token_id: int, accelerations: str) -> float:
+    """That of the bare base on these rows."""
+    fast = Accelerations(base_of(model), accelerations)
+    found = _passed(Forward(model, task, pad_token_id), fast, {None: rows}, 8, range(len(rows)))
+    return perplexity(found[None])
+
+
+def perplexity(records: Records) -> float:
+    """By the losses of rows and what these are sums over."""
+    return float(np.exp(np.minimum(LOSS.statistics(records).value(), 700.0)))
 
 
 def _number_of_rows(model: PreTrainedModel, splits: Mapping[E, Split], batch_size: int) -> int:

@@ -96,6 +96,29 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """A text that nothing is trained on, as rows.
+
+    Args:
+        name: of its file, or `bundled`. rows: windows of it, one after another. sha256: of the text.
+        base: the perplexity that the base has without an adapter.
+    """
+
+    name: str
+    rows: Split
+    sha256: str
+    base: float = float("nan")
+
+    @property
+    def tokens(self) -> int:
+        """How many are foretold."""
+        return round(sum(example.weight for example in self.rows.examples))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"text": self.name, "tokens": self.tokens, "base": self.base}
+
+
+@dataclass(frozen=True)
 class Batch:
     """Rows for one pass, padded on the right.
 
@@ -436,6 +459,11 @@ class Task(ABC):
         """The task for what a person types: of rows with one column, of messages if it converses, else of prompts."""
         raise NotImplementedError(f"{self.name} writes nothing")
 
+    def probe(self, text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Split | None:
+        """A text that nothing is trained on as rows, whose loss says how likely the model holds it: windows of it, one
+        after another, of `max_length` tokens at most. None where the model foretells no text."""
+        return None
+
     def prompt(self, example: Example) -> Sequence[int]:
         """The tokens of a row that the model writes on from."""
         raise NotImplementedError(f"{self.name} writes nothing")
@@ -580,13 +608,15 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class TaskData:
-    """Encoded splits of one task, and what their batches are padded with."""
+    """Encoded splits of one task, what their batches are padded with, and a text that nothing is trained on, where it
+    is measured what the base forgets."""
 
     train: Split
     valid: Split | None
     test: Split | None
     task: Task
     pad_token_id: int = field(default=0)
+    probe: Probe | None = None
 
     def splits(self) -> list[Split]:
         """The splits there are, training rows first."""

@@ -74,6 +74,7 @@ class JobResult:
     valid: dict[str, float] | None = None  # figures of the weights it ended with, on the validation rows
     test: dict[str, float] | None = None
     test_intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # of shares of rows: Wilson, 95%
+    held_perplexity: float | None = None  # of the text that nothing is trained on, where there is one
     confusion: list[list[int]] | None = None  # of the test split, or else of the validation split; rows are true
     by_class: dict[str, dict[str, float]] = field(default_factory=dict)  # figures of the same rows, by class
     predictions: list[Any] | None = None  # of the same rows, as the task writes them

@@ -27,6 +27,7 @@ from tanzaku.errors import TanzakuError
 from tanzaku.models.families.structure import block_of
 from tanzaku.storage import starts, store
 from tanzaku.storage.card import training_record
+from tanzaku.tasks.inference import perplexity
 from tanzaku.tasks.metrics import interval_of
 from tanzaku.tasks.task import Records, Split, Task, TaskData
 from tanzaku.train.active_job import ActiveJob, Diverged
@@ -414,7 +415,7 @@ class JobScheduler:
     def _need_of(self, active: ActiveJob) -> Need:
         # Folds and seeds of one candidate need the same.
         s, method = active.job.settings, active.job.method
-        longest = [_longest(split) for split in active.data.splits()]
+        longest = [_longest(split) for split in (*active.data.splits(), *_probed(active.data))]
         key = json.dumps(
             [
                 *(method.name, method.settings(), active.rows, longest),
@@ -616,10 +617,12 @@ class JobScheduler:
         began = time.monotonic()
         self._judge(active, valid, test)
         active.spend(self.share * (time.monotonic() - began))
+        if (probe := active.data.probe) is not None:  # no part of what the run costs
+            active.result.held_perplexity = perplexity(self.step.records(active, probe.rows))
         if self.out is not None and active.job.save:
             where = Path("adapters") / active.job.name
             rows = {split.name: len(split) for split in active.data.splits()}
-            record = training_record(active.result, rows, self.meta.get("files", {}))
+            record = training_record(active.result, rows, self.meta.get("files", {}), active.data.probe)
             # Which task a row is of is asked of rows to predict where the adapter reads it.
             spared = {} if active.adapter.method.row_data() else active.data.task.tasks_to_json()
             meta = {key: value for key, value in self.meta.items() if key not in spared}
@@ -717,6 +720,10 @@ def _line(error: BaseException) -> str:
 
 def _size(number: float) -> str:
     return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
+def _probed(data: TaskData) -> list[Split]:
+    return [] if data.probe is None else [data.probe.rows]
 
 
 def _longest(split: Split) -> int:

@@ -207,7 +207,8 @@ class SharedStep:
         """
         s = active.job.settings
         rows = self._demanding(active.data.train.examples, active.rows)
-        splits = [split for split in (active.data.valid, active.data.test) if split is not None]
+        probe = None if active.data.probe is None else active.data.probe.rows
+        splits = [split for split in (active.data.valid, active.data.test, probe) if split is not None]
         judged = self._demanding([e for split in splits for e in split.examples], s.eval_batch_size)
         step = self._bytes(active, rows)
         judging = bytes_needed(lambda: self._evaluate(active, [judged]), self.device) if judged else 0
