@@ -63,9 +63,9 @@ def test_it_is_measured_of_the_base_and_of_the_adapter(recipe: Path, tanzaku: Ta
     tz.activate(model, "mine")
     own = by_hand(model, tokenizer, HELD, 8)
     assert job["held_perplexity"] == pytest.approx(own, rel=1e-4) and abs(own - base) > 1e-3
-    assert f"perplexity on held text: base {written(base, 4)}, lora {written(own, 4)}" in said.out
+    assert f"perplexity on held text: base {written(base, 2)}, lora {written(own, 2)}" in said.out
     card = Path("run/adapters/lora/README.md").read_text(encoding="utf-8")
-    assert f"held.txt, 17 tokens, which nothing was trained on): base {written(base, 4)}, with this adapter" in card
+    assert f"held.txt, 17 tokens, which nothing was trained on): base {written(base, 2)}, with this adapter" in card
 
 
 @pytest.mark.parametrize("design", [["--folds", "3", "--finalists", "1"], ["--seeds", "2"]])
@@ -87,9 +87,9 @@ def test_a_comparison_measures_each_candidate_once_and_ranks_as_it_would(
     assert all(value > 1 for value in found.values())
     assert len(measured) == len(found) + ("--folds" in design)  # the finalist's adapter was trained anew
     [line] = [line for line in said.out.splitlines() if line.startswith("perplexity on held text: base ")]
-    assert all(f"{name} {written(value, 4)}" in line for name, value in found.items())
+    assert all(f"{name} {written(value, 2)}" in line for name, value in found.items())
     page = Path("run/report.html").read_text(encoding="utf-8")
-    assert "perplexity on held text" in page and f"a perplexity of {written(kept['base'], 3)} on the held text" in page
+    assert "perplexity on held text" in page and f"a perplexity of {written(kept['base'], 2)} on the held text" in page
     measured.clear()
     said = tanzaku("compare", recipe, *flags, "--forgetting", "none", "--out", "plain")
     assert said.code == 0, said.err

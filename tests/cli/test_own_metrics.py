@@ -86,6 +86,10 @@ def test_candidates_are_ranked_by_it(recipe: Path, tanzaku: Tanzaku) -> None:
     assert means == sorted(means) and min(means) >= 1  # the least is the best
     [pair] = results["comparisons"]
     assert pair["p"] is not None and "harshness" in results["base"]["scores"]
+    for each in results["candidates"]:
+        by_row = results["rows"]["figures"][each["name"]]
+        assert len(by_row) == len(TEXTS) and sum(by_row) / len(by_row) == pytest.approx(each["test"]["harshness"])
+    assert len(results["rows"]["base_figures"]) == len(TEXTS)
     assert "By the mean harshness" in Path("run/report.html").read_text(encoding="utf-8")
     again = tanzaku("compare", "--resume", "--out", "run")
     assert again.code == 0, again.err

@@ -418,6 +418,41 @@ def test_a_row_tells_what_each_finalist_said(show: Show) -> None:
 
 
 @needs_browser
+def test_texts_stand_side_by_side_and_the_best_or_the_worst_come_first(show: Show) -> None:
+    results = texts()
+    own = results["rows"]
+    one, other = own["figures"].values()
+    page = show(results)
+    heads = [head.strip() for head in texts_of(page, "#predictions thead th")]
+    assert heads == ["row", "text", "truth", "the base, not trained", *own["predictions"]]
+    mean = [(a + b) / 2 if b is not None else a for a, b in zip(one, other, strict=True)]
+    apart = [abs(a - b) if b is not None else 0.0 for a, b in zip(one, other, strict=True)]
+    rows = range(len(mean))
+    expected = {
+        "best": sorted(rows, key=lambda row: -mean[row]),
+        "worst": sorted(rows, key=lambda row: mean[row]),
+        "apart": sorted(rows, key=lambda row: -apart[row]),
+        "file": list(rows),
+    }
+    first = expected["best"][0]
+    cells = texts_of(page, "#predictions tbody tr:first-child td")
+    says = [f"✗ {name} says\n{first} {figure[first]:.2f}" for name, figure in own["figures"].items()]
+    assert cells == [str(first + 1), f"prompt {first}", f"target {first}", f"✗ base of {first} 0.25", *says]
+    for order in ("worst", "apart", "file", "best"):
+        press(page, f"[data-switch=order] [data-value={order}]")
+        shown = [int(text) - 1 for text in texts_of(page, "#predictions tbody td:first-child")]
+        assert shown == expected[order][: len(shown)], order
+    assert "perplexity of 23.10 on the held text" in texts_of(page, "#ranking")[0]
+
+
+@needs_browser
+def test_no_order_is_offered_where_a_row_alone_has_no_figure(show: Show) -> None:
+    page = show(sample(rows=5, repeats=1, epochs=2))
+    assert texts_of(page, "[data-switch=order]") == []
+    assert texts_of(page, "#predictions tbody td:first-child") == ["1", "2", "3", "4", "5"]
+
+
+@needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_theme_follows_the_system_and_the_button(show: Show, scheme: str) -> None:
     page = show(sample(rows=5, repeats=1, epochs=2), scheme=scheme)
@@ -593,7 +628,38 @@ def untested() -> dict[str, Any]:
     return results
 
 
+def texts(rows: int = 30) -> dict[str, Any]:
+    """Of text that is written: two candidates and the base, ranked by chrF."""
+    results = sample(candidates=2, rows=rows, repeats=1, epochs=2) | {"search": None, "forgetting": None}
+    results["recipe"] |= {"task": "generation"}
+    results["data"]["task"] = {"shape": "pairs", "read": {"prompt": "prompt"}, "max_new_tokens": 8, "writing": "latin"}
+    results["design"]["metric"] = "chrf"
+    for entry in results["candidates"]:
+        entry |= {"test": {"chrf": 0.5, "exact_match": 0.1, "perplexity": 3.0}, "test_intervals": {}}
+        entry |= {"scores": {"chrf": entry["scores"]["accuracy"]}, "confusion": None, "held_perplexity": 24.0}
+    for job in results["jobs"]:
+        for epoch in job["epochs"]:
+            epoch["valid"] = {"loss": epoch["valid"]["loss"], "chrf": epoch["valid"]["accuracy"]}
+    own = results["rows"]
+    own["texts"] = [f"prompt {row}" for row in range(rows)]
+    own["targets"] = [f"target {row}" for row in range(rows)]
+    names = [entry["name"] for entry in results["candidates"]]
+    own["predictions"] = {
+        name: [{"text": f"{name} says\n{row}", "loss": 1.0, "right": 1} for row in range(rows)] for name in names
+    }
+    # The first is good at later rows, the second at every third.
+    own["figures"] = dict(
+        zip(names, ([row / rows for row in range(rows)], [float(row % 3 == 0) for row in range(rows)]), strict=True)
+    )
+    own["figures"][names[1]][6] = None
+    own["base"] = [{"text": f"base of {row}", "loss": 2.0, "right": 0} for row in range(rows)]
+    own["base_figures"] = [0.25] * rows
+    results["forgetting"] = {"text": "bundled", "tokens": 765, "base": 23.1}
+    return results
+
+
 VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "texts": texts,
     "nothing": bare,
     "no candidates": lambda: bare(candidates=[], jobs=[], search=[], comparisons=[], rows=None),
     "nulls": nulls,

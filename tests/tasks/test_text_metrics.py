@@ -126,6 +126,15 @@ def test_figures_of_whole_sentences() -> None:
     assert all(0.2 < found[m.title] < 0.9 for m in ALL[:5])
 
 
+def test_the_figure_of_a_row_alone() -> None:
+    rows = [("the warm rain", "a warm rain"), ("", "x"), ("春の海", "春の海"), ("cold", "of winter")]
+    texts, references = map(list, zip(*rows, strict=True))
+    for metric in ALL:
+        found = metric.statistics({"text": texts, "reference": references}).by_row()
+        alone = [by_the_libraries([text], [reference])[metric.title] for text, reference in rows]
+        assert metric.by_row and found == pytest.approx(alone, abs=1e-12), metric.title
+
+
 def test_a_share_of_rows_has_an_interval() -> None:
     records = {"text": ["a", " b\n", "{}", "c"], "reference": ["a", "b", "x", "C"]}
     assert EXACT_MATCH.statistics(records).value() == 0.5

@@ -152,8 +152,7 @@ class Display:
         if result.test is not None:
             self.say(f"test {', '.join(_tested(result, task))}")
         if data.probe is not None:
-            base, own = _number(data.probe.base), _number(result.held_perplexity)
-            self.say(f"perplexity on held text: base {base}, {result.name} {own}")
+            self.say(f"perplexity on held text: {perplexities(data.probe.base, {result.name: result.held_perplexity})}")
         self.say(f"peak memory {_mebibytes(result)} MiB, {result.seconds:.1f} seconds")
         self.say(f"adapter: {out / (result.adapter or '')}\nresults: {out / RESULTS}")
 
@@ -180,6 +179,12 @@ def _tested(result: JobResult, task: Task) -> list[str]:
             text += f" ({100 * low:.1f} to {100 * high:.1f})"
         out.append(f"{metric.title} {text}")
     return out
+
+
+def perplexities(base: float | None, own: Mapping[str, float | None]) -> str:
+    """That of the base and of each adapter, where they are known."""
+    known = {name: value for name, value in {"base": base, **own}.items() if value is not None}
+    return ", ".join(f"{name} {written(value, 2)}" for name, value in known.items())
 
 
 def _number(value: float | None) -> str:

@@ -14,7 +14,7 @@ from rich.live import Live as RichLive
 from rich.table import Table
 from rich.text import Text
 
-from tanzaku.cli.display import Display
+from tanzaku.cli.display import Display, perplexities
 from tanzaku.compare.verdict import tested_by
 from tanzaku.support.numbers import written
 
@@ -225,11 +225,8 @@ class Live(Display):
         head = ["", "candidate", f"{self.word} (95%{of})", *tests, "trained parameters", "MiB", "seconds"]
         self.table(head, rows, right=range(2, len(head)))
         if probe := results["forgetting"]:
-            parts = [("base", probe["base"])] + [
-                (each["name"], each["held_perplexity"]) for each in results["candidates"]
-            ]
-            known = ", ".join(f"{name} {_number(value)}" for name, value in parts if value is not None)
-            self.say(f"perplexity on held text: {known}")
+            own = {each["name"]: each["held_perplexity"] for each in results["candidates"]}
+            self.say(f"perplexity on held text: {perplexities(probe['base'], own)}")
         for each in results["candidates"]:
             if each["status"] != "done":
                 self.say(f"{each['name']} {each['status']}: {each['error'] or 'not all of its runs were done'}")

@@ -105,7 +105,7 @@ class Sitting:
         probe = _probe(recipe, data, model, tokenizer, before, methods[0].settings)
         if probe is not None:
             display.say(
-                f"held text: {probe.name}, {probe.tokens:,} tokens; the base's perplexity is {written(probe.base, 4)}"
+                f"held text: {probe.name}, {probe.tokens:,} tokens; the base's perplexity is {written(probe.base, 2)}"
             )
         return model, replace(data, probe=probe)
 

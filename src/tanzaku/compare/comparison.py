@@ -549,13 +549,22 @@ class Comparison:
         split: Split | None = self.data.test or (self.data.valid if self.design.folds is None else None)
         if split is None or not self.tested.get("predictions"):
             return None
+        base = self.tested.get("base", {}).get("predictions")
         return {
             "split": "test" if split is self.data.test else "valid",
             "texts": split.shown,
             "targets": [example.target for example in split.examples],
             "predictions": self.tested["predictions"],
-            "base": self.tested.get("base", {}).get("predictions"),
+            "figures": {name: self._by_row(own, split) for name, own in self.tested["predictions"].items()},
+            "base": base,
+            "base_figures": None if base is None else self._by_row(base, split),
         }
+
+    def _by_row(self, predictions: list[Any], split: Split) -> list[float] | None:
+        """What each row alone has of the metric that ranks, where that says something of a row."""
+        if not self.metric.by_row:
+            return None
+        return self.metric.statistics(self.task.recorded(predictions, split.examples)).by_row()
 
 
 @dataclass(frozen=True)

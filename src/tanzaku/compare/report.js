@@ -254,7 +254,7 @@
   // -- rows
 
   const PAGE = innerWidth < 700 ? 10 : 25;
-  const { texts, targets, predictions, finalists, answers } = data.rows;
+  const { texts, targets, predictions, finalists, answers, figures, base, better } = data.rows;
   // Full-width and half-width forms are one to a reader who searches.
   const folded = (text) => text.normalize("NFKC").toLowerCase();
   const haystack = texts.map(({ text }) => folded(text));
@@ -266,8 +266,41 @@
     wrong: (row) => predictions.some((own) => own[row]?.[2]),
   };
 
+  // Rows by their finalists' figures, the best first; those without one come last in any order.
+  const known = texts.map((_, row) => figures.map((own) => own[row] ?? null).filter((value) => value !== null));
+  const sign = better === "higher" ? 1 : -1;
+  const mean = (row) => sign * (known[row].reduce((sum, value) => sum + value, 0) / known[row].length);
+  const ORDERS = {
+    best: (row) => -mean(row),
+    worst: mean,
+    apart: (row) => Math.min(...known[row]) - Math.max(...known[row]),
+    file: (row) => row,
+  };
+
+  function ordered(rows) {
+    const place = ORDERS[orderShown() ?? "file"];
+    const last = (row) => orderShown() !== "file" && known[row].length === 0;
+    return orderShown() ? rows.sort((a, b) => last(a) - last(b) || (last(a) ? 0 : place(a) - place(b)) || a - b) : rows;
+  }
+
   function answer(at) {
-    return element("bdi", { lang: answers[at].lang }, answers[at].text);
+    const { text, lang } = answers[at];
+    return element("bdi", { lang, ...(text.length > 600 && { class: "long", tabindex: "0" }) }, text);
+  }
+
+  // What somebody says of a row: the answer, and how sure it is or how good.
+  function told(label, said, figure) {
+    const cell = element("td", { "data-label": label });
+    if (!said) return cell.append("–"), cell;
+    const [text, sure, wrong] = said;
+    const noted = [sure, figure].filter((value) => value !== null && value !== undefined);
+    // Where a figure says how wrong it is, the cross alone is marked: a long text would be all red.
+    const red = { class: "wrong" };
+    const cross = wrong ? [element("span", red, "✗ ")] : [];
+    const words = element("span", wrong && (figure ?? null) === null ? red : {}, ...cross, answer(text));
+    const quiet = noted.flatMap((value) => [" ", element("span", { class: "quiet" }, value.toFixed(2))]);
+    cell.append(element("span", {}, words, ...quiet));
+    return cell;
   }
 
   function cells(row) {
@@ -278,22 +311,14 @@
       element("td", { class: "end", "data-label": "row" }, String(row + 1)),
       element("td", { class: "text" }, words),
       element("td", { "data-label": "truth" }, answer(targets[row])),
-      ...finalists.map((at, own) => {
-        const said = predictions[own][row];
-        const cell = element("td", { "data-label": data.candidates[at].name });
-        if (!said) return cell.append("–"), cell;
-        const [text, sure, wrong] = said;
-        const words = element("span", wrong ? { class: "wrong" } : {}, ...(wrong ? ["✗ "] : []), answer(text));
-        const quiet = sure === null ? [] : [" ", element("span", { class: "quiet" }, sure.toFixed(2))];
-        cell.append(element("span", {}, words, ...quiet));
-        return cell;
-      }),
+      ...(base.length ? [told("the base, not trained", base[row], data.rows.base_figures[row])] : []),
+      ...finalists.map((at, own) => told(data.candidates[at].name, predictions[own][row], figures[own][row])),
     ];
   }
 
   function showRows() {
     const wanted = folded(document.getElementById("search-text").value.trim());
-    const found = [...texts.keys()].filter((row) => KINDS[filterShown()](row) && haystack[row].includes(wanted));
+    const found = ordered([...texts.keys()].filter((row) => KINDS[filterShown()](row) && haystack[row].includes(wanted)));
     page = Math.max(0, Math.min(page, Math.ceil(found.length / PAGE) - 1));
     const shown = found.slice(page * PAGE, (page + 1) * PAGE);
     document.querySelector("#predictions tbody").replaceChildren(...shown.map((row) => element("tr", {}, ...cells(row))));
@@ -305,6 +330,7 @@
 
   const first = () => ((page = 0), showRows());
   const filterShown = choice("filter", first);
+  const orderShown = choice("order", first);
   if (finalists.length) {
     document.getElementById("search-text").addEventListener("input", first);
     document.getElementById("previous").addEventListener("click", () => (page--, showRows()));

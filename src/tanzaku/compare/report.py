@@ -30,6 +30,7 @@ from tanzaku.tasks.task import LOSS, Example, Metric, Said, metric_named
 _HERE = Path(__file__).parent
 _COSTS = {"trainable_parameters": "trained parameters", "peak_memory_bytes": "memory", "seconds": "time"}
 _SPLITS = {"train": "training", "valid": "validation", "test": "test"}
+_ORDERS = {"best": "best first", "worst": "worst first", "apart": "most apart first", "file": "as in the file"}
 _SHAPES = 7  # of points; report.js and the template draw as many
 _HUES = 8  # of report.css; candidates past them are told apart by dashes and shapes
 
@@ -123,6 +124,9 @@ def _view(results: dict[str, Any]) -> dict[str, Any]:
     answers = _Answers()
     examples = [Example({}, target) for target in rows.get("targets") or []]
     said = {name: list(map(task.said, rows["predictions"][name], examples)) for name in finalists if task is not None}
+    base = [] if task is None else list(map(task.said, rows.get("base") or [], examples))
+    figures = rows.get("figures") or {}
+    by_row: dict[str, list[Any]] = {name: figures[name] for name in finalists if figures.get(name)}
     return {
         "results": results,
         "model": _name_of((results.get("recipe") or {}).get("model")),
@@ -151,6 +155,8 @@ def _view(results: dict[str, Any]) -> dict[str, Any]:
         "curve_metrics": _figures_in(curves, titles, metric.name),
         "search": search,
         "finalists": finalists,
+        "base": bool(base),
+        "orders": _ORDERS if by_row else {},
         "classes": () if task is None else task.classes,
         "design_facts": _design_facts(results, design, metric),
         "machine_facts": _machine_facts(results),
@@ -170,6 +176,10 @@ def _view(results: dict[str, Any]) -> dict[str, Any]:
                 "targets": [] if task is None else [answers(_plain(task.truth(each))) for each in examples],
                 "finalists": [number[name] for name in finalists],
                 "predictions": [[_said(each, answers) for each in said[name]] for name in finalists],
+                "figures": [[_rounded(value) for value in by_row.get(name, [])] for name in finalists],
+                "base": [_said(each, answers) for each in base],
+                "base_figures": [_rounded(value) for value in rows.get("base_figures") or []],
+                "better": metric.better,
                 "answers": answers.texts,
             },
         },
@@ -372,7 +382,7 @@ def _figure(value: float | None, kind: str) -> str:
     if kind in ("points", "difference"):
         text = f"{100 * value:+.1f}" if kind == "points" else f"{'+' if value >= 0 else ''}{written(value, 3)}"
         return text.replace("-", "\N{MINUS SIGN}")
-    return f"{100 * value:.1f}%" if kind == "percent" else written(value, 3)
+    return f"{100 * value:.1f}%" if kind == "percent" else written(value, 2 if kind == "perplexity" else 3)
 
 
 def _p(value: float | None) -> str:

@@ -234,7 +234,7 @@ def _held(training: Mapping[str, Any]) -> str:
     if found.get("own") is None or found.get("base") is None:
         return ""
     text = "a text that comes with Tanzaku" if found["text"] == BUNDLED else found["text"]
-    figures = f"base {written(found['base'], 4)}, with this adapter {written(found['own'], 4)}"
+    figures = f"base {written(found['base'], 2)}, with this adapter {written(found['own'], 2)}"
     return f"Perplexity on held text ({text}, {found['tokens']:,} tokens, which nothing was trained on): {figures}."
 
 

@@ -91,7 +91,7 @@ def _ranks(place: Array, counts: Array) -> Array:
     return ranks
 
 
-MAE = Metric("mae", "mean absolute error", "lower", _INFINITE, _mae)
+MAE = Metric("mae", "mean absolute error", "lower", _INFINITE, _mae, by_row=True)
 RMSE = Metric("rmse", "root mean squared error", "lower", _INFINITE, _rmse)
 PEARSON = Metric("pearson", "Pearson's r", "higher", (-1.0, 1.0), _pearson, hub="pearsonr")
 SPEARMAN = Metric("spearman", "Spearman's rho", "higher", (-1.0, 1.0), _spearman, hub="spearmanr")

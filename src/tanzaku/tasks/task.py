@@ -181,6 +181,11 @@ class Statistics:
         draws = (counts[:, at : at + size] for at in range(0, counts.shape[1], size))
         return np.concatenate([self.figure(self.rows.T @ some) for some in draws])
 
+    def by_row(self) -> list[float]:
+        """The figure of each row alone."""
+        alone: list[float] = self.figure(np.asarray(self.rows, dtype=float).T).tolist()
+        return alone
+
     def value(self) -> float:
         """The figure of each row once."""
         return float(self.drawn(np.ones((self.rows.shape[0], 1)))[0])
@@ -195,6 +200,7 @@ class Metric:
         statistics: of records, for :class:`Statistics`.
         proportion: whether it is a share of rows, written in percent, with an interval of its own (Wilson).
         by_stratum: whether it is a mean over strata, in which a row of the rarest counts most.
+        by_row: whether the figure of one row alone says how good that row is.
         hub: what the Hugging Face Hub calls it, if otherwise.
     """
 
@@ -205,6 +211,7 @@ class Metric:
     statistics: Callable[[Records], Statistics]
     proportion: bool = False
     by_stratum: bool = False
+    by_row: bool = False
     hub: str | None = None
 
     @property
@@ -253,7 +260,7 @@ def _loss(records: Records) -> Statistics:
     return Statistics(np.stack([records["loss"], records["weight"]], axis=1), lambda sums: sums[0] / sums[1])
 
 
-LOSS = Metric("loss", "loss", "lower", (0.0, float("inf")), _loss)
+LOSS = Metric("loss", "loss", "lower", (0.0, float("inf")), _loss, by_row=True)
 
 
 @dataclass(frozen=True)

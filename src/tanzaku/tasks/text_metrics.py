@@ -233,15 +233,15 @@ def _common(a: Sequence[str], b: Sequence[str]) -> int:
     return len(a) - left.bit_count()
 
 
-CHRF = Metric("chrf", "chrF", "higher", (0.0, 1.0), _chrf)
-BLEU = Metric("bleu", "BLEU", "higher", (0.0, 1.0), _bleu_of_words)
-BLEU_CHARACTERS = Metric("bleu", "BLEU (characters)", "higher", (0.0, 1.0), _bleu_of_characters)
-ROUGE_L = Metric("rouge_l", "ROUGE-L", "higher", (0.0, 1.0), _rouge_l_of_words, hub="rouge")
+CHRF = Metric("chrf", "chrF", "higher", (0.0, 1.0), _chrf, by_row=True)
+BLEU = Metric("bleu", "BLEU", "higher", (0.0, 1.0), _bleu_of_words, by_row=True)
+BLEU_CHARACTERS = Metric("bleu", "BLEU (characters)", "higher", (0.0, 1.0), _bleu_of_characters, by_row=True)
+ROUGE_L = Metric("rouge_l", "ROUGE-L", "higher", (0.0, 1.0), _rouge_l_of_words, by_row=True, hub="rouge")
 ROUGE_L_CHARACTERS = Metric(
-    "rouge_l", "ROUGE-L (characters)", "higher", (0.0, 1.0), _rouge_l_of_characters, hub="rouge"
+    "rouge_l", "ROUGE-L (characters)", "higher", (0.0, 1.0), _rouge_l_of_characters, by_row=True, hub="rouge"
 )
-EXACT_MATCH = Metric("exact_match", "exact match", "higher", (0.0, 1.0), _exact_match, proportion=True)
-VALID_JSON = Metric("valid_json", "valid JSON", "higher", (0.0, 1.0), _valid_json, proportion=True)
+EXACT_MATCH = Metric("exact_match", "exact match", "higher", (0.0, 1.0), _exact_match, proportion=True, by_row=True)
+VALID_JSON = Metric("valid_json", "valid JSON", "higher", (0.0, 1.0), _valid_json, proportion=True, by_row=True)
 
 
 # -- a user's own
@@ -309,7 +309,7 @@ def metric_from(about: Any, where: str) -> OwnMetric:
 
 
 def _own(name: str, better: Any, bounds: tuple[float, float], statistics: Any, file: str, sha256: str) -> OwnMetric:
-    return OwnMetric(name, name.replace("_", " "), better, bounds, statistics, file=file, sha256=sha256)
+    return OwnMetric(name, name.replace("_", " "), better, bounds, statistics, by_row=True, file=file, sha256=sha256)
 
 
 def _are_bounds(found: Any) -> bool:

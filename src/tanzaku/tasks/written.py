@@ -70,8 +70,8 @@ def _of_text(metric: Any) -> Any:
     return replace(metric, statistics=partial(_if_written, metric.statistics))
 
 
-PERPLEXITY = Metric("perplexity", "perplexity", "lower", (1.0, math.inf), _perplexity)
-TOKEN_ACCURACY = Metric("token_accuracy", "token accuracy", "higher", (0.0, 1.0), _token_accuracy)
+PERPLEXITY = Metric("perplexity", "perplexity", "lower", (1.0, math.inf), _perplexity, by_row=True)
+TOKEN_ACCURACY = Metric("token_accuracy", "token accuracy", "higher", (0.0, 1.0), _token_accuracy, by_row=True)
 
 
 def _metrics(writing: Writing, writes: bool = True, measured: Sequence[OwnMetric] = ()) -> tuple[Metric, ...]:
