@@ -60,6 +60,8 @@ class Rows:
 
     inputs: dict[str, Tensor]
     lengths: list[int]
+    decoder_lengths = [0] * 8  # a classifier's decoder reads what its encoder does
+    decoder_width = 0
 
     @property
     def width(self) -> int:

@@ -223,6 +223,9 @@ class _Chat:
         self.model, self.tokenizer, self.speakers = model, tokenizer, speakers
         self.settings, self.precision, self.terminal = settings, precision, terminal
         self.asked = 0  # prompts, of which each has draws of its own
+        self.begins, *others = dict.fromkeys((*each.task.begins(model),) for each in speakers)
+        if others:
+            raise TanzakuError("adapters whose texts begin in different languages; talk to them one by one")
 
     def run(self, lines: Iterator[str]) -> None:
         for line in lines:
@@ -267,6 +270,7 @@ class _Chat:
                 int(self.tokenizer.pad_token_id),
                 tokenizer=self.tokenizer,
                 batch_size=1,
+                begins=self.begins,
                 numbers=[number],
                 on_token=stream.take,
             ):

@@ -314,8 +314,7 @@ class _Run:
         for adapter in self.adapters:
             length = adapter.max_length
             numbers = [start + at + 1 for at in there]
-            before = manager.get(adapter.name).before
-            check_rows(manager.base, splits[length], length, before, numbers, self.task)
+            check_rows(manager.base, splits[length], length, manager.get(adapter.name), numbers, self.task)
         for precision in dict.fromkeys(adapter.precision for adapter in self.adapters):
             group = [adapter for adapter in self.adapters if adapter.precision == precision]
             texts = {adapter.name: splits[adapter.max_length] for adapter in group}

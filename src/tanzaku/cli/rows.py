@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tanzaku.cli.display import Display
 from tanzaku.errors import printable
+from tanzaku.tasks.task import DECODED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +40,7 @@ def show_rows(
     marks = "" if all(each is None for each in learnt) else f"; what is learnt is {display.marking}"
     display.say(f"\n{many if len(learnt) > 1 else one}{marks}")
     for target, example, of_tokens in zip(targets, split.examples, learnt, strict=False):
-        ids = next(iter(example.inputs.values()))
+        ids = [*next(iter(example.inputs.values())), *example.inputs.get(DECODED, ())]
         if of_tokens is None:
             display.say(f"{_cut(target, _LONG)}: {_cut('|'.join(pieces(tokenizer, ids)), _WIDE)}")
             continue

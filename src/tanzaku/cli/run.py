@@ -402,7 +402,7 @@ def _check_fit(
                 raise TanzakuError("nothing of it is trained; let it learn something, such as a head")
             _check_memory(sum(parameter.numel() for _, parameter in adapter.trained()), method.largest(), device)
             for split in data.splits() if adapter.before else ():
-                check_rows(Base.of(model), split, max_length, adapter.before, task=data.task)
+                check_rows(Base.of(model), split, max_length, adapter, task=data.task)
             most = max(most, adapter.before)
             detach(twin, name)
         except TooLarge as error:

@@ -18,7 +18,9 @@ from tanzaku.core.manager import manager_of
 from tanzaku.core.passes import Passes
 from tanzaku.errors import TanzakuError
 
-OWN = "own_tokens"  # in the context of such rows: (rows, tokens) booleans, False at padding and where labels are -100
+# In the context of such rows: (rows, tokens) booleans, False at padding and where labels are -100; and the same of what
+# an encoder-decoder's decoder reads.
+OWN, DECODED = "own_tokens", "own_decoded_tokens"
 
 
 def calibrate(
@@ -48,7 +50,9 @@ def calibrate(
         if not batch:
             raise TanzakuError("calibrate: found a batch without inputs, expected tensors by the names of forward()")
         rows = len(next(iter(batch.values())))
-        with route(model, [name] * rows, own_of(batch.get("attention_mask"), batch.get("labels"))):
+        both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        labels = {"decoded" if both else "labels": batch.get("labels")}
+        with route(model, [name] * rows, own_of(batch.get("attention_mask"), **labels)):
             outputs = model(**batch)
         found = getattr(outputs, "loss", None) if loss is None else loss(outputs, batch)
         return torch.zeros(()) if found is None else found
@@ -62,9 +66,16 @@ def calibrate(
             module.training = mode
 
 
-def own_of(mask: Tensor | None, labels: Tensor | None = None) -> dict[str, Tensor]:
-    """The context of rows by which layers tell own tokens from padding."""
-    if mask is None or mask.dim() != 2:
-        return {}
-    own = mask.bool()
-    return {OWN: own & (labels != -100) if labels is not None and labels.shape == own.shape else own}
+def own_of(mask: Tensor | None, labels: Tensor | None = None, decoded: Tensor | None = None) -> dict[str, Tensor]:
+    """The context of rows by which layers tell own tokens from padding.
+
+    Args:
+        labels: of the same tokens. decoded: of those that an encoder-decoder's decoder reads.
+    """
+    found = {}
+    if mask is not None and mask.dim() == 2:
+        own = mask.bool()
+        found[OWN] = own & (labels != -100) if labels is not None and labels.shape == own.shape else own
+    if decoded is not None and decoded.dim() == 2:
+        found[DECODED] = decoded != -100
+    return found

@@ -40,7 +40,8 @@ from tanzaku.support.seeds import seed_of, seeded
 
 @dataclass
 class JobSlice:
-    """One job's part of a batch: its rows, and how many virtual and own tokens it would have alone."""
+    """One job's part of a batch: its rows, and how many virtual and own tokens it would have alone; and its decoder's
+    tokens, where an encoder-decoder reads others there (None: the same)."""
 
     rows: slice
     virtual: int
@@ -49,6 +50,7 @@ class JobSlice:
     calls: int = 0
     drew: bool = False
     left_out: bool = False  # some layer may have been, by chance
+    decoded: int | None = None
 
 
 class JobDropout(TorchFunctionMode):
@@ -57,13 +59,25 @@ class JobDropout(TorchFunctionMode):
     Args:
         width: the longest own text of the batch, in tokens; lead: the most virtual tokens of any share.
         foreign: generators that the model may draw from besides torch's: see :func:`foreign_generators`.
+        decoded: tokens of an encoder-decoder's decoder, where it reads others. By their number a dimension of a tensor
+            is known for one of these or of those: where both are as many, jobs for which that makes a difference
+            cannot share a batch.
     """
 
     def __init__(
-        self, route: Route, shares: Sequence[JobSlice], width: int, lead: int, foreign: Sequence[Foreign] = ()
+        self,
+        route: Route,
+        shares: Sequence[JobSlice],
+        width: int,
+        lead: int,
+        foreign: Sequence[Foreign] = (),
+        decoded: int | None = None,
     ) -> None:
         super().__init__()
         self.route, self.shares, self.width, self.lead = route, shares, width, lead
+        self.decoded = width if decoded is None else decoded  # a classifier's decoder has no virtual tokens
+        alike = decoded == lead + width
+        self._unclear = alike and any(share.virtual + share.tokens != share.decoded for share in shares)
         self.rows = shares[-1].rows.stop
         self.by_heads = False  # a first dimension counts rows and heads
         self._foreign = foreign
@@ -129,12 +143,14 @@ class JobDropout(TorchFunctionMode):
         active = self.shares if at is None else [self.shares[at]]
         rows = self.rows if at is None else active[0].rows.stop - active[0].rows.start
         apart = len(self.shares) > 1 and (at is None or self.route.base_runs)
-        widths = {self.width, self.lead + self.width}
+        widths = {self.decoded, self.lead + self.width}
         odd = _odd.get()
         if odd is None and x.dim() == 2 and x.shape[0] != rows and x.shape[0] in {rows * width for width in widths}:
             x = torch.unflatten(x, 0, (rows, -1))  # the tokens of all rows, one after another
         whole = x.dim() == 0 or x.shape[0] % rows > 0 or (x.dim() == 2 and x.shape[0] != rows)
         tokens = [d for d in range(x.dim()) if _is_token(x, d) or (d == 2 and x.dim() == 3 and self.by_heads)]
+        if self._unclear and len(self.shares) > 1 and any(x.shape[d] == self.decoded for d in tokens):
+            self.refuse(f"{what} of {self.decoded} tokens, as many as an encoder and a decoder have here")
         if apart and (odd is not None or whole or any(x.shape[d] not in {1, *widths} for d in tokens)):
             self.refuse(odd or f"{what} of {' x '.join(map(str, x.shape)) or 'one number'}")
         if whole:
@@ -164,8 +180,8 @@ class JobDropout(TorchFunctionMode):
         front = size - self.route.keys if keys and self.route.keys is not None else 0
         if size - front == self.lead + self.width:
             own: Sequence[int] = range(share.virtual + share.tokens)  # fillers are behind them
-        elif size - front == self.width:  # a decoder, beside an encoder that has the virtual tokens
-            own = range(share.tokens)
+        elif size - front == self.decoded:
+            own = range(share.tokens if share.decoded is None else share.decoded)
         else:
             return range(size)
         return [*range(front), *(front + place for place in own)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -54,6 +54,16 @@ class Batch(Protocol):
     @property
     def width(self) -> int:
         """T."""
+        ...
+
+    @property
+    def decoder_lengths(self) -> list[int]:
+        """Tokens of each row that an encoder-decoder's decoder reads; 0: it reads none of its own."""
+        ...
+
+    @property
+    def decoder_width(self) -> int:
+        """As many as the longest has, or more."""
         ...
 
 
@@ -115,14 +125,20 @@ class Accelerations:
         columns = pooled_columns(self.base, inputs) if trims and not whole else None
         width = max(virtual) + batch.width
         own = [before + length for before, length in zip(virtual, batch.lengths, strict=True)]
-        layout = Layout(
-            width=width,
-            starts=[0] * len(virtual),
-            lengths=[width] * len(virtual) if whole else own,
-            lowest=[self.common.order.lowest(adapter) for adapter in adapters],
-            device=inputs.device,
+        lowest = [self.common.order.lowest(adapter) for adapter in adapters]
+        # Where an encoder and a decoder read as many tokens, nothing tells which a module has: none is left out.
+        whole = whole or batch.decoder_width == width
+        starts = [0] * len(virtual)
+
+        def laid(width: int, lengths: list[int], **more: Any) -> Layout:
+            return Layout(width, starts, [width] * len(starts) if whole else lengths, lowest, inputs.device, **more)
+
+        layout = laid(
+            width,
+            own,
             packed=packed,
             read=None if columns is None else [v + column for v, column in zip(virtual, columns, strict=True)],
+            decoder=laid(batch.decoder_width, batch.decoder_lengths) if batch.decoder_width else None,
         )
         with ExitStack() as stack:
             stack.enter_context(self.common.order.recorded())

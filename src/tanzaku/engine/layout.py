@@ -32,6 +32,7 @@ class Layout:
     device: torch.device
     packed: bool = False
     read: Sequence[int] | None = None  # of each row's own tokens, the one that a classifier pools; None: not known
+    decoder: Layout | None = None  # of an encoder-decoder that reads other tokens there, of another width
     _found: dict[Any, Places] = field(default_factory=dict)
     _ragged: dict[tuple[int, ...], Ragged] = field(default_factory=dict)
 
@@ -39,6 +40,10 @@ class Layout:
     def shape(self) -> tuple[int, int]:
         """(rows, tokens) of hidden states."""
         return (sum(self.lengths), 1) if self.packed else (len(self.lengths), self.width)
+
+    def of(self, shape: tuple[int, ...]) -> Layout | None:
+        """The layout of hidden states with so many (rows, tokens): of the batch, or of its decoder."""
+        return next((each for each in (self, self.decoder) if each is not None and each.shape == shape), None)
 
     @cached_property
     def rows(self) -> Ragged:

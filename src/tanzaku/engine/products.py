@@ -131,11 +131,12 @@ class Products:
             return F.linear(x, weight, bias)
         keep: Places = None
         need: Places = None
-        if x.dim() == 3 and x.shape[:2] == layout.shape:
-            last = layout.packed and id(module) in self.pooled
+        at = layout.of(tuple(x.shape[:2])) if x.dim() == 3 else None
+        if at is not None:
+            last = at.packed and id(module) in self.pooled
             if self.skips or last:
-                keep = layout.places(last=last)
-                need = layout.places(self.order.depth(module), last) if self.skips else keep
+                keep = at.places(last=last)
+                need = at.places(self.order.depth(module), last) if self.skips else keep
         copies = self.copies.get(id(module))
         if copies is not None and not copies.show(weight):
             copies = None

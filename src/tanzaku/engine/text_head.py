@@ -69,16 +69,18 @@ def text_head(model: PreTrainedModel) -> TextHead:
 
 
 class TextHead:
-    """What a language model does behind its backbone: its last layer, and whatever scales or caps its result."""
+    """What a language model does behind its backbone, an encoder-decoder behind its decoder: its last layer, and
+    whatever scales or caps its result."""
 
     def __init__(self, model: PreTrainedModel):
         base = Base.of(model)
-        _check_causal(base)
-        self._model, self.backbone = ref(model), base.backbone
-        self.size = base.vocab_size
-        inside = {id(module) for module in tree.modules(self.backbone)}
+        self._model, self.backbone = ref(model), base.entrance
+        self.size, self._both = base.vocab_size, base.encoder_decoder
+        parts = [base.backbone, base.encoder, self.backbone] if self._both else [self.backbone]
+        inside = {id(module) for part in parts if part is not model for module in tree.modules(part)}
         self._modules = [module for module in tree.modules(model) if id(module) not in inside and module is not model]
         self._kind: Any = None
+        self._check(base)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -109,7 +111,10 @@ class TextHead:
         model = self.model
         path = next(path for path, module in tree.named_modules(model) if module is self.backbone)
         shell = _replaced(model, path.split("."), _Given(self.backbone, _with(self._kind, hidden)))
-        return cast(Tensor, type(model).forward(shell, inputs_embeds=hidden).logits)
+        read = (
+            {"encoder_outputs": (hidden,), "decoder_inputs_embeds": hidden} if self._both else {"inputs_embeds": hidden}
+        )
+        return cast(Tensor, type(model).forward(shell, **read).logits)
 
     def _whole(self) -> WeightCopy | None:
         """The weights of the whole model that are in force here, which a pass has put back where it ends."""
@@ -161,30 +166,52 @@ class TextHead:
         loss = cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
         return loss, logits.detach().argmax(-1) == targets
 
+    @torch.no_grad()
+    def _check(self, base: Base) -> None:
+        """A TanzakuError where a token sees what stands behind it: it then sees what it is to foretell. Two rows are
+        computed that differ in their last token alone. And one where an encoder-decoder has no head behind its
+        decoder, as where a whole language model is the decoder."""
+        weight = base.embedding.weight
+        if weight.is_meta:
+            return
+        ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=base.device("")) % len(weight)
+        training = [module for module in tree.modules(base.model) if module.training]
+        options = without_cache(base)
+        try:
+            for module in training:
+                module.training = False
+            with quiet():
+                if self._both:
+                    read = base.encoder(ids[:1])[0].expand(len(ids), -1, -1)
+                    output = self.backbone(ids, encoder_hidden_states=read, **options)
+                else:
+                    output = self.backbone(ids, **options)
+                states = output[0].float()
+                if self._both:
+                    self._check_head(base, ids, output, options)
+        finally:
+            for module in training:
+                module.training = True
+        apart = (states[0] - states[1]).abs().amax(-1)
+        if apart[:-1].max() > 1e-3 * apart[-1]:
+            raise TanzakuError(
+                f"in {type(base.model).__name__} tokens see what stands behind them, so it cannot learn to write on; "
+                "expected a causal language model"
+            )
 
-@torch.no_grad()
-def _check_causal(base: Base) -> None:
-    """A TanzakuError where a token sees what stands behind it: it then sees what it is to foretell. Two rows are
-    computed that differ in their last token alone."""
-    weight = base.embedding.weight
-    if weight.is_meta:
-        return
-    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=base.device("")) % len(weight)
-    training = [module for module in tree.modules(base.backbone) if module.training]
-    try:
-        for module in training:
-            module.training = False
-        with quiet():
-            states = base.backbone(ids, **without_cache(base))[0].float()
-    finally:
-        for module in training:
-            module.training = True
-    apart = (states[0] - states[1]).abs().amax(-1)
-    if apart[:-1].max() > 1e-3 * apart[-1]:
-        raise TanzakuError(
-            f"in {type(base.model).__name__} tokens see what stands behind them, so it cannot learn to write on; "
-            "expected a causal language model"
-        )
+    def _check_head(self, base: Base, ids: Tensor, output: Any, options: dict[str, Any]) -> None:
+        self._kind = type(output)
+        try:
+            found = self.logits(output[0])
+            expected = base.model(ids[:1].expand_as(ids), decoder_input_ids=ids, **options).logits
+            same = found.shape == expected.shape and bool((found - expected).abs().max() <= 0.02 * expected.abs().max())
+        except Exception:  # whatever a model of another make says of a decoder's states
+            same = False
+        if not same:
+            raise TanzakuError(
+                f"{type(base.model).__name__} makes its scores of more than its decoder's hidden states, so it cannot "
+                "learn to write here; expected an encoder-decoder such as T5 or BART"
+            )
 
 
 class _Losses(torch.autograd.Function):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tanzaku.core.calibration import OWN
+from tanzaku.core.calibration import DECODED, OWN
 from tanzaku.core.context import context
 from tanzaku.core.routing import running_route
 from tanzaku.models.families import features
@@ -322,8 +322,7 @@ def shared_out(shares: Mapping[str, Sequence[float]], budget: int) -> dict[str, 
 def own_tokens(x: Tensor) -> Tensor:
     """What a module reads of the rows' own tokens, (tokens, features): no padding, and nothing that a label masks."""
     route, _, has_rows = running_route()
-    if has_rows and OWN in route.context and x.dim() == 3:
-        mask = context(OWN, x)
-        if mask.shape == x.shape[:2]:
+    for name in (OWN, DECODED) if has_rows and x.dim() == 3 else ():
+        if name in route.context and (mask := context(name, x)).shape == x.shape[:2]:
             return x[mask.bool()]
     return x.flatten(0, -2)

@@ -84,6 +84,7 @@ def decode(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     batch_size: int = 8,
+    begins: Sequence[int] = (),
     context: Sequence[Mapping[str, int]] = (),
     numbers: Sequence[int] = (),
     on_token: Callable[[Entry, int, int], None] | None = None,
@@ -106,6 +107,8 @@ def decode(
         pad_token_id: what short prompts are filled with, on the left (an encoder's on the right).
         tokenizer: for `stop`.
         batch_size: rows a step; a batch has so many for each entry.
+        begins: tokens that an encoder-decoder's decoder begins with, which are none of the text; those that the model
+            says.
         context: of each row, a number by name that adapters may read.
         numbers: of the rows, from 0, for draws and messages, where rows come in parts (0, 1, ...).
         on_token: called with entry, row and token id as each token is written.
@@ -116,7 +119,7 @@ def decode(
             tokenizer, or a batch size below 1; while writing, what a method says of the model.
         NotWritten: scores that are no numbers.
     """
-    job = _Job(model, settings, pad_token_id, tokenizer, on_token, numbers, context)
+    job = _Job(model, settings, pad_token_id, tokenizer, on_token, numbers, context, begins)
     _check(job, prompts, batch_size)
     return _windows(job, prompts, batch_size)
 
@@ -147,6 +150,7 @@ class _Job:
     on_token: Callable[[Entry, int, int], None] | None
     numbers: Sequence[int]
     context: Sequence[Mapping[str, int]]
+    begins: Sequence[int]
 
     def number(self, row: int) -> int:
         """Which row it is, to draws and messages."""
@@ -238,6 +242,8 @@ def _write(job: _Job, rows: list[_Row]) -> list[Written]:
         if settings.temperature:
             row.rng = np.random.default_rng(seed_of("decoding", settings.seed, job.number(row.row)))
     inputs = _padded(job, [row.prompt for row in rows])
+    if job.begins:
+        inputs["decoder_input_ids"] = torch.tensor([[*job.begins]] * len(rows), device=model.device)
     cache: dict[str, Any] = {}
     while True:
         steps = _Steps(job, rows)
@@ -295,6 +301,7 @@ def _config(job: _Job, tokens: int) -> GenerationConfig:
     return GenerationConfig(
         max_new_tokens=tokens,
         pad_token_id=job.pad,
+        decoder_start_token_id=job.begins[0] if job.begins else None,
         use_cache=True,
         do_sample=False,
         temperature=1.0,
@@ -470,7 +477,7 @@ def _check_prompts(job: _Job, entry: Entry, prompts: Sequence[Sequence[int]]) ->
                 raise TanzakuError(
                     f"{where} has {len(prompt)} tokens{beside}, and the model {limit} positions; shorten it"
                 )
-            if (own := 1 + before - virtual + new) > limit:
+            if (own := max(1, len(job.begins)) + before - virtual + new) > limit:
                 raise TanzakuError(
                     f"{_called(entry)}: max_new_tokens is {new}, and the model has {limit - own + new} positions for "
                     "them"

@@ -201,7 +201,7 @@ class Generation(WrittenTask):
             messages.append({"role": "assistant", "content": answer})
         return reader.conversation(messages, where, learnt)
 
-    def collate(self, examples: Sequence[Example], pad_token_id: int, width: int = 0) -> Batch:
+    def collate(self, examples: Sequence[Example], pad_token_id: int, width: int = 0, decoder_width: int = 0) -> Batch:
         import torch
 
         inputs = padded(examples, pad_token_id, width)

@@ -50,14 +50,32 @@ class Forward:
 
     def __init__(self, model: PreTrainedModel, task: Task, pad_token_id: int):
         self.model, self.task, self.pad_token_id = model, task, pad_token_id
+        self.positions = room(Base.of(model))
         # What a tokenizer gives that this model's `forward` does not take.
         self.without = frozenset({"token_type_ids"} - inspect.signature(model.forward).parameters.keys())
         # A cache of keys and values is for generation; here it would only be a copy of them a layer.
         self.options = without_cache(Base.of(model))
 
-    def batch(self, examples: Sequence[Example], width: int = 0) -> Batch:
-        """The rows on the model's device, padded to the longest, or to `width` tokens if that is more."""
-        return self.task.collate(examples, self.pad_token_id, width).to(self.model.device, self.without)
+    def batch(
+        self, examples: Sequence[Example], width: int = 0, decoder_width: int = 0, adapters: Sequence[Adapter] = ()
+    ) -> Batch:
+        """The rows on the model's device, padded to the longest, or to `width` tokens if that is more, and what a
+        decoder reads to `decoder_width`.
+
+        Args:
+            adapters: those that the rows are routed to. What an encoder and a decoder read then differs in width where
+                the model has positions for that: so a tensor's shape tells which of the two has gone into it.
+        """
+        found = self.task.collate(examples, self.pad_token_id, width, decoder_width)
+        lead = max((adapter.virtual for adapter in adapters), default=0)
+        if found.decoder_width == lead + found.width:
+            taken = max((adapter.before - adapter.virtual for adapter in adapters), default=0)
+            one, two = found.width, found.decoder_width
+            if self.positions is None or taken + two < self.positions:
+                found = self.task.collate(examples, self.pad_token_id, one, two + 1)
+            elif lead + one < self.positions:
+                found = self.task.collate(examples, self.pad_token_id, one + 1, two)
+        return found.to(self.model.device, self.without)
 
     def __call__(self, batch: Batch) -> Any:
         """The model's outputs."""
@@ -91,6 +109,7 @@ class Forward:
             self.pad_token_id,
             tokenizer=self.task.tokenizer,
             batch_size=batch_size,
+            begins=self.task.begins(self.model),
             context=[example.context for example in next(iter(some.values()))],
             numbers=numbers[rows.start : rows.stop] if numbers else rows,
         ):
@@ -140,14 +159,14 @@ def check_rows(
     base: Base,
     split: Split,
     max_length: int,
-    virtual: int = 0,
+    adapter: Adapter | None = None,
     numbers: Sequence[int] | None = None,
     task: Task | None = None,
 ) -> None:
     """Check that the model has a vector for each token, and a position, also for those that it is to write.
 
     Args:
-        max_length: what the rows were cut at. virtual: tokens that an adapter puts before them. task: whose rows they
+        max_length: what the rows were cut at. adapter: one that may take positions before them. task: whose rows they
             are, where the model may write.
         numbers: of the rows in their file, counted from 1.
 
@@ -158,6 +177,8 @@ def check_rows(
     def where(row: int) -> str:
         return f"{split.source} row {row + 1 if numbers is None else numbers[row]}"
 
+    before = 0 if adapter is None else adapter.before
+    virtual = before if adapter is None or not base.encoder_decoder else adapter.virtual
     lengths = [example.length for example in split.examples]
     longest, limit = max(range(len(lengths)), key=lengths.__getitem__), room(base)
     if limit is not None and lengths[longest] + virtual > limit:
@@ -168,7 +189,23 @@ def check_rows(
             f"{limit} positions; {fix}"
         )
     writes = task is not None and (task.writes or split.examples[0].target is None)
-    if limit is not None and writes and task is not None and task.decoding is not None:
+    if limit is not None and base.encoder_decoder:
+        taken, tokens = before - virtual, [example.decoder_length for example in split.examples]
+        longest, new = max(range(len(tokens)), key=tokens.__getitem__), 0
+        beside = f" and {taken} of a prefix" if taken else ""
+        if taken + tokens[longest] > limit:
+            raise TanzakuError(
+                f"{where(longest)} has a target of {tokens[longest]} tokens{beside}, and the model {limit} positions; "
+                f"use --max-target-length {limit - taken}, and --too-long cut"
+            )
+        if writes and task is not None and task.decoding is not None:
+            new = task.decoding.max_new_tokens + max(1, len(task.begins(base.model)))
+        if taken + new > limit:
+            raise TanzakuError(
+                f"{new} tokens of a text that is written{beside} are more than the model's {limit} positions; use "
+                f"--max-new-tokens {limit - taken - 1}"
+            )
+    elif limit is not None and writes and task is not None and task.decoding is not None:
         prompts = [len(task.prompt(example)) for example in split.examples]
         longest, new = max(range(len(prompts)), key=prompts.__getitem__), task.decoding.max_new_tokens
         if (left := limit - virtual - prompts[longest]) < new:
@@ -183,7 +220,7 @@ def check_rows(
     except TanzakuError:
         return  # no table of tokens
     for row, example in enumerate(split.examples):
-        if (highest := max(example.inputs["input_ids"])) >= known:
+        if (highest := max(map(max, example.inputs.values()))) >= known:
             raise TanzakuError(
                 f"{where(row)} has token number {highest}, and the model knows {known} tokens: its tokenizer is that "
                 "of another model; save the model's own beside it"
@@ -285,6 +322,7 @@ def _passed(
 ) -> dict[E, Records]:
     """By adapter, the records of passes over these rows."""
     model = forward.model.eval()
+    forward.task.prepare(model)
     manager = find_manager(model)
     lengths = {name: [split.examples[row].length for row in rows] for name, split in splits.items()}
     longest = [max(of_row) for of_row in zip(*lengths.values(), strict=True)]
@@ -295,8 +333,9 @@ def _passed(
         with accelerations, nullcontext() if manager is None else route(model, names):
             for start in range(0, len(order), batch_size):
                 at = order[start : start + batch_size]
-                batch = forward.batch([splits[name].examples[rows[i]] for name in names for i in at])
+                some = [splits[name].examples[rows[i]] for name in names for i in at]
                 adapters = [_adapter(model, name) for name in names for _ in at]
+                batch = forward.batch(some, adapters=[each for each in adapters if each is not None])
                 with accelerations.batch(batch, adapters, None if manager is None else manager.route):
                     records = forward.records(batch)
                 for place, name in enumerate(names):

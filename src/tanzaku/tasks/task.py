@@ -37,6 +37,7 @@ else:
 
 LEARNED = 0.95  # of the loss of one who knows nothing of a row: a run that stays above it did not learn
 _CELLS = 2**20  # sums held at once: 8 MiB in float64
+DECODED = "labels"  # among the inputs of a row, what an encoder-decoder is to write: its decoder reads it shifted
 Records = dict[str, Any]  # by name, an entry for each row: an array, or a list where entries differ in length
 
 
@@ -66,6 +67,11 @@ class Example:
     def length(self) -> int:
         """Tokens, special ones included."""
         return len(next(iter(self.inputs.values())))
+
+    @property
+    def decoder_length(self) -> int:
+        """Tokens that an encoder-decoder's decoder reads; 0: none of its own."""
+        return len(self.inputs.get(DECODED, ()))
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,16 @@ class Batch:
     def width(self) -> int:
         """T."""
         return int(next(iter(self.inputs.values())).shape[1])
+
+    @property
+    def decoder_lengths(self) -> list[int]:
+        """Tokens of each row that an encoder-decoder's decoder reads; 0: none of its own."""
+        return [example.decoder_length for example in self.examples]
+
+    @property
+    def decoder_width(self) -> int:
+        """Of what it reads, [B, decoder_width]; 0: nothing."""
+        return int(self.inputs[DECODED].shape[1]) if DECODED in self.inputs else 0
 
     def to(self, device: Any, without: frozenset[str] = frozenset()) -> Batch:
         """On a device, without some of the inputs."""
@@ -376,8 +392,9 @@ class Task(ABC):
         """Whether anything of each cell, none of them blank, is left as tokens."""
 
     @abstractmethod
-    def collate(self, examples: Sequence[Example], pad_token_id: int, width: int = 0) -> Batch:
-        """Rows padded to the longest, or to `width` tokens if that is more."""
+    def collate(self, examples: Sequence[Example], pad_token_id: int, width: int = 0, decoder_width: int = 0) -> Batch:
+        """Rows padded to the longest, or to `width` tokens if that is more; where an encoder-decoder reads two texts,
+        the second to `decoder_width`."""
 
     def stratum(self, example: Example) -> str | None:
         """What folds keep the shares of, in words; None where rows have nothing of the kind."""
@@ -400,6 +417,11 @@ class Task(ABC):
             raise TanzakuError(
                 f"the model has {config.num_labels} labels and the data {expected}: load it with num_labels={expected}"
             )
+
+    def prepare(self, model: Any) -> None:
+        """Look at a model before its first pass, since passes may be accelerated; a TanzakuError where it is none that
+        can be run."""
+        return
 
     def run(self, model: Any, inputs: dict[str, Any]) -> Any:
         """The model's outputs for a batch, as `score` and `records` read them."""
@@ -474,6 +496,10 @@ class Task(ABC):
     def prompt(self, example: Example) -> Sequence[int]:
         """The tokens of a row that the model writes on from."""
         raise NotImplementedError(f"{self.name} writes nothing")
+
+    def begins(self, model: Any) -> Sequence[int]:
+        """The tokens that an encoder-decoder's decoder begins with; none: those that the model says."""
+        return ()
 
     def put(self, records: Records, written: Sequence[Written]) -> Records:
         """The records of rows with what was written for each."""

@@ -76,7 +76,7 @@ class TextTask(Task):
         seconds = None if self.text_pair is None else table.column(self.text_pair)
         return Split(name, examples, table.column(self.text), truncated, table.source, seconds)
 
-    def collate(self, examples: Sequence[Example], pad_token_id: int, width: int = 0) -> Batch:
+    def collate(self, examples: Sequence[Example], pad_token_id: int, width: int = 0, decoder_width: int = 0) -> Batch:
         inputs = padded(examples, pad_token_id, width)
         found = [example.target for example in examples]
         targets = {} if all(target is None for target in found) else {"target": self.target_tensor(_whole(found))}

@@ -247,7 +247,7 @@ class Tokens(Task):
                     units.append((token, start, end))
         return inputs, units, whole
 
-    def collate(self, examples: Sequence[Example], pad_token_id: int, width: int = 0) -> Batch:
+    def collate(self, examples: Sequence[Example], pad_token_id: int, width: int = 0, decoder_width: int = 0) -> Batch:
         import torch
 
         inputs = padded(examples, pad_token_id, width)

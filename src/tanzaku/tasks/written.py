@@ -107,7 +107,7 @@ class WrittenTask(Task):
     metrics = _metrics("latin")
     rank_by = "chrf"
     overrides = OVERRIDES
-    reading = ()
+    reading: ClassVar[tuple[str, ...]] = ()
     answer_keys = ("predicted",)
     takes_functions = True
 
@@ -130,6 +130,11 @@ class WrittenTask(Task):
 
     def check_model(self, config: Any) -> None:
         pass
+
+    def prepare(self, model: Any) -> None:
+        from tanzaku.engine.text_head import text_head
+
+        text_head(model)
 
     def run(self, model: Any, inputs: dict[str, Any]) -> Hidden:
         from tanzaku.engine.text_head import text_head

@@ -134,6 +134,11 @@ class ActiveJob:
         return max(example.length for example in self.examples())
 
     @property
+    def decoder_length(self) -> int:
+        """The most tokens that an encoder-decoder's decoder reads of any of them; 0: none of its own."""
+        return max(example.decoder_length for example in self.examples())
+
+    @property
     def batches_left(self) -> int:
         """Batches until it ends or waits at its next rung."""
         s = self.job.settings

@@ -156,7 +156,7 @@ class JobScheduler:
         self.results: dict[str, JobResult] = {}
         self.interrupted = False
         self._measured: dict[str, Need] = {}
-        self._virtual = self._longest = 0  # tokens, of any job
+        self._virtual = self._longest = self._decoded = 0  # tokens, of any job
         self._full = False  # no room for the next in the queue, until another leaves
         self._trackers: dict[str, Accelerator] = {}
 
@@ -194,6 +194,7 @@ class JobScheduler:
         for job in jobs:
             self._virtual = max(self._virtual, getattr(job.method, "num_virtual_tokens", 0))
             self._longest = max(self._longest, _longest((job.data or self.data).train))
+            self._decoded = max(self._decoded, _decoded((job.data or self.data).train))
         self.queue.extend(jobs)
         self._full = False
 
@@ -415,7 +416,8 @@ class JobScheduler:
     def _need_of(self, active: ActiveJob) -> Need:
         # Folds and seeds of one candidate need the same.
         s, method = active.job.settings, active.job.method
-        longest = [_longest(split) for split in (*active.data.splits(), *_probed(active.data))]
+        splits = (*active.data.splits(), *_probed(active.data))
+        longest = [(_longest(split), _decoded(split)) for split in splits]
         key = json.dumps(
             [
                 *(method.name, method.settings(), active.rows, longest),
@@ -425,7 +427,8 @@ class JobScheduler:
         )
         if key not in self._measured:
             shares = method.shares_batch and self.room < float("inf")
-            self._measured[key] = self.step.need_of(active, self._virtual + self._longest if shares else 0)
+            widest = self._virtual + self._longest if shares else 0
+            self._measured[key] = self.step.need_of(active, widest, self._decoded)
         return self._measured[key]
 
     def _fits(self, attached: Sequence[ActiveJob], stepping: Sequence[ActiveJob]) -> bool:
@@ -439,6 +442,7 @@ class JobScheduler:
         rows = {active.job.name: len(active.next_rows or ()) for active in stepping}
         width = max(active.virtual for active in stepping) + max(active.length for active in stepping)
         work = sum(need.beside(rows[active.job.name], width) for active, need in needs)
+        width = max(width, max(active.decoder_length for active in stepping))
         work += width * sum(rows[active.job.name] * _held_for_others(active, stepping) for active in stepping)
         return state + _SPARE * work <= self.room
 
@@ -456,12 +460,11 @@ class JobScheduler:
         first = max(ready, key=lambda active: active.batches_left)
         if not first.job.method.shares_batch:
             return [first]
-        length = first.virtual + first.length
         others = [active for active in ready if active is not first and _goes_with(active, first)]
         if others and (self.step.of_one_width or any(each.adapter.reads_padding for each in (first, *others))):
-            others = [active for active in others if (active.virtual, active.length) == (first.virtual, first.length)]
+            others = [active for active in others if _sizes(active) == _sizes(first)]
         picked, rows = [first], len(first.next_rows or ())
-        for active in sorted(others, key=lambda active: abs(active.virtual + active.length - length)):
+        for active in sorted(others, key=lambda active: _apart(active, first)):
             more, together = len(active.next_rows or ()), [*picked, active]
             if rows + more > self.rows_per_step or not self._has_positions(together):
                 continue
@@ -482,7 +485,8 @@ class JobScheduler:
     def _has_positions(self, stepping: Sequence[ActiveJob]) -> bool:
         """Whether the longest prompt and the longest text, which may be different jobs', have room in one batch."""
         before, limit = max(active.before for active in stepping), self.step.max_positions
-        return before == 0 or limit is None or before + max(active.length for active in stepping) <= limit
+        longest = max(max(active.length, active.decoder_length) for active in stepping)
+        return before == 0 or limit is None or before + longest <= limit
 
     # -- training
 
@@ -728,3 +732,18 @@ def _probed(data: TaskData) -> list[Split]:
 
 def _longest(split: Split) -> int:
     return max((e.length for e in split.examples), default=0)
+
+
+def _decoded(split: Split) -> int:
+    return max((e.decoder_length for e in split.examples), default=0)
+
+
+def _sizes(active: ActiveJob) -> tuple[int, int, int]:
+    """Virtual tokens, and own ones of the longest of its next rows, read by an encoder and by its decoder."""
+    return active.virtual, active.length, active.decoder_length
+
+
+def _apart(active: ActiveJob, first: ActiveJob) -> int:
+    """Tokens of padding that rows of one have beside those of the other, by their longest."""
+    (virtual, length, decoded), (other, others, theirs) = _sizes(active), _sizes(first)
+    return abs(virtual + length - other - others) + abs(decoded - theirs)

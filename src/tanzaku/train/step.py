@@ -35,7 +35,7 @@ from tanzaku.models.families import Base
 from tanzaku.support.seeds import seed_of, seeded
 from tanzaku.tasks.decoding import Written
 from tanzaku.tasks.inference import Forward
-from tanzaku.tasks.task import Batch, Example, Records, Split, Task, joined
+from tanzaku.tasks.task import DECODED, Batch, Example, Records, Split, Task, joined
 from tanzaku.train.active_job import ActiveJob
 from tanzaku.train.results import Job
 
@@ -63,6 +63,7 @@ class SharedStep:
 
     def __init__(self, model: PreTrainedModel, task: Task, pad_token_id: int):
         self.model, self.task, self.device = model, task, model.device
+        task.prepare(model)
         self.forward = Forward(model, task, pad_token_id)
         self.base = Base.of(model)
         self.max_positions = room(self.base)
@@ -120,13 +121,18 @@ class SharedStep:
 
     @contextmanager
     def losses(
-        self, active_jobs: Sequence[ActiveJob], batches: Sequence[Sequence[Example]], width: int | None = None
+        self,
+        active_jobs: Sequence[ActiveJob],
+        batches: Sequence[Sequence[Example]],
+        width: int | None = None,
+        decoder_width: int = 0,
     ) -> Iterator[list[Tensor]]:
         """The loss of each job on its batch, its method's penalty included. The backward pass belongs inside of the
         block, since checkpointed layers run again in it. With a `width`, rows are padded to so many tokens at least,
-        and nothing is packed."""
+        and nothing is packed; what a decoder reads is padded to `decoder_width`."""
         padded = width is not None
-        together = self.forward.batch([example for batch in batches for example in batch], width or 0)
+        every = [example for batch in batches for example in batch]
+        together = self.forward.batch(every, width or 0, decoder_width, [active.adapter for active in active_jobs])
         entries: list[Entry] = [
             active.job.name for active, batch in zip(active_jobs, batches, strict=True) for _ in batch
         ]
@@ -142,13 +148,18 @@ class SharedStep:
             JobSlice(rows, active.virtual, max(map(_length, batch)), active.dropout_seed)
             for active, batch, rows in zip(active_jobs, batches, at, strict=True)
         ]
+        decoded = together.decoder_width or None
+        if decoded is not None:
+            for share, batch in zip(shares, batches, strict=True):
+                share.decoded = max(example.decoder_length for example in batch)
         for active in active_jobs:
             if active.draws is None and self.base.tells_dropout and self.accelerations.packs:
                 quiet = not any(map(_may_draw, self._methods_of(active.adapter)))
                 active.draws = False if quiet and not self.drops else None
         # The mode costs time at every operation: it is left out where nobody is known to draw.
         drops = any(active.draws is not False for active in active_jobs)
-        dropout = JobDropout(route, shares, together.width, lead, self._watched()) if drops else nullcontext()
+        foreign = self._watched() if drops else []
+        dropout = JobDropout(route, shares, together.width, lead, foreign, decoded) if drops else nullcontext()
         # Dropout tells jobs apart by rows.
         packed = not drops and not padded
         with self._reading(together, active_jobs, batches, packed), dropout:
@@ -180,8 +191,8 @@ class SharedStep:
         batches = [[examples[row] for row in order[start : start + size]] for start in range(0, len(order), size)]
 
         def run(rows: Sequence[Example]) -> Tensor:
-            together = self.forward.batch(rows)
-            own = own_of(together.inputs.get("attention_mask"))
+            together = self.forward.batch(rows, adapters=[adapter])
+            own = own_of(together.inputs.get("attention_mask"), decoded=together.inputs.get(DECODED))
             together = replace(together, context={**together.context, **own})
             with autocast(self.device, job.settings.precision):
                 outputs = self.forward(together)
@@ -199,38 +210,45 @@ class SharedStep:
             self._handles = watch(self.model, odd_dropouts(self.base))
         return self._foreign
 
-    def need_of(self, active: ActiveJob, widest: int) -> Need:
+    def need_of(self, active: ActiveJob, widest: int, decoder_width: int = 0) -> Need:
         """What a step of this job needs. It takes the time of a few steps and trains nothing.
 
         Args:
             widest: tokens of the longest rows of any job, virtual ones included; 0 where this one never shares a step.
+            decoder_width: the most tokens that a decoder reads of any, of whatever rows: bytes are counted with as many
+                in all of them.
         """
         s = active.job.settings
         rows = self._demanding(active.data.train.examples, active.rows)
         probe = None if active.data.probe is None else active.data.probe.rows
         splits = [split for split in (active.data.valid, active.data.test, probe) if split is not None]
         judged = self._demanding([e for split in splits for e in split.examples], s.eval_batch_size)
-        step = self._bytes(active, rows)
-        judging = bytes_needed(lambda: self._evaluate(active, [judged]), self.device) if judged else 0
+        decoded = max((example.decoder_length for example in active.data.train.examples), default=0)
+        step = self._bytes(active, rows, None, decoded)
+        decoded = max((example.decoder_length for split in splits for example in split.examples), default=0)
+        judging = bytes_needed(lambda: self._evaluate(active, [judged], decoded), self.device) if judged else 0
         own = active.virtual + _length(rows[-1])
         if not widest:
             return Need(step, max(step, judging), ((own, step), (own, step)), 0)
         # One more than the row has: in a shared step most rows are padded. Positions end somewhere.
         limit = (self.max_positions or widest) - (active.before - active.virtual)
         narrow, wide = min(own + 1, limit), min(max(own + 1, widest), limit)
-        less = self._bytes(active, rows[-1:], narrow)
-        more = self._bytes(active, rows[-1:], wide) if wide > narrow else less
+        less = self._bytes(active, rows[-1:], narrow, decoder_width)
+        more = self._bytes(active, rows[-1:], wide, decoder_width) if wide > narrow else less
         # Gradients; and adapters that are computed together are put together first.
         once = 2 * sum(p.numel() * p.element_size() for p in active.trained)
         return Need(step, max(step, judging), ((narrow, less), (wide, more)), once)
 
-    def _bytes(self, active: ActiveJob, rows: Sequence[Example], width: int | None = None) -> int:
+    def _bytes(
+        self, active: ActiveJob, rows: Sequence[Example], width: int | None = None, decoder_width: int = 0
+    ) -> int:
         """Bytes of a step on these rows: alone, or as a part of a batch of `width` tokens a row, in which others train
         something in every layer. Gradients are there already then, and do not count."""
+        own = None if width is None else width - active.virtual
 
         def work() -> None:
             # A neighbour that drops out has all rows padded.
-            with self.losses([active], [rows], None if width is None else width - active.virtual) as losses:
+            with self.losses([active], [rows], own, decoder_width) as losses:
                 torch.autograd.backward([active.scaled(loss) for loss in losses])
 
         kept = active.gradients()
@@ -242,7 +260,7 @@ class SharedStep:
             needed = bytes_needed(work, self.device)
         active.reset_gradients(kept)
         # In a shared step attention is computed for all rows, and once more for those whose adapter changes it.
-        return needed + (0 if width is None else active.twice * width)
+        return needed + (0 if width is None else active.twice * max(width, decoder_width))
 
     def _demanding(self, examples: Sequence[Example], size: int) -> list[Example]:
         """The rows of a batch that needs the most: the longest, but where padding counts not all of one length."""
@@ -286,12 +304,14 @@ class SharedStep:
             return self.forward.write(splits, range(len(split)), min(size, settings.eval_batch_size))
 
     @torch.no_grad()
-    def _evaluate(self, active: ActiveJob, batches: Sequence[Sequence[Example]]) -> list[Records]:
+    def _evaluate(
+        self, active: ActiveJob, batches: Sequence[Sequence[Example]], decoder_width: int = 0
+    ) -> list[Records]:
         self._mode(training=False)
         self._routed([active.job.name])
         parts = []
         for batch in batches:
-            rows = self.forward.batch(batch)
+            rows = self.forward.batch(batch, 0, decoder_width, [active.adapter])
             with autocast(self.device, active.job.settings.precision), self._reading(rows, [active], [batch]):
                 parts.append(self.forward.records(rows))
         return parts
