@@ -51,19 +51,29 @@ def row(task: str, text: str) -> dict[str, Any]:
         return {"text": text, "spans": spans(text)}
     if task == "generation":
         return {"prompt": text, "completion": " mild" if WARM & {*text.split()} else " harsh"}
+    if task == "seq2seq":
+        return {"source": text, "target": "warm" if WARM & {*text.split()} else "a cold wind"}
     raise NotImplementedError(f"rows for the task {task!r}: add some here")
 
 
+@pytest.fixture
+def base_dir(task: str, model_dir: Path, bart_dir: Path) -> Path:
+    """A model of the task's kind."""
+    return bart_dir if task == "seq2seq" else model_dir
+
+
 @pytest.fixture(params=sorted(TASKS))
-def task(request: pytest.FixtureRequest, work: Path) -> str:
+def task(request: pytest.FixtureRequest, work: Path, model_dir: Path, bart_dir: Path) -> str:
     """A task's name; the current directory has train, valid and test rows of it, and a recipe."""
     name = str(request.param)
     for split, before in (("train", ""), ("valid", "the "), ("test", "of ")):
         lines = [json.dumps(row(name, before + text)) for text in TEXTS]
         Path(f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     recipe = Path("recipe.yaml").read_text(encoding="utf-8").replace(".tsv", ".jsonl")
-    if name == "generation":
+    if name in ("generation", "seq2seq"):
         recipe = recipe.replace("data: {", "data: {max_new_tokens: 3, ", 1)
+    if name == "seq2seq":
+        recipe = recipe.replace(str(model_dir), str(bart_dir))
     Path("recipe.yaml").write_text(f"task: {name}\n{recipe}", encoding="utf-8")
     return name
 
@@ -95,7 +105,7 @@ def test_a_class_that_transformers_has_not(task: str, tanzaku: Tanzaku, model_di
     run_first_program(card, Path("gemma"))
 
 
-def test_train_predict_and_merge(task: str, tanzaku: Tanzaku, model_dir: Path) -> None:
+def test_train_predict_and_merge(task: str, tanzaku: Tanzaku, base_dir: Path) -> None:
     kind = TASKS[task]
     said = tanzaku("train", "recipe.yaml", "--out", "run")
     assert said.code == 0, said.err
@@ -107,7 +117,7 @@ def test_train_predict_and_merge(task: str, tanzaku: Tanzaku, model_dir: Path) -
         assert figures.keys() == {metric.name for metric in kind.metrics} and math.isfinite(figures["loss"])
     card = Path("run/adapters/lora/README.md").read_text(encoding="utf-8")
     assert "tanzaku predict DIRECTORY" in card and all(metric.name in card for metric in kind.metrics)
-    run_first_program(card, model_dir)
+    run_first_program(card, base_dir)
 
     for name in ("out.jsonl", "out.tsv", "out.parquet"):
         said = tanzaku("predict", "run/adapters/lora", "--data", "test.jsonl", "--out", name)
@@ -126,7 +136,10 @@ def test_train_predict_and_merge(task: str, tanzaku: Tanzaku, model_dir: Path) -
     said = tanzaku("merge", "run/adapters/lora", "--out", "merged")
     assert said.code == 0, said.err
     config = json.loads(Path("merged/config.json").read_text(encoding="utf-8"))
-    assert config["architectures"] == [kind.auto_class.replace("AutoModel", "Llama")]
+    own_class = kind.auto_class.replace("AutoModel", "Llama").replace(
+        "LlamaForSeq2SeqLM", "BartForConditionalGeneration"
+    )
+    assert config["architectures"] == [own_class]
     assert own.left_in_config().items() <= config.items()
     assert own.caution() is None or own.caution() in said.err  # such as how numbers are to be turned back
 
@@ -179,8 +192,8 @@ def test_interrupted_and_resumed(task: str, tanzaku: Tanzaku, monkeypatch: pytes
     assert close(found["valid"], expected["valid"]) and close(found["test"], expected["test"])
 
 
-def test_check(task: str, tanzaku: Tanzaku, model_dir: Path) -> None:
-    for model in ([], ["--model", str(model_dir)]):
+def test_check(task: str, tanzaku: Tanzaku, base_dir: Path) -> None:
+    for model in ([], ["--model", str(base_dir)]):
         said = tanzaku("check", "train.jsonl", "valid.jsonl", "--task", task, *model)
         assert said.code == 0, said.err + said.out
         assert "the first rows" in said.out and "training" in said.out

@@ -24,7 +24,8 @@ from tanzaku.tasks.multilabel import Multilabel
 from tanzaku.tasks.ordinal import Ordinal
 from tanzaku.tasks.regression import Regression
 from tanzaku.tasks.sampling import Decoding
-from tanzaku.tasks.task import Example, Split, Task, TaskData
+from tanzaku.tasks.seq2seq import Seq2Seq
+from tanzaku.tasks.task import DECODED, Example, Split, Task, TaskData
 from tanzaku.tasks.tokens import Tokens
 from tanzaku.tasks.written import Row
 from tanzaku.train.results import Job
@@ -49,8 +50,15 @@ EACH: dict[str, Task] = {
     "regression": Regression(10.0, 4.0),
     "tokens": Tokens(("x",), "words", True),
     "generation": Generation("pairs", {"prompt": "prompt"}, decoding=Decoding(max_new_tokens=3), tokenizer=Numbers()),
+    "seq2seq": Seq2Seq(decoding=Decoding(max_new_tokens=3), tokenizer=Numbers()),
 }
-FAMILIES_OF = {name: ["llama"] if name == "generation" else ["llama", "bert"] for name in EACH}
+OTHER_FAMILIES = {"generation": ["llama"], "seq2seq": ["bart", "t5"]}
+FAMILIES_OF: dict[str, list[str]] = {name: OTHER_FAMILIES.get(name, ["llama", "bert"]) for name in EACH}
+
+
+def first_of(name: str) -> str:
+    return FAMILIES_OF[name][0]
+
 
 every_task = pytest.mark.parametrize("name", TASKS)
 CASES = [(name, kind) for name in TASKS for kind in FAMILIES_OF[name]]
@@ -71,6 +79,11 @@ def split_of(name: str, number: int, seed: int) -> Split:
             reference = Numbers().decode(ids[prompt:])
             labels = [-100] * prompt + ids[prompt:]
             examples.append(Example(example.inputs, reference, 2.0, about=Row(ids[:prompt], labels)))
+        elif name == "seq2seq":
+            # Some targets are as long as some sources, whole and with virtual tokens before them.
+            target = [ids[-1], *ids[: (1, 6, 10)[len(examples) % 3]], 2]
+            inputs = {**example.inputs, DECODED: target}
+            examples.append(Example(inputs, Numbers().decode(target), float(len(target)), about=Row(ids, target)))
         elif name == "regression":
             examples.append(Example(example.inputs, 10.0 + ids[-1] / VOCAB * 8))
         else:
@@ -107,8 +120,8 @@ def test_loss_is_the_models_own(name: str, kind: str) -> None:
     [target] = batch.targets.values()
     shifted = {"shift_labels": target} if name == "generation" else {}
     with torch.no_grad():
-        expected = model(**batch.inputs, labels=target, **shifted)
-        outputs = task.run(model, {**batch.inputs, "use_cache": False} if shifted else batch.inputs)
+        expected = model(**{**batch.inputs, "labels": target, **shifted})
+        outputs = task.run(model, {**batch.inputs, "use_cache": False} if task.writes else batch.inputs)
         sums = task.score(outputs, batch)
     weight = sum(example.weight for example in split.examples)
     assert_close(sums.sum() / weight, expected.loss)
@@ -129,7 +142,7 @@ def test_figures_do_not_depend_on_batches(name: str, kind: str) -> None:
         assert_close(other.test, found[0].test, RUN)
 
 
-@in_families(("name", "kind"), sorted(CASES, key=lambda case: case[1] != "llama"), by=1)
+@in_families(("name", "kind"), sorted(CASES, key=lambda case: case[1] != first_of(case[0])), by=1)
 def test_a_job_among_others_ends_as_it_does_alone(name: str, kind: str, tmp_path: Path) -> None:
     """Each with another batch size and accumulation: losses over tokens weigh every token alike."""
 
@@ -156,7 +169,7 @@ def test_every_method_learns_every_task(name: str, tmp_path: Path) -> None:
     """In steps of their own: the training loss falls."""
     settings = TrainSettings(epochs=12, learning_rate=0.02, batch_size=4)
     jobs = [Job(own, method(own, next(iter(VARIANTS[own]))), settings) for own in METHODS]
-    model = model_of(name, "llama")
+    model = model_of(name, first_of(name))
     for result in train_jobs(model, data_of(name), with_parts(model, jobs, tmp_path), workers=1):
         assert result.error is None, result.name
         first, *others = (epoch.train_loss for epoch in result.epochs)
@@ -173,7 +186,9 @@ def test_accumulated_batches_weigh_rows_as_one_batch_does(name: str, tmp_path: P
             {"epochs": 1, "learning_rate": 0.01, "shuffle": False, "adam_epsilon": 1e-2, **changes}
         )
         folder = tmp_path / str(changes["batch_size"])
-        [result] = train_jobs(model_of(name, "llama"), data_of(name), [Job("a", method("lora"), settings)], out=folder)
+        [result] = train_jobs(
+            model_of(name, first_of(name)), data_of(name), [Job("a", method("lora"), settings)], out=folder
+        )
         assert result.error is None and result.steps == 2
         return load_file(folder / "adapters/a/adapter_model.safetensors")
 
@@ -190,7 +205,7 @@ def test_a_row_of_weight_two_counts_as_two_rows(name: str, tmp_path: Path) -> No
     def weights(data: TaskData, out: str) -> dict[str, torch.Tensor]:
         settings = TrainSettings(epochs=3, learning_rate=0.01, batch_size=13, shuffle=False, adam_epsilon=1e-2)
         job = Job("a", method("lora"), settings)
-        [result] = train_jobs(model_of(name, "llama"), data, [job], out=tmp_path / out, workers=1)
+        [result] = train_jobs(model_of(name, first_of(name)), data, [job], out=tmp_path / out, workers=1)
         assert result.error is None
         return load_file(tmp_path / out / "adapters/a/adapter_model.safetensors")
 

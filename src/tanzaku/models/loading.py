@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -121,6 +121,10 @@ class Headed(Protocol):
         """What the model's config is to say of the task."""
         ...
 
+    def check_model(self, config: Any) -> None:
+        """A TanzakuError where it is a model for other tasks."""
+        ...
+
 
 def load_for(
     model: str | ModelSettings,
@@ -143,7 +147,8 @@ def load_for(
     where = _locate(said.name, tuple(_PARTS), on_progress)
     auto = getattr(transformers, task.auto_class)
     kind = dtype if said.dtype == "auto" else getattr(torch, said.dtype)
-    return _with_head(said.name, where, auto, task.model_settings(), kind, seed, trust_remote_code, said.attention)
+    settings, check = task.model_settings(), task.check_model
+    return _with_head(said.name, where, auto, settings, kind, seed, trust_remote_code, said.attention, check)
 
 
 def _with_head(
@@ -155,8 +160,9 @@ def _with_head(
     seed: int,
     trust_remote_code: bool,
     attention: str = "auto",
+    check: Callable[[Any], None] = lambda config: None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    config, made = _configured(name, where, auto, settings, trust_remote_code)
+    config, made = _configured(name, where, auto, settings, trust_remote_code, check)
     tokenizer = _tokenizer(name, where, trust_remote_code)
     kind, auto = _KINDS.get(auto.__name__, f"for {auto.__name__}"), made
     with _loading(f"{name!r} ({config.model_type}) {kind}"), seeded(seed):
@@ -173,7 +179,7 @@ def outline_for(
     name = ModelSettings.model_validate(as_block(model)).name
     where = _locate(name, tuple(_PARTS), on_progress)
     auto = getattr(transformers, task.auto_class)
-    config, made = _configured(name, where, auto, task.model_settings(), trust_remote_code=False)
+    config, made = _configured(name, where, auto, task.model_settings(), False, task.check_model)
     kind = _KINDS.get(auto.__name__, f"for {auto.__name__}")
     with _loading(f"{name!r} ({config.model_type}) {kind}"), torch.device("meta"):
         outline = made.from_config(config) if hasattr(made, "from_config") else made(config)
@@ -182,10 +188,18 @@ def outline_for(
     return outline, tokenizer
 
 
-def _configured(name: str, where: str, auto: Any, settings: dict[str, Any], trust_remote_code: bool) -> tuple[Any, Any]:
-    """A model's config, and what makes the model of it."""
+def _configured(
+    name: str,
+    where: str,
+    auto: Any,
+    settings: dict[str, Any],
+    trust_remote_code: bool,
+    check: Callable[[Any], None],
+) -> tuple[Any, Any]:
+    """A model's config, which is checked, and what makes the model of it."""
     with _loading(f"the config of {name!r}"):
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **settings)
+    check(config)
     if auto is AutoModelForTokenClassification and type(config) not in auto._model_mapping:
         auto = _of_tokens(name, config)
     return config, auto

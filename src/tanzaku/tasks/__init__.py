@@ -9,11 +9,12 @@ from tanzaku.tasks.generation import Generation
 from tanzaku.tasks.multilabel import Multilabel
 from tanzaku.tasks.ordinal import Ordinal
 from tanzaku.tasks.regression import Regression
+from tanzaku.tasks.seq2seq import Seq2Seq
 from tanzaku.tasks.task import Task
 from tanzaku.tasks.tokens import Tokens
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Classification, Ordinal, Multilabel, Regression, Tokens, Generation)
+    task.name: task for task in (Classification, Ordinal, Multilabel, Regression, Tokens, Generation, Seq2Seq)
 }
 
 

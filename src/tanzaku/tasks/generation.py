@@ -213,6 +213,15 @@ class Generation(WrittenTask):
             goals[row, : example.length - 1] = torch.tensor(example.about.labels[1:], dtype=torch.int64)
         return Batch.of(inputs, {"goals": goals}, examples)
 
+    # -- the model
+
+    def check_model(self, config: Any) -> None:
+        if getattr(config, "is_encoder_decoder", False):
+            raise TanzakuError(
+                f"the model ({config.model_type}) is an encoder-decoder, and task generation trains causal language "
+                "models; use task: seq2seq"
+            )
+
     # -- text that is written
 
     def probe(self, text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Split | None:
