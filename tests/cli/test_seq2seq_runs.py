@@ -146,3 +146,22 @@ def test_rows_are_shown_with_what_is_learnt(rows: list[str], tanzaku: Tanzaku) -
     said = tanzaku("train", *rows, "--method", "lora", "--out", "run")
     assert said.code == 0, said.err
     assert "a|warm|rain" in said.out and "warm|</s>" in said.out
+
+
+def test_translations_as_datasets_have_them(rows: list[str], tanzaku: Tanzaku) -> None:
+    """A dictionary by language in one column."""
+    assert tanzaku("train", *rows, "--method", "lora", "--out", "plain").code == 0
+    for name in ("train", "new"):
+        lines = [json.loads(line) for line in Path(f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        written(f"{name}.jsonl", *({"id": n, "translation": line} for n, line in enumerate(lines)))
+    nested = [{"ja": "translation.ja", "en": "translation.en"}.get(part, part) for part in rows]
+    said = tanzaku("train", *nested, "--method", "lora", "--out", "run")
+    assert said.code == 0, said.err
+    found = texts(tanzaku, "run/adapters/lora")
+    assert [*found[0]] == ["id", "translation", "predicted"]
+    losses = [results_of(Path(out))["jobs"][0]["epochs"][-1]["train_loss"] for out in ("plain", "run")]
+    assert losses[0] == pytest.approx(losses[1])
+    odd = ["translation.fr" if part == "translation.ja" else part for part in nested]
+    assert_refused(tanzaku("train", *odd, "--method", "lora"), "no column 'translation.fr'", "id, translation")
+    said = tanzaku("predict", "run/adapters/lora", "--data", "new.jsonl", "--source", "translation.fr")
+    assert_refused(said, "no column 'translation.fr'")

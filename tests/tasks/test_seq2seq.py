@@ -3,7 +3,9 @@ is written begins as it was learnt."""
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from transformers import (
     M2M100ForConditionalGeneration,
     MarianConfig,
     MarianMTModel,
+    MarianTokenizer,
     MBart50Tokenizer,
     MBartConfig,
     MBartForConditionalGeneration,
@@ -293,3 +296,25 @@ def test_bad_rows(case: str) -> None:
     with pytest.raises(TanzakuError) as caught:
         encoded(words(), rows, **data)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_with_a_rule_for_each_side(tmp_path: Path) -> None:
+    """Marian's cuts targets by another model than sources."""
+    spm = pytest.importorskip("sentencepiece")
+    pieces = ["</s>", "<unk>", "<pad>"]
+    for side, text in (("source", "warm rain\ncold wind\na warm wind\n"), ("target", "wind cold\nxyz uvw\nrain uvw\n")):
+        (tmp_path / f"{side}.txt").write_text(text * 20, encoding="utf-8")
+        options = {"vocab_size": 25, "hard_vocab_limit": False, "minloglevel": 2}
+        spm.SentencePieceTrainer.train(input=f"{tmp_path / side}.txt", model_prefix=f"{tmp_path / side}", **options)
+        cutter = spm.SentencePieceProcessor(model_file=f"{tmp_path / side}.model")
+        pieces += [cutter.id_to_piece(at) for at in range(cutter.get_piece_size())]
+    (tmp_path / "vocab.json").write_text(json.dumps({piece: at for at, piece in enumerate(dict.fromkeys(pieces))}))
+    files = {f"{side}_spm": f"{tmp_path / side}.model" for side in ("source", "target")}
+    tokenizer = MarianTokenizer(vocab=f"{tmp_path / 'vocab.json'}", source_lang="en", target_lang="de", **files)
+    rows = [{"source": "warm rain", "target": "wind cold"}, {"source": "cold", "target": "xyz uvw"}]
+    _, split = encoded(tokenizer, rows)
+    sides = [[row[key] for row in rows] for key in ("source", "target")]
+    theirs = tokenizer(sides[0], text_target=sides[1])
+    assert [list(each.inputs["input_ids"]) for each in split.examples] == theirs["input_ids"]
+    assert [list(each.inputs[DECODED]) for each in split.examples] == theirs["labels"]
+    assert theirs["labels"] != tokenizer(sides[1])["input_ids"]

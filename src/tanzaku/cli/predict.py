@@ -19,6 +19,7 @@ from tanzaku.cli.run import Interrupted
 from tanzaku.cli.trained import PRECISIONS, Trained, check_base, load_model, read_trained
 from tanzaku.errors import TanzakuError, flag, listed, nearest, printable
 from tanzaku.tasks import TASKS
+from tanzaku.tasks.cells import cell_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -226,7 +227,7 @@ def _digest_of(rows: Rows, task: Task) -> str:
 
 def _check_cells(row: Row, task: Task, where: str) -> None:
     for column in task.reads:
-        task.check_cell(row[column], f"{where}: column {column!r}")
+        task.check_cell(cell_in(row, column), f"{where}: column {column!r}")
     if task.row_tasks is not None:
         task.row_tasks.id_of(row[task.row_tasks.column], f"{where}: column {task.row_tasks.column!r}")
 
@@ -284,16 +285,18 @@ class _Run:
         from tanzaku.tasks.data import Table
 
         columns = self.task.required
-        there = [at for at, row in enumerate(chunk) if not any(self.task.blank(row[column]) for column in columns)]
+        there = [
+            at for at, row in enumerate(chunk) if not any(self.task.blank(cell_in(row, column)) for column in columns)
+        ]
         for column in columns:
-            some = self.task.have_tokens([chunk[at][column] for at in there], self.tokenizer)
+            some = self.task.have_tokens([cell_in(chunk[at], column) for at in there], self.tokenizer)
             there = [at for at, tokens in zip(there, some, strict=True) if tokens]
         counts["blank"] += len(chunk) - len(there)
         if not there:
             return [], {}
         read = [column for column in self.task.reads if column in chunk[0]]
         names = dict.fromkeys([*self.task.needs, *read])
-        table = Table({column: [chunk[at][column] for at in there] for column in names}, self.rows.source)
+        table = Table({column: [cell_in(chunk[at], column) for at in there] for column in names}, self.rows.source)
         splits = {}
         for length in self.lengths:
             splits[length] = self.task.encode(table, "data", self.tokenizer, length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Mapping
 from typing import Any
 
 from tanzaku.errors import TanzakuError
@@ -14,6 +15,16 @@ _LARGEST = 1e100  # of a number in a row: squares of larger ones are none
 def missing(value: Any) -> bool:
     """Whether a cell holds nothing."""
     return value is None or value == "" or value != value  # only NaN differs from itself
+
+
+def cell_in(row: Mapping[str, Any], name: str) -> Any:
+    """A row's cell by its column's name, or by `COLUMN.KEY` what a dictionary in it has, as translations in datasets:
+    {"translation": {"en": ..., "ja": ...}}."""
+    if name in row:
+        return row[name]
+    column, _, key = name.partition(".")
+    inside = row.get(column)
+    return inside.get(key) if isinstance(inside, Mapping) else None
 
 
 def plain(text: str) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tanzaku.errors import TanzakuError, flag, listed, nearest, printable
+from tanzaku.tasks.cells import cell_in
 from tanzaku.tasks.delimited import read_delimited
 from tanzaku.tasks.encodings import decoded
 from tanzaku.tasks.jsonrows import Columns, read_json, read_json_lines
@@ -48,11 +49,15 @@ class Table:
         return len(next(iter(self.columns.values()), []))
 
     def column(self, name: str, key: str = "") -> list[Any]:
-        """The values of one column; a TanzakuError with the nearest name when there is none.
+        """The values of one column, or as `COLUMN.KEY` of what dictionaries in it have; a TanzakuError with the nearest
+        name when there is none.
 
         Args:
             key: the setting that names the column, which the error then names.
         """
+        if name not in self.columns and self._has_inside(name):
+            column = name.partition(".")[0]
+            return [cell_in({column: cell}, name) for cell in self.columns[column]]
         if name not in self.columns:
             near = next((f" (did you mean {each!r}?)" for each in self.columns if _plain(each) == _plain(name)), "")
             hint = "; its first line looks like a row: add a line of column names" if self._lacks_header() else ""
@@ -62,6 +67,12 @@ class Table:
                 f"its columns are {listed(self.columns)}{hint}"
             )
         return self.columns[name]
+
+    def _has_inside(self, name: str) -> bool:
+        """Whether a name is that of a column of dictionaries, which have its last part."""
+        column, _, key = name.partition(".")
+        cells = self.columns.get(column, [None])
+        return bool(key) and (not cells or any(isinstance(cell, Mapping) and key in cell for cell in cells))
 
     def _lacks_header(self) -> bool:
         """Whether a column is called what is in it, or by a number: then the names are values of a row."""

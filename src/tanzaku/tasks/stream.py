@@ -40,7 +40,8 @@ class Rows:
 
     def check_column(self, name: str) -> None:
         """A TanzakuError with the nearest name where there is no such column."""
-        Table({each: [] for each in self.names}, self.source).column(name)
+        first = next(iter(self), {})
+        Table({each: [first.get(each)] for each in self.names}, self.source).column(name)
 
     def chunks(self, size: int, start: int = 0) -> Iterator[list[Row]]:
         """The rows from number `start` (counted from 0), `size` at a time."""
