@@ -196,7 +196,7 @@ def _probe(
     longest = recipe.train.max_length if limit is None else min(recipe.train.max_length, limit - before)
     if (rows := data.task.probe(text, tokenizer, longest)) is None:
         return None
-    check_rows(Base.of(model), rows, longest, before)
+    check_rows(Base.of(model), rows, longest)
     with autocast(model.device, settings.precision):
         base = perplexity_of(model, data.task, rows, data.pad_token_id, settings.accelerations)
     return Probe(name, rows, sha256_of(text), base)
