@@ -141,6 +141,31 @@ def test_losses_and_gradients_are_those_of_the_model(kind: str, monkeypatch: pyt
     assert right.tolist() == (likeliest == labels).sum(1).tolist()
 
 
+@pytest.mark.parametrize("kind", ["t5, tied and scaled", "t5 1.1", "bart"])
+@pytest.mark.parametrize("at", ["head", "all weights"])
+def test_what_is_trained_behind_the_decoder(kind: str, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter at the head beside a bare row, and full fine-tuning, of heads that are the embedding, too."""
+    model, task = made(kind), Seq2Seq()
+    head = tz.LoRA(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    adapter = tz.attach(model, tz.Full() if at == "all weights" else head, "a", seed=1)
+    trained = [p for _, p in adapter.trained()]
+    with torch.no_grad():
+        for p in trained:
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    examples = [example(9, 4, 0), example(4, 7, 1)]
+    batch = task.collate(examples, 0)
+    monkeypatch.setattr(heads, "_BYTES", 4 * 128 * 5)
+    with tz.route(model, ["a", "a" if at == "all weights" else None]):
+        expected = model(**batch.inputs).loss
+        wanted = torch.autograd.grad(expected, trained, allow_unused=True)
+        sums = task.score(task.run(model, {**batch.inputs, "use_cache": False}), batch)
+        found = torch.autograd.grad(sums.sum() / 11, trained, allow_unused=True)
+    assert_close(sums.sum() / 11, expected)
+    pairs = [(a, b) for a, b in zip(found, wanted, strict=True) if a is not None or b is not None]
+    assert pairs and all(a is not None and b is not None for a, b in pairs)
+    assert_close([a for a, _ in pairs], [b for _, b in pairs], GRADIENT)
+
+
 def test_scores_of_another_make_are_refused() -> None:
     heads_of = {"num_encoder_attention_heads": 2, "num_decoder_attention_heads": 2}
     sizes = {"hidden_size": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 32}

@@ -22,6 +22,7 @@ from tanzaku.core.routing import Route
 from tanzaku.engine.accelerations import Accelerations
 from tanzaku.engine.memory import LiveBytes
 from tanzaku.errors import TanzakuError
+from tanzaku.methods import lora_starts
 from tanzaku.models.families import Base
 from tanzaku.tasks.inference import Forward
 from tanzaku.tasks.sampling import Decoding
@@ -232,3 +233,24 @@ def test_no_step_needs_more_than_the_limit(kind: str, monkeypatch: pytest.Monkey
     assert max(part.bytes) <= limit and max(part.together) > 1
     for each in jobs:
         assert_close(part.weights[each.name], free.weights[each.name], RUN)
+
+
+# -- a look at rows before the first step
+
+
+def test_padding_of_neither_text_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """EVA starts from what modules read of own tokens: the source's, and in the decoder the target's."""
+    seen: set[int] = set()
+    own = lora_starts.own_tokens
+
+    def watched(x: Tensor) -> Tensor:
+        found = own(x)
+        seen.add(len(found))
+        return found
+
+    monkeypatch.setattr(lora_starts, "own_tokens", watched)
+    rows = data((9, 4), (4, 9), (7, 2))
+    names = ["q_proj", "k_proj", "v_proj", "fc1"]
+    eva = tz.LoRA(r=2, init_lora_weights="eva", target_modules=names)
+    trained(bamboo("bart", 0.0), [job("eva", eva, rows, batch_size=3)])
+    assert seen == {9 + 4 + 7, 4 + 9 + 2}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 DRY_RUN = "print what tanzaku check tells of the rows, see that all fits the model, and train nothing"
 
-SHOWN = "1 of task generation, else none; 3 in a dry run"
+SHOWN = "1 where text is written, else none; 3 in a dry run"
 
 
 def switch(what: str) -> str:
