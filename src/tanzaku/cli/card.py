@@ -91,13 +91,18 @@ def _encoded(read: Tables, tokenizer: PreTrainedTokenizerBase, max_length: int) 
 
 
 def _rows(display: Display, read: Tables, tokens: _Tokens | None, max_length: int) -> None:
-    head = ["", "rows", "characters"] + ([] if tokens is None else ["tokens", f"cut at {max_length}"]) + ["from"]
+    dropped = tokens is not None and any(split.dropped for split in tokens.splits.values())
+    long = "left out above" if dropped else "cut at"
+    head = ["", "rows", "characters"] + ([] if tokens is None else ["tokens", f"{long} {max_length}"]) + ["from"]
     lines = []
     for name, table in read.tables.items():
         lengths = [sum(map(len, row)) for row in words(read, name)]
         cells = [TITLES[name], f"{len(table):,}", _spread(lengths)]
         if tokens is not None:
-            cells += [_spread(tokens.lengths[name]), f"{tokens.splits[name].truncated:,}"]
+            cells += [
+                _spread(tokens.lengths[name]),
+                f"{tokens.splits[name].truncated or tokens.splits[name].dropped:,}",
+            ]
         lines.append([*cells, printable(table.source)])
     display.table(head, lines, right=range(1, len(head) - 1))
 

@@ -82,6 +82,13 @@ class Display:
             if split.truncated:
                 kind = _SPLITS[split.name]
                 self.say(f"{split.truncated} of {len(split)} {kind} texts were cut at {max_length} tokens")
+            if split.dropped:
+                of, kind = len(split) + split.dropped, _SPLITS[split.name]
+                beside = "; test figures are of the others alone" if split.name == "test" else ""
+                self.say(
+                    f"{split.dropped} of {of} {kind} rows ({split.source}) have more than {max_length} tokens and are "
+                    f"left out{beside}"
+                )
 
     # -- the run's listener
 

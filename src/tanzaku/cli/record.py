@@ -110,6 +110,7 @@ def data_record(data: TaskData) -> dict[str, Any]:
     return {
         "rows": {split.name: len(split) for split in data.splits()},
         "truncated": {split.name: split.truncated for split in data.splits()},
+        "dropped": {split.name: split.dropped for split in data.splits()},
         "task": data.task.to_json(),
     }
 

@@ -28,10 +28,12 @@ def show_rows(
     """Print the first training rows; in words where there is no tokenizer."""
     if not count:
         return
-    targets = read.task.targets(read.tables["train"], read.data)[:count]
+    targets = read.task.targets(read.tables["train"], read.data)
+    if split is not None:
+        targets = [targets[split.number(row) - 1] for row in range(len(split.examples[:count]))]
     if split is None or tokenizer is None:
         display.say("\nthe first rows")
-        for target, row in zip(targets, words(read, "train"), strict=False):
+        for target, row in zip(targets[:count], words(read, "train"), strict=False):
             display.say(f"{_cut(target, _LONG)}: {_cut(' | '.join(row), _WIDE)}")
         return
     learnt = [read.task.learnt(example) for example in split.examples[:count]]

@@ -552,6 +552,7 @@ class Comparison:
         base = self.tested.get("base", {}).get("predictions")
         return {
             "split": "test" if split is self.data.test else "valid",
+            "numbers": [split.number(row) for row in range(len(split))] if split.dropped else None,
             "texts": split.shown,
             "targets": [example.target for example in split.examples],
             "predictions": self.tested["predictions"],

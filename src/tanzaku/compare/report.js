@@ -254,7 +254,7 @@
   // -- rows
 
   const PAGE = innerWidth < 700 ? 10 : 25;
-  const { texts, targets, predictions, finalists, answers, figures, base, better } = data.rows;
+  const { texts, targets, predictions, finalists, answers, figures, base, better, numbers } = data.rows;
   // Full-width and half-width forms are one to a reader who searches.
   const folded = (text) => text.normalize("NFKC").toLowerCase();
   const haystack = texts.map(({ text }) => folded(text));
@@ -308,7 +308,7 @@
     const long = text.length > 600;
     const words = element("span", { lang, dir: "auto", ...(long && { class: "long", tabindex: "0" }) }, text);
     return [
-      element("td", { class: "end", "data-label": "row" }, String(row + 1)),
+      element("td", { class: "end", "data-label": "row" }, String(numbers ? numbers[row] : row + 1)),
       element("td", { class: "text" }, words),
       element("td", { "data-label": "truth" }, answer(targets[row])),
       ...(base.length ? [told("the base, not trained", base[row], data.rows.base_figures[row])] : []),

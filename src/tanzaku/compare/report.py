@@ -180,6 +180,7 @@ def _view(results: dict[str, Any]) -> dict[str, Any]:
                 "base": [_said(each, answers) for each in base],
                 "base_figures": [_rounded(value) for value in rows.get("base_figures") or []],
                 "better": metric.better,
+                "numbers": rows.get("numbers"),
                 "answers": answers.texts,
             },
         },
@@ -202,8 +203,11 @@ def _counted(candidates: int, rows: Mapping[str, int | None]) -> str:
 def _design_facts(results: Mapping[str, Any], design: Mapping[str, Any], metric: Metric) -> dict[str, Any]:
     """How it was measured, in words."""
     folds, repeats, runs = (design.get(key) for key in ("folds", "repeats", "runs"))
-    rows = (results.get("data") or {}).get("truncated") or {}
-    cut = [f"{number} {_SPLITS.get(split, split)}" for split, number in rows.items() if number]
+    data = results.get("data") or {}
+    cut, dropped = (
+        [f"{number} {_SPLITS.get(split, split)}" for split, number in (data.get(key) or {}).items() if number]
+        for key in ("truncated", "dropped")
+    )
     per_run = [
         f"{design[f'{split}_rows']} {_SPLITS[split]}" for split in ("train", "valid") if design.get(f"{split}_rows")
     ]
@@ -217,6 +221,7 @@ def _design_facts(results: Mapping[str, Any], design: Mapping[str, Any], metric:
         "rows a step": design.get("rows_per_step"),
         "memory limit": _bytes(design["memory_limit_bytes"]) if design.get("memory_limit_bytes") else None,
         "texts that were cut": ", ".join(cut) or "none",
+        "rows that were left out": ", ".join(dropped),
         "started": results.get("started") and f"{results['started'][:16].replace('T', ' ')} UTC",
         "took": results.get("seconds") and _clock(results["seconds"]),
     }

@@ -175,13 +175,14 @@ class Generation(WrittenTask):
                 examples.append(Example({"input_ids": asked}, about=Row(asked)))
                 continue
             learnt = sum(label != IGNORED for label in labels[1:])  # nothing foretells the first
-            if not learnt and not (long and long[-1][0] == where and targets.too_long == "error"):
+            if not learnt and not (long and long[-1][0] == where and targets.too_long != "cut"):
                 cut = f" in its first {max_length} tokens" if long and long[-1][0] == where else ""
                 raise TanzakuError(f"{where} has no token that is learnt{cut}; drop the row, or raise --max-length")
             examples.append(Example({"input_ids": ids}, row.reference, float(max(learnt, 1)), about=Row(asked, labels)))
         if targets is not None and targets.too_long == "error":
             check_lengths(long, len(examples), table.source, max_length)
-        return Split(name, examples, texts, len(long), table.source)
+        numbers = [int(where.rpartition(" row ")[2]) - 1 for where, _ in long]
+        return Split(name, examples, texts, len(long), table.source, long=numbers)
 
     def learnt(self, example: Example) -> list[bool]:
         return [label != IGNORED for label in example.about.labels]

@@ -175,7 +175,7 @@ def check_rows(
     """
 
     def where(row: int) -> str:
-        return f"{split.source} row {row + 1 if numbers is None else numbers[row]}"
+        return f"{split.source} row {split.number(row) if numbers is None else numbers[row]}"
 
     before = 0 if adapter is None else adapter.before
     virtual = before if adapter is None or not base.encoder_decoder else adapter.virtual

@@ -14,7 +14,7 @@ from tanzaku.tasks.data import Table, read_table, to_stderr
 from tanzaku.tasks.row_tasks import RowTasks
 from tanzaku.tasks.settings import DataSettings
 from tanzaku.tasks.sources import STDIN
-from tanzaku.tasks.task import Task, TaskData
+from tanzaku.tasks.task import Task, TaskData, without_long
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,11 +111,16 @@ def encode(read: Tables, tokenizer: PreTrainedTokenizerBase, max_length: int) ->
     """Tokenise the tables.
 
     Raises:
-        TanzakuError: a row without text or tokens, or a `max_length` without room for text.
+        TanzakuError: a row without text or tokens, a `max_length` without room for text, or rows of which all are too
+            long.
     """
     task = read.task.told_by(tokenizer)
     splits = {name: task.encode(table, name, tokenizer, max_length, read.data) for name, table in read.tables.items()}
+    if getattr(read.data, "too_long", None) == "drop":
+        splits = {name: without_long(split, max_length) for name, split in splits.items()}
     for name, weights in read.weights.items():
-        rows = zip(splits[name].examples, weights, strict=True)
+        kept = splits[name].kept
+        own = weights if kept is None else [weights[row] for row in kept]
+        rows = zip(splits[name].examples, own, strict=True)
         splits[name] = replace(splits[name], examples=[replace(row, factor=weight) for row, weight in rows])
     return TaskData(splits["train"], splits.get("valid"), splits.get("test"), task, int(tokenizer.pad_token_id))

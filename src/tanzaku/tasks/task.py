@@ -77,7 +77,12 @@ class Example:
 @dataclass(frozen=True)
 class Split:
     """Encoded rows in file order, the text that stands for each in a report, how many rows were cut, and the second
-    texts of pairs."""
+    texts of pairs.
+
+    Args:
+        long: numbers, from 0, of the rows that were cut, where the task may leave them out. kept: numbers in the file
+            of the rows that are left; None: all are. dropped: how many are not.
+    """
 
     name: str
     examples: list[Example]
@@ -85,6 +90,13 @@ class Split:
     truncated: int
     source: str
     seconds: list[str] | None = None
+    long: Sequence[int] = ()
+    kept: Sequence[int] | None = None
+    dropped: int = 0
+
+    def number(self, row: int) -> int:
+        """Of a row in its file, counted from 1."""
+        return 1 + (row if self.kept is None else self.kept[row])
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -717,6 +729,24 @@ def subset(split: Split, rows: Sequence[int], name: str) -> Split:
     """Some rows of a split, in its order."""
     seconds = None if split.seconds is None else [split.seconds[r] for r in rows]
     return Split(name, [split.examples[r] for r in rows], [split.texts[r] for r in rows], 0, split.source, seconds)
+
+
+def without_long(split: Split, longest: int) -> Split:
+    """A split without the rows that were cut.
+
+    Raises:
+        TanzakuError: nothing is left.
+    """
+    if not split.long:
+        return split
+    out = {*split.long}
+    kept = [row for row in range(len(split)) if row not in out]
+    if not kept:
+        raise TanzakuError(
+            f"all {len(split)} rows of {split.source} have more than {longest} tokens, and too_long: drop would leave "
+            "none; raise --max-length"
+        )
+    return replace(subset(split, kept, split.name), kept=kept, dropped=len(out))
 
 
 def take(records: Records, rows: slice) -> Records:

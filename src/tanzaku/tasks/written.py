@@ -38,8 +38,9 @@ class WrittenSettings(DataSettings):
 
     options: ClassVar[frozenset[str]] = frozenset({"too_long", "max_new_tokens", "sample"})
 
-    too_long: Literal["error", "cut"] = Field(
-        default="error", description="rows of more than max_length tokens: stop, or leave out what is behind"
+    too_long: Literal["error", "cut", "drop"] = Field(
+        default="error",
+        description="rows of more than max_length tokens: stop, leave out what is behind, or leave the rows out",
     )
     max_new_tokens: int = Field(default=64, ge=1, description="tokens that are written for a prompt at most")
     sample: int = Field(default=16, ge=1, description="validation rows that are written for after each epoch")
@@ -291,6 +292,6 @@ def check_lengths(
         largest = max(size for _, size in long)
         raise TanzakuError(
             f"{len(long)} of {of} rows of {source} have more than {most} {what}, the first "
-            f"{long[0][0].rpartition(' row ')[2]} with {long[0][1]}: use {flag(key)} {largest}, or --too-long cut to "
-            "leave out what is behind"
+            f"{long[0][0].rpartition(' row ')[2]} with {long[0][1]}: use {flag(key)} {largest}, --too-long cut to "
+            "leave out what is behind, or --too-long drop to leave out these rows"
         )
