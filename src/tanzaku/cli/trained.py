@@ -39,7 +39,8 @@ def read_trained(name: str, path: Path, asked: dict[str, Any], precision: str | 
     """What is known of an adapter; a flag overrules what it says."""
     from tanzaku.storage.store import adapter_dir, read_about
 
-    known = _ours if read_about(adapter_dir(path)) is not None else _foreign
+    # What Python has saved without a word on its task is as much known as HF PEFT's.
+    known = _ours if (read_about(adapter_dir(path)) or {}).get("meta") else _foreign
     return known(name, path, {key: value for key, value in asked.items() if value is not None}, precision)
 
 
@@ -80,7 +81,7 @@ def _check_flags(kind: type[Task], asked: Mapping[str, Any], path: Path) -> None
 
 
 def _foreign(name: str, path: Path, asked: dict[str, Any], precision: str | None) -> Trained:
-    """What HF PEFT's files and the base say of an adapter."""
+    """What files in HF PEFT's form and the base say of an adapter."""
     from tanzaku.cli.adapters import read_adapter
     from tanzaku.models.loading import read_config, read_tokenizer
     from tanzaku.storage.store import read_config as adapter_config

@@ -284,6 +284,35 @@ class Entrance:
             under_way.set(None)
 
 
+class HeadSite:
+    """At the whole model and at its output embedding, where an adapter has a layer at the latter. A program that
+    multiplies with the embedding's weight by itself, as fused losses do, would pass over such a layer in silence."""
+
+    def __init__(self, sites: Current, path: str):
+        self.sites, self.path = sites, path
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        _head.ran = False
+
+    def runs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        _head.ran = True
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The pass is over, and the output embedding has run, if the route has something there."""
+        force = self.sites.in_force()
+        if torch.compiler.is_compiling() or _head.ran or force is None:
+            return
+        if self.path in {**force.before, **force.after, **force.weights}:
+            raise TanzakuError(
+                f"{listed(force.route.adapters)} has a layer at {self.path}, which did not run: a program that takes "
+                "losses with its weight alone, as TRL's trainers and fused kernels do, would neither count nor train "
+                f"it; leave {self.path} out of the adapter"
+            )
+
+
+_head = threading.local()
+
+
 class SplitSite:
     """A module around sites without rows. It runs for the whole batch without adapters, and then once more for each
     stack that has some inside, on the stack's rows alone."""

@@ -20,16 +20,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from tanzaku.core import dropout
 from tanzaku.core.attention import ATTEND, AttentionSite, register
 from tanzaku.core.first_pass import FIRST_PASS, first_pass
-from tanzaku.core.hooks import Entrance, ModuleSite, SplitSite, TokenSite, WeightSite
+from tanzaku.core.hooks import Entrance, HeadSite, ModuleSite, SplitSite, TokenSite, WeightSite
 from tanzaku.core.in_force import Current, InForce
 from tanzaku.core.places import note
 from tanzaku.core.positions import parameters
 from tanzaku.core.rows import Places
 from tanzaku.core.shared import Shared
+from tanzaku.core.survey import may_not_run, survey
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models import tree
 from tanzaku.models.families import Base
@@ -86,6 +88,13 @@ class Sites(Current):
             if ("processes",) not in kept and dist.is_available() and dist.is_initialized():
                 fresh = True
                 kept[("processes",)] = [_register(self.base.model, "forward_pre", self._check_shared)]
+            if ("head",) not in kept and (own := self._own_head(force)) is not None:
+                fresh, head = True, HeadSite(self, own)
+                kept[("head",)] = [
+                    _register(self.base.model, "forward_pre", head.enter),
+                    _register(self.base.model.get_submodule(own), "forward_pre", head.runs),
+                    _register(self.base.model, "forward", head.leave),
+                ]
             if force.places is not None:
                 fresh |= self._attach_splits(force.places)
             if (force.attention or force.shared) and ("entrance",) not in kept:
@@ -108,6 +117,15 @@ class Sites(Current):
                 fresh |= self._attach_places()
             if fresh:
                 forget_compiled()
+
+    def _own_head(self, force: InForce) -> str | None:
+        """The path of the model's output embedding, if a route has something there and the model runs it."""
+        model = self.base.model
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        paths = [path for path in {**force.before, **force.after, **force.weights} if path]
+        found = next((path for path in paths if model.get_submodule(path) is head), None)
+        idle = found is not None and may_not_run(model, found) and survey(self.base).never_runs(self.base, found)
+        return None if idle else found
 
     def _attached(self, key: tuple[str, ...], module: nn.Module) -> bool:
         """Whether a hook is there, and still at the module that has its path: somebody may have put another there."""
