@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,17 @@ def continued(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt
     return str(tokenizer.decode(out[0, ids.shape[1] :]))
 
 
+def by_ollama(template: str, system: str, prompt: str) -> str:
+    """A first turn as Ollama writes it: conditions, then values, cut where the reply begins."""
+    chosen = re.sub(
+        r"\{\{ if \.System \}\}(.*?)\{\{ else \}\}(.*?)\{\{ end \}\}",
+        lambda found: found[1 if system else 2],
+        template,
+        flags=re.S,
+    )
+    return chosen.split("{{ .Response }}")[0].replace("{{ .System }}", system).replace("{{ .Prompt }}", prompt)
+
+
 class LlamaCpp:
     """One model, with at most one adapter, in llama.cpp."""
 
@@ -121,6 +133,13 @@ class LlamaCpp:
         """The greedy continuation that holds no token of `without`."""
         bias = [[number, False] for number in without]
         return str(self.ask(prompt, max_tokens=tokens, logit_bias=bias)["choices"][0]["text"])
+
+    def chat(self, messages: list[dict[str, str]], tokens: int) -> str:
+        """The greedy answer, by the chat template in the file."""
+        asked = {"messages": messages, "temperature": 0.0, "cache_prompt": False, "max_tokens": tokens}
+        found = self.server.handle_chat_completions(asked)
+        assert "choices" in found, found
+        return str(found["choices"][0]["message"]["content"])
 
     def tokens(self, prompt: str) -> int:
         return int(self.ask(prompt, max_tokens=1)["usage"]["prompt_tokens"])

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from llama_cpp import byte_level
+from llama_cpp import by_ollama, byte_level
 from tanzaku.export.modelfile import chat_pieces, modelfile
 
 CHATML = (
@@ -27,17 +27,6 @@ MISTRAL = (
 )
 DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + CHATML
 TURNS = "{% for m in messages %}{{ loop.index }}{{ m.content }};{% endfor %}"
-
-
-def by_ollama(template: str, system: str, prompt: str) -> str:
-    """A first turn as Ollama writes it: conditions, then values, cut where the reply begins."""
-    chosen = re.sub(
-        r"\{\{ if \.System \}\}(.*?)\{\{ else \}\}(.*?)\{\{ end \}\}",
-        lambda found: found[1 if system else 2],
-        template,
-        flags=re.S,
-    )
-    return chosen.split("{{ .Response }}")[0].replace("{{ .System }}", system).replace("{{ .Prompt }}", prompt)
 
 
 @pytest.mark.parametrize(

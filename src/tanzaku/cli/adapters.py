@@ -202,7 +202,8 @@ def load_base_of(
             f"{given[0].path} was trained on a {kind}, which transformers {transformers.__version__} has not, so "
             "nothing would load the merged model; use it as an adapter (tanzaku predict)"
         )
-    auto = _own_class(name, given[0]) if kind is None else getattr(transformers, kind)
+    expected = f"expected a task_type in {given[0].path / 'adapter_config.json'}, one of {listed(AUTO_CLASSES)}"
+    auto = _own_class(name, expected) if kind is None else getattr(transformers, kind)
     made_for, config = getattr(auto, "config_class", None), read_config(name, on_progress=note)
     if made_for is not None and not isinstance(config, made_for):
         raise TanzakuError(
@@ -226,6 +227,16 @@ def load_base_of(
     return model, tokenizer
 
 
+def load_whole(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A model in the class that its own config names, and its tokenizer."""
+    from tanzaku.models.loading import load_base
+
+    model, fresh = load_base(name, _own_class(name, "expected one in its config.json"), dtype=dtype, on_progress=note)
+    if fresh:
+        raise TanzakuError(f"{name} lacks {listed(fresh, 3)} of a {type(model).__name__}; expected a whole model")
+    return model, _plain_tokenizer(name)
+
+
 def _kind_of(given: Sequence[Saved], fix: str) -> str | None:
     """The class of the model that the adapters were made for. Another library's names an Auto class by its head."""
     import transformers
@@ -243,8 +254,8 @@ def _kind_of(given: Sequence[Saved], fix: str) -> str | None:
     return found
 
 
-def _own_class(name: str, adapter: Saved) -> Any:
-    """The class that the base's own config names, where the adapter names none."""
+def _own_class(name: str, fix: str) -> Any:
+    """The class that a model's own config names."""
     import transformers
 
     from tanzaku.models.loading import read_config
@@ -252,10 +263,7 @@ def _own_class(name: str, adapter: Saved) -> Any:
     found = (read_config(name, on_progress=note).architectures or [None])[0]
     auto = getattr(transformers, found or "", None)
     if auto is None:
-        raise TanzakuError(
-            f"{adapter.path} names no task_type, and {name!r} no architecture that transformers has ({found}); "
-            f"expected a task_type in adapter_config.json, one of {listed(AUTO_CLASSES)}"
-        )
+        raise TanzakuError(f"{name!r} names no architecture that transformers has ({found}); {fix}")
     return auto
 
 
