@@ -194,9 +194,14 @@ def test_the_list_of_verbs_says_what_they_say(verb: str, tanzaku: Tanzaku) -> No
     assert tanzaku(verb, "--help").out.splitlines()[2].strip() == VERBS[verb]
 
 
-def test_the_bundled_recipe_is_sound() -> None:
+def test_the_bundled_recipes_are_sound() -> None:
     from tanzaku.recipe.schema import build_recipe, jobs_of
     from tanzaku.tasks.prepare import read_tables
+
+    for task, (file, _) in demo.DEMOS.items():
+        recipe = build_recipe(DATA / file, {})
+        assert (recipe.task, recipe.model.name) == (task, "embedded")
+        assert "test" in read_tables(recipe.kind, recipe.data).tables
 
     recipe = build_recipe(DATA / "demo.yaml", {})
     named = {name for name, method in METHODS.items() if method.by_default or name == "full"}

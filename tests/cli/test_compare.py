@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +24,7 @@ import pytest
 import torch
 import yaml
 from cli_kit import ROWS, Tanzaku, assert_refused, results_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from close import GRADIENT, assert_close
 from tanzaku.cli import compare as verb
@@ -242,23 +245,58 @@ def test_bad_designs_are_refused_before_the_model_is_loaded(work: Path, tanzaku:
     assert_refused(tanzaku("compare", "recipe.yaml", "--folds", "9"), "too few for 9 folds", "--folds 6")
 
 
-def test_demo(work: Path, model_dir: Path, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The demo's own recipe, cut to a few rows and moved to the tiny model.
+@pytest.fixture
+def bundled(work: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demos' own recipes, cut to a few rows and moved to the tiny model."""
     package = work / "package" / "data"
-    shutil.copytree(DATA / "poems", package / "poems")
-    for file in (package / "poems").glob("*.tsv"):
-        file.write_text("".join(file.read_text(encoding="utf-8").splitlines(True)[:25]), encoding="utf-8")
-    content = yaml.safe_load((DATA / "demo.yaml").read_text(encoding="utf-8")) | {"model": str(model_dir)}
-    (package / "demo.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    for recipe, _ in demo.DEMOS.values():
+        content = yaml.safe_load((DATA / recipe).read_text(encoding="utf-8")) | {"model": str(model_dir)}
+        folder = Path(content["data"]["train"]).parent.name
+        shutil.copytree(DATA / folder, package / folder)
+        for file in (package / folder).glob("*.tsv"):
+            file.write_text("".join(file.read_text(encoding="utf-8").splitlines(True)[:25]), encoding="utf-8")
+        (package / recipe).write_text(yaml.safe_dump(content), encoding="utf-8")
     monkeypatch.setattr(demo.resources, "files", lambda _: package.parent)
+
+
+def test_demo(work: Path, bundled: None, tanzaku: Tanzaku) -> None:
     said = tanzaku("demo", "--epochs", "1", "--methods", "lora,head", "--methods", "full")
     assert (said.code, said.err) == (0, "")
-    assert said.out.startswith("report: runs/demo/report.html")
+    assert said.out.startswith("report: runs/demo/report.html") and "before training" not in said.out
     assert {c["name"] for c in results_of(work / "runs" / "demo")["candidates"]} == {"lora", "head", "full"}
     assert tanzaku("demo", "--epochs", "1", "--methods", "head").code == 0  # its own results are replaced
     assert [path.name for path in (work / "runs" / "demo" / "adapters").iterdir()] == ["head"]
     assert tanzaku("demo", "--resume").code == 0
     assert_refused(tanzaku("demo", "--epochs", "0"), "--epochs is '0'")
+    assert_refused(tanzaku("demo", "--task", "regression"), "--task is 'regression'", "classification, generation")
+
+
+def test_demo_of_text(work: Path, model_dir: Path, bundled: None, tanzaku: Tanzaku) -> None:
+    """What is written for three test rows is shown before training, by the base, and after, by all."""
+    said = tanzaku("demo", "--task", "generation", "--epochs", "1")
+    assert (said.code, said.err) == (0, "")
+    out = work / "runs" / "demo-generation"
+    assert said.out.startswith("report: runs/demo-generation/report.html") and not (work / "runs" / "demo").exists()
+    results = results_of(out)
+    assert results["design"]["metric"] == "exact_match" and results["rows"]["split"] == "test"
+    assert sorted(results["rows"]["predictions"]) == ["ia3", "lora"]
+    _, before, after = (part.split("\n\n")[0] for part in re.split(r"(?:before|after) training\n", said.out))
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    words = AutoTokenizer.from_pretrained(model_dir)
+    expected: dict[bool, list[str]] = {False: [], True: []}
+    with (work / "package/data/dates/test.tsv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))[:3]
+    for at, row in enumerate(rows):
+        ids = words(row["prompt"], return_tensors="pt")["input_ids"]
+        written = model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
+        bare = {"expected": row["completion"], "bare model": words.decode(written, skip_special_tokens=True)}
+        adapters = {name: found[at]["text"] for name, found in results["rows"]["predictions"].items()}
+        for trained, lines in expected.items():
+            lines.append(row["prompt"])
+            lines += [f"  {name:10}  {text}".rstrip() for name, text in (bare | (adapters if trained else {})).items()]
+    assert (before.splitlines()[:9], after.splitlines()) == (expected[False], expected[True])
+    again = tanzaku("demo", "--task", "generation", "--resume")
+    assert again.code == 0 and after in again.out
 
 
 # -- stopping and going on

@@ -26,7 +26,7 @@ _UsageError = typer.BadParameter.__bases__[0]
 
 # The verbs, and the first line of what each says of itself: the list of them needs no more.
 VERBS = {
-    "demo": "Try the methods that suit any model on bundled poems.",
+    "demo": "Try several methods on bundled rows.",
     "check": "Look at rows before training.",
     "train": "Train one adapter.",
     "compare": "Train many candidates at once, and say which is better.",

@@ -50,8 +50,13 @@ def compare(
     run_comparison("compare", recipe, overwrite, resume, show)
 
 
-def run_comparison(command: str, recipe: Recipe, overwrite: bool, resume: bool, show: int | None = None) -> None:
+def run_comparison(
+    command: str, recipe: Recipe, overwrite: bool, resume: bool, show: int | None = None, samples: int = 0
+) -> None:
     """Run a comparison and report on it.
+
+    Args:
+        samples: rows of which is shown what the bare model writes for them, and then the adapters.
 
     Raises:
         TanzakuError: bad input, found before the model is loaded where that can be, or no candidate succeeded.
@@ -63,6 +68,7 @@ def run_comparison(command: str, recipe: Recipe, overwrite: bool, resume: bool, 
     recipe.compare.design(recipe.data.valid is not None)
     with sitting(command, recipe, methods, overwrite, resume, show) as run:
         from tanzaku.cli.live import Live
+        from tanzaku.cli.samples import by_the_adapters, by_the_base
         from tanzaku.compare.candidates import as_written
         from tanzaku.compare.comparison import Comparison
         from tanzaku.compare.comparison import Interrupted as Cut
@@ -74,6 +80,7 @@ def run_comparison(command: str, recipe: Recipe, overwrite: bool, resume: bool, 
         if note := as_written(candidates, searched, recipe.compare):
             live.say(note)
         model, data = run.load(live, methods)
+        bare = by_the_base(live, model, data, samples)
         journal = Journal(run.out)
         about = begin(run, journal, model, data, resume)
         with EventLog(run.out / EVENTS, live.say) as log:
@@ -103,6 +110,7 @@ def run_comparison(command: str, recipe: Recipe, overwrite: bool, resume: bool, 
                 results = _write(run, about, comparison, ending["status"])
         if ending["status"] == "interrupted":
             raise Interrupted(_how_to_go_on(command, comparison))
+        by_the_adapters(live, data, bare, results["rows"])
         live.summary(results, data.task, run.out, REPORT)
         _check_success(results)
 
