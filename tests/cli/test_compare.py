@@ -385,6 +385,8 @@ def test_resuming_the_wrong_thing(plenty: Path, tanzaku: Tanzaku) -> None:
     assert_refused(tanzaku("compare", "--resume", "--out", "nowhere"), "nowhere holds no run")
     assert tanzaku("compare", "recipe.yaml", "--out", "run").code == 0
     assert_refused(tanzaku("compare", "--resume", "--out", "run", "--epochs", "3"), "leave --epochs out")
+    assert_refused(tanzaku("compare", "--resume", "--out", "run", "--method", "ia3"), "leave --method out")
+    assert_refused(tanzaku("compare", "--resume", "--out", "run", "--model", "embedded"), "leave --model out")
     assert_refused(
         tanzaku("compare", "recipe.yaml", "--resume", "--out", "run", "--epochs", "3"), "another train.epochs"
     )

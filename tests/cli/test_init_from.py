@@ -149,6 +149,37 @@ def test_from_another_task_and_from_hf_peft(first: Path, work: Path, tanzaku: Ta
     assert config["task_type"] == "SEQ_CLS"
 
 
+def test_a_language_model_keeps_the_head_that_was_saved(work: Path, tanzaku: Tanzaku, model_dir: Path) -> None:
+    """HF PEFT's, which says nothing of its rows: the head is the base's own, and what was trained of it is kept."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=3, task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(work / "theirs")
+    rows = "".join(json.dumps({"prompt": text, "completion": " warm"}) + "\n" for text, _ in ROWS)
+    Path("rows.jsonl").write_text(rows, encoding="utf-8")
+    flags = ["--model", model_dir, "--task", "generation", "--train", "rows.jsonl", *STILL, "--out", "run"]
+    said = tanzaku("train", *flags, "--init-from", "theirs")
+    assert said.code == 0 and "new head" not in said.out and "without its head" not in said.out, said.err
+    kept, [folder] = tensors(work / "theirs"), (work / "run/adapters").iterdir()
+    found = tensors(folder)
+    assert any("lm_head" in key for key in kept)
+    assert kept.keys() == found.keys() and all(close(found[key], kept[key], RUN) for key in kept)
+
+
+def test_what_a_classifier_began_goes_on_without_its_head(first: Path, work: Path, tanzaku: Tanzaku) -> None:
+    rows = "".join(json.dumps({"prompt": text, "completion": " warm"}) + "\n" for text, _ in ROWS)
+    Path("rows.jsonl").write_text(rows, encoding="utf-8")
+    model = yaml.safe_load(Path("recipe.yaml").read_text(encoding="utf-8"))["model"]
+    flags = ["--model", model, "--task", "generation", "--train", "rows.jsonl", *STILL, "--out", "run"]
+    said = tanzaku("train", *flags, "--init-from", first)
+    assert said.code == 0, said.err
+    assert "without its head: that one has labels harsh, mild, and these rows have completions" in said.out
+
+
 def test_what_it_cannot_go_on_from(first: Path, work: Path, tanzaku: Tanzaku, model_dir: Path) -> None:
     def refused(*parts: str, flags: tuple[Any, ...] = (), start: Any = first) -> None:
         said = tanzaku("train", "recipe.yaml", "--init-from", start, *flags, "--out", "run")

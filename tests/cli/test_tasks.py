@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM,
 
 import tanzaku as tz
 from tanzaku import tasks
+from tanzaku.models import loading
 from tanzaku.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
@@ -217,12 +218,14 @@ def test_a_flag_of_another_task_is_refused(task: str, tanzaku: Tanzaku) -> None:
         assert_refused(said, flag.replace("_", "-"), f"task {task}", "leave it out")
 
 
-def test_class_weights_are_for_classes(task: str, tanzaku: Tanzaku) -> None:
+def test_class_weights_are_for_classes(task: str, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
+    if task not in ("classification", "ordinal"):
+        monkeypatch.setattr(loading, "load_for", None)  # before the model is loaded
     said = tanzaku("train", "recipe.yaml", "--class-weights", "--out", "run")
     if task in ("classification", "ordinal"):
         assert said.code == 0, said.err
     else:
-        assert_refused(said, "class_weights", task)
+        assert_refused(said, "'lora': class_weights weighs classes", task, "it is of classification, ordinal")
 
 
 def test_focal_loss_is_of_cross_entropies(task: str, tanzaku: Tanzaku) -> None:
@@ -282,7 +285,32 @@ def test_text_is_written_for_some_rows_after_each_epoch_and_for_all_at_the_end(t
 @pytest.mark.parametrize("task", ["generation"], indirect=True)
 def test_no_room_to_write_is_told_before_training(task: str, tanzaku: Tanzaku) -> None:
     said = tanzaku("train", "recipe.yaml", "--max-new-tokens", "60", "--out", "run")
-    assert_refused(said, "has a prompt of 5 tokens, and with 60 new ones", "--max-new-tokens 59")
+    assert_refused(said, "has a prompt of 6 tokens, and with 60 new ones", "--max-new-tokens 58")
+
+
+@pytest.mark.parametrize("task", ["generation"], indirect=True)
+def test_prompts_of_training_rows_may_be_long(task: str, tanzaku: Tanzaku) -> None:
+    """Nothing is written for them, but where they are validation rows in turn."""
+    path = Path("train.jsonl")
+    path.write_text(path.read_text(encoding="utf-8") + json.dumps({"prompt": "sea " * 60, "completion": "wind"}) + "\n")
+    flags = ["recipe.yaml", "--max-length", "64", "--max-new-tokens", "8", "--out", "run"]
+    said = tanzaku("train", *flags)
+    assert said.code == 0, said.err
+    said = tanzaku("compare", *flags, "--overwrite", "--folds", "2")
+    assert_refused(said, "train.jsonl row 13 has a prompt of 60 tokens, and with 8 new ones", "--max-new-tokens 4")
+
+
+@pytest.mark.parametrize("task", ["generation"], indirect=True)
+def test_references_that_are_longer_than_what_is_written(task: str, tanzaku: Tanzaku, model_dir: Path) -> None:
+    path = Path("valid.jsonl")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines[4] = json.dumps({"prompt": "rain", "completion": "a cold wind of winter"})
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    says = "1 of 12 references of {}valid.jsonl have more than 3 tokens .*; the longest needs --max-new-tokens 5"
+    said = tanzaku("train", "recipe.yaml", "--out", "run")
+    assert said.code == 0 and re.search(says.format(r"\S*"), said.out), said.out + said.err
+    said = tanzaku("check", "recipe.yaml", "--model", model_dir)
+    assert re.search(says.format(r"\S*"), said.out), said.out
 
 
 @pytest.mark.parametrize("task", ["generation"], indirect=True)
@@ -293,11 +321,17 @@ def test_what_goes_by_the_end_of_a_row_cannot_write(task: str, tanzaku: Tanzaku)
 
 
 @pytest.mark.parametrize("task", ["generation"], indirect=True)
-def test_plain_text_is_compared_by_its_loss(task: str, tanzaku: Tanzaku) -> None:
+def test_plain_text_is_compared_by_its_loss(task: str, tanzaku: Tanzaku, monkeypatch: pytest.MonkeyPatch) -> None:
     for split in ("train", "valid", "test"):
         lines = [json.loads(line) for line in Path(f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
         texts = "".join(json.dumps({"text": line["prompt"]}) + "\n" for line in lines)
         Path(f"{split}.jsonl").write_text(texts, encoding="utf-8")
+    for verb, flags in (("compare", ["--rank-by", "chrf"]), ("compare", []), ("train", ["--metric", "chrf"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(loading, "load_for", None)  # before the model is loaded
+            said = tanzaku(verb, "recipe.yaml", *flags, "--out", "run")
+        key = "rank_by" if verb == "compare" else "metric of candidate 'lora'"
+        assert_refused(said, f"{key} is chrf, and these rows (text) have loss, perplexity, token_accuracy alone")
     options = ["--method", "lora", "--method", "ia3", "--workers", "1", "--rank-by", "loss"]
     said = tanzaku("compare", "recipe.yaml", *options, "--out", "run")
     assert said.code == 0, said.err

@@ -75,7 +75,7 @@ def test_where_a_block_fits_no_input_the_nearest_size_is_taken() -> None:
     [
         ({"r": 4}, "r=4 and oft_block_size=32, expected one of the two"),
         ({"oft_block_size": 1}, "blocks of 1"),
-        ({"num_cayley_neumann_terms": 0}, "0 terms"),
+        ({"num_cayley_neumann_terms": 0}, "found num_cayley_neumann_terms=0, expected 2 to 100"),
         ({"eps": 0.0}, "eps=0.0"),
     ],
 )

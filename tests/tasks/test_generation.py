@@ -17,8 +17,9 @@ import tanzaku as tz
 from close import GRADIENT, assert_close
 from models import tiny
 from tanzaku.engine import text_head as heads
-from tanzaku.engine.text_head import IGNORED, text_head
+from tanzaku.engine.text_head import text_head
 from tanzaku.errors import TanzakuError
+from tanzaku.support.targets import IGNORED
 from tanzaku.tasks.data import Table
 from tanzaku.tasks.generation import Generation, GenerationSettings
 
@@ -329,6 +330,34 @@ def test_a_row_that_is_cut_is_asked_whole() -> None:
     _, cut = encoded([{"messages": chat} for chat in CHATS], tokenizer, longest.length - 12, too_long="cut")
     assert cut.truncated == 1 and cut.examples[0].length == longest.length - 12
     assert list(task.prompt(cut.examples[0]))[-9:] == list(task.prompt(longest))[-9:]
+
+
+def test_a_column_that_no_row_fills_tells_nothing_of_the_shape() -> None:
+    rows = [{"messages": None, "instruction": "", **row} for row in PAIRS]
+    task, split = encoded(rows, tokenizer_of())
+    assert task.shape == "pairs" and learnt(tokenizer_of(), split.examples[0]) == " rain of spring</s>"
+    rows = [{"messages": None, "conversations": CHATS[1]}]
+    task, _ = encoded(rows, tokenizer_of((STOCK / "qwen2_5.jinja").read_text(encoding="utf-8")))
+    assert (task.shape, task.reads) == ("chat", ("conversations",))
+    with pytest.raises(TanzakuError, match="rows row 1: column 'messages' has no messages"):
+        encoded([{"messages": None}], tokenizer_of())
+
+
+def test_references_that_are_never_written_whole_are_told_of() -> None:
+    tokenizer = tokenizer_of()
+    task, split = encoded(PAIRS, tokenizer, max_new_tokens=3)
+    sizes = [len(tokenizer(row["completion"].strip())["input_ids"]) for row in PAIRS]
+    longer, most = sum(size > 3 for size in sizes), max(sizes)
+    assert 0 < longer < 3 < most
+    [line] = task.remarks(split)
+    assert (
+        line.startswith(f"{longer} of 3 references of rows have more than 3 tokens")
+        and f"--max-new-tokens {most}" in line
+    )
+    task, split = encoded(PAIRS, tokenizer, max_new_tokens=most)
+    assert task.remarks(split) == []
+    task, split = encoded([{"text": "the warm rain of spring"}], tokenizer, max_new_tokens=1)
+    assert task.remarks(split) == []
 
 
 def test_columns_that_may_be_missing() -> None:

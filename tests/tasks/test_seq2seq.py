@@ -53,13 +53,14 @@ from models import lively, tiny
 from tanzaku.engine import text_head as heads
 from tanzaku.engine.text_head import text_head
 from tanzaku.errors import TanzakuError
+from tanzaku.support.targets import IGNORED
 from tanzaku.tasks.data import Table
 from tanzaku.tasks.decoding import decode
 from tanzaku.tasks.generation import Generation
 from tanzaku.tasks.sampling import Decoding
 from tanzaku.tasks.seq2seq import Seq2Seq, Seq2SeqSettings, shifted
 from tanzaku.tasks.task import DECODED, Example
-from tanzaku.tasks.written import IGNORED, Row
+from tanzaku.tasks.written import Row
 
 _T5: dict[str, Any] = {
     **{"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},

@@ -54,6 +54,11 @@ def show_card(
     found = list(findings(read.tables, read.task, data, folded))
     tokenizer = _tokenizer(model) if model is not None else None
     tokens = None if tokenizer is None else _encoded(read, tokenizer, max_length)
+    if tokenizer is not None and tokens is not None:
+        task = read.task.told_by(tokenizer)
+        notes += [
+            line for name, split in tokens.splits.items() if folded or name != "train" for line in task.remarks(split)
+        ]
     _rows(display, read, tokens, max_length)
     _targets(display, read)
     display.say("")

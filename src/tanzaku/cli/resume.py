@@ -53,9 +53,7 @@ def resumed(command: str, file: Path | None, flags: dict[str, Any], default_meth
     kept = about["recipe"]
     given = {key: value for key, value in flags.items() if value and key != "out"}
     if file is None and given:
-        raise TanzakuError(
-            f"--resume goes on with the recipe that {out} was begun with; leave {flag(next(iter(_flat(given))))} out"
-        )
+        raise TanzakuError(f"--resume goes on with the recipe that {out} was begun with; leave {_flags(given)[0]} out")
     if file is not None:
         now = _as_settled(json.loads(json.dumps(_anywhere(build_recipe(file, flags, default_methods)))), kept)
         for key, value in kept.items():
@@ -134,9 +132,11 @@ def begin(run: Sitting, journal: Journal, model: PreTrainedModel, data: TaskData
     return {**about, "started": kept["started"]}
 
 
-def _flat(flags: dict[str, Any]) -> list[str]:
-    """The names of all flags."""
-    return [name for key, value in flags.items() for name in (value if isinstance(value, dict) else [key])]
+def _flags(given: dict[str, Any]) -> list[str]:
+    """All flags that were given, nested as a recipe is."""
+    names = [(key, name) for key, value in given.items() for name in (value if isinstance(value, dict) else [key])]
+    own = {("methods", "methods"): "method", ("model", "name"): "model"}  # flags that are not called as their key is
+    return [flag(own.get(each, each[1])) for each in names]
 
 
 def _newest(command: str) -> Path:

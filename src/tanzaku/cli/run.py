@@ -87,6 +87,10 @@ class Sitting:
         tokenizer = load_tokenizer(recipe.model.name, on_progress=display.say)
         data = _encoded(recipe, self.tables, tokenizer)
         display.data(data, recipe.train.max_length)
+        folded = _folded(self.command, recipe)
+        for split in data.splits():
+            for line in data.task.remarks(split) if folded or split.name != "train" else ():
+                display.say(line)
         # What is learnt of a text is easily not what was meant.
         show = int(data.task.decoding is not None) if self.show is None else self.show
         show_rows(display, self.tables, data.train, tokenizer, show)
@@ -94,12 +98,12 @@ class Sitting:
             resamples(data, recipe.compare.design(data.valid is not None), recipe.train.seed)
         self.starts = _starts(methods)
         _say_starts(display, methods, data.task)
-        _check_starts(recipe, methods, data, self.device)
+        _check_starts(recipe, methods, data, self.device, folded)
         kind = _dtype([each.settings for each in methods])
         model, _ = load_for(recipe.model, data.task, dtype=kind, seed=recipe.train.seed)
         if len(distinct := _distinct(methods)) > _MANY:
             display.say(f"checking {len(distinct):,} settings of methods against the model")
-        before = _check_fit(model, methods, data, recipe.train.max_length, self.device)
+        before = _check_fit(model, methods, data, recipe.train.max_length, self.device, folded)
         model.to(self.device)
         display.say(f"model: {recipe.model.name}, {model.num_parameters():,} parameters, on {self.device}")
         probe = _probe(recipe, data, model, tokenizer, before, methods[0].settings)
@@ -155,11 +159,12 @@ def rehearse(command: str, recipe: Recipe, methods: Sequence[Tried], show: int |
 
     device, folded = _check_settings(command, recipe, methods)
     tables = show_card(recipe.kind, recipe.data, recipe.model.name, recipe.train.max_length, folded, show)
+    _check_metrics(command, recipe, methods, tables.task)
     model, tokenizer = outline_for(recipe.model, tables.task)
     data = _encoded(recipe, tables, tokenizer)
     if command != "train":
         resamples(data, recipe.compare.design(data.valid is not None), recipe.train.seed)
-    _check_fit(model, methods, data, recipe.train.max_length, device)
+    _check_fit(model, methods, data, recipe.train.max_length, device, folded)
 
 
 def _encoded(recipe: Recipe, tables: Tables, tokenizer: Any) -> TaskData:
@@ -227,8 +232,12 @@ def _check_settings(command: str, recipe: Recipe, methods: Sequence[Tried]) -> t
     for tracker in dict.fromkeys(each.settings.tracker for each in methods):
         _check_tracker(tracker)
     quieten()
-    folded = command != "train" and recipe.compare.design(recipe.data.valid is not None).folds is not None
-    return device_named(recipe.device), folded
+    return device_named(recipe.device), _folded(command, recipe)
+
+
+def _folded(command: str, recipe: Recipe) -> bool:
+    """Whether training rows are validation rows in turn."""
+    return command != "train" and recipe.compare.design(recipe.data.valid is not None).folds is not None
 
 
 @contextmanager
@@ -252,6 +261,7 @@ def sitting(
         raise TanzakuError("--resume goes on with a run, and --overwrite replaces it; give one of the two")
     device, folded = _check_settings(command, recipe, methods)
     tables = read_tables(recipe.kind, recipe.data, folded)
+    _check_metrics(command, recipe, methods, tables.task)
     out = Path(recipe.out).expanduser() if recipe.out else _new(command)
     for each in methods if overwrite else ():
         if each.init_from is not None and out.resolve() in each.init_from.resolve().parents:
@@ -329,18 +339,38 @@ def portable(model: str) -> str:
 
 
 def _check_sense(recipe: Recipe, name: str, settings: TrainSettings) -> None:
+    from tanzaku.tasks import TASKS
+    from tanzaku.tasks.task import Task
+
     folds = recipe.compare.folds is not None
     if recipe.data.valid is None and not folds and (settings.patience is not None or settings.restore_best):
         key = "restore_best" if settings.restore_best else "patience"
         raise TanzakuError(f"candidate {name!r}: {key} needs validation rows; give --valid, or leave it out")
+    if settings.class_weights and recipe.kind.class_weights is Task.class_weights:
+        which = listed(task for task, kind in TASKS.items() if kind.class_weights is not Task.class_weights)
+        raise TanzakuError(
+            f"candidate {name!r}: class_weights weighs classes, and {recipe.task} has none; leave it out, since it is "
+            f"of {which}"
+        )
     if settings.focal_gamma and not recipe.kind.has_focal:
-        from tanzaku.tasks import TASKS
-
         which = listed(task for task, kind in TASKS.items() if kind.has_focal)
         raise TanzakuError(
             f"candidate {name!r}: focal_gamma is {settings.focal_gamma:g}, and {recipe.task} has no focal loss; "
             f"leave it out, since it is of {which}"
         )
+
+
+def _check_metrics(command: str, recipe: Recipe, methods: Sequence[Tried], task: Task) -> None:
+    """A TanzakuError where these very rows have no figure of a metric that their task has elsewhere."""
+    known = [metric.name for metric in task.metrics] + [metric.name for metric in recipe.own_metrics]
+    asked = {} if command == "train" else {"rank_by": recipe.ranked_by.name}
+    asked |= {f"metric of candidate {each.name!r}": each.settings.metric for each in methods}
+    for where, name in asked.items():
+        if name not in known:
+            fix = "use --rank-by loss" if where == "rank_by" else "use --metric loss"
+            raise TanzakuError(
+                f"{where} is {name}, and these rows ({task.describe()}) have {listed(known)} alone; {fix}"
+            )
 
 
 def _distinct(methods: Sequence[Tried]) -> list[Tried]:
@@ -357,6 +387,7 @@ def _check_fit(
     data: TaskData,
     max_length: int,
     device: str,
+    folded: bool,
 ) -> int:
     """Attach every method to a copy without weights, so that the last of many does not fail after hours; the most
     virtual tokens that one has."""
@@ -369,8 +400,10 @@ def _check_fit(
     from tanzaku.storage.store import check_made_for, method_in
     from tanzaku.tasks.inference import check_rows
 
+    # Whether text is written for the rows of each split: for training rows where they are validation rows in turn.
+    written = {split.name: data.task if folded or split.name != "train" else None for split in data.splits()}
     for split in data.splits():
-        check_rows(Base.of(model), split, max_length, task=data.task)
+        check_rows(Base.of(model), split, max_length, task=written[split.name])
     with torch.device("meta"):
         twin = type(model)(model.config)
     others, most = {each.name: each.method for each in methods}, 0
@@ -402,7 +435,7 @@ def _check_fit(
                 raise TanzakuError("nothing of it is trained; let it learn something, such as a head")
             _check_memory(sum(parameter.numel() for _, parameter in adapter.trained()), method.largest(), device)
             for split in data.splits() if adapter.before else ():
-                check_rows(Base.of(model), split, max_length, adapter, task=data.task)
+                check_rows(Base.of(model), split, max_length, adapter, task=written[split.name])
             most = max(most, adapter.before)
             detach(twin, name)
         except TooLarge as error:
@@ -429,13 +462,13 @@ def _say_starts(display: Display, methods: Sequence[Tried], task: Task) -> None:
             display.say(f"{each.name} {line}")
 
 
-def _check_starts(recipe: Recipe, methods: Sequence[Tried], data: TaskData, device: str) -> None:
+def _check_starts(recipe: Recipe, methods: Sequence[Tried], data: TaskData, device: str, folded: bool) -> None:
     """Check what goes on from an adapter against the model without its weights: all but whether these are the same."""
     from tanzaku.models.loading import outline_for
 
     if begun := [each for each in methods if each.init_from is not None]:
         outline, _ = outline_for(recipe.model, data.task)
-        _check_fit(outline, begun, data, recipe.train.max_length, device)
+        _check_fit(outline, begun, data, recipe.train.max_length, device, folded)
 
 
 def _check_row_data(method: Method, data: TaskData) -> None:

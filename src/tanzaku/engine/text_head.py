@@ -32,8 +32,8 @@ from tanzaku.errors import TanzakuError
 from tanzaku.models import tree
 from tanzaku.models.families import Base
 from tanzaku.support.autograd import once_differentiable
+from tanzaku.support.targets import IGNORED
 
-IGNORED = -100  # a target that is none
 _BYTES = 2**26  # of the logits that are there at once
 _heads: WeakKeyDictionary[nn.Module, TextHead] = WeakKeyDictionary()
 

@@ -146,7 +146,8 @@ class OFT(TargetedWithBiases):
         given = f"r={self.r} and oft_block_size={self.oft_block_size}"
         one = min(self.r, self.oft_block_size) == 0 < max(self.r, self.oft_block_size)
         self.require(one, given, "one of the two, and 0 for the other")
-        self.require(1 < self.num_cayley_neumann_terms <= 100, f"{self.num_cayley_neumann_terms} terms", "2 to 100")
+        terms = self.num_cayley_neumann_terms
+        self.require(1 < terms <= 100, f"num_cayley_neumann_terms={terms}", "2 to 100")
         self.require(self.eps > 0, f"eps={self.eps}", "a number above 0")
         self.check_chance("module_dropout")
         self.check_bias()

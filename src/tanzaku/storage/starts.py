@@ -11,7 +11,7 @@ from torch import nn
 from tanzaku.core.adapter import Adapter
 from tanzaku.core.method import Method
 from tanzaku.errors import TanzakuError
-from tanzaku.storage.store import adapter_dir, checksum, load, method_in, read_about
+from tanzaku.storage.store import adapter_dir, checksum, load, method_in, read_about, read_config
 from tanzaku.tasks import task_in
 from tanzaku.tasks.task import Task
 
@@ -32,6 +32,8 @@ def method_from(path: Path) -> Method:
 def keeps_head(path: Path, task: Task) -> bool:
     """Whether the head in the file gives what the task wants: as many outputs, which mean the same."""
     before = _task_of(path)
+    if before is None and not task.model_settings():  # another library's, and the head is the base's own
+        return read_config(adapter_dir(path)).get("task_type") in (None, task.peft_type)
     return before is not None and (before.auto_class, before.model_settings()) == (
         task.auto_class,
         task.model_settings(),
@@ -44,7 +46,8 @@ def said(path: Path, task: Task) -> str | None:
         return None
     before = _task_of(path)
     why = "does not say what it tells apart" if before is None else f"has {before.describe()}"
-    return f"goes on from {path} with a new head: that one {why}, and these rows have {task.describe()}"
+    head = "with a new head" if task.model_settings() else "without its head"
+    return f"goes on from {path} {head}: that one {why}, and these rows have {task.describe()}"
 
 
 def begin(model: nn.Module, method: Method, name: str, path: Path, task: Task) -> Adapter:

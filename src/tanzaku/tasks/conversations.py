@@ -51,15 +51,17 @@ def shape_of(table: Table, data: Any) -> Shape:
     Raises:
         TanzakuError: none; what was looked for.
     """
+    # A column in which no row has anything is no sign of a shape, unless nothing else is one.
     there = table.columns
-    if conversation_column(table, data) is not None:
-        return "chat"
-    if data.prompt in there and data.completion in there:
-        return "pairs"
-    if data.instruction in there and data.output in there:
-        return "instructions"
-    if data.text in there:
-        return "text"
+    for names in ([name for name in there if not all(map(missing, there[name]))], there):
+        if any(name in names for name in _conversations(data)):
+            return "chat"
+        if data.prompt in names and data.completion in names:
+            return "pairs"
+        if data.instruction in names and data.output in names:
+            return "instructions"
+        if data.text in names:
+            return "text"
     keys = ("prompt", "completion", "messages", "instruction", "output", "text")
     meant = [f"{found}; say so with {flag(key)}" for key in keys if (found := nearest(getattr(data, key), there))]
     raise TanzakuError(
@@ -69,8 +71,13 @@ def shape_of(table: Table, data: Any) -> Shape:
 
 
 def conversation_column(table: Table, data: Any) -> str | None:
-    """The column of messages, under the name that is given or ShareGPT's."""
-    return next((name for name in (data.messages, "conversations") if name in table.columns), None)
+    """The column of messages, under the name that is given or ShareGPT's; of two, one that has some."""
+    names = [name for name in _conversations(data) if name in table.columns]
+    return next((name for name in names if not all(map(missing, table.columns[name]))), next(iter(names), None))
+
+
+def _conversations(data: Any) -> tuple[str, ...]:
+    return data.messages, "conversations"
 
 
 # -- cells
@@ -95,6 +102,8 @@ def words_in(value: Any, where: str, empty: bool = False) -> str:
 def messages_in(value: Any, where: str) -> list[Message]:
     """A conversation in a cell: a list of messages with role and content, of ShareGPT's with from and value, or either
     as JSON writes it."""
+    if missing(value):
+        raise TanzakuError(f"{where} has no messages; fill it in or drop the row")
     if isinstance(value, str):
         try:
             value = json.loads(value)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import Field
 
 from tanzaku.errors import TanzakuError, listed
+from tanzaku.support.targets import IGNORED
 from tanzaku.tasks.cells import missing, short
 from tanzaku.tasks.conversations import (
     Reader,
@@ -24,7 +25,7 @@ from tanzaku.tasks.sampling import Decoding
 from tanzaku.tasks.task import Batch, Example, Split
 from tanzaku.tasks.text import padded
 from tanzaku.tasks.text_metrics import writing_of
-from tanzaku.tasks.written import IGNORED, Row, WrittenSettings, WrittenTask, check_lengths
+from tanzaku.tasks.written import Row, WrittenSettings, WrittenTask, check_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

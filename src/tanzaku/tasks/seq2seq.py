@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from tanzaku.errors import TanzakuError, listed, nearest
+from tanzaku.support.targets import IGNORED
 from tanzaku.tasks.cells import missing, short
 from tanzaku.tasks.conversations import words_in
 from tanzaku.tasks.sampling import OVERRIDES, Decoding
@@ -18,7 +19,7 @@ from tanzaku.tasks.settings import Override
 from tanzaku.tasks.task import DECODED, Batch, Example, Split
 from tanzaku.tasks.text import padded
 from tanzaku.tasks.text_metrics import writing_of
-from tanzaku.tasks.written import IGNORED, Row, WrittenSettings, WrittenTask, check_lengths
+from tanzaku.tasks.written import Row, WrittenSettings, WrittenTask, check_lengths
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -391,6 +391,10 @@ class Task(ABC):
         """Of each token of a row, whether it is learnt; None where no tokens are."""
         return None
 
+    def remarks(self, split: Split) -> list[str]:
+        """What is to be known of rows that figures are of, a line each."""
+        return []
+
     @abstractmethod
     def check_cell(self, value: Any, where: str) -> None:
         """A TanzakuError where a cell of a column that is read is neither blank nor what `encode` takes."""

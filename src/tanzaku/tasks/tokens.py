@@ -14,6 +14,7 @@ from pydantic import Field
 
 from tanzaku.errors import TanzakuError, listed, nearest
 from tanzaku.support.lazy import Lazy
+from tanzaku.support.targets import IGNORED
 from tanzaku.tasks.cells import missing
 from tanzaku.tasks.losses import focal
 from tanzaku.tasks.row_tasks import RowTasks
@@ -45,7 +46,7 @@ else:
 
 Entity = tuple[int, int, str]  # start, end (after its last), type; counted in words, or in characters of a text
 
-_OUTSIDE, _IGNORED = "O", -100
+_OUTSIDE = "O"
 _NONE = "none"  # where an entity of a table of counts is on one side alone
 
 
@@ -253,7 +254,7 @@ class Tokens(Task):
         inputs = padded(examples, pad_token_id, width)
         if all(example.target is None for example in examples):
             return Batch.of(inputs, {}, examples)
-        tags = torch.full_like(inputs["input_ids"], _IGNORED)
+        tags = torch.full_like(inputs["input_ids"], IGNORED)
         for row, example in enumerate(examples):
             for (token, _, _), tag in zip(example.about, self._tagged(example), strict=True):
                 tags[row, token] = tag
@@ -278,7 +279,7 @@ class Tokens(Task):
         from torch.nn.functional import cross_entropy
 
         logits = outputs.logits.float().transpose(1, 2)
-        losses = cross_entropy(logits, batch.targets["tags"], ignore_index=_IGNORED, reduction="none")
+        losses = cross_entropy(logits, batch.targets["tags"], ignore_index=IGNORED, reduction="none")
         return focal(losses, batch).sum(dim=1)
 
     def records(self, outputs: Any, batch: Batch) -> Records:

@@ -15,7 +15,7 @@ from tanzaku.support.lazy import Lazy
 from tanzaku.tasks.cells import short
 from tanzaku.tasks.sampling import OVERRIDES, SAMPLING, Decoding, decoding_of
 from tanzaku.tasks.settings import DataSettings, Finding
-from tanzaku.tasks.task import LOSS, Batch, Column, Example, Metric, OwnMetric, Records, Said, Statistics, Task
+from tanzaku.tasks.task import LOSS, Batch, Column, Example, Metric, OwnMetric, Records, Said, Split, Statistics, Task
 from tanzaku.tasks.text_metrics import Writing, metric_from, text_metrics
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 else:
     np = Lazy("numpy")
 
-IGNORED = -100  # a target that is none
 _GREEDY = Decoding()
 
 
@@ -120,6 +119,18 @@ class WrittenTask(Task):
     @classmethod
     def findings(cls, tables: Mapping[str, Table], data: Any) -> Iterator[Finding]:
         yield from ()
+
+    def remarks(self, split: Split) -> list[str]:
+        if not self.writes:
+            return []
+        most, references = self.decoding.max_new_tokens, [str(example.target) for example in split.examples]
+        found = self.tokenizer(references, add_special_tokens=False, verbose=False)["input_ids"]
+        if not (longer := [size for size in map(len, found) if size > most]):
+            return []
+        return [
+            f"{len(longer)} of {len(references)} references of {split.source} have more than {most} tokens and are "
+            f"never written whole, which lowers figures; the longest needs --max-new-tokens {max(longer)}"
+        ]
 
     def told_by(self, tokenizer: PreTrainedTokenizerBase) -> Self:
         return replace(self, tokenizer=tokenizer)
