@@ -93,5 +93,5 @@ def test_it_is_an_error_where_nobody_says_what_to_do_or_nothing_is_left(rows: No
     said = tanzaku("train", "recipe.yaml", "--out", "run")
     assert_refused(said, "2 of 8 rows of", "the first 1 with 14", "--max-length 17", "--too-long drop")
     said = tanzaku("train", "recipe.yaml", "--too-long", "drop", "--max-length", "2", "--out", "run")
-    assert_refused(said, "all 8 rows of", "train.jsonl have more than 2 tokens", "raise --max-length")
+    assert_refused(said, "all 8 rows of", "train.jsonl have more than 2 tokens", "allow more")
     assert_refused(tanzaku("train", "recipe.yaml", "--too-long", "leave"), "--too-long", "drop")

@@ -59,7 +59,7 @@ from tanzaku.tasks.decoding import decode
 from tanzaku.tasks.generation import Generation
 from tanzaku.tasks.sampling import Decoding
 from tanzaku.tasks.seq2seq import Seq2Seq, Seq2SeqSettings, shifted
-from tanzaku.tasks.task import DECODED, Example
+from tanzaku.tasks.task import DECODED, Example, without_long
 from tanzaku.tasks.written import Row
 
 _T5: dict[str, Any] = {
@@ -240,6 +240,22 @@ def test_a_target_ends_where_a_tokenizer_ends_nothing() -> None:
     assert [len(each.inputs[DECODED]) for each in cut.examples] == [3, 2, 3]
     assert all(each.inputs[DECODED][-1] == tokenizer.eos_token_id for each in cut.examples)
     assert max(each.length for each in cut.examples) == 2
+
+
+def test_rows_of_which_source_or_target_is_too_long_can_be_left_out() -> None:
+    tokenizer = words()
+    _, whole = encoded(tokenizer)
+    sizes = [(each.length, len(each.inputs[DECODED])) for each in whole.examples]
+    for source, target in ((2, 3), (40, 3), (2, 40)):
+        _, split = encoded(tokenizer, max_target_length=target, too_long="drop", max_length=source)
+        kept = [row for row, (long, wide) in enumerate(sizes) if long <= source and wide <= target]
+        assert 0 < len(kept) < len(sizes)
+        left = without_long(split)
+        assert left.kept == kept and left.dropped == len(sizes) - len(kept)
+        assert left.examples == [whole.examples[row] for row in kept]
+    _, split = encoded(tokenizer, max_target_length=2, too_long="drop", max_length=1)
+    with pytest.raises(TanzakuError, match=r"have more than 1 tokens, or 2 of a target, .*; allow more"):
+        without_long(split)
 
 
 MARKED = {

@@ -86,8 +86,8 @@ class Display:
                 of, kind = len(split) + split.dropped, _SPLITS[split.name]
                 beside = "; test figures are of the others alone" if split.name == "test" else ""
                 self.say(
-                    f"{split.dropped} of {of} {kind} rows ({split.source}) have more than {max_length} tokens and are "
-                    f"left out{beside}"
+                    f"{split.dropped} of {of} {kind} rows ({split.source}) have more than {split.allowed} and are left "
+                    f"out{beside}"
                 )
 
     # -- the run's listener

@@ -25,7 +25,7 @@ from tanzaku.tasks.sampling import Decoding
 from tanzaku.tasks.task import Batch, Example, Split
 from tanzaku.tasks.text import padded
 from tanzaku.tasks.text_metrics import writing_of
-from tanzaku.tasks.written import Row, WrittenSettings, WrittenTask, check_lengths
+from tanzaku.tasks.written import Row, WrittenSettings, WrittenTask, check_lengths, numbers_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -182,8 +182,8 @@ class Generation(WrittenTask):
             examples.append(Example({"input_ids": ids}, row.reference, float(max(learnt, 1)), about=Row(asked, labels)))
         if targets is not None and targets.too_long == "error":
             check_lengths(long, len(examples), table.source, max_length)
-        numbers = [int(where.rpartition(" row ")[2]) - 1 for where, _ in long]
-        return Split(name, examples, texts, len(long), table.source, long=numbers)
+        allowed = f"{max_length} tokens"
+        return Split(name, examples, texts, len(long), table.source, long=numbers_of(long), allowed=allowed)
 
     def learnt(self, example: Example) -> list[bool]:
         return [label != IGNORED for label in example.about.labels]

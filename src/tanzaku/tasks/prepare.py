@@ -117,7 +117,7 @@ def encode(read: Tables, tokenizer: PreTrainedTokenizerBase, max_length: int) ->
     task = read.task.told_by(tokenizer)
     splits = {name: task.encode(table, name, tokenizer, max_length, read.data) for name, table in read.tables.items()}
     if getattr(read.data, "too_long", None) == "drop":
-        splits = {name: without_long(split, max_length) for name, split in splits.items()}
+        splits = {name: without_long(split) for name, split in splits.items()}
     for name, weights in read.weights.items():
         kept = splits[name].kept
         own = weights if kept is None else [weights[row] for row in kept]

@@ -19,7 +19,7 @@ from tanzaku.tasks.settings import Override
 from tanzaku.tasks.task import DECODED, Batch, Example, Split
 from tanzaku.tasks.text import padded
 from tanzaku.tasks.text_metrics import writing_of
-from tanzaku.tasks.written import Row, WrittenSettings, WrittenTask, check_lengths
+from tanzaku.tasks.written import Row, WrittenSettings, WrittenTask, check_lengths, numbers_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -203,7 +203,9 @@ class Seq2Seq(WrittenTask):
             Example({"input_ids": ids, DECODED: own}, reference.strip(), float(len(own)), about=Row(ids, own))
             for ids, own, reference in zip(sources, ended, references, strict=True)
         ]
-        return Split(name, examples, texts, len({where for where, _ in (*long, *over)}), table.source)
+        cut = numbers_of([*long, *over])
+        allowed = f"{max_length} tokens, or {most} of a target"
+        return Split(name, examples, texts, len(cut), table.source, long=cut, allowed=allowed)
 
     def learnt(self, example: Example) -> list[bool]:
         return [*[False] * example.length, *[True] * example.decoder_length]

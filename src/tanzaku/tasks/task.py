@@ -80,7 +80,8 @@ class Split:
     texts of pairs.
 
     Args:
-        long: numbers, from 0, of the rows that were cut, where the task may leave them out. kept: numbers in the file
+        long: numbers, from 0, of the rows that were cut, where the task may leave them out; `allowed` says in words how
+            long rows may be. kept: numbers in the file
             of the rows that are left; None: all are. dropped: how many are not.
     """
 
@@ -91,6 +92,7 @@ class Split:
     source: str
     seconds: list[str] | None = None
     long: Sequence[int] = ()
+    allowed: str = ""
     kept: Sequence[int] | None = None
     dropped: int = 0
 
@@ -735,7 +737,7 @@ def subset(split: Split, rows: Sequence[int], name: str) -> Split:
     return Split(name, [split.examples[r] for r in rows], [split.texts[r] for r in rows], 0, split.source, seconds)
 
 
-def without_long(split: Split, longest: int) -> Split:
+def without_long(split: Split) -> Split:
     """A split without the rows that were cut.
 
     Raises:
@@ -747,10 +749,10 @@ def without_long(split: Split, longest: int) -> Split:
     kept = [row for row in range(len(split)) if row not in out]
     if not kept:
         raise TanzakuError(
-            f"all {len(split)} rows of {split.source} have more than {longest} tokens, and too_long: drop would leave "
-            "none; raise --max-length"
+            f"all {len(split)} rows of {split.source} have more than {split.allowed}, and too_long: drop would leave "
+            "none; allow more"
         )
-    return replace(subset(split, kept, split.name), kept=kept, dropped=len(out))
+    return replace(subset(split, kept, split.name), allowed=split.allowed, kept=kept, dropped=len(out))
 
 
 def take(records: Records, rows: slice) -> Records:

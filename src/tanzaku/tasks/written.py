@@ -291,6 +291,11 @@ class WrittenTask(Task):
         return ["rows"], [["to be written", *(f"{len(each):,}" for each in sizes)]]
 
 
+def numbers_of(rows: Sequence[tuple[str, int]]) -> list[int]:
+    """The numbers, from 0, of rows by where they are, each once."""
+    return sorted({int(where.rpartition(" row ")[2]) - 1 for where, _ in rows})
+
+
 def check_lengths(
     long: Sequence[tuple[str, int]], of: int, source: str, most: int, key: str = "max_length", what: str = "tokens"
 ) -> None:
