@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 TEXTS = ["the warm rain of spring", "a cold wind of winter", "warm sea", "cold sea", "spring rain", "winter wind"]
 TEXTS += ["the rain", "cold rain", "warm wind", "the cold spring", "a warm winter", "sea of rain"]
 WARM = {"warm", "spring", "sea"}
+CHOICES = (" warm sea", " cold")
 KINDS = {"mild": WARM, "wet": {"sea", "rain"}}
 
 
@@ -54,6 +55,8 @@ def row(task: str, text: str) -> dict[str, Any]:
         return {"prompt": text, "completion": " mild" if WARM & {*text.split()} else " harsh"}
     if task == "seq2seq":
         return {"source": text, "target": "warm" if WARM & {*text.split()} else "a cold wind"}
+    if task == "choice":
+        return {"prompt": text, "choices": [*CHOICES], "label": int(not WARM & {*text.split()})}
     raise NotImplementedError(f"rows for the task {task!r}: add some here")
 
 
@@ -75,6 +78,8 @@ def task(request: pytest.FixtureRequest, work: Path, model_dir: Path, bart_dir: 
         recipe = recipe.replace("data: {", "data: {max_new_tokens: 3, ", 1)
     if name == "seq2seq":
         recipe = recipe.replace(str(model_dir), str(bart_dir))
+    if name == "choice":
+        recipe = recipe.replace("data: {", f"data: {{choices: {[*CHOICES]}, ", 1)
     Path("recipe.yaml").write_text(f"task: {name}\n{recipe}", encoding="utf-8")
     return name
 

@@ -18,6 +18,8 @@ from close import RUN, assert_close, close
 from models import VOCAB, config_of, lively, with_parts
 from tanzaku.methods import METHODS
 from tanzaku.tasks import TASKS
+from tanzaku.tasks.answer_choices import Reading
+from tanzaku.tasks.choice import Choices, RankClassification
 from tanzaku.tasks.classification import Classification
 from tanzaku.tasks.generation import Generation
 from tanzaku.tasks.multilabel import Multilabel
@@ -51,8 +53,9 @@ EACH: dict[str, Task] = {
     "tokens": Tokens(("x",), "words", True),
     "generation": Generation("pairs", {"prompt": "prompt"}, decoding=Decoding(max_new_tokens=3), tokenizer=Numbers()),
     "seq2seq": Seq2Seq(decoding=Decoding(max_new_tokens=3), tokenizer=Numbers()),
+    "choice": RankClassification(Reading(choices="choices")),
 }
-OTHER_FAMILIES = {"generation": ["llama"], "seq2seq": ["bart", "t5"]}
+OTHER_FAMILIES = {"generation": ["llama"], "seq2seq": ["bart", "t5"], "choice": ["llama"]}
 FAMILIES_OF: dict[str, list[str]] = {name: OTHER_FAMILIES.get(name, ["llama", "bert"]) for name in EACH}
 
 
@@ -84,6 +87,12 @@ def split_of(name: str, number: int, seed: int) -> Split:
             target = [ids[-1], *ids[: (1, 6, 10)[len(examples) % 3]], 2]
             inputs = {**example.inputs, DECODED: target}
             examples.append(Example(inputs, Numbers().decode(target), float(len(target)), about=Row(ids, target)))
+        elif name == "choice":
+            # Two or three, of unequal length.
+            names = ("low", "high", "never")[: 2 + len(ids) % 2]
+            own = [{"input_ids": ids + answer} for answer in ([7, 9], [11], [7, 5, 13])[: len(names)]]
+            right = names[ids[-1] > VOCAB // 2]
+            examples.append(Example(own[0], right, about=Choices(names, len(ids)), others=own[1:]))
         elif name == "regression":
             examples.append(Example(example.inputs, 10.0 + ids[-1] / VOCAB * 8))
         else:
@@ -117,16 +126,33 @@ def test_loss_is_the_models_own(name: str, kind: str) -> None:
     """The mean over rows, or over tagged tokens, that transformers' model gives with `labels`."""
     task, model, split = EACH[name], model_of(name, kind), split_of(name, 6, 3)
     batch = task.collate(split.examples, 0)
-    [target] = batch.targets.values()
-    shifted = {"shift_labels": target} if name == "generation" else {}
     with torch.no_grad():
-        expected = model(**{**batch.inputs, "labels": target, **shifted})
-        outputs = task.run(model, {**batch.inputs, "use_cache": False} if task.writes else batch.inputs)
+        if name == "choice":
+            loss = sum(of_choices(model, example) for example in split.examples) / len(split.examples)
+        else:
+            [target] = batch.targets.values()
+            shifted = {"shift_labels": target} if name == "generation" else {}
+            loss = model(**{**batch.inputs, "labels": target, **shifted}).loss
+        plain = task.writes or name == "choice"
+        outputs = task.run(model, {**batch.inputs, "use_cache": False} if plain else batch.inputs)
         sums = task.score(outputs, batch)
     weight = sum(example.weight for example in split.examples)
-    assert_close(sums.sum() / weight, expected.loss)
+    assert_close(sums.sum() / weight, loss)
     records = task.records(outputs, batch)
-    assert task.figures(records)["loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
+    assert task.figures(records)["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def of_choices(model: Any, example: Example) -> torch.Tensor:
+    """The sum of T-Few's three losses of a row, by whole logits, one choice at a time."""
+    right, means, wrong = example.about.names.index(example.target), [], []
+    for at, row in enumerate(example.rows):
+        ids = torch.tensor([row["input_ids"]])
+        chances = model(input_ids=ids).logits[0].log_softmax(-1)
+        begin = example.about.begin
+        own = torch.stack([chances[place - 1, ids[0, place]] for place in range(begin, ids.shape[1])])
+        means.append(own.mean())
+        wrong += [] if at == right else [-(1 - token.exp()).log() for token in own]
+    return -means[right] + torch.stack(wrong).mean() - torch.stack(means).log_softmax(0)[right]
 
 
 @every_family
@@ -162,6 +188,31 @@ def test_a_job_among_others_ends_as_it_does_alone(name: str, kind: str, tmp_path
     assert alone.keys() == among.keys()
     for key, value in alone.items():
         assert_close(among[key], value, 4 * RUN, at=key)
+
+
+def test_choices_of_a_row_are_dropped_out_by_their_job(tmp_path: Path) -> None:
+    """Rows of a pass that are one row of a table: each job draws for its own, whoever is beside it."""
+
+    def weights(jobs: list[Job], out: Path) -> dict[str, torch.Tensor]:
+        model = model_of("choice", "llama")
+        model.config.attention_dropout = 0.2
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.2
+        results = train_jobs(model, data_of("choice"), jobs, out=out, workers=1)
+        assert [(r.status, r.error) for r in results] == [("done", None)] * len(jobs)
+        return load_file(out / "adapters" / "a" / "adapter_model.safetensors")
+
+    def job(name: str, seed: int, dropout: float = 0.5) -> Job:
+        settings = TrainSettings(epochs=2, learning_rate=0.01, batch_size=2, seed=seed)
+        return Job(name, METHODS["lora"].from_settings({"r": 2, "lora_dropout": dropout}), settings)
+
+    prompt = Job("c", method("prompt_tuning", "default"), TrainSettings(epochs=2, learning_rate=0.01, batch_size=3))
+    alone = weights([job("a", 1)], tmp_path / "alone")
+    among = weights([job("b", 2), job("a", 1), prompt], tmp_path / "among")
+    other = weights([job("a", 1, 0.0)], tmp_path / "other")
+    for key, value in alone.items():
+        assert_close(among[key], value, 4 * RUN, at=key)
+    assert not all(close(other[key], alone[key], 4 * RUN) for key in alone), "nothing was dropped"
 
 
 @in_families("name", list(TASKS))

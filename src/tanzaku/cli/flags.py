@@ -145,4 +145,6 @@ def _metavar(annotation: Any) -> str:
 
 
 def _shown(default: Any) -> str:
+    if isinstance(default, list):
+        return ", ".join(default)
     return {True: "on", False: "off"}[default] if isinstance(default, bool) else str(default)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tanzaku.errors import TanzakuError, listed, nearest
+from tanzaku.tasks.choice import RankClassification
 from tanzaku.tasks.classification import Classification
 from tanzaku.tasks.generation import Generation
 from tanzaku.tasks.multilabel import Multilabel
@@ -14,7 +15,8 @@ from tanzaku.tasks.task import Task
 from tanzaku.tasks.tokens import Tokens
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Classification, Ordinal, Multilabel, Regression, Tokens, Generation, Seq2Seq)
+    task.name: task
+    for task in (Classification, Ordinal, Multilabel, Regression, Tokens, Generation, Seq2Seq, RankClassification)
 }
 
 

@@ -23,7 +23,7 @@ from tanzaku.tasks.conversations import (
 )
 from tanzaku.tasks.sampling import Decoding
 from tanzaku.tasks.task import Batch, Example, Split
-from tanzaku.tasks.text import padded
+from tanzaku.tasks.text import padded, tokens_of
 from tanzaku.tasks.text_metrics import writing_of
 from tanzaku.tasks.written import Row, WrittenSettings, WrittenTask, check_lengths, numbers_of
 
@@ -227,7 +227,7 @@ class Generation(WrittenTask):
     # -- text that is written
 
     def probe(self, text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Split | None:
-        whole, own = (_encoded(tokenizer, text, special)[0] for special in (True, False))
+        whole, own = (tokens_of(tokenizer, text, special)[0] for special in (True, False))
         before = whole[: len(whole) - len(own)]  # what stands before any text, such as <s>
         size = max_length - len(before)
         rows = []
@@ -309,28 +309,18 @@ def _reader(tokenizer: PreTrainedTokenizerBase) -> Reader:
 def _tokens(tokenizer: PreTrainedTokenizerBase, row: Rendered) -> tuple[list[int], list[int], list[int]]:
     """A row's ids, what is learnt of them (-100: nothing), and the ids that are written on from: those that its prompt
     has by itself, so that it is asked as it was learnt."""
-    asked, _ = _encoded(tokenizer, row.text[: row.prompt], row.special)
+    asked, _ = tokens_of(tokenizer, row.text[: row.prompt], row.special)
     if not row.learnt:
         return asked, [IGNORED] * len(asked), asked
     edges = sorted({0, len(row.text), *(first for first, _ in row.learnt)})
-    ids, offsets = _encoded(tokenizer, row.text, row.special)
+    ids, offsets = tokens_of(tokenizer, row.text, row.special)
     if ids[: len(asked)] != asked or any(start < edge < end for start, end in offsets for edge in edges):
         # A token would reach from what is given into what is learnt: each part has tokens of its own.
         ids, offsets = [], []
         for first, last in pairwise(edges):
-            part, own = _encoded(tokenizer, row.text[first:last], row.special and not first)
+            part, own = tokens_of(tokenizer, row.text[first:last], row.special and not first)
             ids += part
             offsets += [(first + start, first + end) for start, end in own]
         asked = ids[: sum(end <= row.prompt for _, end in offsets)]
     learnt = [end > start and any(a <= start and end <= b for a, b in row.learnt) for start, end in offsets]
     return ids, [token if own else IGNORED for token, own in zip(ids, learnt, strict=True)], asked
-
-
-def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids, and which characters each stands for: none at the beginning, those of a special token that a tokenizer puts
-    there. One at the end is left out: a text that is learnt has its own, and a prompt goes on."""
-    found = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
-    ids, offsets, whose = list(found["input_ids"]), list(found["offset_mapping"]), found.sequence_ids()
-    while special and text and ids and whose[len(ids) - 1] is None:
-        ids.pop()
-    return ids, [(0, 0) if whose[at] is None else offsets[at] for at in range(len(ids))]

@@ -220,7 +220,7 @@ def check_rows(
     except TanzakuError:
         return  # no table of tokens
     for row, example in enumerate(split.examples):
-        if (highest := max(map(max, example.inputs.values()))) >= known:
+        if (highest := max(max(ids) for each in example.rows for ids in each.values())) >= known:
             raise TanzakuError(
                 f"{where(row)} has token number {highest}, and the model knows {known} tokens: its tokenizer is that "
                 "of another model; save the model's own beside it"
@@ -330,12 +330,14 @@ def _passed(
     found: dict[E, list[Records]] = {name: [] for name in splits}
     for names in _passes(model, lengths):
         # One entry an adapter: a batch of as many rows for each repeats the entries in place, so groups are views.
+        # Rows of a table are as many rows of a pass for every adapter, since all have one task.
         with accelerations, nullcontext() if manager is None else route(model, names):
             for start in range(0, len(order), batch_size):
                 at = order[start : start + batch_size]
-                some = [splits[name].examples[rows[i]] for name in names for i in at]
-                adapters = [_adapter(model, name) for name in names for _ in at]
-                batch = forward.batch(some, adapters=[each for each in adapters if each is not None])
+                some = {name: [splits[name].examples[rows[i]] for i in at] for name in names}
+                adapters = [_adapter(model, name) for name in names for example in some[name] for _ in example.rows]
+                every = [example for name in names for example in some[name]]
+                batch = forward.batch(every, adapters=[each for each in adapters if each is not None])
                 with accelerations.batch(batch, adapters, None if manager is None else manager.route):
                     records = forward.records(batch)
                 for place, name in enumerate(names):

@@ -47,6 +47,7 @@ class Example:
 
     Args:
         inputs: by `forward`'s names, a number for each token.
+        others: the same of further rows of a pass, where one row of a table is several (answers to choose from).
         target: what it should come to; None: it is to be predicted.
         weight: what its loss is the sum over: 1, or its tokens that have a target.
         factor: what its loss counts among those of other rows; 1 on average over the rows of a job.
@@ -62,16 +63,27 @@ class Example:
     focal: float = 0.0
     about: Any = None
     context: Mapping[str, int] = field(default_factory=dict)
+    others: Sequence[Mapping[str, Sequence[int]]] = ()
+
+    @property
+    def rows(self) -> list[Mapping[str, Sequence[int]]]:
+        """The inputs of each row that it takes in a pass."""
+        return [self.inputs, *self.others]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each of these, special ones included."""
+        return [len(next(iter(row.values()))) for row in self.rows]
 
     @property
     def length(self) -> int:
-        """Tokens, special ones included."""
-        return len(next(iter(self.inputs.values())))
+        """Tokens of the longest of them."""
+        return max(self.lengths)
 
     @property
     def decoder_length(self) -> int:
-        """Tokens that an encoder-decoder's decoder reads; 0: none of its own."""
-        return len(self.inputs.get(DECODED, ()))
+        """The most tokens that an encoder-decoder's decoder reads of a row; 0: none of its own."""
+        return max(len(row.get(DECODED, ())) for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -143,8 +155,9 @@ class Batch:
     """Rows for one pass, padded on the right.
 
     Args:
-        inputs: by `forward`'s names, [B, T]. targets: as the task's own `score` reads them; none to predict.
-        examples: the rows. context: what adapters may read of each row, [B, ...]; see `core/context.py`.
+        inputs: by `forward`'s names, [B, T]. targets: as the task's own `score` reads them.
+        examples: whose rows they are, of each example all, one after another.
+        context: what adapters may read of each row, [B, ...]; see `core/context.py`.
     """
 
     inputs: dict[str, Tensor]
@@ -155,7 +168,7 @@ class Batch:
     @property
     def lengths(self) -> list[int]:
         """Own tokens of each row."""
-        return [example.length for example in self.examples]
+        return [length for example in self.examples for length in example.lengths]
 
     @property
     def width(self) -> int:
@@ -165,7 +178,7 @@ class Batch:
     @property
     def decoder_lengths(self) -> list[int]:
         """Tokens of each row that an encoder-decoder's decoder reads; 0: none of its own."""
-        return [example.decoder_length for example in self.examples]
+        return [len(row.get(DECODED, ())) for example in self.examples for row in example.rows]
 
     @property
     def decoder_width(self) -> int:
@@ -184,8 +197,8 @@ class Batch:
         """A batch of rows, with what these say of themselves."""
         import torch
 
-        names = list(examples[0].context)
-        return cls(inputs, targets, examples, {n: torch.tensor([each.context[n] for each in examples]) for n in names})
+        told = [example.context for example in examples for _ in example.rows]
+        return cls(inputs, targets, examples, {name: torch.tensor([row[name] for row in told]) for name in told[0]})
 
 
 @dataclass(frozen=True)
@@ -447,12 +460,12 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, outputs: Any, batch: Batch) -> Tensor:
-        """The loss of each row, a sum over its `weight`: (rows,), differentiable, in fp32 at least."""
+        """The loss of each example, a sum over its `weight`: (examples,), differentiable, in fp32 at least."""
 
     @abstractmethod
     def records(self, outputs: Any, batch: Batch) -> Records:
-        """All that metrics and predictions need of each row, on the CPU, without gradients; `loss` and `weight` where
-        rows have targets."""
+        """All that metrics and predictions need of each example, on the CPU, without gradients; `loss` and `weight`
+        where they have targets."""
 
     # -- what is chosen of each adapter
 

@@ -173,7 +173,7 @@ def _lengths(table: Table, column: str, tokenizer: PreTrainedTokenizerBase) -> l
 
 
 def padded(examples: Sequence[Example], pad_token_id: int, width: int = 0) -> dict[str, Tensor]:
-    """B rows padded on the right to their longest, or to `width` tokens if that is more.
+    """B rows of examples padded on the right to their longest, or to `width` tokens if that is more.
 
     Returns:
         The rows' inputs and their `attention_mask`, each int64 [B, T]; `token_type_ids` if all rows have them.
@@ -182,16 +182,30 @@ def padded(examples: Sequence[Example], pad_token_id: int, width: int = 0) -> di
 
     if not examples:
         raise TanzakuError("a batch has no rows; expected at least one")
-    lengths = [example.length for example in examples]
-    width = max(width, *lengths)
+    own = [row for example in examples for row in example.rows]
+    lengths = [length for example in examples for length in example.lengths]
+    width = max([width, *lengths])
 
     def filled(rows: Iterable[Sequence[int]], value: int) -> Tensor:
         return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.int64)
 
     batch = {
-        "input_ids": filled((example.inputs["input_ids"] for example in examples), pad_token_id),
+        "input_ids": filled((row["input_ids"] for row in own), pad_token_id),
         "attention_mask": filled(([1] * length for length in lengths), 0),
     }
-    if all("token_type_ids" in example.inputs for example in examples):
-        batch["token_type_ids"] = filled((example.inputs["token_type_ids"] for example in examples), 0)
+    if all("token_type_ids" in row for row in own):
+        batch["token_type_ids"] = filled((row["token_type_ids"] for row in own), 0)
     return batch
+
+
+def tokens_of(
+    tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a text that is written on, and which characters each stands for: none at the beginning, those of a special
+    token that a tokenizer puts there. One at the end is left out: a text that is learnt has its own, and a prompt goes
+    on."""
+    found = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+    ids, offsets, whose = list(found["input_ids"]), list(found["offset_mapping"]), found.sequence_ids()
+    while special and text and ids and whose[len(ids) - 1] is None:
+        ids.pop()
+    return ids, [(0, 0) if whose[at] is None else offsets[at] for at in range(len(ids))]

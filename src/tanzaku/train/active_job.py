@@ -68,7 +68,8 @@ class ActiveJob:
         changed = {path for path, layer in adapter.at() if isinstance(layer, AttentionLayer)}
         self.twice = sum(self.held[path] for path in changed)
         self.optimizer = _optimizer(adapter, job)
-        self.rows = min(s.batch_size, len(data.train))  # of a whole batch
+        each = max(len(example.others) for example in data.train.examples) + 1
+        self.rows = min(s.batch_size, len(data.train)) * each  # of a whole batch in a pass
         per_epoch = math.ceil(len(data.train) / s.batch_size)
         self.steps_per_epoch = math.ceil(per_epoch / s.accumulation)
         self.steps = self.steps_per_epoch * s.epochs
@@ -129,6 +130,11 @@ class ActiveJob:
         return [self.data.train.examples[row] for row in self.next_rows or ()]
 
     @property
+    def size(self) -> int:
+        """Rows that they take in a pass; 0 after the last batch."""
+        return sum(len(example.rows) for example in self.examples())
+
+    @property
     def length(self) -> int:
         """Own tokens of the longest of them."""
         return max(example.length for example in self.examples())
@@ -174,7 +180,7 @@ class ActiveJob:
         """Note the loss of a batch whose backward pass is done."""
         assert self._next is not None
         self._losses.append((value, self._next.weight))
-        self.rows_done = len(self.next_rows or ())
+        self.rows_done = self.size
 
     def spend(self, seconds: float) -> None:
         """Add to the time that the job has taken."""

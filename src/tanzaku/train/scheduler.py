@@ -439,7 +439,7 @@ class JobScheduler:
         needs = [(active, active.need) for active in stepping if active.need is not None]
         if len(needs) == 1:
             return state + needs[0][1].alone <= self.room
-        rows = {active.job.name: len(active.next_rows or ()) for active in stepping}
+        rows = {active.job.name: active.size for active in stepping}
         width = max(active.virtual for active in stepping) + max(active.length for active in stepping)
         work = sum(need.beside(rows[active.job.name], width) for active, need in needs)
         width = max(width, max(active.decoder_length for active in stepping))
@@ -463,9 +463,9 @@ class JobScheduler:
         others = [active for active in ready if active is not first and _goes_with(active, first)]
         if others and (self.step.of_one_width or any(each.adapter.reads_padding for each in (first, *others))):
             others = [active for active in others if _sizes(active) == _sizes(first)]
-        picked, rows = [first], len(first.next_rows or ())
+        picked, rows = [first], first.size
         for active in sorted(others, key=lambda active: _apart(active, first)):
-            more, together = len(active.next_rows or ()), [*picked, active]
+            more, together = active.size, [*picked, active]
             if rows + more > self.rows_per_step or not self._has_positions(together):
                 continue
             if self._fits(list(self.active_jobs.values()), together):
@@ -477,7 +477,7 @@ class JobScheduler:
             key=lambda active: (
                 self.step.accelerations.depth(active.adapter),
                 active.job.method.name,
-                len(active.next_rows or ()),
+                active.size,
                 active.job.name,
             ),
         )
@@ -542,11 +542,11 @@ class JobScheduler:
             half = len(active_jobs) // 2
             return [part for part in (active_jobs[:half], active_jobs[half:]) if part]
         gc.collect()
-        self.rows_per_step = max(1, sum(len(active.next_rows or ()) for active in active_jobs) // 2)
+        self.rows_per_step = max(1, sum(active.size for active in active_jobs) // 2)
         parts: list[list[ActiveJob]] = []
         room = 0
         for active in active_jobs:
-            rows = len(active.next_rows or ())
+            rows = active.size
             if rows > room:
                 parts.append([])
                 room = self.rows_per_step

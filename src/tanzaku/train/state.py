@@ -126,6 +126,7 @@ def checksum(data: TaskData) -> str:
         digest.update(split.name.encode())
         for example in split.examples:
             told = [*example.context.items(), *([] if example.factor == 1 else [example.factor])]
+            told += [sorted(row.items()) for row in example.others]
             digest.update(repr((sorted(example.inputs.items()), example.target, *told)).encode())
     return digest.hexdigest()
 

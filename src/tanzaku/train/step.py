@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -133,16 +135,14 @@ class SharedStep:
         padded = width is not None
         every = [example for batch in batches for example in batch]
         together = self.forward.batch(every, width or 0, decoder_width, [active.adapter for active in active_jobs])
+        sizes = [sum(len(example.rows) for example in batch) for batch in batches]
         entries: list[Entry] = [
-            active.job.name for active, batch in zip(active_jobs, batches, strict=True) for _ in batch
+            active.job.name for active, size in zip(active_jobs, sizes, strict=True) for _ in range(size)
         ]
         self._mode(training=True)
         self._checkpoint(active_jobs[0].job.settings.gradient_checkpointing)
         route = self._routed(entries)
-        at, start = [], 0
-        for batch in batches:
-            at.append(slice(start, start + len(batch)))
-            start += len(batch)
+        at, own = _slices(sizes), _slices([len(batch) for batch in batches])
         lead = max(active.virtual for active in active_jobs)
         shares = [
             JobSlice(rows, active.virtual, max(map(_length, batch)), active.dropout_seed)
@@ -166,7 +166,9 @@ class SharedStep:
             with autocast(self.device, active_jobs[0].job.settings.precision):
                 outputs = self.forward(together)
             sums = self.task.score(outputs, together)
-            yield [active.loss(sums[rows], batch) for active, rows, batch in zip(active_jobs, at, batches, strict=True)]
+            yield [
+                active.loss(sums[some], batch) for active, some, batch in zip(active_jobs, own, batches, strict=True)
+            ]
         for active, share in zip(active_jobs, shares, strict=True):
             active.draws = (active.draws or share.drew) if drops else active.draws
             active.left_out = share.left_out
@@ -219,7 +221,7 @@ class SharedStep:
                 in all of them.
         """
         s = active.job.settings
-        rows = self._demanding(active.data.train.examples, active.rows)
+        rows = self._demanding(active.data.train.examples, s.batch_size)
         probe = None if active.data.probe is None else active.data.probe.rows
         splits = [split for split in (active.data.valid, active.data.test, probe) if split is not None]
         judged = self._demanding([e for split in splits for e in split.examples], s.eval_batch_size)
@@ -233,8 +235,9 @@ class SharedStep:
         # One more than the row has: in a shared step most rows are padded. Positions end somewhere.
         limit = (self.max_positions or widest) - (active.before - active.virtual)
         narrow, wide = min(own + 1, limit), min(max(own + 1, widest), limit)
-        less = self._bytes(active, rows[-1:], narrow, decoder_width)
-        more = self._bytes(active, rows[-1:], wide, decoder_width) if wide > narrow else less
+        each = len(rows[-1].rows)
+        less = math.ceil(self._bytes(active, rows[-1:], narrow, decoder_width) / each)
+        more = math.ceil(self._bytes(active, rows[-1:], wide, decoder_width) / each) if wide > narrow else less
         # Gradients; and adapters that are computed together are put together first.
         once = 2 * sum(p.numel() * p.element_size() for p in active.trained)
         return Need(step, max(step, judging), ((narrow, less), (wide, more)), once)
@@ -264,7 +267,7 @@ class SharedStep:
 
     def _demanding(self, examples: Sequence[Example], size: int) -> list[Example]:
         """The rows of a batch that needs the most: the longest, but where padding counts not all of one length."""
-        order = sorted(examples, key=_length)
+        order = sorted(examples, key=_tokens)
         rows = order[-size:]
         if size > 1 and rows and not self.accelerations.packs and _length(rows[0]) == _length(rows[-1]):
             shorter = [example for example in order if _length(example) < _length(rows[0])]
@@ -323,7 +326,8 @@ class SharedStep:
         batches: Sequence[Sequence[Example]],
         packed: bool = True,
     ) -> AbstractContextManager[None]:
-        owners = [active for active, batch in zip(active_jobs, batches, strict=True) for _ in batch]
+        pairs = zip(active_jobs, batches, strict=True)
+        owners = [active for active, batch in pairs for example in batch for _ in example.rows]
         assert self._route is not None
         return self.accelerations.batch(
             together, [active.adapter for active in owners], self._route[1] if packed else None
@@ -372,3 +376,13 @@ def _drops(settings: dict[str, Any]) -> bool:
 
 def _length(example: Example) -> int:
     return example.length
+
+
+def _tokens(example: Example) -> tuple[int, int]:
+    """Of all rows of an example, and of its longest."""
+    return sum(example.lengths), example.length
+
+
+def _slices(sizes: Sequence[int]) -> list[slice]:
+    """Parts of such sizes, one after another."""
+    return [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]

@@ -505,5 +505,6 @@ def _cost(job: Job, scheduler: Employer) -> float:
     """What a job takes, in the time of a token."""
     s, train = job.settings, (job.data or scheduler.data).train
     virtual = getattr(job.method, "num_virtual_tokens", 0) if job.method.lengthens_rows else 0
-    tokens = sum(virtual + example.length + example.decoder_length for example in train.examples)
+    tokens = sum(virtual + length for example in train.examples for length in example.lengths)
+    tokens += sum(example.decoder_length * len(example.rows) for example in train.examples)
     return s.epochs * (tokens + _START * math.ceil(len(train) / s.batch_size))
