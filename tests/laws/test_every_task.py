@@ -19,7 +19,7 @@ from models import VOCAB, config_of, lively, with_parts
 from tanzaku.methods import METHODS
 from tanzaku.tasks import TASKS
 from tanzaku.tasks.answer_choices import Reading
-from tanzaku.tasks.choice import Choices, RankClassification
+from tanzaku.tasks.choice import RankClassification
 from tanzaku.tasks.classification import Classification
 from tanzaku.tasks.generation import Generation
 from tanzaku.tasks.multilabel import Multilabel
@@ -92,7 +92,7 @@ def split_of(name: str, number: int, seed: int) -> Split:
             names = ("low", "high", "never")[: 2 + len(ids) % 2]
             own = [{"input_ids": ids + answer} for answer in ([7, 9], [11], [7, 5, 13])[: len(names)]]
             right = names[ids[-1] > VOCAB // 2]
-            examples.append(Example(own[0], right, about=Choices(names, len(ids)), others=own[1:]))
+            examples.append(Example(own[0], right, about=names, others=own[1:], shared=len(ids)))
         elif name == "regression":
             examples.append(Example(example.inputs, 10.0 + ids[-1] / VOCAB * 8))
         else:
@@ -144,11 +144,11 @@ def test_loss_is_the_models_own(name: str, kind: str) -> None:
 
 def of_choices(model: Any, example: Example) -> torch.Tensor:
     """The sum of T-Few's three losses of a row, by whole logits, one choice at a time."""
-    right, means, wrong = example.about.names.index(example.target), [], []
+    right, means, wrong = example.about.index(example.target), [], []
     for at, row in enumerate(example.rows):
         ids = torch.tensor([row["input_ids"]])
         chances = model(input_ids=ids).logits[0].log_softmax(-1)
-        begin = example.about.begin
+        begin = example.shared
         own = torch.stack([chances[place - 1, ids[0, place]] for place in range(begin, ids.shape[1])])
         means.append(own.mean())
         wrong += [] if at == right else [-(1 - token.exp()).log() for token in own]

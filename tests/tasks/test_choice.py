@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from close import assert_close
 from tanzaku.errors import TanzakuError
 from tanzaku.tasks.answer_choices import ChoiceSettings
-from tanzaku.tasks.choice import Choices, RankClassification
+from tanzaku.tasks.choice import RankClassification
 from tanzaku.tasks.data import Table
 from tanzaku.tasks.losses import log_otherwise
 from tanzaku.tasks.prepare import open_tables
@@ -58,7 +58,7 @@ def scored(
     """The loss and the records of one row, whose choices' tokens have these probabilities."""
     names = tuple(example_of)
     own = [{"input_ids": [5, 6, *range(10, 10 + len(example_of[name]))]} for name in names]
-    example = Example(own[0], right, about=Choices(names, 2), others=own[1:])
+    example = Example(own[0], right, about=names, others=own[1:], shared=2)
     batch = task.collate([example], 0)
 
     def losses(goals: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -134,7 +134,7 @@ def test_rows_of_unlike_many_choices_are_each_by_itself() -> None:
     for size, begin in ((2, 3), (4, 5), (3, 1)):
         names = tuple("abcd"[:size])
         own = [{"input_ids": [*range(10, 10 + begin), *range(20 + at, 22 + 2 * at)]} for at in range(size)]
-        examples.append(Example(own[0], names[-1], about=Choices(names, begin), others=own[1:]))
+        examples.append(Example(own[0], names[-1], about=names, others=own[1:], shared=begin))
 
     def found(some: list[Example]) -> tuple[torch.Tensor, Any]:
         batch = task.collate(some, 0)
@@ -213,7 +213,7 @@ def test_a_prompt_needs_nothing_of_its_answer() -> None:
 
 def read(tokenizer: Any, example: Example) -> list[tuple[str, str]]:
     """Prompt and choice of each row of a pass, without the token at the beginning."""
-    begin = example.about.begin
+    begin = example.shared
     assert all(row["input_ids"][0] == 1 and 2 not in row["input_ids"] for row in example.rows)
     own = [row["input_ids"] for row in example.rows]
     return [(tokenizer.decode(ids[1:begin]), tokenizer.decode(ids[begin:])) for ids in own]
@@ -229,7 +229,7 @@ def test_a_space_at_the_end_of_a_prompt_is_read_with_its_choices(tokenizer: Any)
     template = "{{ question }}\nAnswer: "
     [example] = encoded(tokenizer, rows, template=template, choices=["yes", "no"]).examples
     assert read(tokenizer, example) == [("is it mild?\nAnswer:", " yes"), ("is it mild?\nAnswer:", " no")]
-    assert len({tuple(row["input_ids"][: example.about.begin]) for row in example.rows}) == 1, "one prompt for all"
+    assert len({tuple(row["input_ids"][: example.shared]) for row in example.rows}) == 1, "one prompt for all"
     [plain] = encoded(tokenizer, [{"prompt": "is it mild?\nAnswer:", "label": 1}], choices=[" yes", " no"]).examples
     assert plain.rows == example.rows
 

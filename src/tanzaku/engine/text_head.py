@@ -90,14 +90,16 @@ class TextHead:
         return model
 
     def run(self, inputs: dict[str, Any]) -> Hidden:
-        """A pass of the model as far as its backbone. The head runs on one token a row, and its result is dropped."""
+        """A pass of the model as far as its backbone. The head runs on one token a row, or on one in all where no
+        adapter changes it, and its result is dropped."""
         found: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, output: Any) -> Any:
             hidden = output[0]
             found.append(hidden)
             self._kind = type(output)  # and not the output, with which a step's activations would stay
-            return _with(self._kind, hidden[:, :1])
+            # A head that treats all rows alike needs no more of them.
+            return _with(self._kind, hidden[:1, :1] if self.plain else hidden[:, :1])
 
         handle = self.backbone.register_forward_hook(keep)
         try:

@@ -62,14 +62,6 @@ _OF_CLASSES = (*_OF_ROWS, replace(MACRO_F1, statistics=_macro_f1))
 
 
 @dataclass(frozen=True)
-class Choices:
-    """What is known of a row beside its tokens: its choices, and the number of the first token of each."""
-
-    names: tuple[str, ...]
-    begin: int
-
-
-@dataclass(frozen=True)
 class RankClassification(Task):
     """The best of some answers to a prompt. Each is a row of a pass, prompt and answer; its score is the mean of its
     tokens' log probabilities, or, where it is not to be `length_normalised`, their sum.
@@ -152,13 +144,13 @@ class RankClassification(Task):
             where = f"{table.source} row {number}"
             asked, answers, shorter = _tokens(tokenizer, row, max_length, where)
             first, *others = ({"input_ids": asked + answer} for answer in answers)
-            examples.append(Example(first, row.answer, about=Choices(row.names, len(asked)), others=others))
+            examples.append(Example(first, row.answer, about=row.names, others=others, shared=len(asked)))
             texts.append(row.prompt)
             cut += shorter
         return Split(name, self.told(examples, table), texts, cut, table.source)
 
     def learnt(self, example: Example) -> list[bool]:
-        return [at >= example.about.begin for at in range(example.lengths[0])]
+        return [at >= example.shared for at in range(example.lengths[0])]
 
     def collate(self, examples: Sequence[Example], pad_token_id: int, width: int = 0, decoder_width: int = 0) -> Batch:
         import torch
@@ -166,7 +158,7 @@ class RankClassification(Task):
         inputs = padded(examples, pad_token_id, width)
         # A token's target is its successor.
         goals = torch.full_like(inputs["input_ids"], IGNORED)
-        rows = [(row["input_ids"], example.about.begin) for example in examples for row in example.rows]
+        rows = [(row["input_ids"], example.shared) for example in examples for row in example.rows]
         for own, (ids, begin) in zip(goals, rows, strict=True):
             own[begin - 1 : len(ids) - 1] = torch.tensor(ids[begin:], dtype=torch.int64)
         targets = {"goals": goals}
@@ -205,7 +197,7 @@ class RankClassification(Task):
         costs = outputs.losses(batch.targets["goals"])[0].detach().cpu().double()
         scored = _Scored(costs, batch.to("cpu"))
         scores = scored.scores(self.length_normalised).tolist()
-        names = [example.about.names for example in batch.examples]
+        names = [example.about for example in batch.examples]
         found: Records = {
             "scores": [np.array(row[: len(own)]) for row, own in zip(scores, names, strict=True)],
             "names": names,
@@ -234,7 +226,7 @@ class RankClassification(Task):
             often = max(Counter(example.target for example in examples).values()) / len(examples)
             what = "to say the most frequent answer of the training rows always is right for"
         else:
-            often, what = statistics.fmean(1 / len(each.about.names) for each in examples), "to guess is right for"
+            often, what = statistics.fmean(1 / len(each.about) for each in examples), "to guess is right for"
         return [f"below a guess: {right:.1%} are right, and {what} {often:.1%} of those"] if right < often else []
 
     @property
@@ -266,7 +258,7 @@ class RankClassification(Task):
         return found
 
     def recorded(self, predictions: Sequence[Any], examples: Sequence[Example]) -> Records:
-        names = [example.about.names for example in examples]
+        names = [example.about for example in examples]
         return {
             "scores": [
                 np.array([_number(row["scores"][name]) for name in own])
@@ -401,7 +393,7 @@ class _Scored:
 
 def _right(examples: Sequence[Example]) -> list[int]:
     """The numbers of the right choices."""
-    return [example.about.names.index(example.target) for example in examples]
+    return [example.about.index(example.target) for example in examples]
 
 
 def _number(value: float | None) -> float:

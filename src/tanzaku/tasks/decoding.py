@@ -342,7 +342,7 @@ class _Steps(StoppingCriteria):  # type: ignore[misc]
     def __init__(self, job: _Job, rows: list[_Row]):
         self.job, self.rows, self.left = job, rows, False
         self.ends = _ends(job)
-        self.can_leave = _rows_can_leave(job.base)
+        self.can_leave = rows_can_leave(job.base)
         self.tail = _TAIL + max((len(each.encode()) for each in job.settings.stop), default=0)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -371,7 +371,7 @@ class _Steps(StoppingCriteria):  # type: ignore[misc]
             row.end = "length"
 
 
-def _rows_can_leave(base: Base) -> bool:
+def rows_can_leave(base: Base) -> bool:
     """Whether a cache of the model holds nothing but keys and values of rows, and the model nothing of them."""
     if base.encoder_decoder or "past_key_values" not in parameters(base.model):
         return False

@@ -15,12 +15,13 @@ from tanzaku.core.adapter import Adapter
 from tanzaku.core.attach import route
 from tanzaku.core.manager import base_of, find_manager, manager_of
 from tanzaku.core.positions import room
-from tanzaku.core.routing import Entry
+from tanzaku.core.routing import Entry, Route
 from tanzaku.core.tokens import without_cache
 from tanzaku.engine.accelerations import Accelerations
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.models.families import Base
 from tanzaku.tasks.decoding import Written, decode
+from tanzaku.tasks.once import can_be_once, run_once
 from tanzaku.tasks.task import LOSS, Batch, Example, Records, Split, Task, joined, take
 
 E = TypeVar("E", str, str | None)  # an adapter; where None is one of them, it is the bare base
@@ -84,9 +85,18 @@ class Forward:
             route.context = batch.context
         return self.task.run(self.model, {**batch.inputs, **self.options})
 
-    def records(self, batch: Batch) -> Records:
-        """What metrics and predictions need of each row."""
-        return self.task.records(self(batch), batch)
+    def records(
+        self, batch: Batch, adapters: Sequence[Adapter | None], accelerations: Accelerations, route: Route | None
+    ) -> Records:
+        """What metrics and predictions need of each row.
+
+        Args:
+            adapters: of each row of the pass; None: it is bare. route: the one in force, by which it may be packed.
+        """
+        if can_be_once(self.model, batch, adapters):
+            return self.task.records(run_once(self.model, self.task, batch, adapters), batch)
+        with accelerations.batch(batch, adapters, route):
+            return self.task.records(self(batch), batch)
 
     def write(
         self, splits: Mapping[E, Split], rows: range, batch_size: int, numbers: Sequence[int] = ()
@@ -326,7 +336,8 @@ def _passed(
     manager = find_manager(model)
     lengths = {name: [split.examples[row].length for row in rows] for name, split in splits.items()}
     longest = [max(of_row) for of_row in zip(*lengths.values(), strict=True)]
-    order = sorted(range(len(rows)), key=lambda at: longest[at])
+    shared = [max(split.examples[row].shared for split in splits.values()) for row in rows]
+    order = sorted(range(len(rows)), key=lambda at: (shared[at], longest[at]))
     found: dict[E, list[Records]] = {name: [] for name in splits}
     for names in _passes(model, lengths):
         # One entry an adapter: a batch of as many rows for each repeats the entries in place, so groups are views.
@@ -338,8 +349,7 @@ def _passed(
                 adapters = [_adapter(model, name) for name in names for example in some[name] for _ in example.rows]
                 every = [example for name in names for example in some[name]]
                 batch = forward.batch(every, adapters=[each for each in adapters if each is not None])
-                with accelerations.batch(batch, adapters, None if manager is None else manager.route):
-                    records = forward.records(batch)
+                records = forward.records(batch, adapters, accelerations, None if manager is None else manager.route)
                 for place, name in enumerate(names):
                     found[name].append(take(records, slice(place * len(at), (place + 1) * len(at))))
     return {name: joined(parts, order) for name, parts in found.items()}

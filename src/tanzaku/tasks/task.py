@@ -48,6 +48,7 @@ class Example:
     Args:
         inputs: by `forward`'s names, a number for each token.
         others: the same of further rows of a pass, where one row of a table is several (answers to choose from).
+        shared: tokens that all of these begin with, as far as the task knows.
         target: what it should come to; None: it is to be predicted.
         weight: what its loss is the sum over: 1, or its tokens that have a target.
         factor: what its loss counts among those of other rows; 1 on average over the rows of a job.
@@ -64,6 +65,7 @@ class Example:
     about: Any = None
     context: Mapping[str, int] = field(default_factory=dict)
     others: Sequence[Mapping[str, Sequence[int]]] = ()
+    shared: int = 0
 
     @property
     def rows(self) -> list[Mapping[str, Sequence[int]]]:

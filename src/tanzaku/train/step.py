@@ -288,7 +288,7 @@ class SharedStep:
 
     def records(self, active: ActiveJob, split: Split) -> Records:
         """Of each row, in the split's order. Rows of like length share a batch."""
-        order = sorted(range(len(split)), key=lambda row: _length(split.examples[row]))
+        order = sorted(range(len(split)), key=lambda row: (split.examples[row].shared, _length(split.examples[row])))
         size = active.job.settings.eval_batch_size
         batches = [[split.examples[row] for row in order[start : start + size]] for start in range(0, len(order), size)]
         return joined(self._evaluate(active, batches), order)
@@ -311,12 +311,13 @@ class SharedStep:
         self, active: ActiveJob, batches: Sequence[Sequence[Example]], decoder_width: int = 0
     ) -> list[Records]:
         self._mode(training=False)
-        self._routed([active.job.name])
+        route = self._routed([active.job.name])
         parts = []
         for batch in batches:
             rows = self.forward.batch(batch, 0, decoder_width, [active.adapter])
-            with autocast(self.device, active.job.settings.precision), self._reading(rows, [active], [batch]):
-                parts.append(self.forward.records(rows))
+            with autocast(self.device, active.job.settings.precision):
+                owners = [active.adapter] * len(rows.lengths)
+                parts.append(self.forward.records(rows, owners, self.accelerations, route))
         return parts
 
     def _reading(
