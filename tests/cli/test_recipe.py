@@ -275,7 +275,7 @@ def test_every_key_has_a_flag_and_reaches_the_schema() -> None:
     command(**{name: f"<{name}>" for name in given})
     assert seen[0]["train"] == {name: f"<{name}>" for name in TrainSettings.model_fields}
     assert seen[0]["data"]["train"] == "<train>"
-    assert len(given) == len(fields()) + 5
+    assert len(given) == len(fields()) + 6
 
 
 def test_a_verb_has_the_sections_and_the_switches_it_asks_for() -> None:
@@ -286,7 +286,7 @@ def test_a_verb_has_the_sections_and_the_switches_it_asks_for() -> None:
         switches={"resume": "go on"},
     )
     given = dict.fromkeys(command.__signature__.parameters)  # type: ignore[attr-defined]
-    assert set(CompareSettings.model_fields) <= set(given) and len(given) == len(fields(SECTIONS)) + 6
+    assert set(CompareSettings.model_fields) <= set(given) and len(given) == len(fields(SECTIONS)) + 7
     command(**given | {"folds": "3", "memory": "8GB", "epochs": "2", "resume": True, "overwrite": False})
     flags = {"methods": [], "set": [], "train": {"epochs": "2"}, "compare": {"folds": "3", "memory": "8GB"}}
     assert seen == [(flags, False, True)]

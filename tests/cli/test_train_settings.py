@@ -43,6 +43,7 @@ def result(*keys: str) -> Callable[[Path], Any]:
 # Field -> (another value, what else is set, what must be seen to differ: the trained weights, or something of the run).
 CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "epochs": (3, {"schedule": "constant"}, weights),
+    "max_steps": (4, {}, result("steps")),
     "learning_rate": (0.04, {}, weights),
     "batch_size": (3, {}, weights),
     "eval_batch_size": (1, {}, "rows in evaluation"),

@@ -99,3 +99,18 @@ def test_running_statistics_are_the_bases(method: tz.Method, tmp_path: Path) -> 
     together = run(tmp_path / "together", method, model, epochs=2)[1]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert_close(run(tmp_path / "apart", method, model, epochs=2, batch_size=1, accumulation=10)[1], together, RUN)
+
+
+def test_so_many_steps_however_few_the_rows(tmp_path: Path) -> None:
+    """Over and over the rows, in as many parts as there are epochs; where these are passes, it is the run of passes."""
+    few = {"batch_size": 4, "epochs": 2, "schedule": "linear"}  # three batches a pass
+    result, _ = run(tmp_path / "seven", max_steps=7, **few)
+    assert result.steps == 7 and len(result.epochs) == 2 and result.epochs[1].learning_rate == 0
+    halves = [run(tmp_path / str(at), max_steps=7, accumulation=at, **few)[0].steps for at in (1, 2)]
+    assert halves == [7, 7], "a step may be of several batches"
+    passes, expected = run(tmp_path / "passes", **few)
+    same, found = run(tmp_path / "same", max_steps=6, **few)
+    assert same.steps == passes.steps == 6
+    assert_close(found, expected, RUN)
+    with pytest.raises(ValueError, match=r"max_steps is 1, and epochs, .* 2; give --epochs 1 at most"):
+        TrainSettings(max_steps=1, epochs=2)

@@ -13,7 +13,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from tanzaku.errors import TanzakuError, flag, listed, nearest
-from tanzaku.recipe.schema import SECTIONS
+from tanzaku.recipe.schema import SECTIONS, bundled_names
 from tanzaku.tasks.settings import Override
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
@@ -49,8 +49,10 @@ def recipe_flags(
     """
 
     def command(**given: Any) -> None:
-        file, overwrite = given.pop("recipe"), given.pop("overwrite")
+        file, overwrite, bundled = given.pop("recipe"), given.pop("overwrite"), given.pop("bundled")
         flags: dict[str, Any] = {"methods": given.pop("method") or [], "set": given.pop("set") or []}
+        if bundled is not None:
+            flags["recipe"] = bundled
         if (start := given.pop("init_from")) is not None:
             flags["init_from"] = start
         for section, name, _ in fields(sections):
@@ -66,6 +68,9 @@ def recipe_flags(
 
 def _parameters(sections: Collection[str], switches: Mapping[str, str]) -> list[inspect.Parameter]:
     recipe = typer.Argument(metavar="RECIPE", help="a YAML recipe; flags override its keys", show_default=False)
+    bundled = typer.Option(
+        "--recipe", metavar="|".join(bundled_names()), help="a bundled recipe; RECIPE and flags override its keys"
+    )
     method = typer.Option(
         "--method", metavar="NAME", help="a method, or a candidate of the recipe by its name (repeatable)"
     )
@@ -76,6 +81,7 @@ def _parameters(sections: Collection[str], switches: Mapping[str, str]) -> list[
     overwrite = "replace the run that the output directory holds"
     return [
         parameter("recipe", Path | None, recipe),
+        parameter("bundled", str | None, bundled),
         parameter("method", list[str] | None, method),
         parameter("set", list[str] | None, assign),
         parameter("init_from", str | None, start),

@@ -207,7 +207,9 @@ class Comparison:
         """A run on all rows, of as many epochs as the folds' runs lasted: no rows are left to stop it by."""
         records = [self.journal.jobs[_name(candidate.name, at.name)] for at in self.resamples]
         epochs = round(plain.median(r["restored_epoch"] or len(r["epochs"]) for r in records))
-        changes = {"epochs": max(1, epochs), "patience": None, "restore_best": False}
+        changes: dict[str, Any] = {"epochs": max(1, epochs), "patience": None, "restore_best": False}
+        if (steps := candidate.settings.max_steps) is not None:
+            changes["max_steps"] = steps * changes["epochs"] // candidate.settings.epochs
         candidate = replace(candidate, settings=candidate.settings.model_copy(update=changes))
         data = replace(self.data, train=pooled(self.data), valid=None, test=None)
         return self._job(candidate, "final", "final", Resample(0, 0, self.seed, data), save=True)

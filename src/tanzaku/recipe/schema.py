@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from tanzaku.train.results import Job
 
 
+_BUNDLED = Path(__file__).parents[1] / "data/recipes"
 _BESIDE = ("name", "train", "uses", "init_from")  # keys of a candidate beside its method
 
 
@@ -316,16 +317,20 @@ def build_recipe(file: Path | None, flags: Mapping[str, Any], default_methods: S
     """A recipe file with flags over it.
 
     Args:
-        flags: nested as a recipe is, but for three. `methods` lists names: of candidates or methods that the file has,
-            whose settings there hold, or of other methods. `set` lists texts such as `r=1` or `lora.r=1`, their
-            values as in YAML. `init_from` is of the one candidate there is, or makes one.
+        flags: nested as a recipe is, but for four. `recipe` names a bundled one, over which the file is laid.
+            `methods` lists names: of candidates or methods that the file has, whose settings there hold, or of other
+            methods. `set` lists texts such as `r=1` or `lora.r=1`, their values as in YAML. `init_from` is of the one
+            candidate there is, or makes one.
         default_methods: the candidates where neither names any.
 
     Raises:
         TanzakuError: a key that is unknown or missing, or a value that does not fit, and where it stands.
     """
-    keys = {key: value for key, value in flags.items() if key not in ("methods", "set", "init_from")}
-    raw = laid_over(load_recipe(file) if file is not None else {}, keys)
+    keys = {key: value for key, value in flags.items() if key not in ("recipe", "methods", "set", "init_from")}
+    own = load_recipe(file) if file is not None else {}
+    if (name := flags.get("recipe")) is not None:
+        own = laid_over(bundled(name), own)
+    raw = laid_over(own, keys)
     task = task_in(raw)
     try:
         recipe = schema(task).model_validate(raw)
@@ -349,6 +354,21 @@ def build_recipe(file: Path | None, flags: Mapping[str, Any], default_methods: S
         entries = _assigned(entries, assignment)
     compare = recipe.compare.model_copy(update={"rank_by": recipe.ranked_by.name})
     return recipe.model_copy(update={"methods": entries, "compare": compare})
+
+
+def bundled_names() -> list[str]:
+    """Recipes that come with Tanzaku."""
+    return sorted(path.stem for path in _BUNDLED.glob("*.yaml"))
+
+
+def bundled(name: str) -> dict[str, Any]:
+    """One of them; a TanzakuError with the nearest name if there is none."""
+    if name not in (known := bundled_names()):
+        raise TanzakuError(
+            f"--recipe is {name!r}{nearest(name, known)}, expected one of {listed(known)}; a file of your own is given "
+            "without --recipe"
+        )
+    return read_yaml(_BUNDLED / f"{name}.yaml")
 
 
 def _started(entries: Sequence[MethodEntry], start: str) -> MethodEntry:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count, islice
 from typing import Any, cast
 
 import torch
@@ -70,9 +71,8 @@ class ActiveJob:
         self.optimizer = _optimizer(adapter, job)
         each = max(len(example.others) for example in data.train.examples) + 1
         self.rows = min(s.batch_size, len(data.train)) * each  # of a whole batch in a pass
-        per_epoch = math.ceil(len(data.train) / s.batch_size)
-        self.steps_per_epoch = math.ceil(per_epoch / s.accumulation)
-        self.steps = self.steps_per_epoch * s.epochs
+        self.per_pass = math.ceil(len(data.train) / s.batch_size)  # batches
+        self.steps = s.max_steps or math.ceil(self.per_pass / s.accumulation) * s.epochs
         warmup = int(s.warmup) if s.warmup >= 1 else math.ceil(s.warmup * self.steps)
         name = "constant_with_warmup" if s.schedule == "constant" else s.schedule
         self.schedule = get_scheduler(name, self.optimizer, num_warmup_steps=warmup, num_training_steps=self.steps)
@@ -80,7 +80,7 @@ class ActiveJob:
         self.metric = metric_named(data.task, s.metric)
         self.generator = torch.Generator()
         self.epoch, self.step, self.batch = 0, 0, 0
-        self.batches = per_epoch * s.epochs
+        self.batches = self._until(s.epochs)
         self.waiting = False  # at a rung
         self.rows_done = 0  # in the last step
         self.best: dict[str, Tensor] | None = None
@@ -93,20 +93,31 @@ class ActiveJob:
         self.records: Records | None = None  # of the validation rows, by the weights as they are
         adapter.method.prepare(adapter, self.steps)
 
-    def _epochs(self) -> Iterator[_Batch]:
-        """All batches that are left, to the last epoch."""
+    def _until(self, epoch: int) -> int:
+        """Batches before the end of an epoch, counted from 1."""
+        s = self.job.settings
+        return self.per_pass * epoch if s.max_steps is None else s.max_steps * epoch // s.epochs * s.accumulation
+
+    def _passes(self, epoch: int) -> Iterator[list[int]]:
+        """The batches of passes over the rows, without end."""
         s = self.job.settings
         lengths = [e.length for e in self.data.train.examples]
-        for epoch in range(self.epoch, s.epochs):
+        for number in count():
             # Seeding by epoch makes the order of any epoch independent of what came before it.
-            self.generator.manual_seed(seed_of("order", s.seed, epoch))
-            batches = epoch_batches(
+            self.generator.manual_seed(seed_of("order", s.seed, epoch, *([number] if number else [])))
+            yield from epoch_batches(
                 lengths,
                 s.batch_size,
                 shuffle=s.shuffle,
                 group_by_length=s.group_by_length,
                 generator=self.generator,
             )
+
+    def _epochs(self) -> Iterator[_Batch]:
+        """All batches that are left, to the last epoch."""
+        s = self.job.settings
+        for epoch in range(self.epoch, s.epochs):
+            batches = [*islice(self._passes(epoch), self._until(epoch + 1) - self._until(epoch))]
             for first in range(0, len(batches), s.accumulation):
                 step = batches[first : first + s.accumulation]
                 weights = [self._weight(rows) for rows in step]
@@ -149,7 +160,7 @@ class ActiveJob:
         """Batches until it ends or waits at its next rung."""
         s = self.job.settings
         goal = min((rung for rung in self.job.rungs if rung > self.epoch), default=s.epochs)
-        return self.batches * goal // s.epochs - self.batch
+        return self._until(goal) - self.batch
 
     @property
     def dropout_seed(self) -> int:
@@ -325,7 +336,7 @@ class ActiveJob:
         self.result.seconds = figures["seconds"]
         self.epoch = len(self.result.epochs)
         self.step = self.result.steps = figures["step"]
-        self.batch = self.batches // self.job.settings.epochs * self.epoch
+        self.batch = self._until(self.epoch)
         self.waiting = self.epoch in self.job.rungs
         self._order = self._epochs()
         self._advance()

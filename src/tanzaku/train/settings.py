@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tanzaku.engine.names import AUTO, chosen
 from tanzaku.errors import TanzakuError
@@ -16,6 +16,11 @@ class TrainSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     epochs: int = Field(10, ge=1, description="passes over the training rows")
+    max_steps: int | None = Field(
+        None,
+        ge=1,
+        description="steps in all, in place of passes: over and over the rows; epochs are then parts of them",
+    )
     learning_rate: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="peak learning rate of AdamW (each method's own)"
     )
@@ -55,6 +60,15 @@ class TrainSettings(BaseModel):
     accelerations: str = Field(
         AUTO, description="what makes a step cheap: auto (all), none, names, or no- and names (all but these)"
     )
+
+    @model_validator(mode="after")
+    def _steps_in_parts(self) -> TrainSettings:
+        if self.max_steps is not None and self.max_steps < self.epochs:
+            raise TanzakuError(
+                f"max_steps is {self.max_steps}, and epochs, the parts that they come in, {self.epochs}; give --epochs "
+                f"{self.max_steps} at most"
+            )
+        return self
 
     @field_validator("accelerations", mode="before")
     @classmethod

@@ -507,4 +507,6 @@ def _cost(job: Job, scheduler: Employer) -> float:
     virtual = getattr(job.method, "num_virtual_tokens", 0) if job.method.lengthens_rows else 0
     tokens = sum(virtual + length for example in train.examples for length in example.lengths)
     tokens += sum(example.decoder_length * len(example.rows) for example in train.examples)
-    return s.epochs * (tokens + _START * math.ceil(len(train) / s.batch_size))
+    batches = math.ceil(len(train) / s.batch_size)
+    passes = s.epochs if s.max_steps is None else s.max_steps * s.accumulation / batches
+    return passes * (tokens + _START * batches)
