@@ -2,8 +2,8 @@
 
 `python -m bench families [--family NAME ...] [--method COLUMN ...]`, `python -m bench peft_suite PATH`,
 `python -m bench catalogue [--write]`, `python -m bench methods [NAME ...]`, `python -m bench methods_quality [NAME
-...]`, `python -m bench spoken_dates [--write]` and `python -m bench text_to_lora [FOLDER]` are by themselves: their
-options come after them.
+...]`, `python -m bench spoken_dates [--write]`, `python -m bench t_few --data DIR` and `python -m bench text_to_lora
+[FOLDER]` are by themselves: their options come after them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TABLES = {
     "gpu": ("gpu", "table"),
 }
 
-ALONE = ("families", "peft_suite", "catalogue", "methods", "methods_quality", "spoken_dates", "text_to_lora")
+ALONE = ("families", "peft_suite", "catalogue", "methods", "methods_quality", "spoken_dates", "t_few", "text_to_lora")
 
 
 def main() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bench import accelerations, concurrent, files, gpu, methods_quality
+from bench import accelerations, concurrent, files, gpu, methods_quality, t_few
 from bench.quality import poems
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -135,3 +136,59 @@ def test_rows_that_choose_a_setting_judge_none(small: Path) -> None:
     assert choosing == {*every.valid.texts, *every.test.texts} and bench.judging.train.texts == every.train.texts
     # As many steps: three passes of four fifths of 162 rows, and seven of 54.
     assert bench.epochs_to_choose == 7
+
+
+def test_the_table_of_few_rows_goes_on_where_it_was_stopped(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def question(at: int) -> dict[str, Any]:
+        return {
+            "question": "春の雨" * (1 + at % 2),
+            **{f"choice{n}": "王茶夜剣雨"[n] for n in range(5)},
+            "label": at % 5,
+        }
+
+    def pair(at: int) -> dict[str, Any]:
+        return {
+            "sentence1": "春の雨",
+            "sentence2": "夜" * at,
+            "label": ("entailment", "neutral", "contradiction")[at % 3],
+        }
+
+    for name, row in (("jcommonsenseqa", question), ("jnli", pair)):
+        for split, rows in (("train", range(1, 13)), ("valid", range(13, 19))):
+            lines = [json.dumps(row(at)) for at in rows]
+            (tmp_path / f"{name}.{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    how = ["--data", str(tmp_path), "--model", str(small), "--out", str(tmp_path / "run"), "--steps", "2"]
+    how += ["--rows", "4", "--seeds", "2", "--valid", "5"]
+    keep, kept = Journal.keep, list[str]()
+
+    def stopped(journal: Journal, record: dict[str, Any]) -> None:
+        keep(journal, record)
+        kept.append(record["name"])
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "keep", stopped)
+    t_few.table(how)
+    said = capsys.readouterr()
+    assert "stopped; the same command goes on" in said.err and "LoRA (1 seeds)" in said.out
+    t_few.table(how)
+    out = capsys.readouterr().out
+    assert len(kept) == len({*kept}) == 2 * 5, "nothing is trained twice"
+    lines = [line.split(" | ") for line in out.splitlines() if line.startswith("| j")]
+    candidates = [
+        ["jcommonsenseqa", "the base"],
+        ["jcommonsenseqa", "T-Few (2 seeds)"],
+        ["jcommonsenseqa", "LoRA (2 seeds)"],
+    ]
+    candidates += [
+        ["jnli", "the base"],
+        ["jnli", "T-Few (2 seeds)"],
+        ["jnli", "LoRA (2 seeds)"],
+        ["jnli", "LoRA, head (2 seeds)"],
+    ]
+    assert [[line[0].removeprefix("| "), line[2]] for line in lines] == candidates
+    assert all(0 <= float(line[4].split()[0]) <= 1 for line in lines)
+    with pytest.raises(SystemExit, match="was begun with"):
+        t_few.table([*how, "--valid", "4"])
