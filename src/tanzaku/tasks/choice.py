@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from tanzaku.errors import TanzakuError, listed
 from tanzaku.support.lazy import Lazy
+from tanzaku.support.targets import IGNORED
 from tanzaku.tasks.answer_choices import ChoiceSettings, Loss, Question, Reading
 from tanzaku.tasks.cells import missing, short
 from tanzaku.tasks.losses import log_otherwise
@@ -18,7 +19,6 @@ from tanzaku.tasks.metrics import ACCURACY, MACRO_F1
 from tanzaku.tasks.row_tasks import RowTasks
 from tanzaku.tasks.task import LOSS, Batch, Column, Example, Records, Said, Split, Statistics, Task
 from tanzaku.tasks.text import check_characters, padded, tokens_of
-from tanzaku.tasks.written import IGNORED
 
 if TYPE_CHECKING:
     import numpy as np
