@@ -165,3 +165,21 @@ def test_translations_as_datasets_have_them(rows: list[str], tanzaku: Tanzaku) -
     assert_refused(tanzaku("train", *odd, "--method", "lora"), "no column 'translation.fr'", "id, translation")
     said = tanzaku("predict", "run/adapters/lora", "--data", "new.jsonl", "--source", "translation.fr")
     assert_refused(said, "no column 'translation.fr'")
+
+
+def test_own_metrics_and_long_rows_are_those_of_generation(rows: list[str], tanzaku: Tanzaku) -> None:
+    """But for what the base forgets, of which such models have no figure."""
+    Path("mine.py").write_text("def short(text, reference):\n    return len(text) < 99\n", encoding="utf-8")
+    every = [{"ja": f"the {text}", "en": "warm"} for text in (*TEXTS, "rain " * 20)]
+    written("valid.jsonl", *every)
+    flags = ["--valid", "valid.jsonl", "--measure", "mine.py:short", "--too-long", "drop", "--method", "lora"]
+    said = tanzaku("train", *rows, *flags, "--out", "run")
+    assert said.code == 0, said.err
+    assert "1 of 7 validation rows (valid.jsonl) have more than 8 tokens, or" in said.out
+    results = results_of(Path("run"))
+    [job] = results["jobs"]
+    assert job["valid"]["short"] == 1 and len(job["predictions"]) == 6
+    assert results["forgetting"] is None and job["held_perplexity"] is None
+    Path("held.txt").write_text("the sea", encoding="utf-8")
+    said = tanzaku("train", *rows, "--method", "lora", "--forgetting", "held.txt", "--out", "other")
+    assert_refused(said, "task seq2seq has no perplexity of a text", "generation")
