@@ -289,11 +289,11 @@ def test_demo_of_text(work: Path, model_dir: Path, bundled: None, tanzaku: Tanza
     for at, row in enumerate(rows):
         ids = words(row["prompt"], return_tensors="pt")["input_ids"]
         written = model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
-        bare = {"expected": row["completion"], "bare model": words.decode(written, skip_special_tokens=True)}
+        bare = {"expected": row["completion"], "the base": words.decode(written, skip_special_tokens=True)}
         adapters = {name: found[at]["text"] for name, found in results["rows"]["predictions"].items()}
         for trained, lines in expected.items():
             lines.append(row["prompt"])
-            lines += [f"  {name:10}  {text}".rstrip() for name, text in (bare | (adapters if trained else {})).items()]
+            lines += [f"  {name:8}  {text}".rstrip() for name, text in (bare | (adapters if trained else {})).items()]
     assert (before.splitlines()[:9], after.splitlines()) == (expected[False], expected[True])
     again = tanzaku("demo", "--task", "generation", "--resume")
     assert again.code == 0 and after in again.out

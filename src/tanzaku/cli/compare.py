@@ -56,7 +56,7 @@ def run_comparison(
     """Run a comparison and report on it.
 
     Args:
-        samples: rows of which is shown what the bare model writes for them, and then the adapters.
+        samples: rows for which is shown what the base writes, and then the adapters.
 
     Raises:
         TanzakuError: bad input, found before the model is loaded where that can be, or no candidate succeeded.

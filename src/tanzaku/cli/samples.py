@@ -1,4 +1,4 @@
-"""What a demo shows of text that is written: some rows, by the bare model before training and by the adapters after."""
+"""What a demo shows of text that is written: some rows, by the base before training and by the adapters after."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from tanzaku.core.routing import Entry
     from tanzaku.tasks.task import TaskData
 
-_BASE, _EXPECTED = "bare model", "expected"
+_BASE, _EXPECTED = "the base", "expected"
 
 
 def by_the_base(display: Display, model: PreTrainedModel, data: TaskData, count: int) -> list[str]:
-    """Show what a model without adapters writes for the first rows that the finalists will write for, and return it;
+    """Show what the base, without adapters, writes for the first rows that the finalists will write for, and return it;
     nothing of a task that writes no text."""
     from tanzaku.tasks.decoding import decode
 
