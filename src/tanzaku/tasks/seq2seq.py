@@ -130,10 +130,9 @@ class Seq2Seq(WrittenTask):
 
     def told_by(self, tokenizer: PreTrainedTokenizerBase) -> Seq2Seq:
         self._speak(tokenizer)
-        found = tokenizer(text_target="a", return_special_tokens_mask=True)
-        before = [*found["special_tokens_mask"], 0].index(0)
-        opening = (tuple(self._ended(tokenizer, found["input_ids"])), before)
-        return replace(self, tokenizer=tokenizer, opening=opening)
+        ids, bare = (tokenizer(text_target="a", add_special_tokens=own)["input_ids"] for own in (True, False))
+        before = next((at for at in range(len(ids)) if bare and ids[at : at + len(bare)] == bare), 0)
+        return replace(self, tokenizer=tokenizer, opening=(tuple(self._ended(tokenizer, ids)), before))
 
     def _speak(self, tokenizer: Any) -> None:
         """Have a tokenizer that marks texts with their language know those of sources and targets.
@@ -149,12 +148,10 @@ class Seq2Seq(WrittenTask):
             return
         known = getattr(tokenizer, "lang_code_to_id", None) or {}
         for (key, value), own in zip(asked.items(), ("src_lang", "tgt_lang"), strict=True):
-            if value is None and (own == "src_lang" or getattr(tokenizer, own, None) is None):
+            if value is None:
                 flags = "--source-lang and --target-lang"
                 example = f", such as {listed(list(known)[:3])}" if known else ""
                 raise TanzakuError(f"the tokenizer {kind} marks texts with their language; give {flags}{example}")
-            if value is None:
-                continue
             token = tokenizer.convert_tokens_to_ids(value)
             names = {value, f"__{value}__"}
             if not (names & {*known} if known else token not in (None, tokenizer.unk_token_id)):
