@@ -133,6 +133,22 @@ def test_bad_input_is_told_before_training(case: str, rows: list[str], tanzaku: 
     assert not Path("run").exists()
 
 
+@pytest.mark.parametrize("limit", [["--max-length", "4"], ["--max-target-length", "3"]], ids=["source", "target"])
+def test_long_rows_are_left_out_or_cut(limit: list[str], rows: list[str], tanzaku: Tanzaku) -> None:
+    """By either of their texts: the cold wind of winter goes, or what is not warm."""
+    said = tanzaku("train", *rows, *limit, "--too-long", "drop", "--method", "lora", "--out", "run")
+    assert said.code == 0, said.err
+    gone = 1 if "--max-length" in limit else 4
+    most, target = (4, 128) if gone == 1 else (8, 3)
+    told = f"{gone} of 6 training rows (train.jsonl) have more than {most} tokens, or {target} of a target"
+    assert told in " ".join(said.out.split())
+    assert results_of(Path("run"))["data"]["rows"] == {"train": 6 - gone}
+    said = tanzaku("train", *rows, *limit, "--too-long", "cut", "--method", "lora", "--out", "cut")
+    assert f"{gone} of 6 training texts were cut at {most} tokens, or {target} of a target" in said.out
+    said = tanzaku("train", *rows, "--max-target-length", "1", "--too-long", "drop", "--method", "lora")
+    assert_refused(said, "all 6 rows", "or 1 of a target", "allow more")
+
+
 def test_texts_of_all_positions_leave_none_for_a_prompt(rows: list[str], tanzaku: Tanzaku) -> None:
     written("train.jsonl", {"ja": "warm " * 60, "en": "sea"}, {"ja": "rain", "en": "warm " * 60})
     options = ["--max-length", "64", "--max-new-tokens", "3"]

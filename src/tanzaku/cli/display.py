@@ -81,7 +81,8 @@ class Display:
         for split in data.splits():
             if split.truncated:
                 kind = _SPLITS[split.name]
-                self.say(f"{split.truncated} of {len(split)} {kind} texts were cut at {max_length} tokens")
+                most = split.allowed or f"{max_length} tokens"
+                self.say(f"{split.truncated} of {len(split)} {kind} texts were cut at {most}")
             if split.dropped:
                 of, kind = len(split) + split.dropped, _SPLITS[split.name]
                 beside = "; test figures are of the others alone" if split.name == "test" else ""
