@@ -393,3 +393,18 @@ def test_the_base_without_training_stands_beside_what_it_learns(task: str, tanza
     )
     said = tanzaku("compare", "--resume", "--out", "run")
     assert said.code == 0 and results_of(Path("run"))["base"]["scores"]["exact_match"] != base["scores"]["exact_match"]
+
+
+@pytest.mark.parametrize("task", ["choice"], indirect=True)
+def test_choices_by_an_encoder_decoder(task: str, tanzaku: Tanzaku, bart_dir: Path) -> None:
+    """It is said to be one, since its rows have other tokens."""
+    options = ["recipe.yaml", "--model", str(bart_dir), "--out", "run"]
+    assert_refused(tanzaku("train", *options), "the model (bart) is an encoder-decoder; give --encoder-decoder")
+    said = tanzaku("train", *options, "--encoder-decoder")
+    assert said.code == 0, said.err
+    [job] = results_of(Path("run"))["jobs"]
+    said = tanzaku("predict", "run/adapters/lora", "--data", "test.jsonl", "--out", "out.jsonl")
+    assert said.code == 0, said.err
+    lines = [json.loads(line) for line in Path("out.jsonl").read_text(encoding="utf-8").splitlines()]
+    for line, prediction in zip(lines, job["predictions"], strict=True):
+        assert line["predicted"] == max(prediction["scores"], key=prediction["scores"].get)

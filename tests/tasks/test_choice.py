@@ -9,17 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from close import assert_close
+import tanzaku as tz
+from close import RUN, assert_close
+from models import VOCAB, tiny
 from tanzaku.errors import TanzakuError
 from tanzaku.tasks.answer_choices import ChoiceSettings
 from tanzaku.tasks.choice import RankClassification
 from tanzaku.tasks.data import Table
 from tanzaku.tasks.losses import log_otherwise
 from tanzaku.tasks.prepare import open_tables
-from tanzaku.tasks.task import Example
+from tanzaku.tasks.task import DECODED, Example, Split, TaskData
+from tanzaku.train.results import Job
+from tanzaku.train.scheduler import train_jobs
+from tanzaku.train.settings import TrainSettings
 
 TEXT = ["is the warm rain of spring mild? yes", "is a cold wind of winter mild? no", "maybe neutral Answer: water"] * 3
 
@@ -127,8 +133,6 @@ def test_unlikelihood_of_tokens_that_are_sure_or_impossible() -> None:
 
 def test_rows_of_unlike_many_choices_are_each_by_itself() -> None:
     """In one batch and one by one."""
-    from models import tiny
-
     model, task = tiny("llama", "lm"), RankClassification()
     examples = []
     for size, begin in ((2, 3), (4, 5), (3, 1)):
@@ -148,6 +152,71 @@ def test_rows_of_unlike_many_choices_are_each_by_itself() -> None:
         alone, own = found([example])
         assert_close(together[at : at + 1], alone)
         assert_close(torch.tensor(records["scores"][at]), torch.tensor(own["scores"][0]))
+
+
+# -- encoder-decoders
+
+
+def few(number: int, seed: int = 0) -> Split:
+    """Rows of two or three answers, of which the first is right after an even token."""
+    generator, examples = torch.Generator().manual_seed(seed), []
+    for at in range(number):
+        asked = torch.randint(3, VOCAB, (3 + at % 4,), generator=generator).tolist()
+        answers = ([7, 9, 2], [11, 2], [7, 5, 13, 2])[: 2 + at % 2]
+        own = [{"input_ids": [*asked, 2], DECODED: answer} for answer in answers]
+        names = tuple("abc"[: len(own)])
+        examples.append(Example(own[0], names[asked[0] % 2], about=names, others=own[1:]))
+    return Split("rows", examples, [""] * number, 0, "rows")
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_encoder_decoder_scores_by_its_own_logits(kind: str) -> None:
+    model, task, split = tiny(kind, "lm"), RankClassification(encoder_decoder=True), few(5)
+    batch = task.collate(split.examples, 0)
+    with torch.no_grad():
+        outputs = task.run(model, {**batch.inputs, "use_cache": False})
+        sums, records = task.score(outputs, batch), task.records(outputs, batch)
+        for at, example in enumerate(split.examples):
+            means, wrong, right = [], [], example.about.index(example.target)
+            for number, row in enumerate(example.rows):
+                labels = torch.tensor([row[DECODED]])
+                logits = model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).logits
+                own = logits.log_softmax(-1).gather(2, labels[..., None])[0, :, 0]
+                means.append(own.mean())
+                wrong += [] if number == right else [-(1 - own.exp()).log()]
+            means_ = torch.stack(means)
+            expected = -means_[right] + torch.cat(wrong).mean() - means_.log_softmax(0)[right]
+            assert_close(sums[at], expected)
+            assert_close(torch.tensor(records["scores"][at], dtype=torch.float32), means_)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_jobs_of_an_encoder_decoder_end_among_others_as_alone(kind: str, tmp_path: Any) -> None:
+    data = TaskData(few(9), few(5, 1), None, RankClassification(encoder_decoder=True), 0)
+
+    def weights(jobs: list[Job], out: Any) -> dict[str, torch.Tensor]:
+        results = train_jobs(tiny(kind, "lm"), data, jobs, out=out, workers=1)
+        assert [(each.status, each.error) for each in results] == [("done", None)] * len(jobs)
+        return load_file(out / "adapters" / "a" / "adapter_model.safetensors")
+
+    def job(name: str, method: tz.Method, size: int = 2) -> Job:
+        return Job(name, method, TrainSettings(epochs=2, learning_rate=0.01, batch_size=size, seed=size))
+
+    alone = weights([job("a", tz.LoRA(r=2, lora_dropout=0.3))], tmp_path / "alone")
+    beside = [job("b", tz.PromptTuning(num_virtual_tokens=3)), job("c", tz.IA3(), 1)]
+    among = weights([job("a", tz.LoRA(r=2, lora_dropout=0.3)), *beside], tmp_path / "among")
+    for key, value in alone.items():
+        assert_close(among[key], value, 4 * RUN, at=key)
+
+
+def test_an_encoder_reads_the_prompt_and_a_decoder_the_answer(tokenizer: Any) -> None:
+    rows = [{"prompt": "is the warm rain of spring mild? ", "label": 0}]
+    [example] = encoded(tokenizer, rows, choices=[" yes", "no"], encoder_decoder=True).examples
+    read = [(tokenizer.decode(row["input_ids"]), tokenizer.decode(row[DECODED])) for row in example.rows]
+    assert read == [("<s>is the warm rain of spring mild?</s>", f"<s>{word}</s>") for word in ("yes", "no")]
+    split = encoded(tokenizer, rows, 5, choices=[" yes", "no"], encoder_decoder=True)
+    short = tokenizer.decode(split.examples[0].inputs["input_ids"])
+    assert split.truncated == 1 and short.startswith("<s>") and short.endswith("mild?</s>")
 
 
 # -- where choices and answers stand
@@ -314,10 +383,11 @@ def test_yes_that_yaml_reads_as_true() -> None:
         ChoiceSettings(train="rows", choices=[True, False])
 
 
-def test_an_encoder_decoder_is_refused() -> None:
-    config = SimpleNamespace(is_encoder_decoder=True, model_type="t5")
-    with pytest.raises(TanzakuError, match=r"the model \(t5\) is an encoder-decoder.* causal"):
-        RankClassification().check_model(config)
+def test_the_other_kind_of_model_is_told() -> None:
+    configs = [SimpleNamespace(is_encoder_decoder=each, model_type="it") for each in (False, True)]
+    for own, config in zip((True, False), configs, strict=True):
+        with pytest.raises(TanzakuError, match=r"the model \(it\) is (no|an) encoder-decoder; .*--encoder-decoder"):
+            RankClassification(encoder_decoder=own).check_model(config)
 
 
 def test_tables_are_opened(tmp_path: Any) -> None:

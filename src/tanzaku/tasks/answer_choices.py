@@ -30,7 +30,9 @@ _COLUMN, _LABEL, _ANSWER = "choices", "label", "answer"
 class ChoiceSettings(DataSettings):
     """Columns of prompts, of choices and of the right one, or a template of prompts and choices for all rows."""
 
-    options: ClassVar[frozenset[str]] = frozenset({"template", "choices", "losses", "length_normalised"})
+    options: ClassVar[frozenset[str]] = frozenset(
+        {"template", "choices", "losses", "length_normalised", "encoder_decoder"}
+    )
 
     prompt: str = Field(default="prompt", min_length=1, description="column of what is written on from")
     template: str | None = Field(
@@ -50,6 +52,9 @@ class ChoiceSettings(DataSettings):
         default=["lm", "unlikelihood", "length_normalised"], min_length=1, description="what is learnt by (repeatable)"
     )
     length_normalised: bool = Field(default=True, description="divide the score of a choice by its length in tokens")
+    encoder_decoder: bool = Field(
+        default=False, description="choices are ranked by an encoder-decoder (T5, BART), which reads prompts apart"
+    )
 
     @field_validator("choices", mode="before")
     @classmethod

@@ -17,7 +17,8 @@ from tanzaku.tasks.cells import missing, short
 from tanzaku.tasks.losses import log_otherwise
 from tanzaku.tasks.metrics import ACCURACY, MACRO_F1
 from tanzaku.tasks.row_tasks import RowTasks
-from tanzaku.tasks.task import LOSS, Batch, Column, Example, Records, Said, Split, Statistics, Task
+from tanzaku.tasks.seq2seq import decoded, ended
+from tanzaku.tasks.task import DECODED, LOSS, Batch, Column, Example, Records, Said, Split, Statistics, Task
 from tanzaku.tasks.text import check_characters, padded, tokens_of
 
 if TYPE_CHECKING:
@@ -70,11 +71,13 @@ class RankClassification(Task):
 
     Args:
         asked: where of a row its prompt and its choices stand. losses: what is learnt by, each of weight 1.
+        encoder_decoder: whether an encoder reads the prompt, and a decoder has an answer with what ends it.
     """
 
     asked: Reading = _PLAIN
     losses: tuple[Loss, ...] = LOSSES
     length_normalised: bool = True
+    encoder_decoder: bool = False
     row_tasks: RowTasks | None = field(default=None, kw_only=True)
 
     name = "choice"
@@ -89,6 +92,9 @@ class RankClassification(Task):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "metrics", _OF_CLASSES if self.classes else _OF_ROWS)
+        if self.encoder_decoder:
+            object.__setattr__(self, "auto_class", "AutoModelForSeq2SeqLM")
+            object.__setattr__(self, "peft_type", "SEQ_2_SEQ_LM")
 
     # -- rows
 
@@ -97,7 +103,7 @@ class RankClassification(Task):
         twice = [name for name, times in Counter(data.losses).items() if times > 1]
         if twice:
             raise TanzakuError(f"losses has {twice[0]!r} twice; expected each once, since each has the weight 1")
-        task = cls(Reading.of(tables["train"], data), tuple(data.losses), data.length_normalised)
+        task = cls(Reading.of(tables["train"], data), tuple(data.losses), data.length_normalised, data.encoder_decoder)
         for table in tables.values():
             for _ in task.asked.questions(table, data.label):
                 pass
@@ -138,33 +144,53 @@ class RankClassification(Task):
                 f"the tokenizer {type(tokenizer).__name__} does not say where its tokens stand in a text, which task "
                 f"{self.name} needs; expected a model with tokenizer.json"
             )
+        if self.encoder_decoder and hasattr(tokenizer, "src_lang"):
+            raise TanzakuError(
+                f"the tokenizer {type(tokenizer).__name__} marks texts with their language, which task {self.name} "
+                "does not tell it; expected T5, BART or another of one language"
+            )
         examples, texts, cut = [], [], 0
         label = None if targets is None else targets.label
         for number, row in enumerate(self.asked.questions(table, label), 1):
             where = f"{table.source} row {number}"
-            asked, answers, shorter = _tokens(tokenizer, row, max_length, where)
-            first, *others = ({"input_ids": asked + answer} for answer in answers)
-            examples.append(Example(first, row.answer, about=row.names, others=others, shared=len(asked)))
+            if self.encoder_decoder:
+                asked, answers, shorter = _apart(tokenizer, row, max_length, where)
+                first, *others = ({"input_ids": asked, DECODED: answer} for answer in answers)
+            else:
+                asked, answers, shorter = _tokens(tokenizer, row, max_length, where)
+                first, *others = ({"input_ids": asked + answer} for answer in answers)
+            shared = 0 if self.encoder_decoder else len(asked)
+            examples.append(Example(first, row.answer, about=row.names, others=others, shared=shared))
             texts.append(row.prompt)
             cut += shorter
         return Split(name, self.told(examples, table), texts, cut, table.source)
 
     def learnt(self, example: Example) -> list[bool]:
+        if self.encoder_decoder:
+            return [*[False] * example.lengths[0], *[True] * len(example.inputs[DECODED])]
         return [at >= example.shared for at in range(example.lengths[0])]
 
     def collate(self, examples: Sequence[Example], pad_token_id: int, width: int = 0, decoder_width: int = 0) -> Batch:
         import torch
 
         inputs = padded(examples, pad_token_id, width)
+        if self.encoder_decoder:
+            answers = [row[DECODED] for example in examples for row in example.rows]
+            most = max(decoder_width, *map(len, answers))
+            goals = torch.tensor([[*row, *[IGNORED] * (most - len(row))] for row in answers], dtype=torch.int64)
+            return Batch.of({**inputs, DECODED: goals}, self._targets(goals, examples), examples)
         # A token's target is its successor.
         goals = torch.full_like(inputs["input_ids"], IGNORED)
         rows = [(row["input_ids"], example.shared) for example in examples for row in example.rows]
         for own, (ids, begin) in zip(goals, rows, strict=True):
             own[begin - 1 : len(ids) - 1] = torch.tensor(ids[begin:], dtype=torch.int64)
-        targets = {"goals": goals}
-        if all(example.target is not None for example in examples):
-            targets["right"] = torch.tensor(_right(examples))
-        return Batch.of(inputs, targets, examples)
+        return Batch.of(inputs, self._targets(goals, examples), examples)
+
+    def _targets(self, goals: Tensor, examples: Sequence[Example]) -> dict[str, Tensor]:
+        import torch
+
+        known = all(example.target is not None for example in examples)
+        return {"goals": goals, **({"right": torch.tensor(_right(examples))} if known else {})}
 
     def stratum(self, example: Example) -> str | None:
         return f"choice {example.target!r}" if self.classes else None
@@ -175,16 +201,14 @@ class RankClassification(Task):
         return {}
 
     def check_model(self, config: Any) -> None:
-        if getattr(config, "is_encoder_decoder", False):
-            raise TanzakuError(
-                f"the model ({config.model_type}) is an encoder-decoder, and task choice ranks answers by a causal "
-                "language model alone; expected one such as LLaMA or Gemma"
-            )
+        if (found := bool(getattr(config, "is_encoder_decoder", False))) != self.encoder_decoder:
+            what, fix = ("an", "give --encoder-decoder") if found else ("no", "leave --encoder-decoder out")
+            raise TanzakuError(f"the model ({config.model_type}) is {what} encoder-decoder; {fix}")
 
     def run(self, model: Any, inputs: dict[str, Any]) -> Hidden:
         from tanzaku.engine.text_head import text_head
 
-        return text_head(model).run(inputs)
+        return text_head(model).run(decoded(model, inputs) if self.encoder_decoder else inputs)
 
     def score(self, outputs: Hidden, batch: Batch) -> Tensor:
         return self._lost(_Scored(outputs.losses(batch.targets["goals"])[0], batch), batch.targets["right"])
@@ -303,18 +327,21 @@ class RankClassification(Task):
             **self.asked.to_json(),
             "losses": list(self.losses),
             "length_normalised": self.length_normalised,
+            "encoder_decoder": self.encoder_decoder,
             **self.tasks_to_json(),
         }
 
     @classmethod
     def from_json(cls, about: Mapping[str, Any], where: str) -> RankClassification:
-        losses, normalised = about.get("losses"), about.get("length_normalised")
+        losses = about.get("losses")
         if not isinstance(losses, list) or not losses or not {*map(str, losses)} <= {*LOSSES}:
             raise TanzakuError(f"{where}losses is {short(losses)}, expected some of {listed(LOSSES)}")
-        if not isinstance(normalised, bool):
-            raise TanzakuError(f"{where}length_normalised is {short(normalised)}, expected true or false")
-        own = RowTasks.from_json(about, where)
-        return cls(Reading.from_json(about, where), tuple(losses), normalised, row_tasks=own)
+        flags = {key: about.get(key) for key in ("length_normalised", "encoder_decoder")}
+        for key, value in flags.items():
+            if not isinstance(value, bool):
+                raise TanzakuError(f"{where}{key} is {short(value)}, expected true or false")
+        own: dict[str, Any] = {**flags, "row_tasks": RowTasks.from_json(about, where)}
+        return cls(Reading.from_json(about, where), tuple(losses), **own)
 
     @classmethod
     def of_base(
@@ -441,3 +468,23 @@ def _tokens(
             f"--max-length {longest + special + 1} or more"
         )
     return [*asked[:special], *asked[special + max(over, 0) :]], answers, over > 0
+
+
+def _apart(
+    tokenizer: PreTrainedTokenizerBase, row: Question, max_length: int, where: str
+) -> tuple[list[int], list[list[int]], bool]:
+    """The same for an encoder, which reads the prompt, and a decoder, which has each answer and what ends it; without
+    white space at their ends."""
+    asked, offsets = tokenizer(row.prompt.strip(), verbose=False)["input_ids"], tokens_of(tokenizer, row.prompt)[1]
+    begin = next((at for at, (start, end) in enumerate(offsets) if end > start), len(offsets))
+    if begin == len(offsets):
+        raise TanzakuError(f"{where}: {row.prompt[:40]!r} gives no tokens to ask with; fix or drop the row")
+    answers = []
+    for name, word in zip(row.names, row.words, strict=True):
+        if not tokenizer(text_target=word.strip(), add_special_tokens=False, verbose=False)["input_ids"]:
+            raise TanzakuError(f"{where}: the choice {name!r} gives no tokens; fix or drop the row")
+        answers.append(ended(tokenizer, tokenizer(text_target=word.strip(), verbose=False)["input_ids"]))
+    over = len(asked) - max_length
+    if over >= len(asked) - begin - 1:
+        raise TanzakuError(f"{where}: max_length {max_length} leaves no room for a prompt; use a larger --max-length")
+    return [*asked[:begin], *asked[begin + max(over, 0) :]], answers, over > 0

@@ -132,7 +132,7 @@ class Seq2Seq(WrittenTask):
         self._speak(tokenizer)
         ids, bare = (tokenizer(text_target="a", add_special_tokens=own)["input_ids"] for own in (True, False))
         before = next((at for at in range(len(ids)) if bare and ids[at : at + len(bare)] == bare), 0)
-        return replace(self, tokenizer=tokenizer, opening=(tuple(self._ended(tokenizer, ids)), before))
+        return replace(self, tokenizer=tokenizer, opening=(tuple(ended(tokenizer, ids)), before))
 
     def _speak(self, tokenizer: Any) -> None:
         """Have a tokenizer that marks texts with their language know those of sources and targets.
@@ -158,14 +158,6 @@ class Seq2Seq(WrittenTask):
                 raise TanzakuError(f"the tokenizer {kind} knows no language {value!r}{nearest(value, known)} ({key})")
             setattr(tokenizer, own, value)
 
-    @staticmethod
-    def _ended(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], most: int | None = None) -> list[int]:
-        """A target's tokens with one that ends it, where a tokenizer puts none there."""
-        end = tokenizer.eos_token_id
-        if end is None or end in ids[-2:]:  # before the language, in some
-            return [*ids]
-        return [*ids[: None if most is None else most - 1], int(end)]
-
     def encode(
         self, table: Table, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int, targets: Any = None
     ) -> Split:
@@ -186,19 +178,19 @@ class Seq2Seq(WrittenTask):
         most = targets.max_target_length
         _check_room(tokenizer, "max_target_length", most)
         references = [target for _, _, target in rows]
-        ended, over = _cut(
+        goals, over = _cut(
             lambda some, **cut: tokenizer(text_target=some, **cut),
             references,
             places,
             most,
-            partial(self._ended, tokenizer),
+            partial(ended, tokenizer),
         )
         if targets.too_long == "error":
             check_lengths(long, len(rows), table.source, max_length)
             check_lengths(over, len(rows), table.source, most, "max_target_length", "tokens of the target")
         examples = [
             Example({"input_ids": ids, DECODED: own}, reference.strip(), float(len(own)), about=Row(ids, own))
-            for ids, own, reference in zip(sources, ended, references, strict=True)
+            for ids, own, reference in zip(sources, goals, references, strict=True)
         ]
         cut = numbers_of([*long, *over])
         allowed = f"{max_length} tokens, or {most} of a target"
@@ -228,11 +220,7 @@ class Seq2Seq(WrittenTask):
             )
 
     def run(self, model: Any, inputs: dict[str, Any]) -> Hidden:
-        labels = inputs[DECODED]
-        read = {key: value for key, value in inputs.items() if key != DECODED}
-        # The decoder looks back alone: what is padded is hidden for those who ask which tokens are a row's own.
-        decoder = {"decoder_input_ids": shifted(model, labels), "decoder_attention_mask": (labels != IGNORED).long()}
-        return super().run(model, {**read, **decoder})
+        return super().run(model, decoded(model, inputs))
 
     # -- text that is written
 
@@ -272,6 +260,23 @@ class Seq2Seq(WrittenTask):
 
     def answers(self) -> str:
         return "It writes a text for another one."
+
+
+def ended(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], most: int | None = None) -> list[int]:
+    """A target's tokens with one that ends it, where a tokenizer puts none there."""
+    end = tokenizer.eos_token_id
+    if end is None or end in ids[-2:]:  # before the language, in some
+        return [*ids]
+    return [*ids[: None if most is None else most - 1], int(end)]
+
+
+def decoded(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What an encoder-decoder is given for rows whose decoder is to write `DECODED`."""
+    labels = inputs[DECODED]
+    read = {key: value for key, value in inputs.items() if key != DECODED}
+    # The decoder looks back alone: what is padded is hidden for those who ask which tokens are a row's own.
+    decoder = {"decoder_input_ids": shifted(model, labels), "decoder_attention_mask": (labels != IGNORED).long()}
+    return {**read, **decoder}
 
 
 def shifted(model: Any, labels: Tensor) -> Tensor:
