@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from close import GRADIENT, RUN, assert_close, close
 from models import tiny
 from tanzaku.storage.store import read_meta
 from tanzaku.support.seeds import seed_of
+from tanzaku.tasks.task import Example
 from tanzaku.train.active_job import ActiveJob
 from tanzaku.train.results import EpochRecord, Job, JobResult
 from tanzaku.train.scheduler import JobScheduler, Silent, train_jobs
@@ -238,3 +241,25 @@ def test_a_base_that_passes_no_gradient_back_is_an_error_and_no_silent_training_
     assert (lora.status, head.status, prompt.status) == ("failed", "done", "failed")
     assert "what lora trains at model.layers.0.self_attn.q_proj (Linear, Parameter)" in str(lora.error)
     assert "no gradient reaches what prompt_tuning trains at the tokens" in str(prompt.error)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(("steps", "epochs", "accumulation"), [(12, 3, 1), (36, 5, 1), (18, 4, 2), (7, 7, 1)])
+def test_so_many_steps_go_over_the_rows_evenly(steps: int, epochs: int, accumulation: int, shuffle: bool) -> None:
+    """Parts with figures are no new beginnings: no row is trained on twice more often than another."""
+    rows = [Example({"input_ids": [5, 6]}, 0) for _ in range(24)]
+    settings = TrainSettings(
+        max_steps=steps, epochs=epochs, batch_size=2, accumulation=accumulation, shuffle=shuffle, learning_rate=0.1
+    )
+    active = ActiveJob.__new__(ActiveJob)
+    active.job = Job("one", tz.LoRA(), settings)
+    active.data = SimpleNamespace(train=SimpleNamespace(examples=rows))  # type: ignore[assignment]
+    active.generator, active.epoch, active.per_pass = torch.Generator(), 0, 12
+    batches = [*active._epochs()]
+    seen = Counter(row for batch in batches for row in batch.rows)
+    assert sum(batch.ends_step for batch in batches) == steps and sum(batch.ends_epoch for batch in batches) == epochs
+    counts = [seen[row] for row in range(24)]
+    assert max(counts) - min(counts) <= 1 and sum(counts) == 2 * steps * accumulation
+    # A job that goes on after a part has the batches that were left.
+    active.epoch = 1
+    assert [batch.rows for batch in active._epochs()] == [b.rows for b in batches][-len([*active._epochs()]) :]

@@ -98,26 +98,28 @@ class ActiveJob:
         s = self.job.settings
         return self.per_pass * epoch if s.max_steps is None else s.max_steps * epoch // s.epochs * s.accumulation
 
-    def _passes(self, epoch: int) -> Iterator[list[int]]:
-        """The batches of passes over the rows, without end."""
+    def _passes(self, batch: int) -> Iterator[list[int]]:
+        """The batches of passes over the rows from this one on, without end."""
         s = self.job.settings
         lengths = [e.length for e in self.data.train.examples]
-        for number in count():
-            # Seeding by epoch makes the order of any epoch independent of what came before it.
-            self.generator.manual_seed(seed_of("order", s.seed, epoch, *([number] if number else [])))
-            yield from epoch_batches(
+        first, done = divmod(batch, self.per_pass)
+        for number in count(first):
+            # Seeding by its number makes the order of any pass independent of what came before it.
+            self.generator.manual_seed(seed_of("order", s.seed, number))
+            batches = epoch_batches(
                 lengths,
                 s.batch_size,
                 shuffle=s.shuffle,
                 group_by_length=s.group_by_length,
                 generator=self.generator,
             )
+            yield from batches[done if number == first else 0 :]
 
     def _epochs(self) -> Iterator[_Batch]:
         """All batches that are left, to the last epoch."""
         s = self.job.settings
         for epoch in range(self.epoch, s.epochs):
-            batches = [*islice(self._passes(epoch), self._until(epoch + 1) - self._until(epoch))]
+            batches = [*islice(self._passes(self._until(epoch)), self._until(epoch + 1) - self._until(epoch))]
             for first in range(0, len(batches), s.accumulation):
                 step = batches[first : first + s.accumulation]
                 weights = [self._weight(rows) for rows in step]
