@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,6 +85,20 @@ def test_one_that_cannot_write_does_not_stop_the_others(
     monkeypatch.setattr(inference, "decode", broken)
     found = train_jobs(tiny("llama", "lm", vocab_size=len(WORDS)), data(), jobs([*KINDS]), workers=1)
     assert {result.name: result.status for result in found} == {"lora": "done", "ia3": "failed", "prompt": "done"}
+
+
+def test_a_loss_that_is_no_number_is_not_that_of_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of six validation rows the sample has three, and the one that is broken is none of these."""
+    records = Generation.records
+
+    def broken(self: Any, outputs: Any, batch: Any) -> Any:
+        found = records(self, outputs, batch)
+        found["loss"][[example.target == "cold" for example in batch.examples]] = math.nan
+        return found
+
+    monkeypatch.setattr(Generation, "records", broken)
+    [found] = train_jobs(tiny("llama", "lm", vocab_size=len(WORDS)), data(), jobs(["lora"]), workers=1)
+    assert found.epochs and all(math.isnan(epoch.valid["loss"]) for epoch in found.epochs)
 
 
 def test_under_a_limit_of_memory_each_writes_alone(batches: list[list[Any]]) -> None:

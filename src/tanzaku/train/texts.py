@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tanzaku.tasks.decoding import Written
-from tanzaku.tasks.task import Records, Split, picked, subset
+from tanzaku.tasks.task import LOSS, Records, Split, picked, subset
 from tanzaku.train.active_job import ActiveJob
 from tanzaku.train.step import FAILURES, SharedStep, is_memory
 
@@ -65,7 +65,8 @@ class Texts:
         """Figures of a split by its records; those of text by the rows that are written for."""
         task = self.step.task
         known = task.figures(records)
-        if not task.writes:
+        # A loss that is no number is none, though the sample may not have its row.
+        if not task.writes or math.isnan(known[LOSS.name]):
             return known
         return task.figures(self.records(active, records)) | {k: v for k, v in known.items() if not math.isnan(v)}
 
