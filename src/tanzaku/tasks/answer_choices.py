@@ -99,7 +99,7 @@ class Reading:
 
     Args:
         prompt: a column. template: in its place.
-        names, words: of choices that are those of all rows.
+        names, words: of choices that are those of all rows. mapped: whether labels are these names, whatever they read.
         choices: else a column with lists, or a template of them. choice_columns: or columns with one each.
     """
 
@@ -109,6 +109,7 @@ class Reading:
     words: tuple[str, ...] = ()
     choices: str | None = None
     choice_columns: tuple[str, ...] = ()
+    mapped: bool = False
 
     @classmethod
     def of(cls, table: Table, data: Any) -> Reading:
@@ -136,7 +137,7 @@ class Reading:
         names = tuple(given) if isinstance(given, dict) else tuple(word.strip() for word in words)
         check_choices(words, "choices of all rows")
         check_choices(names, "choices of all rows")
-        return cls(**found, names=names, words=words)
+        return cls(**found, names=names, words=words, mapped=isinstance(given, dict))
 
     @cached_property
     def asks(self) -> Template | None:
@@ -214,7 +215,7 @@ class Reading:
     def _choices(self, row: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
         """Of a row's choices the names, the words and the labels that stand beside them in its cell, if any."""
         if self.names:
-            return self.names, self.words, ()
+            return self.names, self.words, self.names if self.mapped else ()
         keys: tuple[str, ...] = ()
         if self.lists is not None:
             found: Any = self.lists.split(row, where)
@@ -235,6 +236,7 @@ class Reading:
             "words": list(self.words),
             "choices": self.choices,
             "choice_columns": list(self.choice_columns),
+            "mapped": self.mapped,
         }
 
     @classmethod
@@ -254,7 +256,9 @@ class Reading:
             raise TanzakuError(f"{where}names are {len(found['names'])} and words {len(found['words'])}")
         if sum(map(bool, (found["names"], found["choices"], found["choice_columns"]))) != 1:
             raise TanzakuError(f"{where}expected one of names, choices and choice_columns")
-        own = cls(**found)
+        if not isinstance(mapped := about.get("mapped", False), bool):
+            raise TanzakuError(f"{where}mapped is {short(mapped)}, expected true or false")
+        own = cls(**found, mapped=mapped)
         try:
             own.columns  # noqa: B018  # reads the templates
             if own.names:
@@ -297,8 +301,12 @@ def _listed_in(value: Any, where: str) -> tuple[list[Any], tuple[str, ...]]:
     keys: tuple[str, ...] = ()
     if isinstance(value, dict) and isinstance(value.get("text"), list):
         labels = value.get("label")
-        if isinstance(labels, list) and len(labels) == len(value["text"]):
-            keys = tuple(map(str, labels))
+        if labels is not None:
+            keys = tuple(map(str, labels)) if isinstance(labels, list) else ()
+            if len({*keys}) != len(value["text"]):
+                raise TanzakuError(
+                    f"{where} has the labels {short(labels)} for {len(value['text'])} texts, expected one for each"
+                )
         value = value["text"]
     if not isinstance(value, list) or not all(isinstance(each, str | int | float) for each in value):
         raise TanzakuError(f"{where} is {short(value)}, expected a list of choices")
@@ -310,12 +318,16 @@ def _named(value: Any, names: Sequence[str], words: Sequence[str], keys: Sequenc
     a number where none reads so.
 
     Raises:
-        TanzakuError: it is none of them.
+        TanzakuError: it is none of them, or a number that may be that of one and the text of another.
     """
     name, bare = label_name(value, where, "answer"), [word.strip() for word in words]
     number = int(name) if name.isdecimal() and int(name) < len(names) else None
-    unnamed = [*names] == bare and not keys
-    if number is not None and unnamed and isinstance(value, int | float):
+    if number is not None and isinstance(value, int | float) and [*names] == bare and not keys:
+        if name in names and names[number] != name:
+            raise TanzakuError(
+                f"{where} is {name}, which may be the choice {name!r} or number {name} from 0, {names[number]!r}: "
+                f"write it as text, or say which with choices: {{{name}: {name!r}, ...}}"
+            )
         return names[number]
     for known in (keys, names, bare):
         if name in known:
