@@ -237,6 +237,7 @@ SAME = {
     "a template": ({"x": "yes", "y": "no"}, {"choices": "{{ x }} ||| {{ y }}"}, 1, "no"),
     "a mapping": ({}, {"choices": {"entailment": "yes", "contradiction": "no"}}, "contradiction", "contradiction"),
     "a mapping of numbers": ({}, {"choices": {1: "yes", 0: "no"}}, 0, "0"),
+    "a mapping of numbers to themselves": ({}, {"choices": {1: "1", 2: "2", 3: "3"}}, 1, "1"),
     "numbers to choose from": ({"choices": ["3", "1", "2"]}, {}, "2", "2"),
     "a number of one of these": ({"choices": ["3", "1", "2"]}, {}, 2, "2"),
     "numbers in a list": ({"choices": [30, 10]}, {}, 0, "30"),
@@ -247,6 +248,11 @@ SAME = {
 def test_where_choices_and_answers_stand(case: str) -> None:
     more, settings, label, expected = SAME[case]
     assert answers([{"prompt": "is it?", "label": label, **more}], **settings) == [expected]
+
+
+def test_bars_in_a_cell_divide_nothing() -> None:
+    rows = [{"prompt": "is it?", "a": ["x ||| y", "z"], "label": 1}]
+    assert answers(rows, choices="{{ a|join('|||') }}") == ["z"]
 
 
 def test_an_answer_may_be_called_so() -> None:
@@ -365,6 +371,23 @@ BAD: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "no number": ([ROW], {"template": "{{ prompt / 2 }}", **OF_ALL}, "rows row 1: the template cannot be filled in"),
     "an outside": ([ROW], {"template": "{{ prompt.__class__.mro() }}", **OF_ALL}, "unsafe"),
     "three parts": ([ROW], {"template": "{{ prompt }} ||| x ||| y", **OF_ALL}, "gives 3 parts between |||, expected 2"),
+    "a number that may be a text": (
+        [{**ROW, "label": 1}],
+        {"choices": ["1", "2", "3"]},
+        "may be the choice '1' or number 1",
+    ),
+    "labels of other choices": (
+        [{**ROW, "choices": {"text": ["a", "b"], "label": ["A", "A"]}, "label": "A"}],
+        {},
+        "has the labels ['A', 'A'] for 2 texts",
+    ),
+    "a product": ([ROW], {"template": "{{ 'x' * 10 }}", **OF_ALL}, "has a product or a power"),
+    "a large number": ([ROW], {"template": "{{ prompt.ljust(100000) }}", **OF_ALL}, "has a number above 10,000"),
+    "loops": (
+        [ROW],
+        {"template": "{% for i in prompt %}{% for j in prompt %}{{ j }}{% endfor %}{% endfor %}", **OF_ALL},
+        "has a loop within a loop",
+    ),
     "both": ([ROW], {"choice_columns": ["x", "y"], **OF_ALL}, "give one of the two"),
     "a loss twice": ([ROW], {"losses": ["lm", "lm"], **OF_ALL}, "losses has 'lm' twice"),
 }

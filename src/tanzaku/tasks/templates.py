@@ -14,6 +14,7 @@ from tanzaku.errors import TanzakuError, listed, nearest
 
 BARS = "|||"
 CHOICES = "answer_choices"
+_ASSIGNED, _NUMBER = 10, 10_000  # in one template
 _KEPT = "\ue000" * 3  # in the place of bars in a cell, which divide nothing
 
 
@@ -50,8 +51,14 @@ class Template:
         from jinja2 import TemplateSyntaxError, meta
 
         try:
+            tree = _environment().parse(source)
+            if (costly := _costly(tree)) is not None:
+                raise TanzakuError(
+                    f"the {self.what} has {costly}, which may take time or memory without end; expected columns, "
+                    "filters, conditions and loops over a column"
+                )
             _compiled(source)  # which looks for filters, too
-            names = meta.find_undeclared_variables(_environment().parse(source))
+            names = meta.find_undeclared_variables(tree)
         except TemplateSyntaxError as error:
             reason = " ".join(str(error.message).split())
             raise TanzakuError(f"the {self.what} has a mistake in line {error.lineno}: {reason}") from None
@@ -81,7 +88,7 @@ class Template:
 
     def split(self, row: Mapping[str, Any], where: str, expected: int | None = None) -> list[str]:
         """What stands between bars, without white space at its ends; a TanzakuError unless there are so many parts."""
-        kept = {key: cell.replace(BARS, _KEPT) if isinstance(cell, str) else cell for key, cell in row.items()}
+        kept = {key: _without_bars(cell) for key, cell in row.items()}
         found = [part.replace(_KEPT, BARS).strip() for part in self._rendered(self.source, kept, where).split(BARS)]
         if expected is not None and len(found) != expected:
             raise TanzakuError(f"{where}: the {self.what} gives {len(found)} parts between {BARS}, expected {expected}")
@@ -93,6 +100,31 @@ class Template:
         except Exception as error:  # whatever its expressions raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise TanzakuError(f"{where}: the {self.what} cannot be filled in: {reason}") from None
+
+
+def _without_bars(cell: Any) -> Any:
+    if isinstance(cell, str):
+        return cell.replace(BARS, _KEPT)
+    if isinstance(cell, list):
+        return [*map(_without_bars, cell)]
+    return {key: _without_bars(value) for key, value in cell.items()} if isinstance(cell, dict) else cell
+
+
+def _costly(tree: Any) -> str | None:
+    """What of a template, which may be a stranger's, can take more than a row's cells give reason for."""
+    from jinja2 import nodes
+
+    if next(tree.find_all((nodes.Mul, nodes.Pow)), None) is not None:
+        return "a product or a power"
+    if next(tree.find_all((nodes.Macro, nodes.CallBlock)), None) is not None:
+        return "a macro"
+    if any(next(loop.find_all(nodes.For), None) is not None for loop in tree.find_all(nodes.For)):
+        return "a loop within a loop"
+    if sum(1 for _ in tree.find_all((nodes.Assign, nodes.AssignBlock))) > _ASSIGNED:
+        return f"more than {_ASSIGNED} assignments"
+    if any(isinstance(each.value, int) and each.value > _NUMBER for each in tree.find_all(nodes.Const)):
+        return f"a number above {_NUMBER:,}"
+    return None
 
 
 @cache
