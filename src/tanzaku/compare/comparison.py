@@ -10,6 +10,7 @@ import math
 import shutil
 import statistics as plain
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tanzaku.compare.verdict import against_base, sentences
 from tanzaku.compare.zero_shot import ZeroShot, predicted
 from tanzaku.core.attach import activate, detach
 from tanzaku.engine.accelerations import Accelerations
+from tanzaku.errors import TanzakuError
 from tanzaku.files.writing import finite
 from tanzaku.models.families import Base
 from tanzaku.recipe.comparison import CompareSettings, bytes_of
@@ -119,11 +121,7 @@ class Comparison:
             self.events.emit("stage", stage="base", jobs=0, done=0)
             each = [*self.candidates, *(corner for search in self.searched for corner in search.corners())][0].settings
             with autocast(self.model.device, each.precision):
-                kept = {
-                    "predictions": predicted(
-                        self.model, self.task, self.resamples, self.data.pad_token_id, each.accelerations
-                    )
-                }
+                kept = {"predictions": predicted(self.model, self.task, self.resamples, self.data.pad_token_id, each)}
             self.journal.keep_as("base", kept)
         self.zero_shot = ZeroShot(self.task, self.resamples, kept["predictions"])
 
@@ -262,7 +260,16 @@ class Comparison:
         """Of the test rows, where there are any."""
         if self.data.test is None:
             return {}
-        return {"test": self.task.figures(records), "test_intervals": intervals(self.task, records)}
+        try:
+            return {"test": self.task.figures(records), "test_intervals": intervals(self.task, records)}
+        except TanzakuError as error:
+            # A user's own metric failed at a row that it had not met: the run has its end, and its other figures.
+            self.events.warned(str(error))
+        known: dict[str, float] = {}
+        for metric in self.task.metrics:
+            with suppress(TanzakuError):
+                known[metric.name] = metric.statistics(records).value()
+        return {"test": {metric.name: known.get(metric.name, math.nan) for metric in self.task.metrics}}
 
     def _chosen(self, candidate: Candidate) -> Task:
         """The task with what was chosen for a finalist's adapter."""

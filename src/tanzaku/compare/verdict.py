@@ -11,6 +11,7 @@ from tanzaku.support.numbers import written
 from tanzaku.tasks.task import Metric, Task, metric_named
 
 MORE = "measure with --seeds 3 or --folds 5"
+BASE = "the base"  # as it is; no candidate's name, since it has a space
 SHOWN = 6  # names in one sentence
 
 
@@ -66,8 +67,8 @@ def against_base(ranking: Ranking, pair: Comparison, design: Design) -> str:
     Args:
         ranking: of the base, which trains nothing, and the best candidate; `pair` is of these two.
     """
-    (base,) = (each for each in ranking.candidates if not each.trainable_parameters)
-    (best,) = (each for each in ranking.candidates if each.trainable_parameters)
+    (base,) = (each for each in ranking.candidates if each.name == BASE)
+    (best,) = (each for each in ranking.candidates if each.name != BASE)
     if math.isnan(base.mean):
         return f"The base without training has no figure: in a run, {design.metric.on_validation} was no number."
     start = f"Without training, the base has {_number(base.mean)}"

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from tanzaku.compare.resamples import Resample
 from tanzaku.compare.statistics import Comparison, Design, Ranking, Run, Scored, rank
+from tanzaku.compare.verdict import BASE
 from tanzaku.engine.accelerations import Accelerations
 from tanzaku.models.families import Base
 from tanzaku.tasks.inference import records_of
 from tanzaku.tasks.task import Example, Metric, Records, Split, Task
-
-NAME = "the base"  # no candidate's: it has a space
+from tanzaku.train.settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ZeroShot:
             found = [self.predictions[place[id(example)]] for example in at.data.valid.examples]
             statistics = metric.statistics(self.task.recorded(found, at.data.valid.examples))
             runs.append(Run(at.repeat, at.fold, at.seed, statistics.value(), statistics, strata(at.data.valid)))
-        return Scored(NAME, runs, 0)
+        return Scored(BASE, runs, 0)
 
     def against(self, best: Scored, design: Design, strata: Callable[[Split], Any]) -> tuple[Ranking, Comparison]:
         """The base and the best candidate: their order, and what can be told of the two."""
@@ -58,13 +58,17 @@ def rows_of(resamples: Sequence[Resample]) -> list[Example]:
 
 
 def predicted(
-    model: PreTrainedModel, task: Task, resamples: Sequence[Resample], pad_token_id: int, accelerations: str
+    model: PreTrainedModel, task: Task, resamples: Sequence[Resample], pad_token_id: int, settings: TrainSettings
 ) -> list[Any]:
-    """What the bare base predicts for these rows."""
+    """What the bare base predicts for these rows.
+
+    Args:
+        settings: a candidate's; its batches may be as large as these say.
+    """
     rows = rows_of(resamples)
     split = Split("base", rows, [""] * len(rows), 0, "the validation rows")
     base: Mapping[str | None, Split] = {None: split}
     found: Mapping[str | None, Records] = records_of(
-        model, task, base, pad_token_id, 8, Accelerations(Base.of(model), accelerations)
+        model, task, base, pad_token_id, settings.eval_batch_size, Accelerations(Base.of(model), settings.accelerations)
     )
     return task.predictions(found[None])
