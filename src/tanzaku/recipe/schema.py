@@ -329,7 +329,11 @@ def build_recipe(file: Path | None, flags: Mapping[str, Any], default_methods: S
     keys = {key: value for key, value in flags.items() if key not in ("recipe", "methods", "set", "init_from")}
     own = load_recipe(file) if file is not None else {}
     if (name := flags.get("recipe")) is not None:
-        own = laid_over(bundled(name), own)
+        whole = bundled(name)
+        for where, given in ((file, own.get("task")), ("--task", flags.get("task"))):
+            if given is not None and given != whole.get("task"):
+                raise TanzakuError(f"{where} is of task {given!r}, and the recipe {name} of {whole.get('task')!r}")
+        own = laid_over(whole, own)
     raw = laid_over(own, keys)
     task = task_in(raw)
     try:
