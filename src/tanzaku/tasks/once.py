@@ -134,11 +134,12 @@ def _routed(
 ) -> Iterator[None]:
     """Some rows of a batch, each to its own adapter: where there is but one, it has the route already."""
     manager = find_manager(model)
-    names: list[Any] = [None if adapters[row] is None else adapters[row].name for row in rows]  # type: ignore[union-attr]
+    each: list[Any] = [None if adapter is None else adapter.name for adapter in adapters]
+    names = [each[row] for row in rows]
     context = {name: values[list(rows)] for name, values in batch.context.items()}
     if manager is None:
         yield
-    elif len({*names}) > 1:
+    elif len({*each}) > 1:
         with route(model, names, context):
             yield
     else:

@@ -134,6 +134,12 @@ class Seq2Seq(WrittenTask):
         before = next((at for at in range(len(ids)) if bare and ids[at : at + len(bare)] == bare), 0)
         return replace(self, tokenizer=tokenizer, opening=(tuple(ended(tokenizer, ids)), before))
 
+    def tokens_of(self, references: list[str]) -> list[list[int]]:
+        found: list[list[int]] = self.tokenizer(text_target=references, add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+        return found
+
     def _speak(self, tokenizer: Any) -> None:
         """Have a tokenizer that marks texts with their language know those of sources and targets.
 

@@ -95,8 +95,8 @@ class Split:
 
     Args:
         long: numbers, from 0, of the rows that were cut, where the task may leave them out; `allowed` says in words how
-            long rows may be. kept: numbers in the file
-            of the rows that are left; None: all are. dropped: how many are not.
+            long rows may be. kept: numbers in the file of the rows that are left; None: all are. dropped: how many are
+            not.
     """
 
     name: str
@@ -749,7 +749,9 @@ def joined(parts: Sequence[Records], order: Sequence[int]) -> Records:
 def subset(split: Split, rows: Sequence[int], name: str) -> Split:
     """Some rows of a split, in its order."""
     seconds = None if split.seconds is None else [split.seconds[r] for r in rows]
-    return Split(name, [split.examples[r] for r in rows], [split.texts[r] for r in rows], 0, split.source, seconds)
+    kept = [split.number(r) - 1 for r in rows]
+    examples, texts = [split.examples[r] for r in rows], [split.texts[r] for r in rows]
+    return Split(name, examples, texts, 0, split.source, seconds, kept=kept)
 
 
 def without_long(split: Split) -> Split:

@@ -124,13 +124,17 @@ class WrittenTask(Task):
         if not self.writes:
             return []
         most, references = self.decoding.max_new_tokens, [str(example.target) for example in split.examples]
-        found = self.tokenizer(references, add_special_tokens=False, verbose=False)["input_ids"]
-        if not (longer := [size for size in map(len, found) if size > most]):
+        if not (longer := [size for size in map(len, self.tokens_of(references)) if size > most]):
             return []
         return [
             f"{len(longer)} of {len(references)} references of {split.source} have more than {most} tokens and are "
             f"never written whole, which lowers figures; the longest needs --max-new-tokens {max(longer)}"
         ]
+
+    def tokens_of(self, references: list[str]) -> list[list[int]]:
+        """As they are written, without what ends them."""
+        found: list[list[int]] = self.tokenizer(references, add_special_tokens=False, verbose=False)["input_ids"]
+        return found
 
     def told_by(self, tokenizer: PreTrainedTokenizerBase) -> Self:
         return replace(self, tokenizer=tokenizer)
