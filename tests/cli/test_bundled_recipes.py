@@ -87,3 +87,16 @@ def test_compare(design: list[str], rows: list[str], tanzaku: Tanzaku) -> None:
 def test_one_that_is_not_there(rows: list[str], tanzaku: Tanzaku) -> None:
     assert_refused(tanzaku("train", "--recipe", "t_few", *rows), "--recipe is 't_few'", "did you mean 't-few'")
     assert_refused(tanzaku("train", "--recipe", "./mine.yaml", *rows), "without --recipe")
+
+
+def test_what_does_not_go_together_is_told(work: Path, model_dir: Path, tanzaku: Tanzaku) -> None:
+    Path("other.yaml").write_text("task: generation\nmodel: m\ndata: {train: train.jsonl}\n", encoding="utf-8")
+    assert_refused(
+        tanzaku("train", "other.yaml", "--recipe", "t-few"), "other.yaml is of task 'generation'", "'choice'"
+    )
+    said = tanzaku("train", "recipe.yaml", "--max-steps", "2", "--epochs", "5")
+    assert_refused(said, "max_steps is 2, and epochs")
+    assert "--train" not in said.err
+    assert_refused(
+        tanzaku("train", "recipe.yaml", "--task", "choice", "--too-long", "drop"), "--too-long: data has no key"
+    )

@@ -42,12 +42,15 @@ def complaint(
     prefix = f"{source}: " if source and not from_flag else ""
     if kind == "extra_forbidden":
         near = nearest(str(where[-1]), known)
-        return f"{prefix}{section or 'the recipe'} has no key {str(where[-1])!r}{near}; it has {listed(known, 40)}"
+        asked = f"{flag(str(where[-1]))}: " if from_flag else prefix
+        return f"{asked}{section or 'the recipe'} has no key {str(where[-1])!r}{near}; it has {listed(known, 40)}"
     if kind == "missing":
         return f"{prefix}{_dotted(where)} is missing; write it in a recipe or give {flag(str(where[-1]))}"
     name = flag(key) if from_flag else _dotted(where)
     if kind == "value_error":  # raised by the schema's own checks, as one line already
-        return f"{prefix}{name}: {first['ctx']['error']}"
+        # What is said of a whole section names the keys itself, and a section has no flag.
+        of_section = from_flag and len(where) == 1 and key in sections
+        return f"{prefix}{'' if of_section else name + ': '}{first['ctx']['error']}"
     expected = _WORDS.get(kind) or first["msg"].removeprefix("Input should ").removeprefix("be ")
     near = nearest(value, _choices(first)) if isinstance(value, str) and value.strip() else ""
     if section == "train" and isinstance(value, Mapping):
