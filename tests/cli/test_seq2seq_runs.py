@@ -29,6 +29,7 @@ def rows(work: Path, bart_dir: Path) -> list[str]:
     """Flags of a run on rows whose columns have other names."""
     every = [{"ja": text, "en": "warm" if "warm" in text else "a cold sea"} for text in TEXTS]
     written("train.jsonl", *every)
+    written("valid.jsonl", *({"ja": f"of {text}", "en": "warm"} for text in TEXTS))
     written("new.jsonl", *({"ja": f"the {text}"} for text in TEXTS), {"ja": ""})
     columns = ["--source", "ja", "--target", "en", "--source-prefix", "a ", "--max-new-tokens", "5"]
     options = ["--epochs", "2", "--batch-size", "2", "--learning-rate", "0.02", "--max-length", "8"]
@@ -121,7 +122,10 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "one column": (["--target", "ja"], ["--source and --target both name the column 'ja'"]),
     "long sources": (["--max-length", "3"], ["2 of 6 rows", "more than 3 tokens", "--max-length 5"]),
     "long targets": (["--max-target-length", "2"], ["more than 2 tokens of the target", "--max-target-length 4"]),
-    "no room": (["--max-new-tokens", "64"], ["65 tokens of a text", "64 positions", "--max-new-tokens 63"]),
+    "no room": (
+        ["--max-new-tokens", "64", "--valid", "valid.jsonl"],
+        ["65 tokens of a text", "64 positions", "--max-new-tokens 63"],
+    ),
     "no languages": (["--target-lang", "en_XX"], ["marks no languages"]),
 }
 

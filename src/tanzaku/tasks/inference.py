@@ -67,15 +67,17 @@ class Forward:
             adapters: those that the rows are routed to. What an encoder and a decoder read then differs in width where
                 the model has positions for that: so a tensor's shape tells which of the two has gone into it.
         """
-        found = self.task.collate(examples, self.pad_token_id, width, decoder_width)
+        # Tasks without a decoder's text need not know of its width.
+        wide = {"decoder_width": decoder_width} if decoder_width else {}
+        found = self.task.collate(examples, self.pad_token_id, width, **wide)
         lead = max((adapter.virtual for adapter in adapters), default=0)
         if found.decoder_width == lead + found.width:
             taken = max((adapter.before - adapter.virtual for adapter in adapters), default=0)
             one, two = found.width, found.decoder_width
             if self.positions is None or taken + two < self.positions:
-                found = self.task.collate(examples, self.pad_token_id, one, two + 1)
+                found = self.task.collate(examples, self.pad_token_id, one, decoder_width=two + 1)
             elif lead + one < self.positions:
-                found = self.task.collate(examples, self.pad_token_id, one + 1, two)
+                found = self.task.collate(examples, self.pad_token_id, one + 1, decoder_width=two)
         return found.to(self.model.device, self.without)
 
     def __call__(self, batch: Batch) -> Any:
