@@ -175,3 +175,29 @@ def test_no_code_is_run_that_an_adapters_file_names(recipe: Path, tanzaku: Tanza
     model, _ = load_for(str(model_dir), task)
     tz.load(model, adapter, name="mine")
     assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("verb", ["train", "compare"])
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_run_is_kept_whose_metric_fails_at_a_row(
+    recipe: Path, tanzaku: Tanzaku, verb: str, split: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A row that its function has not met before: all other figures, adapters and predictions are there."""
+    name = f"odd_{verb}_{split}"  # what fails is told once
+    code = f"def {name}(text, reference):\n    return 1 / (reference.strip() != 'odd')\n"
+    (recipe.parent / "mine.py").write_text(CODE + code, encoding="utf-8")
+    rows = [{"prompt": f"{split} sea", "completion": " warm"}, {"prompt": f"{split} wind", "completion": " odd"}]
+    (recipe.parent / f"{split}.jsonl").write_text("".join(map(_line, rows)), encoding="utf-8")
+    workers = ["--workers", "1"] if verb == "compare" else []
+    said = tanzaku(verb, recipe, *workers, "--measure", f"job/mine.py:{name}", "--out", "run")
+    assert said.code == 0, said.err
+    assert "raised ZeroDivisionError" in caplog.text
+    results = results_of(Path("run"))
+    for each in results["candidates" if verb == "compare" else "jobs"]:
+        assert Path("run", each["adapter"]).is_dir() and each["test"]["exact_match"] is not None
+        found = (
+            each["test"][name]
+            if split == "test"
+            else (each["scores"][name][0] if verb == "compare" else each["valid"][name])
+        )
+        assert found is None

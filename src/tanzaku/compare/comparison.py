@@ -10,7 +10,6 @@ import math
 import shutil
 import statistics as plain
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from tanzaku.compare.verdict import against_base, sentences
 from tanzaku.compare.zero_shot import ZeroShot, predicted
 from tanzaku.core.attach import activate, detach
 from tanzaku.engine.accelerations import Accelerations
-from tanzaku.errors import TanzakuError
 from tanzaku.files.writing import finite
 from tanzaku.models.families import Base
 from tanzaku.recipe.comparison import CompareSettings, bytes_of
@@ -260,16 +258,7 @@ class Comparison:
         """Of the test rows, where there are any."""
         if self.data.test is None:
             return {}
-        try:
-            return {"test": self.task.figures(records), "test_intervals": intervals(self.task, records)}
-        except TanzakuError as error:
-            # A user's own metric failed at a row that it had not met: the run has its end, and its other figures.
-            self.events.warned(str(error))
-        known: dict[str, float] = {}
-        for metric in self.task.metrics:
-            with suppress(TanzakuError):
-                known[metric.name] = metric.statistics(records).value()
-        return {"test": {metric.name: known.get(metric.name, math.nan) for metric in self.task.metrics}}
+        return {"test": self.task.figures(records), "test_intervals": intervals(self.task, records)}
 
     def _chosen(self, candidate: Candidate) -> Task:
         """The task with what was chosen for a finalist's adapter."""

@@ -19,7 +19,7 @@ from tanzaku.tasks.metrics import ACCURACY, MACRO_F1
 from tanzaku.tasks.row_tasks import RowTasks
 from tanzaku.tasks.seq2seq import decoded, ended
 from tanzaku.tasks.task import DECODED, LOSS, Batch, Column, Example, Records, Said, Split, Statistics, Task
-from tanzaku.tasks.text import check_characters, padded, tokens_of
+from tanzaku.tasks.text import check_characters, check_places, padded, tokens_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,11 +139,7 @@ class RankClassification(Task):
     def encode(
         self, table: Table, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int, targets: Any = None
     ) -> Split:
-        if not tokenizer.is_fast:
-            raise TanzakuError(
-                f"the tokenizer {type(tokenizer).__name__} does not say where its tokens stand in a text, which task "
-                f"{self.name} needs; expected a model with tokenizer.json"
-            )
+        check_places(tokenizer, self.name)
         if self.encoder_decoder and hasattr(tokenizer, "src_lang"):
             raise TanzakuError(
                 f"the tokenizer {type(tokenizer).__name__} marks texts with their language, which task {self.name} "

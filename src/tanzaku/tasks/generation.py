@@ -23,7 +23,7 @@ from tanzaku.tasks.conversations import (
 )
 from tanzaku.tasks.sampling import Decoding
 from tanzaku.tasks.task import Batch, Example, Split
-from tanzaku.tasks.text import padded, tokens_of
+from tanzaku.tasks.text import check_places, padded, tokens_of
 from tanzaku.tasks.text_metrics import writing_of
 from tanzaku.tasks.written import Row, WrittenSettings, WrittenTask, check_lengths, numbers_of
 
@@ -292,11 +292,7 @@ def _columns(table: Table, data: Any, shape: Shape) -> dict[str, str]:
 
 
 def _reader(tokenizer: PreTrainedTokenizerBase) -> Reader:
-    if not tokenizer.is_fast:
-        raise TanzakuError(
-            f"the tokenizer {type(tokenizer).__name__} does not say where its tokens stand in a text, which task "
-            "generation needs; expected a model with tokenizer.json"
-        )
+    check_places(tokenizer, Generation.name)
 
     def template(messages: list[dict[str, Any]], asking: bool) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking))

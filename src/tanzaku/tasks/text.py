@@ -129,6 +129,15 @@ def texts_of(table: Table, column: str) -> list[str]:
     return values
 
 
+def check_places(tokenizer: PreTrainedTokenizerBase, task: str) -> None:
+    """A TanzakuError where a tokenizer does not say which characters each token stands for, which a task goes by."""
+    if not tokenizer.is_fast:
+        raise TanzakuError(
+            f"the tokenizer {type(tokenizer).__name__} does not say where its tokens stand in a text, which task "
+            f"{task} needs; expected a model with tokenizer.json"
+        )
+
+
 def check_characters(text: str, where: str) -> None:
     """A TanzakuError where a text holds what is no character."""
     if not text.isascii() and _SURROGATE.search(text):

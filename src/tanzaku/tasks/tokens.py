@@ -33,7 +33,7 @@ from tanzaku.tasks.task import (
     Task,
     ignorance,
 )
-from tanzaku.tasks.text import check_characters, padded
+from tanzaku.tasks.text import check_characters, check_places, padded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -191,11 +191,7 @@ class Tokens(Task):
     def encode(
         self, table: Table, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int, targets: Any = None
     ) -> Split:
-        if not tokenizer.is_fast:
-            raise TanzakuError(
-                f"the tokenizer {type(tokenizer).__name__} does not say where its tokens stand in a text, which task "
-                f"{self.name} needs; expected a model with tokenizer.json"
-            )
+        check_places(tokenizer, self.name)
         special = tokenizer.num_special_tokens_to_add()
         if max_length <= special:
             raise TanzakuError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast, get_args
 
 from pydantic import Field
@@ -61,9 +62,29 @@ def _if_written(statistics: Any, records: Records) -> Statistics:
     """Of a metric of text that was written: no number where none was."""
     texts = records.get("text")
     if texts is None or any(text is None for text in texts):
-        return Statistics(np.full((len(records["weight"]), 1), math.nan), lambda sums: sums[0])
+        return _no_number(records)
     found: Statistics = statistics(records)
     return found
+
+
+def _if_it_works(statistics: Any, records: Records) -> Statistics:
+    """Of a user's own metric: no number where its function fails at a row that it had not met before. What was trained
+    is worth more than one figure."""
+    try:
+        found: Statistics = statistics(records)
+    except TanzakuError as error:
+        _told(str(error))
+        return _no_number(records)
+    return found
+
+
+def _no_number(records: Records) -> Statistics:
+    return Statistics(np.full((len(records["reference"]), 1), math.nan), lambda sums: sums[0])
+
+
+@cache
+def _told(line: str) -> None:
+    logging.getLogger("tanzaku").warning("tanzaku: %s", line)
 
 
 def _of_text(metric: Any) -> Any:
@@ -76,7 +97,8 @@ TOKEN_ACCURACY = Metric("token_accuracy", "token accuracy", "higher", (0.0, 1.0)
 
 def _metrics(writing: Writing, writes: bool = True, measured: Sequence[OwnMetric] = ()) -> tuple[Metric, ...]:
     """Where nothing is written, there is nothing that a reference could be compared with."""
-    texts = (*text_metrics(writing), *measured) if writes else ()
+    own = (replace(metric, statistics=partial(_if_it_works, metric.statistics)) for metric in measured)
+    texts = (*text_metrics(writing), *own) if writes else ()
     return (LOSS, PERPLEXITY, TOKEN_ACCURACY, *map(_of_text, texts))
 
 
