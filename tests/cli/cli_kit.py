@@ -10,6 +10,7 @@ from typing import Any
 
 ROWS = [("the warm rain of spring", "mild"), ("a cold wind of winter", "harsh"), ("warm sea", "mild")]
 ROWS += [("cold sea", "harsh"), ("spring rain", "mild"), ("winter wind", "harsh")]
+TEXTS = [text for text, _ in ROWS]
 
 
 @dataclass

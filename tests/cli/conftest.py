@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cli_kit import ROWS, Said, Tanzaku, write_tsv
+from cli_kit import ROWS, TEXTS, Said, Tanzaku, write_tsv
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BartConfig,
@@ -85,3 +86,18 @@ def tanzaku(capfd: pytest.CaptureFixture[str]) -> Tanzaku:
         return Said(code, out, err)
 
     return run
+
+
+@pytest.fixture
+def recipe_of_texts(work: Path) -> Path:
+    """A recipe of the task generation in a folder below the current directory, beside its rows."""
+    folder = work / "job"
+    folder.mkdir()
+    for split, before in (("train", ""), ("valid", "the "), ("test", "a ")):
+        rows = [{"prompt": before + text, "completion": " cold" if "cold" in text else " warm"} for text in TEXTS]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    text = Path("recipe.yaml").read_text(encoding="utf-8").replace(".tsv", ".jsonl")
+    text = text.replace("data: {", "task: generation\ndata: {max_new_tokens: 3, ")
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    return folder / "recipe.yaml"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from importlib.resources import files
 from pathlib import Path
@@ -17,24 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tanzaku as tz
 from tanzaku.support.numbers import written
 
-TEXTS = ["the warm rain of spring", "a cold wind of winter", "warm sea", "cold sea", "spring rain", "winter wind"]
 HELD = "the sea of the cold wind a warm rain of spring the winter sea the rain of a cold spring"
 
 
 @pytest.fixture
-def recipe(work: Path) -> Path:
+def recipe(recipe_of_texts: Path) -> Path:
     """A recipe of the task generation in a folder below the current directory, beside its rows and `held.txt`."""
-    folder = work / "job"
-    folder.mkdir()
-    for split, before in (("train", ""), ("valid", "the "), ("test", "a ")):
-        rows = [{"prompt": before + text, "completion": " cold" if "cold" in text else " warm"} for text in TEXTS]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
-    (folder / "held.txt").write_text(HELD, encoding="utf-8")
-    text = Path("recipe.yaml").read_text(encoding="utf-8").replace(".tsv", ".jsonl")
-    text = text.replace("data: {", "task: generation\ndata: {max_new_tokens: 3, ")
-    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-    return folder / "recipe.yaml"
+    (recipe_of_texts.parent / "held.txt").write_text(HELD, encoding="utf-8")
+    return recipe_of_texts
 
 
 def by_hand(model: Any, tokenizer: Any, text: str, size: int) -> float:

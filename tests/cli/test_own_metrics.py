@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_kit import Tanzaku, assert_refused, results_of
+from cli_kit import TEXTS, Tanzaku, assert_refused, results_of
 
 import tanzaku as tz
 from tanzaku.models.loading import load_for
@@ -23,22 +23,13 @@ harshness.better, harshness.bounds = "lower", (1, float("inf"))
 def polite(text, reference):
     return text.startswith("the")
 """
-TEXTS = ["the warm rain of spring", "a cold wind of winter", "warm sea", "cold sea", "spring rain", "winter wind"]
 
 
 @pytest.fixture
-def recipe(work: Path) -> Path:
+def recipe(recipe_of_texts: Path) -> Path:
     """A recipe of the task generation in a folder below the current directory, beside its rows and `mine.py`."""
-    folder = work / "job"
-    folder.mkdir()
-    for split, before in (("train", ""), ("valid", "the "), ("test", "a ")):
-        rows = [{"prompt": before + text, "completion": " cold" if "cold" in text else " warm"} for text in TEXTS]
-        (folder / f"{split}.jsonl").write_text("".join(map(_line, rows)), encoding="utf-8")
-    (folder / "mine.py").write_text(CODE, encoding="utf-8")
-    text = Path("recipe.yaml").read_text(encoding="utf-8").replace(".tsv", ".jsonl")
-    text = text.replace("data: {", "task: generation\ndata: {max_new_tokens: 3, ")
-    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-    return folder / "recipe.yaml"
+    (recipe_of_texts.parent / "mine.py").write_text(CODE, encoding="utf-8")
+    return recipe_of_texts
 
 
 def _line(row: dict[str, Any]) -> str:
